@@ -1,0 +1,116 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "scratch.h"
+
+namespace sk {
+
+const KernelTable& baseline_table();
+const KernelTable& avx2_table();
+const KernelTable& avx512_table();
+const KernelTable& avx512_bf16_table();
+
+namespace {
+
+struct Isa {
+    const char* name;
+    bool (*usable)();
+    const KernelTable& (*table)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+#ifdef SK_HAVE_AVX2
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi2");
+}
+#endif
+#ifdef SK_HAVE_AVX512
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+#ifdef SK_HAVE_AVX512BF16
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
+
+const Isa kIsas[] = {
+#if defined(__aarch64__)
+    {"neon", always, baseline_table},
+#else
+    {"baseline", always, baseline_table},
+#endif
+#ifdef SK_HAVE_AVX2
+    {"avx2", has_avx2, avx2_table},
+#endif
+#ifdef SK_HAVE_AVX512
+    {"avx512", has_avx512, avx512_table},
+#endif
+#ifdef SK_HAVE_AVX512BF16
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16_table},
+#endif
+};
+
+std::string usable_names() {
+    std::string names;
+    for (const std::string& name : usable_isas()) names += (names.empty() ? "" : ", ") + name;
+    return names;
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : kIsas) {
+        if (isa.usable()) names.emplace_back(isa.name);
+    }
+    return names;
+}
+
+std::string default_isa() {
+    const char* forced = std::getenv("SPARSE_KERNELS_CPU_ISA");
+    if (!forced || !*forced) return usable_isas().back();
+    for (const std::string& name : usable_isas()) {
+        if (name == forced) return name;
+    }
+    throw std::invalid_argument("SPARSE_KERNELS_CPU_ISA is '" + std::string(forced) +
+                                "'; this machine can run: " + usable_names());
+}
+
+const KernelTable& table_for(const std::string& name) {
+    for (const Isa& isa : kIsas) {
+        if (name == isa.name && isa.usable()) return isa.table();
+    }
+    throw std::invalid_argument("isa is '" + name + "'; this machine can run: " + usable_names());
+}
+
+namespace {
+
+struct Buffer {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+};
+thread_local Buffer buffer;
+
+}  // namespace
+
+void* scratch(size_t bytes) {
+    if (bytes > buffer.size) {
+        std::free(buffer.data);
+        buffer.size = 0;
+        const size_t rounded = (bytes + 4095) / 4096 * 4096;
+        buffer.data = static_cast<char*>(std::aligned_alloc(4096, rounded));
+        if (!buffer.data) throw std::bad_alloc();
+        buffer.size = rounded;
+    }
+    return buffer.data;
+}
+
+}  // namespace sk

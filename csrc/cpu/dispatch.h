@@ -1,0 +1,76 @@
+// The table of kernels for each instruction set, and which of them this processor can run.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace sk {
+
+enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat64 = 2 };
+constexpr int kDTypes = 3;
+
+struct GatherArguments {
+    Lists lists;
+    Schedule schedule;
+    const void* in;
+    int64_t in_row_stride, in_col_stride;
+    const void* values;
+    const void* bias;
+    void* out;
+    int64_t tokens;
+    int threads;
+};
+
+struct GradWeightArguments {
+    Lists lists;
+    Schedule schedule;
+    const void* grad_output;
+    int64_t grad_output_row_stride, grad_output_col_stride;
+    const void* input;
+    int64_t input_row_stride, input_col_stride;
+    void* grad_values;
+    int64_t tokens;
+    int threads;
+};
+
+struct AbsTopkArguments {
+    const void* x;
+    int64_t row_stride, col_stride;
+    void* y;
+    uint8_t* mask;
+    int64_t rows, cols, k;
+    int threads;
+};
+
+struct AbsTopkBackwardArguments {
+    const void* grad;
+    int64_t row_stride, col_stride;
+    const uint8_t* mask;
+    void* grad_x;
+    int64_t rows, cols;
+    int threads;
+};
+
+struct KernelTable {
+    void (*gather[kDTypes])(const GatherArguments&);
+    void (*grad_weight[kDTypes])(const GradWeightArguments&);
+    void (*abs_topk[kDTypes])(const AbsTopkArguments&);
+    void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
+    double (*fma_gflops)(int threads);
+    double (*bf16_gflops)(int threads);
+    double (*read_gbs)(int threads, size_t bytes);
+    double (*write_gbs)(int threads, size_t bytes);
+    double (*copy_gbs)(int threads, size_t bytes);
+};
+
+// The instruction sets that were built and that this processor has, lowest first.
+std::vector<std::string> usable_isas();
+// The highest of them, or the one that SPARSE_KERNELS_CPU_ISA names. Throws std::invalid_argument.
+std::string default_isa();
+// Throws std::invalid_argument for a name that is not in usable_isas().
+const KernelTable& table_for(const std::string& isa);
+
+}  // namespace sk

@@ -1,0 +1,258 @@
+// Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+ bias).
+// `forward` runs it over a layout's own lists, `grad_input` over the transposed ones.
+#pragma once
+
+#include <type_traits>
+
+#include "scratch.h"
+#include "tile.h"
+
+namespace sk {
+namespace {
+
+// Outputs that share an index list are computed together, this many at a time.
+inline int shared_outputs(int out_block) {
+    return out_block % 4 == 0 ? 4 : out_block % 2 == 0 ? 2 : 1;
+}
+
+// Rows of the output that stay in the first-level cache between computing and unpacking.
+constexpr int64_t kChunkRows = 32;
+// Outputs larger than this are stored past the caches.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
+constexpr int64_t kDotTokens = 4;
+
+// Weights in the order in which the schedule meets them: [entry][output group][feature][output].
+template <class T>
+void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, int group,
+                  Compute<T>* packed, int threads) {
+    const int64_t entries = schedule.panels * lists.rows;
+    const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t e = 0; e < entries; ++e) {
+        const int64_t start = schedule.entry_starts[e];
+        const int64_t count = schedule.entry_starts[e + 1] - start;
+        Compute<T>* to = packed + start * lists.out_block;
+        for (int64_t first = 0; first < lists.out_block; first += group) {
+            const int32_t* id = schedule.block_ids + start / lists.in_block;
+            for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
+                const T* block = values + *id * block_size + first * lists.out_stride;
+                for (int64_t b = 0; b < lists.in_block; ++b) {
+                    for (int64_t a = 0; a < group; ++a) {
+                        *to++ = to_compute(block[a * lists.out_stride + b * lists.in_stride]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// acc[output][vector] += weight[feature][output] * tile[local[feature]][vector], one row's share of a panel.
+template <class C, int kVectors, int kShared>
+inline __attribute__((always_inline)) void accumulate(const C* panel, const uint16_t* local,
+                                                      const C* weights, int64_t count, C* out,
+                                                      bool add, const C* bias) {
+    constexpr int kN = kLanes<C>;
+    constexpr int kTile = kVectors * kN;
+    Vec<C> acc[kShared][kVectors];
+#pragma GCC unroll 4
+    for (int a = 0; a < kShared; ++a) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            acc[a][v] = add ? load(out + a * kTile + v * kN) : splat<C>(bias[a]);
+        }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+        const C* x = panel + static_cast<int64_t>(local[j]) * kTile;
+#pragma GCC unroll 4
+        for (int a = 0; a < kShared; ++a) {
+            const Vec<C> w = splat<C>(weights[j * kShared + a]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) acc[a][v] += w * load(x + v * kN);
+        }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < kShared; ++a) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(out + a * kTile + v * kN, acc[a][v]);
+    }
+}
+
+template <class T>
+struct GatherProblem {
+    Lists lists;
+    Schedule schedule;
+    Matrix<const T> in;
+    const T* values;
+    const T* bias;  // (lists.rows * out_block) or null
+    T* out;         // (tokens, lists.rows * out_block), contiguous
+    int64_t tokens;
+    int threads;
+};
+
+template <class T, int kVectors, int kShared>
+void gather_tiles(const GatherProblem<T>& problem) {
+    using C = Compute<T>;
+    constexpr int64_t kTile = kVectors * kLanes<C>;
+    const Lists& lists = problem.lists;
+    const Schedule& schedule = problem.schedule;
+    const int64_t outputs = lists.rows * lists.out_block;
+    const int64_t features = lists.cols * lists.in_block;
+    const int64_t blocks = schedule.entry_starts[schedule.panels * lists.rows];
+    const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
+    const bool one_panel = schedule.panels == 1;
+    const int64_t chunk = std::max<int64_t>(1, kChunkRows / lists.out_block);
+    const int64_t out_rows = one_panel ? chunk * lists.out_block : outputs;
+    const bool in_place = std::is_same<T, C>::value && one_panel && !lists.source_rows &&
+                          lists.out_block == 1;
+    const bool stream = problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
+                        outputs * sizeof(T) % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
+    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
+
+    Arena arena;
+    const size_t weights_at = arena.reserve<C>(in_place ? 0 : blocks * lists.out_block);
+    const size_t bias_at = arena.reserve<C>(outputs);
+    const size_t tile_at = arena.reserve<C>(threads * features * kTile);
+    const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
+    arena.allocate();
+    const C* weights = reinterpret_cast<const C*>(problem.values);
+    if (!in_place) {
+        pack_weights(lists, schedule, problem.values, kShared, arena.at<C>(weights_at),
+                     problem.threads);
+        weights = arena.at<C>(weights_at);
+    }
+    C* bias = arena.at<C>(bias_at);
+    for (int64_t n = 0; n < outputs; ++n) bias[n] = problem.bias ? to_compute(problem.bias[n]) : C(0);
+
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        C* tile = arena.at<C>(tile_at) + thread * features * kTile;
+        C* out = arena.at<C>(out_at) + thread * out_rows * kTile;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t first = t * kTile;
+            const int64_t tokens = std::min(kTile, problem.tokens - first);
+            pack_tile<T, kVectors>(problem.in, first, tokens, 0, features, tile);
+            const auto entry = [&](int64_t e, const C* panel, C* to, bool add, int64_t row) {
+                const int64_t start = schedule.entry_starts[e];
+                const int64_t count = schedule.entry_starts[e + 1] - start;
+                const C* w = weights + start * lists.out_block;
+                for (int64_t a = 0; a < lists.out_block; a += kShared) {
+                    accumulate<C, kVectors, kShared>(panel, schedule.local + start, w + a * count,
+                                                     count, to + a * kTile, add,
+                                                     bias + row * lists.out_block + a);
+                }
+            };
+            if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory
+                for (int64_t r = 0; r < lists.rows; r += chunk) {
+                    const int64_t end = std::min(lists.rows, r + chunk);
+                    for (int64_t e = r; e < end; ++e) {
+                        entry(e, tile, out + (e - r) * lists.out_block * kTile, false, e);
+                    }
+                    unpack_tile<T, kVectors>(out, problem.out, outputs, first, tokens,
+                                             r * lists.out_block, (end - r) * lists.out_block,
+                                             stream);
+                }
+            } else {
+                for (int64_t n = 0; n < outputs; ++n) {
+                    for (int v = 0; v < kVectors; ++v) {
+                        store(out + n * kTile + v * kLanes<C>, splat<C>(bias[n]));
+                    }
+                }
+                for (int64_t p = 0; p < schedule.panels; ++p) {
+                    const C* panel = tile + p * schedule.panel_features * kTile;
+                    for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
+                        const int64_t row = schedule.entry_rows[e];
+                        if (row < 0) break;
+                        entry(e, panel, out + row * lists.out_block * kTile, true, row);
+                    }
+                }
+                unpack_tile<T, kVectors>(out, problem.out, outputs, first, tokens, 0, outputs, stream);
+            }
+        }
+#if defined(__AVX512F__)
+        _mm_sfence();
+#endif
+    }
+}
+
+// A few tokens: a dot product for each output, no tile.
+template <class T>
+void gather_dots(const GatherProblem<T>& problem) {
+    using C = Compute<T>;
+    const Lists& lists = problem.lists;
+    const int64_t outputs = lists.rows * lists.out_block;
+    const int64_t features = lists.cols * lists.in_block;
+    const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+    Arena arena;
+    const size_t in_at = arena.reserve<C>(problem.tokens * features);
+    arena.allocate();
+    C* in = arena.at<C>(in_at);
+    for (int64_t m = 0; m < problem.tokens; ++m) {
+        const T* from = problem.in.data + m * problem.in.row_stride;
+        for (int64_t f = 0; f < features; ++f) {
+            in[m * features + f] = to_compute(from[f * problem.in.col_stride]);
+        }
+    }
+#pragma omp parallel for num_threads(problem.threads) schedule(static)
+    for (int64_t r = 0; r < lists.rows; ++r) {
+        const int64_t begin = lists.begin(r), end = lists.end(r);
+        for (int64_t a = 0; a < lists.out_block; ++a) {
+            const int64_t n = r * lists.out_block + a;
+            for (int64_t m = 0; m < problem.tokens; ++m) {
+                const C* x = in + m * features;
+                C sum[4] = {problem.bias ? to_compute(problem.bias[n]) : C(0)};
+                if (block_size == 1 && !lists.source_rows) {
+                    int64_t i = begin;
+                    for (; i + 4 <= end; i += 4) {
+                        for (int u = 0; u < 4; ++u) {
+                            sum[u] += to_compute(problem.values[i + u]) * x[lists.columns[i + u]];
+                        }
+                    }
+                    for (; i < end; ++i) {
+                        sum[0] += to_compute(problem.values[i]) * x[lists.columns[i]];
+                    }
+                } else {
+                    for (int64_t i = begin; i < end; ++i) {
+                        const T* w = problem.values + lists.block_id(i) * block_size +
+                                     a * lists.out_stride;
+                        const C* xb = x + static_cast<int64_t>(lists.columns[i]) * lists.in_block;
+                        for (int64_t b = 0; b < lists.in_block; ++b) {
+                            sum[b & 3] += to_compute(w[b * lists.in_stride]) * xb[b];
+                        }
+                    }
+                }
+                problem.out[m * outputs + n] =
+                    from_compute<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+            }
+        }
+    }
+}
+
+template <class T, int kVectors>
+void gather_shared(const GatherProblem<T>& problem) {
+    switch (shared_outputs(problem.lists.out_block)) {
+        case 4: return gather_tiles<T, kVectors, 4>(problem);
+        case 2: return gather_tiles<T, kVectors, 2>(problem);
+        default: return gather_tiles<T, kVectors, 1>(problem);
+    }
+}
+
+template <class T>
+void gather(const GatherProblem<T>& problem) {
+    if (problem.tokens == 0) return;
+    if (problem.tokens <= kDotTokens) return gather_dots(problem);
+    // The widest tile that still gives every thread one. Each token's sum is the same in all of them.
+    const int64_t lanes = kLanes<Compute<T>>;
+    if (problem.tokens > 2 * lanes * (2 * problem.threads - 1)) return gather_shared<T, 4>(problem);
+    if (problem.tokens > lanes * (2 * problem.threads - 1)) return gather_shared<T, 2>(problem);
+    return gather_shared<T, 1>(problem);
+}
+
+}  // namespace
+}  // namespace sk

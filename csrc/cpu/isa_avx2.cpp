@@ -1,0 +1,2 @@
+#define SK_ISA_TABLE avx2_table
+#include "kernels.h"

@@ -1,0 +1,2 @@
+#define SK_ISA_TABLE avx512_table
+#include "kernels.h"

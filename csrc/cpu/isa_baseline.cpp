@@ -1,0 +1,2 @@
+#define SK_ISA_TABLE baseline_table
+#include "kernels.h"

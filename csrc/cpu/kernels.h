@@ -1,0 +1,76 @@
+// Fills the dispatch table's row for the instruction set that this translation unit is compiled for.
+// Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "dispatch.h"
+#include "gather.h"
+#include "grad_weight.h"
+#include "abs_topk_missing.h"
+
+namespace sk {
+namespace {
+#include "ceilings.h"
+
+template <class T>
+void run_gather(const GatherArguments& arguments) {
+    gather(GatherProblem<T>{arguments.lists, arguments.schedule,
+                            Matrix<const T>{static_cast<const T*>(arguments.in),
+                                            arguments.in_row_stride, arguments.in_col_stride},
+                            static_cast<const T*>(arguments.values),
+                            static_cast<const T*>(arguments.bias), static_cast<T*>(arguments.out),
+                            arguments.tokens, arguments.threads});
+}
+
+template <class T>
+void run_grad_weight(const GradWeightArguments& arguments) {
+    grad_weight(GradWeightProblem<T>{
+        arguments.lists, arguments.schedule,
+        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
+                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
+        Matrix<const T>{static_cast<const T*>(arguments.input), arguments.input_row_stride,
+                        arguments.input_col_stride},
+        static_cast<T*>(arguments.grad_values), arguments.tokens, arguments.threads});
+}
+
+template <class T>
+void run_abs_topk(const AbsTopkArguments& a) {
+    abs_topk<T>(static_cast<const T*>(a.x), a.row_stride, a.col_stride, static_cast<T*>(a.y),
+                a.mask, a.rows, a.cols, a.k, a.threads);
+}
+
+template <class T>
+void run_abs_topk_backward(const AbsTopkBackwardArguments& a) {
+    abs_topk_backward<T>(static_cast<const T*>(a.grad), a.row_stride, a.col_stride, a.mask,
+                         static_cast<T*>(a.grad_x), a.rows, a.cols, a.threads);
+}
+
+}  // namespace
+
+const KernelTable& SK_ISA_TABLE() {
+    static const KernelTable table = {
+        {run_gather<float>, run_gather<Bf16>, run_gather<double>},
+        {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
+        {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
+        {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
+        measure_fma_gflops,
+        measure_bf16_gflops,
+        measure_read_gbs,
+        measure_write_gbs,
+        measure_copy_gbs,
+    };
+    return table;
+}
+
+}  // namespace sk
