@@ -1,0 +1,290 @@
+"""The CPU backend: checks, allocates, and hands pointers to the C++ kernels.
+
+The kernels (`csrc/cpu/`) cut the tokens into tiles, pack a tile feature-major, and walk the blocks in
+the order of a *schedule*, which is derived from the layout once and cached on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch  # before the extension, so that both share one OpenMP runtime
+from torch import Tensor
+
+from sparse_kernels.layout import FanInLayout, Problem
+
+_missing: str | None = None
+try:
+    import _sparse_kernels_cpu as _extension
+except ImportError as error:
+    _extension: ModuleType | None = None  # type: ignore[no-redef]
+    _missing = (
+        f"the C++ extension _sparse_kernels_cpu could not be imported ({error}); "
+        "build it with `pip install .` in the source folder"
+    )
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+_PRODUCTS = ("forward", "grad_input", "grad_weight")
+# Local features are uint16; a panel of inputs never holds more of them than this.
+_PANEL_FEATURES = 8192
+_isa: str = _extension.default_isa() if _extension is not None else ""
+
+
+def isas() -> list[str]:
+    """The instruction sets that were built and that this processor has, lowest first."""
+    return list(_extension.isas()) if _extension is not None else []
+
+
+def isa() -> str:
+    """The instruction set in use: the highest usable, or what SPARSE_KERNELS_CPU_ISA named."""
+    return _isa
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the body with the kernels of another instruction set (for tests and measurements).
+
+    Raises:
+        ValueError: `name` is not in `isas()`.
+    """
+    global _isa
+    if name not in isas():
+        raise ValueError(f"name must be one of {', '.join(isas())}, got {name!r}")
+    before = _isa
+    _isa = name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+def keep_freed_memory() -> bool:
+    """Asks the C library to keep freed memory for the next tensor instead of returning it.
+
+    A tensor of tens of megabytes otherwise gets fresh pages from the system at every allocation, and
+    the page faults can take longer than the kernel that writes the tensor. Affects the whole
+    process, so the package never calls it by itself. Returns False where the C library has no such
+    setting (it is glibc's `mallopt`).
+    """
+    return bool(_extension.keep_freed_memory()) if _extension is not None else False
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if this backend can run `problem`, else a sentence that says why not."""
+    if _missing is not None:
+        return _missing
+    if problem.device != "cpu":
+        return f"it runs on cpu tensors, and the device is {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float64, and the dtype is {problem.dtype}"
+    return None
+
+
+def _panel(features: int, in_block: int) -> tuple[int, int]:
+    """Inputs in a panel (a multiple of the block) and the number of panels."""
+    size = min(features, max(1, _PANEL_FEATURES // in_block) * in_block)
+    return size, -(-features // size)
+
+
+def _sides(
+    out_features: int, in_features: int, block: tuple[int, int], product: str
+) -> tuple[int, int, int]:
+    """Output block-rows, inputs and inputs of a block, in the direction of the product."""
+    if product == "grad_input":
+        return in_features // block[1], out_features, block[0]
+    return out_features // block[0], in_features, block[1]
+
+
+def schedule_shapes(
+    out_features: int,
+    in_features: int,
+    blocks_per_row: int,
+    block: tuple[int, int],
+    product: str,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
+    rows, features, in_block = _sides(out_features, in_features, block, product)
+    blocks = out_features // block[0] * blocks_per_row
+    _, panels = _panel(features, in_block)
+    return [
+        ((panels * rows,), torch.int32),  # block-row of each entry
+        ((panels * rows + 1,), torch.int64),  # first feature of each entry
+        ((blocks * in_block,), torch.int16),  # feature within its panel, as uint16
+        ((blocks,), torch.int32),  # stored block
+    ]
+
+
+def _pattern(layout: FanInLayout, product: str) -> _extension.Pattern:  # type: ignore[name-defined]
+    assert _extension is not None
+    rows, per_row, cols = layout.block_rows, layout.blocks_per_row, layout.block_cols
+    block_out, block_in = layout.block
+    if product == "grad_input":
+        offsets, source_rows, slots = layout.transposed
+        return _extension.Pattern.fan_out(
+            rows,
+            per_row,
+            cols,
+            block_out,
+            block_in,
+            offsets.data_ptr(),
+            source_rows.data_ptr(),
+            slots.data_ptr(),
+        )
+    return _extension.Pattern.fan_in(
+        rows, per_row, cols, block_out, block_in, layout.indices.data_ptr()
+    )
+
+
+def build_schedule(layout: FanInLayout, product: str) -> tuple[Tensor, ...]:
+    """The order in which the kernels of `product` walk the layout's blocks: four int tensors."""
+    if product not in _PRODUCTS:
+        raise ValueError(f"product must be one of {', '.join(_PRODUCTS)}, got {product!r}")
+    _check_device("layout", layout.indices)
+    shapes = schedule_shapes(
+        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, product
+    )
+    tensors = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
+    _, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, product)
+    size, _ = _panel(features, in_block)
+    _pattern(layout, product).build_schedule(size, *(tensor.data_ptr() for tensor in tensors))
+    return tensors
+
+
+def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:  # type: ignore[name-defined]
+    # `grad_weight` walks the same lists as `forward`.
+    key = f"cpu.{product}"
+    tensors = layout.derive(key, lambda this: build_schedule(this, product))
+    _, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, product)
+    pattern = _pattern(layout, product)
+    pattern.set_schedule(
+        _panel(features, in_block)[0], *(tensor.data_ptr() for tensor in tensors)
+    )
+    return pattern
+
+
+def _check_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the cpu, got {tensor.device}")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    _check_device(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def _dtype_name(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float64, got {tensor.dtype}")
+    return _DTYPES[tensor.dtype]
+
+
+def _gather(
+    x: Tensor,
+    values: Tensor,
+    layout: FanInLayout,
+    bias: Tensor | None,
+    product: str,
+    name: str,
+) -> Tensor:
+    assert _extension is not None, _missing
+    width, out_width = layout.in_features, layout.out_features
+    if product == "grad_input":
+        width, out_width = out_width, width
+    dtype = _dtype_name(name, x)
+    _check(name, x, (None, width), x.dtype)
+    _check("values", values, layout.values_shape, x.dtype)
+    if bias is not None:
+        _check("bias", bias, (out_width,), x.dtype)
+        bias = bias.contiguous()
+    values = values.contiguous()
+    out = torch.empty((x.shape[0], out_width), dtype=x.dtype)
+    _extension.gather(
+        _isa,
+        dtype,
+        _scheduled(layout, product),
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
+    """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`."""
+    return _gather(x, values, layout, bias, "forward", "x")
+
+
+def grad_input(
+    grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
+) -> Tensor:
+    """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
+    return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
+
+
+def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
+    """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, layout.out_features), grad_output.dtype)
+    _check("x", x, (grad_output.shape[0], layout.in_features), grad_output.dtype)
+    out = torch.empty(layout.values_shape, dtype=x.dtype)
+    _extension.grad_weight(
+        _isa,
+        dtype,
+        _scheduled(layout, "grad_weight"),
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        grad_output.stride(1),
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        out.data_ptr(),
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def abs_topk(x: Tensor, k: int) -> Tensor:
+    """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("x", x)
+    _check("x", x, (None, None), x.dtype)
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _extension.abs_topk(
+        _isa,
+        dtype,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        k,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
+    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0."""
+    return torch.where(y != 0, grad_output, 0)
