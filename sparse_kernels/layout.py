@@ -1,0 +1,478 @@
+"""The pattern of a fixed-fan-in block-sparse matrix: which blocks exist, validated once.
+
+A matrix `W` of shape `(N, K)` is cut into blocks of `(block_out, block_in)` elements. Every
+block-row keeps exactly `F` blocks (`fan_in = F * block_in` inputs of every output), so the pattern
+is one rectangular table, `indices (N/block_out, F)`, and the values are one dense tensor next to
+it, `values (N/block_out, F, block_out, block_in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend is asked to run; `why_not(problem)` of each backend answers from this alone.
+
+    `product` is "forward", "grad_input", "grad_weight" or "abs_topk". The geometry is that of the
+    layout and stays at its defaults for operations that have none.
+    """
+
+    device: str
+    dtype: torch.dtype
+    product: str
+    out_features: int = 0
+    in_features: int = 0
+    fan_in: int = 0
+    block: tuple[int, int] = (1, 1)
+
+
+class Transposed(NamedTuple):
+    """For each input block column: the block-rows that read it (ascending), and the slot in each.
+
+    Column `c` owns the entries `offsets[c]:offsets[c + 1]` of `rows` and `slots`; entry `e` is the
+    block `values[rows[e], slots[e]]`.
+    """
+
+    offsets: Tensor  # (C + 1,) int64
+    rows: Tensor  # (R * F,) int32
+    slots: Tensor  # (R * F,) int32
+
+
+def check_int(name: str, value: object, minimum: int = 1) -> int:
+    """Returns `value` if it is an int (a bool is not) of at least `minimum`.
+
+    Raises TypeError or ValueError with `name`, what it got and what it needs.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_block(block: object) -> tuple[int, int]:
+    """Returns `block` as a pair of positive ints, or raises TypeError or ValueError."""
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        raise TypeError(f"block must be a pair (block_out, block_in) of ints, got {block!r}")
+    return check_int("block[0] (block_out)", block[0]), check_int("block[1] (block_in)", block[1])
+
+
+def check_geometry(out_features: object, in_features: object, block: object) -> tuple[int, int]:
+    """Returns `block` as a pair of ints that divides the `(out_features, in_features)` matrix.
+
+    Raises TypeError or ValueError with the argument's name, what it got and what it needs.
+    """
+    sizes = {
+        "out_features": check_int("out_features", out_features),
+        "in_features": check_int("in_features", in_features),
+    }
+    pair = check_block(block)
+    for (name, size), part, extent in zip(
+        sizes.items(), ("block_out", "block_in"), pair, strict=True
+    ):
+        if size % extent:
+            raise ValueError(
+                f"block {pair} does not fit: {part} must divide {name}, "
+                f"and {extent} does not divide {size}"
+            )
+        if size // extent > _INT32_MAX:
+            raise ValueError(f"{name} / {part} must be at most {_INT32_MAX}, got {size // extent}")
+    return pair
+
+
+def check_fan_in(fan_in: object, in_features: int, block_in: int, name: str = "fan_in") -> int:
+    """Returns `F`, the number of blocks that `fan_in` elements of each output's inputs make.
+
+    Raises TypeError or ValueError with `name`, what it got and what it needs.
+    """
+    elements = check_int(name, fan_in)
+    if elements % block_in:
+        raise ValueError(
+            f"{name} counts elements and must be a multiple of the block's extent {block_in} "
+            f"along the same side, got {elements}"
+        )
+    if elements > in_features:
+        raise ValueError(
+            f"{name} must be at most {in_features}, the features there, got {elements}"
+        )
+    return elements // block_in
+
+
+def _distinct(
+    rows: int, columns: int, count: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """(rows, count) int64: in each row a uniform choice of `count` distinct columns, sorted.
+
+    Draws all, then redraws every repeated entry until none is left. What remains of each row is
+    the first `count` distinct values of a stream of independent uniform draws: a uniform subset.
+    """
+    chosen = torch.randint(columns, (rows, count), generator=generator, device=device)
+    chosen = chosen.sort(dim=1).values
+    pending = torch.arange(rows, device=device)
+    while True:
+        candidates = chosen[pending]
+        repeated = candidates[:, 1:] == candidates[:, :-1]
+        hit = repeated.any(dim=1)
+        pending, candidates, repeated = pending[hit], candidates[hit], repeated[hit]
+        if pending.numel() == 0:
+            return chosen
+        redraws = (int(repeated.sum()),)
+        fresh = torch.randint(columns, redraws, generator=generator, device=device)
+        candidates[:, 1:][repeated] = fresh
+        chosen[pending] = candidates.sort(dim=1).values
+
+
+def _first(hits: Tensor) -> tuple[int, ...]:
+    """The position of the first true element, to name it in a message."""
+    return tuple(int(i) for i in hits.nonzero()[0])
+
+
+def _count_rows(indices: object) -> int:
+    """Rows of `indices`, or 1 where it has none: `_check_indices` then says what is wrong."""
+    return max(indices.shape[0], 1) if isinstance(indices, Tensor) and indices.dim() else 1
+
+
+def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> Tensor:
+    """Returns an int32 contiguous copy of `indices`, or raises and says what is wrong with it."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    if indices.dim() != 2:
+        raise ValueError(
+            f"indices must have two dimensions (out_features / block_out, fan_in / block_in), "
+            f"got shape {tuple(indices.shape)}"
+        )
+    if indices.is_meta:
+        raise ValueError("indices must hold values, got a tensor on the meta device")
+    rows, width = indices.shape
+    if block_rows is not None and rows != block_rows:
+        raise ValueError(
+            f"indices must have out_features / block_out = {block_rows} rows, "
+            f"got shape {tuple(indices.shape)}"
+        )
+    if rows < 1 or not 1 <= width <= block_cols:
+        raise ValueError(
+            f"indices must have at least one row and 1 to in_features / block_in = {block_cols} "
+            f"columns, got shape {tuple(indices.shape)}"
+        )
+    outside = (indices < 0) | (indices >= block_cols)
+    if outside.any():
+        row, slot = _first(outside)
+        raise ValueError(
+            f"indices must lie in [0, {block_cols}) (in_features / block_in), "
+            f"got {int(indices[row, slot])} at [{row}, {slot}]"
+        )
+    falling = indices[:, 1:] <= indices[:, :-1]
+    if falling.any():
+        row, slot = _first(falling)
+        pair = (int(indices[row, slot]), int(indices[row, slot + 1]))
+        kind = "a duplicate" if pair[0] == pair[1] else "out of order"
+        raise ValueError(
+            f"indices must be strictly increasing along each row, "
+            f"got {pair[0]} then {pair[1]} ({kind}) at [{row}, {slot}:{slot + 2}]"
+        )
+    # A normal tensor even when built in inference mode, so that training may follow.
+    with torch.inference_mode(False):
+        return indices.detach().to(torch.int32).clone(memory_format=torch.contiguous_format)
+
+
+class FanInLayout:
+    """Which blocks of an `(out_features, in_features)` matrix exist; immutable.
+
+    The matrix is `W[r * block_out + a, indices[r, f] * block_in + b] = values[r, f, a, b]`, zero
+    elsewhere. The layout keeps its own validated copy of `indices`: writing to the tensor that it
+    was made from changes nothing here. Do not write to the tensors that its properties return.
+
+    Args:
+        indices: int32 or int64 `(out_features / block_out, F)`, the kept input blocks of each
+            output block-row, strictly increasing, in `[0, in_features / block_in)`.
+        in_features: columns `K` of the matrix, a multiple of `block_in`.
+        out_features: rows `N`, a multiple of `block_out`; by default `len(indices) * block_out`.
+        block: `(block_out, block_in)`, the smallest unit kept or dropped.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, size or index. The message
+            names the argument, what it got and what it needs.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_block",
+        "_hash",
+        "_in_features",
+        "_indices",
+        "_out_features",
+        "_transposed",
+        "cache",
+    )
+
+    _indices: Tensor
+    _in_features: int
+    _out_features: int
+    _block: tuple[int, int]
+    _transposed: Transposed | None
+    _hash: int | None
+    cache: dict[str, tuple[Tensor, ...]]
+
+    def __init__(
+        self,
+        indices: Tensor,
+        in_features: int,
+        out_features: int | None = None,
+        block: tuple[int, int] = (1, 1),
+    ) -> None:
+        if out_features is None:
+            out_features = _count_rows(indices) * check_block(block)[0]
+        block_out, block_in = check_geometry(out_features, in_features, block)
+        own = _check_indices(indices, out_features // block_out, in_features // block_in)
+        self._fill(own, in_features, out_features, (block_out, block_in))
+
+    @classmethod
+    def _wrap(
+        cls,
+        indices: Tensor,
+        in_features: int,
+        block: tuple[int, int],
+        transposed: Transposed | None = None,
+        cache: dict[str, tuple[Tensor, ...]] | None = None,
+    ) -> FanInLayout:
+        """A layout over tensors that are known to be valid: no copy, no check. For ops.py."""
+        layout = object.__new__(cls)
+        layout._fill(indices, in_features, indices.shape[0] * block[0], block, transposed, cache)
+        return layout
+
+    def _fill(
+        self,
+        indices: Tensor,
+        in_features: int,
+        out_features: int,
+        block: tuple[int, int],
+        transposed: Transposed | None = None,
+        cache: dict[str, tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "_indices", indices)
+        put(self, "_in_features", in_features)
+        put(self, "_out_features", out_features)
+        put(self, "_block", block)
+        put(self, "_transposed", transposed)
+        put(self, "_hash", None)
+        put(self, "cache", {} if cache is None else cache)
+
+    @classmethod
+    def random(
+        cls,
+        out_features: int,
+        in_features: int,
+        fan_in: int,
+        block: tuple[int, int] = (1, 1),
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> FanInLayout:
+        """A layout whose block-rows are independent uniform choices without replacement.
+
+        Args:
+            out_features, in_features: the matrix is `(out_features, in_features)`.
+            fan_in: inputs of each output in elements, a multiple of `block_in`.
+            block: `(block_out, block_in)`.
+            generator: makes the pattern reproducible; by default torch's global CPU generator.
+                The pattern is drawn on the generator's device, whatever `device` is.
+            device: where the layout's tensors live, by default torch's default device.
+
+        Memory and time are proportional to the blocks kept, not to the matrix.
+
+        Raises:
+            TypeError, ValueError: a size or block that does not fit; the message names it.
+        """
+        block = check_geometry(out_features, in_features, block)
+        count = check_fan_in(fan_in, in_features, block[1])
+        where = torch.get_default_device() if device is None else torch.device(device)
+        if where.type == "meta":
+            raise ValueError("device must be able to hold the pattern, got the meta device")
+        source = torch.device("cpu") if generator is None else generator.device
+        rows, columns = out_features // block[0], in_features // block[1]
+        with torch.inference_mode(False):
+            if 2 * count <= columns:
+                indices = _distinct(rows, columns, count, generator, source)
+            else:
+                # Few are dropped: choose those instead, redrawing would take long.
+                dropped = _distinct(rows, columns, columns - count, generator, source)
+                kept = torch.ones(rows, columns, dtype=torch.bool, device=source)
+                indices = kept.scatter_(1, dropped, False).nonzero()[:, 1].view(rows, count)
+            return cls._wrap(indices.to(where, torch.int32).contiguous(), in_features, block)
+
+    @property
+    def indices(self) -> Tensor:
+        """int32 `(block_rows, blocks_per_row)`, contiguous: kept block columns, ascending."""
+        return self._indices
+
+    @property
+    def in_features(self) -> int:
+        """`K`, columns of the matrix."""
+        return self._in_features
+
+    @property
+    def out_features(self) -> int:
+        """`N`, rows of the matrix."""
+        return self._out_features
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """`(block_out, block_in)`."""
+        return self._block
+
+    @property
+    def blocks_per_row(self) -> int:
+        """`F`, blocks kept in each block-row."""
+        return self._indices.shape[1]
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs kept by each output, in elements: `F * block_in`."""
+        return self._indices.shape[1] * self._block[1]
+
+    @property
+    def block_rows(self) -> int:
+        """`R = out_features / block_out`."""
+        return self._indices.shape[0]
+
+    @property
+    def block_cols(self) -> int:
+        """`C = in_features / block_in`."""
+        return self._in_features // self._block[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks kept in all, `R * F`."""
+        return self.block_rows * self.blocks_per_row
+
+    @property
+    def nnz(self) -> int:
+        """Elements kept in all (L0): `out_features * fan_in`."""
+        return self._out_features * self.fan_in
+
+    @property
+    def density(self) -> float:
+        """Kept elements over all elements: `fan_in / in_features`."""
+        return self.fan_in / self._in_features
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        """The shape that `values` must have: `(R, F, block_out, block_in)`."""
+        return (self.block_rows, self.blocks_per_row, self._block[0], self._block[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layout's tensors live."""
+        return self._indices.device
+
+    @property
+    def transposed(self) -> Transposed:
+        """The same pattern by input block column; built at first use, cached, deterministic."""
+        if self._transposed is not None:
+            return self._transposed
+        with torch.inference_mode(False):
+            # A stable sort keeps the entries of a column in the order of the table: row by row.
+            columns, entries = self._indices.flatten().sort(stable=True)
+            bounds = torch.arange(self.block_cols + 1, device=self.device, dtype=torch.int32)
+            width = self.blocks_per_row
+            transposed = Transposed(
+                torch.searchsorted(columns, bounds),
+                torch.div(entries, width, rounding_mode="floor").to(torch.int32),
+                (entries % width).to(torch.int32),
+            )
+        if _can_keep(transposed):
+            object.__setattr__(self, "_transposed", transposed)
+        return transposed
+
+    def derive(
+        self, key: str, build: Callable[[FanInLayout], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """`cache[key]`, made by `build(self)` at first use. `key` is `"<backend>.<product>"`."""
+        found = self.cache.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                found = build(self)
+            if _can_keep(found):
+                self.cache[key] = found
+        return found
+
+    # torch.compile runs a method marked like this for real when it meets it, on the real object.
+    @torch.compiler.assume_constant_result
+    def _while_tracing(self, function: Callable[..., None], *args: object) -> None:
+        """Runs `function(self, *args)`, which may fill the caches, at trace time."""
+        function(self, *args)
+
+    def to(self, device: torch.device | str) -> FanInLayout:
+        """The same pattern on `device`; itself if it is there already. Schedules are not taken."""
+        indices = self._indices.to(device)
+        if indices is self._indices:
+            return self
+        if indices.is_meta:
+            raise ValueError("device must be able to hold the pattern, got the meta device")
+        transposed = self._transposed
+        if transposed is not None:
+            transposed = Transposed(*(part.to(device) for part in transposed))
+        return FanInLayout._wrap(indices, self._in_features, self._block, transposed)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a FanInLayout is immutable: {name} cannot be set, build a new one")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a FanInLayout is immutable: {name} cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        """True if the other layout describes the same pattern, on whatever device."""
+        if not isinstance(other, FanInLayout):
+            return NotImplemented
+        if self is other:
+            return True
+        mine = (self._out_features, self._in_features, self._block, self._indices.shape)
+        theirs = (other._out_features, other._in_features, other._block, other._indices.shape)
+        return mine == theirs and torch.equal(self._indices, other._indices.to(self.device))
+
+    def __hash__(self) -> int:
+        pattern = self._hash
+        if pattern is None:
+            content = self._indices.cpu().numpy().tobytes()
+            pattern = hash((self._out_features, self._in_features, self._block, content))
+            object.__setattr__(self, "_hash", pattern)
+        return pattern
+
+    def __copy__(self) -> FanInLayout:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FanInLayout:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the constructor: what was stored is validated again, caches are not stored.
+        return FanInLayout, (self._indices, self._in_features, self._out_features, self._block)
+
+    def __repr__(self) -> str:
+        return (
+            f"FanInLayout(out_features={self._out_features}, in_features={self._in_features}, "
+            f"fan_in={self.fan_in}, block={self._block}, device='{self.device}')"
+        )
+
+
+def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
+    """False for the stand-ins that tracers pass around; they must not outlive the trace."""
+    return not torch.compiler.is_dynamo_compiling() and all(
+        type(tensor) is Tensor for tensor in tensors
+    )
+
+
+# torch.load(weights_only=True) may rebuild a layout: that runs the validating constructor.
+torch.serialization.add_safe_globals([FanInLayout])

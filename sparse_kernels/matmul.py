@@ -1,0 +1,193 @@
+"""The differentiable products: two autograd Functions, each the other's derivative.
+
+`Y = X W^T` is bilinear in `X` and `W`. Its gradients are again products over the same layout, so
+each backward calls the other Function (or itself, transposed) and gradients of any order exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sparse_kernels import backends, ops
+from sparse_kernels.layout import FanInLayout
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+class SparseMatmul(Function):
+    """`Y = X W^T (+ b)`, or `Y = X W (+ b)` when `transpose`; two-dimensional x and y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        layout: FanInLayout,
+        backend: str,
+        transpose: bool,
+    ) -> Tensor:
+        needs_x, needs_values = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_values else None, values if needs_x else None)
+        ctx.layout = layout
+        ctx.backend = backend
+        ctx.transpose = transpose
+        product = ops.grad_input if transpose else ops.forward
+        return product(x, values, layout, bias, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, values = ctx.saved_tensors
+        layout, backend, transpose = ctx.layout, ctx.backend, ctx.transpose
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = SparseMatmul.apply(grad, values, None, layout, backend, not transpose)
+        if ctx.needs_input_grad[1]:
+            outputs, inputs = (x, grad) if transpose else (grad, x)
+            grad_values = SampledMatmul.apply(outputs, inputs, layout, backend)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _sum_tokens(grad)
+        return grad_x, grad_values, grad_bias, None, None, None
+
+
+class SampledMatmul(Function):
+    """`dW = dY^T X` at the kept blocks; two-dimensional grad_output and x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str
+    ) -> Tensor:
+        needs_grad_output, needs_x = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(grad_output if needs_x else None, x if needs_grad_output else None)
+        ctx.layout = layout
+        ctx.backend = backend
+        return ops.grad_weight(grad_output, x, layout, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_output, x = ctx.saved_tensors
+        layout, backend = ctx.layout, ctx.backend
+        grad_grad_output = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_grad_output = SparseMatmul.apply(x, grad, None, layout, backend, False)
+        if ctx.needs_input_grad[1]:
+            grad_x = SparseMatmul.apply(grad_output, grad, None, layout, backend, True)
+        return grad_grad_output, grad_x, None, None
+
+
+def _sum_tokens(grad: Tensor) -> Tensor:
+    """`(M, N)` -> `(N,)`, accumulated in float32 at least and rounded once."""
+    wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    return grad.sum(0, dtype=wide).to(grad.dtype)
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    layout: FanInLayout,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    *,
+    transpose: bool = False,
+) -> Tensor:
+    """`Y = X W^T + b` for the fixed-fan-in block-sparse `W (N, K)`; differentiable to any order.
+
+    Args:
+        x: `(..., K)`, any strides, any number of leading dimensions, empty ones included.
+        values: `layout.values_shape`, the elements of the kept blocks of `W`.
+        layout: which blocks of `W` exist.
+        bias: `(N,)` or None.
+        backend: one of the names in `available_backends`, by default the fastest that can run this.
+        transpose: multiply by `W` in place of `W^T`: x is then `(..., N)`, the result `(..., K)`
+            and bias `(K,)`. That is the forward of a fixed-fan-out layer.
+
+    x, values and bias share one device and one dtype: float32, bfloat16 or float64, on a GPU also
+    float16. bfloat16 accumulates in float32 at least. Under autocast they are cast to autocast's
+    dtype first, as for `torch.nn.functional.linear`; float64 is left as it is.
+
+    Returns:
+        `(..., N)`, contiguous, in the dtype of x.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or backend name; the
+            message names the argument, what it got and what it needs.
+        RuntimeError: no backend, or not the one asked for, can run this; it says why.
+    """
+    _check(x, values, layout, bias, transpose)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, values = _autocast(x), _autocast(values)
+        bias = None if bias is None else _autocast(bias)
+    _check_dtypes(x, values, bias)
+    product = "grad_input" if transpose else "forward"
+    name = backends.choose(backends.problem_of(x, layout, product), backend)
+    if torch.compiler.is_compiling():
+        products = ops.PRODUCTS if torch.is_grad_enabled() else (product,)
+        layout._while_tracing(ops.prepare, name, *products)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = SparseMatmul.apply(tokens, values, bias, layout, name, transpose)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check(
+    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, transpose: bool
+) -> None:
+    """Types, devices and shapes of `sparse_linear`'s arguments."""
+    if not isinstance(layout, FanInLayout):
+        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+    if not isinstance(transpose, bool):
+        raise TypeError(f"transpose must be a bool, got {type(transpose).__name__}")
+    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if tensor.device != layout.device:
+            raise ValueError(
+                f"{name} must be on the layout's device {layout.device}, got {tensor.device}"
+            )
+    outputs, inputs = layout.out_features, layout.in_features
+    if transpose:
+        outputs, inputs = inputs, outputs
+    if x.dim() == 0 or x.shape[-1] != inputs:
+        side = "out_features" if transpose else "in_features"
+        raise ValueError(
+            f"x must have the layout's {side} = {inputs} as its last dimension, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if values.shape != layout.values_shape:
+        raise ValueError(
+            f"values must have shape {layout.values_shape} (layout.values_shape), "
+            f"got {tuple(values.shape)}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must have shape ({outputs},), got {tuple(bias.shape)}")
+
+
+def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    """The dtypes of `sparse_linear`'s arguments, after autocast."""
+    allowed = _DTYPES.get(x.device.type, _DTYPES["cuda"])
+    if x.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"x must be one of {names} on {x.device.type}, got {x.dtype}")
+    if values.dtype != x.dtype:
+        raise TypeError(f"values must have the dtype of x, {x.dtype}, got {values.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must have the dtype of x, {x.dtype}, got {bias.dtype}")

@@ -1,0 +1,300 @@
+"""The operations as PyTorch sees them: schemas, fakes for tracing, and the call into a backend.
+
+A layout crosses a schema as plain tensors: `indices`, then `transposed` (offsets, rows, slots, or
+nothing where the product does not read them), then the backend's `schedule`. None of these ops is
+differentiable by itself: the autograd Functions above them are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from sparse_kernels import backends
+from sparse_kernels.layout import FanInLayout, Transposed
+
+PRODUCTS = ("forward", "grad_input", "grad_weight")
+
+_LAYOUT = "Tensor indices, Tensor[] transposed, Tensor[] schedule, int in_features, int[2] block"
+_library = torch.library.Library("sparse_kernels", "DEF")
+
+
+def _rebuild(
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    key: str,
+) -> FanInLayout:
+    return FanInLayout._wrap(
+        indices,
+        in_features,
+        (block[0], block[1]),
+        Transposed(*transposed) if transposed else None,
+        {key: tuple(schedule)},
+    )
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    key = f"{backend}.forward"
+    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    y: Tensor = backends.module(backend).forward(x, values, layout, bias)
+    return y
+
+
+def _forward_fake(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], indices.shape[0] * block[0])
+
+
+def _grad_input(
+    grad_output: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    key = f"{backend}.grad_input"
+    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    grad: Tensor = backends.module(backend).grad_input(grad_output, values, layout, bias)
+    return grad
+
+
+def _grad_input_fake(
+    grad_output: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[0], in_features)
+
+
+def _grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    key = f"{backend}.grad_weight"
+    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    grad: Tensor = backends.module(backend).grad_weight(grad_output, x, layout)
+    return grad
+
+
+def _grad_weight_fake(
+    grad_output: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    transposed: list[Tensor],
+    schedule: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+) -> Tensor:
+    return x.new_empty(*indices.shape, *block)
+
+
+def _schedule(
+    indices: Tensor,
+    transposed: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+    product: str,
+) -> list[Tensor]:
+    layout = _rebuild(indices, transposed, [], in_features, block, "")
+    return list(backends.module(backend).build_schedule(layout, product))
+
+
+def _schedule_fake(
+    indices: Tensor,
+    transposed: list[Tensor],
+    in_features: int,
+    block: list[int],
+    backend: str,
+    product: str,
+) -> list[Tensor]:
+    shapes = backends.module(backend).schedule_shapes(
+        indices.shape[0] * block[0], in_features, indices.shape[1], (block[0], block[1]), product
+    )
+    return [indices.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+def _abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
+    y: Tensor = backends.module(backend).abs_topk(x, k)
+    return y
+
+
+def _abs_topk_fake(x: Tensor, k: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
+    grad: Tensor = backends.module(backend).abs_topk_backward(grad_output, y)
+    return grad
+
+
+def _abs_topk_backward_fake(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
+    return grad_output.new_empty(grad_output.shape)
+
+
+def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> OpOverload:
+    """Defines one op; the backend is an argument, so every device enters through `run`."""
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"sparse_kernels::{name}", fake, lib=_library)
+    overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
+    return overload
+
+
+_forward_op = _register(
+    f"forward(Tensor x, Tensor values, Tensor? bias, {_LAYOUT}, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_grad_input_op = _register(
+    f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_LAYOUT}, str backend)"
+    " -> Tensor",
+    _grad_input,
+    _grad_input_fake,
+)
+_grad_weight_op = _register(
+    f"grad_weight(Tensor grad_output, Tensor x, {_LAYOUT}, str backend) -> Tensor",
+    _grad_weight,
+    _grad_weight_fake,
+)
+_schedule_op = _register(
+    "schedule(Tensor indices, Tensor[] transposed, int in_features, int[2] block, str backend, "
+    "str product) -> Tensor[]",
+    _schedule,
+    _schedule_fake,
+)
+_abs_topk_op = _register(
+    "abs_topk(Tensor x, int k, str backend) -> Tensor", _abs_topk, _abs_topk_fake
+)
+_abs_topk_backward_op = _register(
+    "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
+    _abs_topk_backward,
+    _abs_topk_backward_fake,
+)
+
+
+def transposed_of(layout: FanInLayout, product: str) -> list[Tensor]:
+    """What `product` reads of the transposed list: all of it, or nothing, and it stays unbuilt."""
+    return list(layout.transposed) if product == "grad_input" else []
+
+
+def schedule_of(layout: FanInLayout, backend: str, product: str) -> list[Tensor]:
+    """The backend's schedule for `product`, cached in the layout.
+
+    It is built by an op of its own, so that a layout that has none yet can be traced as well.
+    """
+
+    def build(layout: FanInLayout) -> tuple[Tensor, ...]:
+        return tuple(
+            _schedule_op(
+                layout.indices,
+                transposed_of(layout, product),
+                layout.in_features,
+                layout.block,
+                backend,
+                product,
+            )
+        )
+
+    return list(layout.derive(f"{backend}.{product}", build))
+
+
+def prepare(layout: FanInLayout, backend: str, *products: str) -> None:
+    """Builds what the products of `backend` read, so that the first call finds it cached."""
+    for product in products:
+        transposed_of(layout, product)
+        schedule_of(layout, backend, product)
+
+
+def forward(
+    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
+) -> Tensor:
+    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
+    schedule = schedule_of(layout, backend, "forward")
+    y: Tensor = _forward_op(
+        x, values, bias, layout.indices, [], schedule, layout.in_features, layout.block, backend
+    )
+    return y
+
+
+def grad_input(
+    grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
+) -> Tensor:
+    """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
+    grad: Tensor = _grad_input_op(
+        grad_output,
+        values,
+        bias,
+        layout.indices,
+        transposed_of(layout, "grad_input"),
+        schedule_of(layout, backend, "grad_input"),
+        layout.in_features,
+        layout.block,
+        backend,
+    )
+    return grad
+
+
+def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
+    """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
+    schedule = schedule_of(layout, backend, "grad_weight")
+    grad: Tensor = _grad_weight_op(
+        grad_output, x, layout.indices, [], schedule, layout.in_features, layout.block, backend
+    )
+    return grad
+
+
+def abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
+    """The `k` largest `|x|` of each row of x `(M, D)`, zero elsewhere; see `reference.abs_topk`."""
+    y: Tensor = _abs_topk_op(x, k, backend)
+    return y
+
+
+def abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
+    """The gradient of `abs_topk` from its result `y`; see `reference.abs_topk_backward`."""
+    grad: Tensor = _abs_topk_backward_op(grad_output, y, backend)
+    return grad
