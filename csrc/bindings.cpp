@@ -120,23 +120,13 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                 pointer<void>(grad_values), tokens, threads});
     });
     module.def("abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
-                              int64_t row_stride, int64_t col_stride, uintptr_t y, uintptr_t mask,
-                              int64_t rows, int64_t cols, int64_t k, int threads) {
+                              int64_t row_stride, int64_t col_stride, uintptr_t y, int64_t rows,
+                              int64_t cols, int64_t k, int threads) {
         const auto kernel = sk::table_for(isa).abs_topk[static_cast<int>(dtype_from(dtype))];
         py::gil_scoped_release release;
-        kernel({pointer<void>(x), row_stride, col_stride, pointer<void>(y), pointer<uint8_t>(mask),
-                rows, cols, k, threads});
+        kernel({pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
     });
-    module.def("abs_topk_backward",
-               [](const std::string& isa, const std::string& dtype, uintptr_t grad,
-                  int64_t row_stride, int64_t col_stride, uintptr_t mask, uintptr_t grad_x,
-                  int64_t rows, int64_t cols, int threads) {
-                   const auto kernel =
-                       sk::table_for(isa).abs_topk_backward[static_cast<int>(dtype_from(dtype))];
-                   py::gil_scoped_release release;
-                   kernel({pointer<void>(grad), row_stride, col_stride, pointer<uint8_t>(mask),
-                           pointer<void>(grad_x), rows, cols, threads});
-               });
+    module.def("keep_freed_memory", sk::keep_freed_memory);
 
     module.def("measure_fma_gflops",
                [](const std::string& isa, int threads) { return sk::table_for(isa).fma_gflops(threads); });

@@ -40,17 +40,7 @@ struct AbsTopkArguments {
     const void* x;
     int64_t row_stride, col_stride;
     void* y;
-    uint8_t* mask;
     int64_t rows, cols, k;
-    int threads;
-};
-
-struct AbsTopkBackwardArguments {
-    const void* grad;
-    int64_t row_stride, col_stride;
-    const uint8_t* mask;
-    void* grad_x;
-    int64_t rows, cols;
     int threads;
 };
 
@@ -58,7 +48,6 @@ struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
-    void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     double (*fma_gflops)(int threads);
     double (*bf16_gflops)(int threads);
     double (*read_gbs)(int threads, size_t bytes);
@@ -72,5 +61,8 @@ std::vector<std::string> usable_isas();
 std::string default_isa();
 // Throws std::invalid_argument for a name that is not in usable_isas().
 const KernelTable& table_for(const std::string& isa);
+
+// Asks the C library to keep freed memory for the next allocation; false where it has no such setting.
+bool keep_freed_memory();
 
 }  // namespace sk

@@ -17,6 +17,8 @@ inline int shared_outputs(int out_block) {
 
 // Rows of the output that stay in the first-level cache between computing and unpacking.
 constexpr int64_t kChunkRows = 32;
+// A packed tile of inputs stays below this, to live in a second-level cache.
+constexpr int64_t kTileBytes = int64_t{5} << 18;
 // Outputs larger than this are stored past the caches.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
@@ -48,10 +50,11 @@ void pack_weights(const Lists& lists, const Schedule& schedule, const T* values,
 }
 
 // acc[output][vector] += weight[feature][output] * tile[local[feature]][vector], one row's share of a panel.
-template <class C, int kVectors, int kShared>
-inline __attribute__((always_inline)) void accumulate(const C* panel, const uint16_t* local,
-                                                      const C* weights, int64_t count, C* out,
-                                                      bool add, const C* bias) {
+template <class T, int kVectors, int kShared>
+inline __attribute__((always_inline)) void accumulate(
+    const typename GatherTile<T, kVectors>::Element* panel, const uint16_t* local,
+    const Compute<T>* weights, int64_t count, Compute<T>* out, bool add, const Compute<T>* bias) {
+    using C = Compute<T>;
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
     Vec<C> acc[kShared][kVectors];
@@ -63,12 +66,13 @@ inline __attribute__((always_inline)) void accumulate(const C* panel, const uint
         }
     }
     for (int64_t j = 0; j < count; ++j) {
-        const C* x = panel + static_cast<int64_t>(local[j]) * kTile;
+        Vec<C> x[kVectors];
+        GatherTile<T, kVectors>::load_row(panel + static_cast<int64_t>(local[j]) * kTile, x);
 #pragma GCC unroll 4
         for (int a = 0; a < kShared; ++a) {
             const Vec<C> w = splat<C>(weights[j * kShared + a]);
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) acc[a][v] += w * load(x + v * kN);
+            for (int v = 0; v < kVectors; ++v) acc[a][v] += w * x[v];
         }
     }
 #pragma GCC unroll 4
@@ -93,6 +97,8 @@ struct GatherProblem {
 template <class T, int kVectors, int kShared>
 void gather_tiles(const GatherProblem<T>& problem) {
     using C = Compute<T>;
+    using Tile = GatherTile<T, kVectors>;
+    using E = typename Tile::Element;
     constexpr int64_t kTile = kVectors * kLanes<C>;
     const Lists& lists = problem.lists;
     const Schedule& schedule = problem.schedule;
@@ -113,7 +119,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
     Arena arena;
     const size_t weights_at = arena.reserve<C>(in_place ? 0 : blocks * lists.out_block);
     const size_t bias_at = arena.reserve<C>(outputs);
-    const size_t tile_at = arena.reserve<C>(threads * features * kTile);
+    const size_t tile_at = arena.reserve<E>(threads * features * kTile);
     const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
     arena.allocate();
     const C* weights = reinterpret_cast<const C*>(problem.values);
@@ -131,19 +137,23 @@ void gather_tiles(const GatherProblem<T>& problem) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        C* tile = arena.at<C>(tile_at) + thread * features * kTile;
+        E* tile = arena.at<E>(tile_at) + thread * features * kTile;
         C* out = arena.at<C>(out_at) + thread * out_rows * kTile;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = t * kTile;
             const int64_t tokens = std::min(kTile, problem.tokens - first);
-            pack_tile<T, kVectors>(problem.in, first, tokens, 0, features, tile);
-            const auto entry = [&](int64_t e, const C* panel, C* to, bool add, int64_t row) {
+            Tile::pack(problem.in, first, tokens, features, tile);
+            const int64_t next_tokens =
+                std::clamp<int64_t>(problem.tokens - first - kTile, 0, kTile);
+            const int64_t next_lines =
+                problem.in.col_stride == 1 ? next_tokens * ((features * sizeof(T) + 63) / 64) : 0;
+            const auto entry = [&](int64_t e, const E* panel, C* to, bool add, int64_t row) {
                 const int64_t start = schedule.entry_starts[e];
                 const int64_t count = schedule.entry_starts[e + 1] - start;
                 const C* w = weights + start * lists.out_block;
                 for (int64_t a = 0; a < lists.out_block; a += kShared) {
-                    accumulate<C, kVectors, kShared>(panel, schedule.local + start, w + a * count,
+                    accumulate<T, kVectors, kShared>(panel, schedule.local + start, w + a * count,
                                                      count, to + a * kTile, add,
                                                      bias + row * lists.out_block + a);
                 }
@@ -151,10 +161,12 @@ void gather_tiles(const GatherProblem<T>& problem) {
             if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory
                 for (int64_t r = 0; r < lists.rows; r += chunk) {
                     const int64_t end = std::min(lists.rows, r + chunk);
+                    prefetch_lines(problem.in, first + kTile, features,
+                                   next_lines * r / lists.rows, next_lines * end / lists.rows);
                     for (int64_t e = r; e < end; ++e) {
                         entry(e, tile, out + (e - r) * lists.out_block * kTile, false, e);
                     }
-                    unpack_tile<T, kVectors>(out, problem.out, outputs, first, tokens,
+                    Tile::unpack(out, problem.out, outputs, first, tokens,
                                              r * lists.out_block, (end - r) * lists.out_block,
                                              stream);
                 }
@@ -165,14 +177,14 @@ void gather_tiles(const GatherProblem<T>& problem) {
                     }
                 }
                 for (int64_t p = 0; p < schedule.panels; ++p) {
-                    const C* panel = tile + p * schedule.panel_features * kTile;
+                    const E* panel = tile + p * schedule.panel_features * kTile;
                     for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
                         const int64_t row = schedule.entry_rows[e];
                         if (row < 0) break;
                         entry(e, panel, out + row * lists.out_block * kTile, true, row);
                     }
                 }
-                unpack_tile<T, kVectors>(out, problem.out, outputs, first, tokens, 0, outputs, stream);
+                Tile::unpack(out, problem.out, outputs, first, tokens, 0, outputs, stream);
             }
         }
 #if defined(__AVX512F__)
@@ -247,11 +259,21 @@ template <class T>
 void gather(const GatherProblem<T>& problem) {
     if (problem.tokens == 0) return;
     if (problem.tokens <= kDotTokens) return gather_dots(problem);
-    // The widest tile that still gives every thread one. Each token's sum is the same in all of them.
-    const int64_t lanes = kLanes<Compute<T>>;
-    if (problem.tokens > 2 * lanes * (2 * problem.threads - 1)) return gather_shared<T, 4>(problem);
-    if (problem.tokens > lanes * (2 * problem.threads - 1)) return gather_shared<T, 2>(problem);
-    return gather_shared<T, 1>(problem);
+    // The widest tile that fits its cache and still gives every thread one. Each token's sum is the
+    // same in all of them.
+    using C = Compute<T>;
+    const int64_t lanes = kLanes<C>;
+    const int64_t features = problem.lists.cols * problem.lists.in_block;
+    const auto suits = [&](int64_t vectors) {
+        return problem.tokens > vectors / 2 * lanes * (2 * problem.threads - 1) &&
+               features * vectors * kVectorBytes * int64_t{sizeof(T)} / int64_t{sizeof(C)} <=
+                   kTileBytes;
+    };
+    if (suits(4)) return gather_shared<T, 4>(problem);
+    if constexpr (std::is_same<T, C>::value) {
+        if (!suits(2)) return gather_shared<T, 1>(problem);
+    }
+    return gather_shared<T, 2>(problem);
 }
 
 }  // namespace

@@ -209,14 +209,21 @@ void grad_weight_outer(const GradWeightProblem<T>& problem) {
     }
 }
 
+template <class T, int kVectors>
+void grad_weight_shared(const GradWeightProblem<T>& problem) {
+    switch (shared_outputs(problem.lists.out_block)) {
+        case 4: return grad_weight_tiles<T, kVectors, 4>(problem);
+        case 2: return grad_weight_tiles<T, kVectors, 2>(problem);
+        default: return grad_weight_tiles<T, kVectors, 1>(problem);
+    }
+}
+
 template <class T>
 void grad_weight(const GradWeightProblem<T>& problem) {
     if (problem.tokens <= kDotTokens) return grad_weight_outer(problem);
-    switch (shared_outputs(problem.lists.out_block)) {
-        case 4: return grad_weight_tiles<T, 4, 4>(problem);
-        case 2: return grad_weight_tiles<T, 4, 2>(problem);
-        default: return grad_weight_tiles<T, 4, 1>(problem);
-    }
+    const int64_t features = problem.lists.cols * problem.lists.in_block;
+    if (features * 4 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 4>(problem);
+    return grad_weight_shared<T, 2>(problem);
 }
 
 }  // namespace

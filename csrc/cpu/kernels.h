@@ -14,10 +14,10 @@
 #include <immintrin.h>
 #endif
 
+#include "abs_topk.h"
 #include "dispatch.h"
 #include "gather.h"
 #include "grad_weight.h"
-#include "abs_topk_missing.h"
 
 namespace sk {
 namespace {
@@ -45,15 +45,10 @@ void run_grad_weight(const GradWeightArguments& arguments) {
 }
 
 template <class T>
-void run_abs_topk(const AbsTopkArguments& a) {
-    abs_topk<T>(static_cast<const T*>(a.x), a.row_stride, a.col_stride, static_cast<T*>(a.y),
-                a.mask, a.rows, a.cols, a.k, a.threads);
-}
-
-template <class T>
-void run_abs_topk_backward(const AbsTopkBackwardArguments& a) {
-    abs_topk_backward<T>(static_cast<const T*>(a.grad), a.row_stride, a.col_stride, a.mask,
-                         static_cast<T*>(a.grad_x), a.rows, a.cols, a.threads);
+void run_abs_topk(const AbsTopkArguments& arguments) {
+    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
+                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
+                arguments.threads);
 }
 
 }  // namespace
@@ -63,7 +58,6 @@ const KernelTable& SK_ISA_TABLE() {
         {run_gather<float>, run_gather<Bf16>, run_gather<double>},
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
-        {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
         measure_fma_gflops,
         measure_bf16_gflops,
         measure_read_gbs,
