@@ -2,6 +2,7 @@
 // Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
