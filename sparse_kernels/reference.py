@@ -9,9 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Problem, check_fan_in, check_geometry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, FanInLayout):
+        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -22,12 +32,78 @@ def why_not(problem: Problem) -> str | None:
 
 
 def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
-    """`W (N, K)` from `values (R, F, block_out, block_in)`: the kept blocks, zero elsewhere."""
+    """`W (N, K)` with its zeros, from the kept blocks; differentiable in `values`.
+
+    `W[r * block_out + a, indices[r, f] * block_in + b] = values[r, f, a, b]`.
+
+    Args:
+        values: `layout.values_shape`, any dtype, on the layout's device.
+        layout: which blocks exist.
+
+    Raises:
+        TypeError: a wrong type. ValueError: a wrong shape or device.
+    """
+    _check_layout(layout)
+    _check_tensor("values", values)
+    if values.shape != layout.values_shape:
+        raise ValueError(
+            f"values must have shape {layout.values_shape} (layout.values_shape), "
+            f"got {tuple(values.shape)}"
+        )
+    if values.device != layout.device:
+        raise ValueError(
+            f"values must be on the layout's device {layout.device}, got {values.device}"
+        )
     block_out, block_in = layout.block
     dense = values.new_zeros(layout.block_rows, layout.block_cols, block_out, block_in)
     rows = torch.arange(layout.block_rows, device=values.device).unsqueeze(1)
-    dense[rows, layout.indices.long()] = values
+    dense = dense.index_put((rows, layout.indices.long()), values)
     return dense.transpose(1, 2).reshape(layout.out_features, layout.in_features)
+
+
+def from_dense(
+    weight: Tensor, fan_in: int, block: tuple[int, int] = (1, 1)
+) -> tuple[FanInLayout, Tensor]:
+    """The layout of the largest-magnitude blocks of each block-row, and their values.
+
+    Blocks are compared by their L2 norm in float64, for `(1, 1)` by `|w|`; among equals the lowest
+    index stays. What is left is the closest fixed-fan-in matrix in the L2 norm.
+
+    Args:
+        weight: `W (N, K)`, floating point, without NaN.
+        fan_in: inputs kept by each output in elements, a multiple of `block_in`, at most `K`.
+        block: `(block_out, block_in)`, dividing `(N, K)`.
+
+    Returns:
+        `(layout, values)`; values of `layout.values_shape`, contiguous, detached, in the dtype and
+        on the device of `weight`.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape or size, or a NaN.
+    """
+    _check_tensor("weight", weight)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must have a floating-point dtype, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight must have two dimensions (out_features, in_features), "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if weight.is_meta:
+        raise ValueError("weight must hold values, got a tensor on the meta device")
+    weight = weight.detach()
+    out_features, in_features = weight.shape
+    block_out, block_in = check_geometry(out_features, in_features, block)
+    count = check_fan_in(fan_in, in_features, block_in)
+    blocks = weight.reshape(out_features // block_out, block_out, -1, block_in)
+    norms = torch.linalg.vector_norm(blocks.double(), dim=(1, 3))  # (R, C)
+    if norms.isnan().any():
+        raise ValueError("weight must not hold NaN: magnitudes cannot be compared with it")
+    order = norms.sort(dim=1, descending=True, stable=True).indices
+    layout = FanInLayout(
+        order[:, :count].sort(dim=1).values, in_features, out_features, (block_out, block_in)
+    )
+    return layout, gather(weight, layout)
 
 
 def gather(dense: Tensor, layout: FanInLayout) -> Tensor:
