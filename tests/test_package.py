@@ -1,0 +1,205 @@
+"""What is shipped: the files of wheel and sdist, what an import needs, the README's words."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXTENSION = "_sparse_kernels_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel, built here without isolation.
+
+    The object files of earlier builds of this checkout are used again where nothing changed.
+    """
+    folder = tmp_path_factory.mktemp("dist")
+    script = (
+        "from setuptools import build_meta; "
+        f"build_meta.build_sdist({str(folder)!r}); build_meta.build_wheel({str(folder)!r})"
+    )
+    built = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions) -> Path:
+    (path,) = distributions.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheel, tmp_path_factory) -> Path:
+    """The wheel as it would lie in site-packages."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run_python(code: str, site: Path, cwd: Path) -> str:
+    """What `code` prints in a new process whose only copy of the package is the one in `site`."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def package_sources() -> set[str]:
+    """The Python files of the packages in the checkout, relative to their root."""
+    roots = [(ROOT, "sparse_kernels"), (ROOT / "python", "sparse_transformer")]
+    return {
+        path.relative_to(root).as_posix()
+        for root, package in roots
+        for path in (root / package).rglob("*.py")
+    }
+
+
+def test_wheel_holds_exactly_the_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    assert names - info == package_sources() | {"sparse_kernels/py.typed", EXTENSION}
+    assert {name.split("/", 1)[1] for name in info} == {
+        "METADATA",
+        "RECORD",
+        "WHEEL",
+        "licenses/LICENSE",
+        "top_level.txt",
+    }
+
+
+def test_sdist_holds_everything_that_a_build_needs(distributions):
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    needed = sources | package_sources()
+    needed |= {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "README.md"}
+    needed |= {"python/README.md", "tests/conftest.py", "benchmarks/matmul.py", ".ci/run"}
+    assert needed <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+@pytest.fixture(scope="session")
+def metadata(unpacked) -> importlib.metadata.Distribution:
+    (info,) = unpacked.glob("*.dist-info")
+    return importlib.metadata.PathDistribution(info)
+
+
+def test_metadata(metadata):
+    assert metadata.name == "sparse-kernels"
+    assert metadata.metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.metadata["Requires-Python"] == ">=3.10"
+    runtime = [line for line in metadata.requires or [] if "extra ==" not in line]
+    assert runtime == ["torch>=2.10", "numpy", 'triton; sys_platform == "linux"']
+
+
+def test_constraints_pin_every_dependency(metadata):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w-]+==[\w.]+( ; .+)?", pin)] == []
+    pinned = {pin.partition("==")[0] for pin in pins}
+    assert {re.match(r"[\w-]+", line)[0] for line in metadata.requires} <= pinned
+
+
+def test_extension_links_no_torch(unpacked):
+    """One build serves every PyTorch."""
+    binary = (unpacked / EXTENSION).read_bytes()
+    assert b"libtorch" not in binary
+    assert b"libc10" not in binary
+
+
+def test_wheel_works_from_another_folder(unpacked, tmp_path):
+    code = """
+import torch, sparse_kernels as sk, _sparse_kernels_cpu
+layer = sk.SparseLinear(12, 8, fan_in=3)
+x = torch.randn(5, 12)
+torch.testing.assert_close(layer(x), layer.to_dense()(x))
+print(sk.__file__, _sparse_kernels_cpu.__file__, sep="\\n")
+"""
+    package, extension = run_python(code, unpacked, tmp_path).splitlines()
+    assert Path(package) == unpacked / "sparse_kernels" / "__init__.py"
+    assert Path(extension) == unpacked / EXTENSION
+
+
+def test_import_and_use_without_triton(unpacked, tmp_path):
+    code = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton())
+import torch, sparse_kernels as sk
+y = sk.SparseLinear(12, 8, fan_in=3)(torch.randn(5, 12))
+y.sum().backward()
+print(tuple(y.shape), "triton" in sys.modules)
+"""
+    assert run_python(code, unpacked, tmp_path) == "(5, 8) False"
+
+
+def test_import_loads_nothing_but_torch_and_numpy(unpacked, tmp_path):
+    code = """
+import sys
+import numpy, torch
+def packages():
+    return {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+before = packages()
+import sparse_kernels
+print(*sorted(packages() - before))
+"""
+    loaded = run_python(code, unpacked, tmp_path).split()
+    assert loaded == ["_sparse_kernels_cpu", "sparse_kernels"]
+
+
+def test_readme_example_runs(unpacked, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) == 10
+    run_python(example, unpacked, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install -c constraints.txt . && python -m benchmarks.matmul",
+        "pip install -c constraints.txt '.[test]' && python -m pytest",
+    ],
+)
+def test_readme_has_the_two_commands(command):
+    assert f"```bash\n{command}\n```" in README
+
+
+def test_readme_lists_the_files_that_exist():
+    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
+    folder, listed = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith("  ") else (name if name.endswith("/") else "")
+        path = f"{folder}{name}" if line.startswith("  ") else name
+        assert (ROOT / path).exists(), path
+        listed.add(path)
+    unlisted = {path for path in package_sources() if path.startswith("sparse_kernels/")} - listed
+    assert unlisted == {"sparse_kernels/__init__.py"}
