@@ -1,5 +1,6 @@
-// The Python module: pointers, sizes and a thread count in. It links no torch and knows no tensor, so one
-// build serves every torch version; sparse_kernels/cpu.py checks everything before it calls in here.
+// The Python module: pointers, sizes and a thread count in. It links no torch and knows no tensor,
+// so one build serves every torch version; sparse_kernels/cpu.py checks everything before it calls
+// in here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,9 +35,9 @@ struct Pattern {
 Pattern fan_in_pattern(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
                        int32_t block_in, uintptr_t indices) {
     Pattern pattern;
-    pattern.lists = {rows,      cols,    per_row,   nullptr,  pointer<const int32_t>(indices),
-                     nullptr,   nullptr, 0,         block_out, block_in,
-                     block_in,  1};
+    pattern.lists = {rows,     cols,    per_row, nullptr,   pointer<const int32_t>(indices),
+                     nullptr,  nullptr, 0,       block_out, block_in,
+                     block_in, 1};
     return pattern;
 }
 
@@ -108,28 +109,30 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         kernel({pattern.lists, pattern.schedule, pointer<void>(in), row_stride, col_stride,
                 pointer<void>(values), pointer<void>(bias), pointer<void>(out), tokens, threads});
     });
-    module.def("grad_weight", [](const std::string& isa, const std::string& dtype,
-                                 const Pattern& pattern, uintptr_t grad_output,
-                                 int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t input,
-                                 int64_t row_stride, int64_t col_stride, uintptr_t grad_values,
-                                 int64_t tokens, int threads) {
-        const auto kernel = sk::table_for(isa).grad_weight[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel({pattern.lists, pattern.schedule, pointer<void>(grad_output), grad_row_stride,
-                grad_col_stride, pointer<void>(input), row_stride, col_stride,
-                pointer<void>(grad_values), tokens, threads});
-    });
+    module.def(
+        "grad_weight", [](const std::string& isa, const std::string& dtype, const Pattern& pattern,
+                          uintptr_t grad_output, int64_t grad_row_stride, int64_t grad_col_stride,
+                          uintptr_t input, int64_t row_stride, int64_t col_stride,
+                          uintptr_t grad_values, int64_t tokens, int threads) {
+            const auto kernel = sk::table_for(isa).grad_weight[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({pattern.lists, pattern.schedule, pointer<void>(grad_output), grad_row_stride,
+                    grad_col_stride, pointer<void>(input), row_stride, col_stride,
+                    pointer<void>(grad_values), tokens, threads});
+        });
     module.def("abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
                               int64_t row_stride, int64_t col_stride, uintptr_t y, int64_t rows,
                               int64_t cols, int64_t k, int threads) {
         const auto kernel = sk::table_for(isa).abs_topk[static_cast<int>(dtype_from(dtype))];
         py::gil_scoped_release release;
-        kernel({pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
+        kernel(
+            {pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
     });
     module.def("keep_freed_memory", sk::keep_freed_memory);
 
-    module.def("measure_fma_gflops",
-               [](const std::string& isa, int threads) { return sk::table_for(isa).fma_gflops(threads); });
+    module.def("measure_fma_gflops", [](const std::string& isa, int threads) {
+        return sk::table_for(isa).fma_gflops(threads);
+    });
     module.def("measure_bf16_gflops", [](const std::string& isa, int threads) {
         return sk::table_for(isa).bf16_gflops(threads);
     });

@@ -162,9 +162,7 @@ def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:  # type
     tensors = layout.derive(key, lambda this: build_schedule(this, product))
     _, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, product)
     pattern = _pattern(layout, product)
-    pattern.set_schedule(
-        _panel(features, in_block)[0], *(tensor.data_ptr() for tensor in tensors)
-    )
+    pattern.set_schedule(_panel(features, in_block)[0], *(tensor.data_ptr() for tensor in tensors))
     return pattern
 
 

@@ -1,8 +1,9 @@
 // y keeps the k entries of largest magnitude of each row of x, the others are zero.
 //
-// The magnitude's bit pattern is an integer that orders like the magnitude, so the k-th largest is found by
-// bisecting over integers: each step counts, in the first-level cache, how many keys reach the middle. That
-// takes a number of steps bounded by a key's bits, whatever the data, and stops as soon as exactly k reach it.
+// The magnitude's bit pattern is an integer that orders like the magnitude, so the k-th largest is
+// found by bisecting over integers: each step counts, in the first-level cache, how many keys reach
+// the middle. That takes a number of steps bounded by a key's bits, whatever the data, and stops as
+// soon as exactly k reach it.
 #pragma once
 
 #include <algorithm>
@@ -131,8 +132,8 @@ void narrow(const Key* keys, Key* sample, int64_t padded, int64_t cols, int64_t 
                 bracket.cut(guess.low, count_reaching<T>(keys, padded, guess.low), k);
             }
         }
-        // Inside the bracket the keys are spread evenly enough to aim; every third step halves, so that
-        // no data can make this long.
+        // Inside the bracket the keys are spread evenly enough to aim; every third step halves, so
+        // that no data can make this long.
         for (int step = 1; !bracket.done(k); ++step) {
             const double aim =
                 step % 3 == 0 ? 0.5

@@ -62,7 +62,8 @@ std::string default_isa();
 // Throws std::invalid_argument for a name that is not in usable_isas().
 const KernelTable& table_for(const std::string& isa);
 
-// Asks the C library to keep freed memory for the next allocation; false where it has no such setting.
+// Asks the C library to keep freed memory for the next allocation; false where it has no such
+// setting.
 bool keep_freed_memory();
 
 }  // namespace sk

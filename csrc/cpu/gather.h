@@ -1,5 +1,5 @@
-// Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+ bias).
-// `forward` runs it over a layout's own lists, `grad_input` over the transposed ones.
+// Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+
+// bias). `forward` runs it over a layout's own lists, `grad_input` over the transposed ones.
 #pragma once
 
 #include <type_traits>
@@ -49,7 +49,8 @@ void pack_weights(const Lists& lists, const Schedule& schedule, const T* values,
     }
 }
 
-// acc[output][vector] += weight[feature][output] * tile[local[feature]][vector], one row's share of a panel.
+// acc[output][vector] += weight[feature][output] * tile[local[feature]][vector], one row's share of
+// a panel.
 template <class T, int kVectors, int kShared>
 inline __attribute__((always_inline)) void accumulate(
     const typename GatherTile<T, kVectors>::Element* panel, const uint16_t* local,
@@ -109,8 +110,8 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const bool one_panel = schedule.panels == 1;
     const int64_t chunk = std::max<int64_t>(1, kChunkRows / lists.out_block);
     const int64_t out_rows = one_panel ? chunk * lists.out_block : outputs;
-    const bool in_place = std::is_same<T, C>::value && one_panel && !lists.source_rows &&
-                          lists.out_block == 1;
+    const bool in_place =
+        std::is_same<T, C>::value && one_panel && !lists.source_rows && lists.out_block == 1;
     const bool stream = problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
                         outputs * sizeof(T) % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
@@ -129,7 +130,8 @@ void gather_tiles(const GatherProblem<T>& problem) {
         weights = arena.at<C>(weights_at);
     }
     C* bias = arena.at<C>(bias_at);
-    for (int64_t n = 0; n < outputs; ++n) bias[n] = problem.bias ? to_compute(problem.bias[n]) : C(0);
+    for (int64_t n = 0; n < outputs; ++n)
+        bias[n] = problem.bias ? to_compute(problem.bias[n]) : C(0);
 
 #pragma omp parallel num_threads(threads)
     {
@@ -161,14 +163,13 @@ void gather_tiles(const GatherProblem<T>& problem) {
             if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory
                 for (int64_t r = 0; r < lists.rows; r += chunk) {
                     const int64_t end = std::min(lists.rows, r + chunk);
-                    prefetch_lines(problem.in, first + kTile, features,
-                                   next_lines * r / lists.rows, next_lines * end / lists.rows);
+                    prefetch_lines(problem.in, first + kTile, features, next_lines * r / lists.rows,
+                                   next_lines * end / lists.rows);
                     for (int64_t e = r; e < end; ++e) {
                         entry(e, tile, out + (e - r) * lists.out_block * kTile, false, e);
                     }
-                    Tile::unpack(out, problem.out, outputs, first, tokens,
-                                             r * lists.out_block, (end - r) * lists.out_block,
-                                             stream);
+                    Tile::unpack(out, problem.out, outputs, first, tokens, r * lists.out_block,
+                                 (end - r) * lists.out_block, stream);
                 }
             } else {
                 for (int64_t n = 0; n < outputs; ++n) {
@@ -231,8 +232,8 @@ void gather_dots(const GatherProblem<T>& problem) {
                     }
                 } else {
                     for (int64_t i = begin; i < end; ++i) {
-                        const T* w = problem.values + lists.block_id(i) * block_size +
-                                     a * lists.out_stride;
+                        const T* w =
+                            problem.values + lists.block_id(i) * block_size + a * lists.out_stride;
                         const C* xb = x + static_cast<int64_t>(lists.columns[i]) * lists.in_block;
                         for (int64_t b = 0; b < lists.in_block; ++b) {
                             sum[b & 3] += to_compute(w[b * lists.in_stride]) * xb[b];
@@ -249,9 +250,12 @@ void gather_dots(const GatherProblem<T>& problem) {
 template <class T, int kVectors>
 void gather_shared(const GatherProblem<T>& problem) {
     switch (shared_outputs(problem.lists.out_block)) {
-        case 4: return gather_tiles<T, kVectors, 4>(problem);
-        case 2: return gather_tiles<T, kVectors, 2>(problem);
-        default: return gather_tiles<T, kVectors, 1>(problem);
+        case 4:
+            return gather_tiles<T, kVectors, 4>(problem);
+        case 2:
+            return gather_tiles<T, kVectors, 2>(problem);
+        default:
+            return gather_tiles<T, kVectors, 1>(problem);
     }
 }
 

@@ -23,7 +23,8 @@ struct GradWeightProblem {
     int threads;
 };
 
-// Collects one vector of partial sums for each weight and adds up their lanes, kLanes weights at a time.
+// Collects one vector of partial sums for each weight and adds up their lanes, kLanes weights at a
+// time.
 template <class C>
 struct PartialSums {
     C* vectors;  // (kPartials, lanes)
@@ -212,9 +213,12 @@ void grad_weight_outer(const GradWeightProblem<T>& problem) {
 template <class T, int kVectors>
 void grad_weight_shared(const GradWeightProblem<T>& problem) {
     switch (shared_outputs(problem.lists.out_block)) {
-        case 4: return grad_weight_tiles<T, kVectors, 4>(problem);
-        case 2: return grad_weight_tiles<T, kVectors, 2>(problem);
-        default: return grad_weight_tiles<T, kVectors, 1>(problem);
+        case 4:
+            return grad_weight_tiles<T, kVectors, 4>(problem);
+        case 2:
+            return grad_weight_tiles<T, kVectors, 2>(problem);
+        default:
+            return grad_weight_tiles<T, kVectors, 1>(problem);
     }
 }
 
@@ -222,6 +226,7 @@ template <class T>
 void grad_weight(const GradWeightProblem<T>& problem) {
     if (problem.tokens <= kDotTokens) return grad_weight_outer(problem);
     const int64_t features = problem.lists.cols * problem.lists.in_block;
+    if (features * 8 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 8>(problem);
     if (features * 4 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 4>(problem);
     return grad_weight_shared<T, 2>(problem);
 }

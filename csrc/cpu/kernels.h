@@ -1,5 +1,5 @@
-// Fills the dispatch table's row for the instruction set that this translation unit is compiled for.
-// Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
+// Fills the dispatch table's row for the instruction set that this translation unit is compiled
+// for. Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
 #include <algorithm>
 #include <chrono>
 #include <cmath>

@@ -1,4 +1,5 @@
-// Working memory that a thread keeps between calls: fresh pages cost more than the kernels that use them.
+// Working memory that a thread keeps between calls: fresh pages cost more than the kernels that use
+// them.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +7,8 @@
 
 namespace sk {
 
-// At least `bytes` bytes, aligned to 64, valid until this thread's next call. Throws std::bad_alloc.
+// At least `bytes` bytes, aligned to 64, valid until this thread's next call. Throws
+// std::bad_alloc.
 void* scratch(size_t bytes);
 
 // Hands out aligned pieces of one scratch buffer.

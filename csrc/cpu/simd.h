@@ -72,7 +72,8 @@ template <>
 inline Bf16 from_compute<Bf16>(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return Bf16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return Bf16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
     bits += 0x7fffu + ((bits >> 16) & 1u);
     return Bf16{static_cast<uint16_t>(bits >> 16)};
 }
@@ -198,8 +199,9 @@ constexpr int bit_reverse(int value, int size) {
     return out;
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]. Adding the two halves of a zip sums pairs
-// and interleaves the vectors, so log2(lanes) rounds do all sums at once, in bit-reversed order.
+// Lane i of the result is the sum of the lanes of rows[i]. Adding the two halves of a zip sums
+// pairs and interleaves the vectors, so log2(lanes) rounds do all sums at once, in bit-reversed
+// order.
 template <class T>
 inline __attribute__((always_inline)) Vec<T> sum_each(const T* rows) {
     constexpr int kN = kLanes<T>;

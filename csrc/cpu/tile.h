@@ -9,7 +9,8 @@
 namespace sk {
 namespace {
 
-// tile[f][token] = source[first_token + token][first_feature + f]; tokens past the end read as zero.
+// tile[f][token] = source[first_token + token][first_feature + f]; tokens past the end read as
+// zero.
 template <class T, int kVectors>
 void pack_tile(const Matrix<const T>& source, int64_t first_token, int64_t tokens,
                int64_t first_feature, int64_t features, Compute<T>* tile) {
@@ -91,8 +92,8 @@ inline Words rounded_high(Vec<float> value) {
 
 // bfloat16 leaves in pairs of features, so that a token's store is a whole vector.
 template <int kVectors>
-void unpack_bf16_tile(const float* tile, Bf16* out, int64_t width, int64_t first_token, int64_t tokens,
-                      int64_t first_feature, int64_t features, bool stream) {
+void unpack_bf16_tile(const float* tile, Bf16* out, int64_t width, int64_t first_token,
+                      int64_t tokens, int64_t first_feature, int64_t features, bool stream) {
     constexpr int kN = kLanes<float>;
     constexpr int64_t kTile = kVectors * kN;
     const int64_t paired = features / (2 * kN) * (2 * kN);
@@ -120,8 +121,10 @@ void unpack_bf16_tile(const float* tile, Bf16* out, int64_t width, int64_t first
             transpose<float>(rows);
             unroll<kN>([&](auto i) __attribute__((always_inline)) {
                 float* target = reinterpret_cast<float*>(to + i * width + f);
-                if (stream) stream_user(target, rows[i]);
-                else store_user(target, rows[i]);
+                if (stream)
+                    stream_user(target, rows[i]);
+                else
+                    store_user(target, rows[i]);
             });
         }
         for (int64_t f = paired; f < features; ++f) {
@@ -132,9 +135,9 @@ void unpack_bf16_tile(const float* tile, Bf16* out, int64_t width, int64_t first
     }
 }
 
-// What a tile of inputs to a gather holds: bfloat16 stays narrow, since the second-level cache is what
-// limits an unstructured gather. A lane then holds token i below token i + kLanes of its vector pair, so that
-// a shift and a mask widen it to two vectors in token order.
+// What a tile of inputs to a gather holds: bfloat16 stays narrow, since the second-level cache is
+// what limits an unstructured gather. A lane then holds token i below token i + kLanes of its
+// vector pair, so that a shift and a mask widen it to two vectors in token order.
 template <class T, int kVectors>
 struct GatherTile {
     using Element = T;
@@ -149,9 +152,8 @@ struct GatherTile {
     }
     static inline __attribute__((always_inline)) void load_row(const Element* row,
                                                                Vec<T> (&x)[kVectors]) {
-        unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
-            x[v] = load(row + v * kLanes<T>);
-        });
+        unroll<kVectors>([&](auto v)
+                             __attribute__((always_inline)) { x[v] = load(row + v * kLanes<T>); });
     }
 };
 
@@ -177,8 +179,8 @@ struct GatherTile<Bf16, kVectors> {
                     unroll<kN>([&](auto i) __attribute__((always_inline)) {
                         low[i] = load_user(
                             reinterpret_cast<const float*>(from + i * source.row_stride + f));
-                        high[i] = load_user(
-                            reinterpret_cast<const float*>(from + (i + kN) * source.row_stride + f));
+                        high[i] = load_user(reinterpret_cast<const float*>(
+                            from + (i + kN) * source.row_stride + f));
                     });
                     transpose<float>(low);
                     transpose<float>(high);
@@ -225,8 +227,8 @@ inline void prefetch_lines(const Matrix<const T>& source, int64_t first_token, i
     const int64_t row_lines = (features + kPerLine - 1) / kPerLine;
     int64_t token = begin / row_lines, line = begin % row_lines;
     for (int64_t i = begin; i < end; ++i) {
-        __builtin_prefetch(source.data + (first_token + token) * source.row_stride + line * kPerLine,
-                           0, 2);
+        __builtin_prefetch(
+            source.data + (first_token + token) * source.row_stride + line * kPerLine, 0, 2);
         if (++line == row_lines) {
             line = 0;
             ++token;
