@@ -102,8 +102,8 @@ def draw(layout: sk.FanInLayout) -> str:
         x = left + column * CELL
         drawing.text(x + CELL / 2, y + 6, str(column), text_anchor="middle", fill="#666666")
         for place, entry in enumerate(range(offsets[column], offsets[column + 1])):
-            source = str(layout.transposed.rows[entry].item())
-            colour = SLOT_COLOURS[layout.transposed.slots[entry].item()]
+            source = str(int(layout.transposed.rows[entry]))
+            colour = SLOT_COLOURS[int(layout.transposed.slots[entry])]
             drawing.cell(x, y + 14 + place * CELL, source, colour)
 
     deepest = max(end - start for start, end in itertools.pairwise(offsets))
