@@ -113,7 +113,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const bool in_place =
         std::is_same<T, C>::value && one_panel && !lists.source_rows && lists.out_block == 1;
     const bool stream = problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
-                        outputs * sizeof(T) % 64 == 0 &&
+                        outputs * sizeof(T) % 64 == 0 && out_rows * sizeof(T) % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
 
