@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks.matmul` and `python -m benchmarks.activation`."""

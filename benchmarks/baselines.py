@@ -1,0 +1,270 @@
+"""The ways to compute the three products that are measured against each other.
+
+Each candidate is a call without arguments over tensors that exist already. The dense baselines get
+every benefit of the doubt: packed weights, activations in the dtype or layout they like best, and
+no conversions on their clock. Only `masked dense` is what people run today.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import sparse_kernels as sk
+from benchmarks.problems import Case
+from benchmarks.timing import Candidate
+from sparse_kernels import ops
+from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
+
+# torch CSR multiplies at about 4 to 20 Gflop/s. A case of more work than this would take seconds.
+CSR_MAX_FLOPS = 16e9
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one case. `weight` is the dense `W` with zeros, `mask` its pattern."""
+
+    case: Case
+    problem: MatmulCase
+    weight: Tensor  # (N, K)
+    mask: Tensor  # (N, K), 0 or 1 in the weight's dtype
+
+    @classmethod
+    def draw(cls, case: Case, seed: int = 0) -> Operands:
+        """The seeded operands of a case."""
+        problem = make_problem(
+            seed,
+            case.tokens,
+            case.in_features,
+            case.out_features,
+            case.fan_in,
+            case.block,
+            case.torch_dtype,
+            bias=False,
+        )
+        pattern = replace(problem, values=torch.ones_like(problem.values))
+        return cls(case, problem, problem.dense_weight(), pattern.dense_weight())
+
+    @property
+    def x(self) -> Tensor:  # (M, K)
+        return self.problem.x
+
+    @property
+    def grad_output(self) -> Tensor:  # (M, N)
+        return self.problem.grad_output
+
+    @property
+    def used_in_features(self) -> int:
+        """Inputs that at least one output reads."""
+        return int(self.problem.layout.indices.unique().numel()) * self.case.block[1]
+
+
+def ours(operands: Operands, product: str, backend: str) -> Candidate:
+    """The product as users call it (without autograd's bookkeeping), schedules built already."""
+    x, grad = operands.x, operands.grad_output
+    values, layout = operands.problem.values, operands.problem.layout
+    calls: dict[str, Candidate] = {
+        "forward": lambda: sk.sparse_linear(x, values, layout, backend=backend),
+        "grad_input": lambda: sk.sparse_linear(
+            grad, values, layout, backend=backend, transpose=True
+        ),
+        "grad_weight": lambda: ops.grad_weight(grad, x, layout, backend),
+    }
+    return calls[product]
+
+
+def masked_dense(operands: Operands, product: str) -> Candidate:
+    """`linear(x, W * mask)`, and the backward that autograd derives from it.
+
+    The masked weight is made in the forward, which saves it for the backward; the weight's gradient
+    is masked.
+    """
+    x, grad, weight, mask = operands.x, operands.grad_output, operands.weight, operands.mask
+    masked = weight * mask
+    calls: dict[str, Candidate] = {
+        "forward": lambda: functional.linear(x, weight * mask),
+        "grad_input": lambda: grad @ masked,
+        "grad_weight": lambda: (grad.t() @ x) * mask,
+    }
+    return calls[product]
+
+
+def _plain(product: str, x: Tensor, grad: Tensor, weight: Tensor) -> Candidate:
+    calls: dict[str, Candidate] = {
+        "forward": lambda: functional.linear(x, weight),
+        "grad_input": lambda: grad @ weight,
+        "grad_weight": lambda: grad.t() @ x,
+    }
+    return calls[product]
+
+
+def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
+    """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
+
+    Times the same multiplications whatever the values are, so the masked operands serve.
+    """
+    tensors = (operands.x, operands.grad_output, operands.weight)
+    return _plain(product, *(tensor.to(dtype) for tensor in tensors))
+
+
+def dense_medium_precision(operands: Operands, product: str) -> Candidate:
+    """fp32 in and out with `set_float32_matmul_precision("medium")`: bf16 inside."""
+    call = dense(operands, product, torch.float32)
+
+    def run() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
+    """oneDNN's inner product, weights packed beforehand.
+
+    torch uses MKL for fp32, which is slow on processors that are not Intel's. In `grad_weight`
+    nothing is constant: the packing of its second operand is part of the call.
+    """
+    x, grad, weight = (t.to(dtype) for t in (operands.x, operands.grad_output, operands.weight))
+    linear = torch.ops.mkldnn._linear_pointwise
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    if product == "grad_weight":
+        return lambda: linear(grad.t().contiguous(), x.t(), None, "none", [], None)
+    left, right = (x, weight) if product == "forward" else (grad, weight.t().contiguous())
+    packed = pack(right, left.shape[0])
+    return lambda: linear(left, packed, None, "none", [], None)
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have oneDNN's inner product in `dtype`."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
+def dense_candidates(operands: Operands, product: str) -> dict[str, Candidate]:
+    """Every dense way there is in this process, by the name that a result gives it.
+
+    The name says the precision of the multiplications: fp32, or bf16.
+    """
+    candidates = {
+        "torch fp32": dense(operands, product, torch.float32),
+        "torch bf16": dense(operands, product, torch.bfloat16),
+    }
+    if has_onednn(torch.float32):
+        candidates["oneDNN fp32"] = dense_onednn(operands, product, torch.float32)
+    if has_onednn(torch.bfloat16):
+        candidates["oneDNN bf16"] = dense_onednn(operands, product, torch.bfloat16)
+        if operands.case.dtype == "float32":
+            candidates["torch via bf16"] = dense_medium_precision(operands, product)
+    return candidates
+
+
+def why_no_csr(case: Case) -> str | None:
+    """None if torch CSR can run the case, else why not."""
+    if case.dtype != "float32":
+        return f"torch has no CSR matmul in {case.dtype}"
+    if not torch.backends.mkl.is_available():
+        return "torch's CSR matmul needs MKL, and this torch has none"
+    if 2.0 * case.tokens * case.nnz > CSR_MAX_FLOPS:
+        return "it would take seconds a call"
+    return None
+
+
+def csr_candidates(operands: Operands, product: str) -> dict[str, Candidate]:
+    """The product with a torch CSR weight, in each form that torch offers; the faster one counts.
+
+    `torch.sparse.mm` returns `Y^T`: its transposition is left out, in CSR's favour. The weight's
+    gradient is `sampled_addmm`, which users have to call themselves: autograd has no such rule.
+    """
+    with warnings.catch_warnings():
+        # CSR is in beta, says torch, once a process.
+        warnings.simplefilter("ignore", UserWarning)
+        weight = _to_csr(operands.weight)
+        transposed = _to_csr(operands.weight.t())
+        pattern = _to_csr(operands.mask)
+        x, grad = operands.x, operands.grad_output
+        if product == "grad_weight":
+            left = grad.t().contiguous()
+            return {"sampled_addmm": lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)}
+        matrix, dense_side = (weight, x) if product == "forward" else (transposed, grad)
+        return {
+            "linear": lambda: functional.linear(dense_side, matrix),
+            "sparse.mm": lambda: torch.sparse.mm(matrix, dense_side.t()).t(),
+        }
+
+
+def _to_csr(matrix: Tensor) -> Tensor:
+    # MKL multiplies with 32-bit indices; given 64-bit ones torch converts them at every call.
+    csr = matrix.to_sparse_csr()
+    return torch.sparse_csr_tensor(
+        csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape
+    )
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors relative to the largest element of the float64 result, and the verdict."""
+
+    error: float
+    torch_error: float
+    is_good: bool
+    checked: str
+
+
+# Rows of the result that are compared: enough to meet every tile, few enough for float64.
+CHECKED_ROWS = 64
+
+
+def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
+    """Compares the call that is going to be timed with float64, beside torch's dense product.
+
+    The verdict is that of the tests: at most twice torch's error in the same dtype, plus one
+    rounding. Only some rows of the result are compared, each of them whole: tokens, or for
+    `grad_weight` output features, spread evenly from the first to the last.
+    """
+    problem, case = operands.problem, operands.case
+    result = call()
+    assert isinstance(result, Tensor)
+    if product == "grad_weight":
+        block_out = case.block[0]
+        rows = _spread(problem.layout.block_rows, max(1, CHECKED_ROWS // block_out))
+        features = (rows[:, None] * block_out + torch.arange(block_out)).flatten()
+        part = replace(
+            problem,
+            layout=sk.FanInLayout(
+                problem.layout.indices[rows], case.in_features, len(features), case.block
+            ),
+            values=problem.values[rows],
+            grad_output=problem.grad_output[:, features],
+        )
+        checked = f"{len(features)} of {case.out_features} output features"
+    else:
+        rows = _spread(case.tokens, CHECKED_ROWS)
+        part = replace(problem, x=problem.x[rows], grad_output=problem.grad_output[rows])
+        checked = f"{len(rows)} of {case.tokens} tokens"
+    truth, stock = part.reference64(product), part.torch_dense(product)
+    error = max_error(result[rows], truth)
+    largest = max(float(truth.abs().max()), torch.finfo(torch.float64).tiny)
+    return Accuracy(
+        error=min(error, sys.float_info.max) / largest,
+        torch_error=max_error(stock, truth) / largest,
+        is_good=error <= allowed_error(stock, truth),
+        checked=checked,
+    )
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """At most `count` row numbers, evenly from the first to the last."""
+    numbers = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64)
+    return numbers.round().long()

@@ -1,0 +1,180 @@
+"""What is measured: the layer shapes of the published weight-sparse transformers.
+
+Widths 256 to 4096 (`d_model`), densities 1/16 to 1/1024 and never fewer than 4 inputs per output
+(Gao et al., 2025, "Weight-sparse transformers have interpretable circuits", section 2 and the
+released code). Each block of the model has four weight-sparse matrices: the fused q, k, v
+projection, the attention output projection and the two of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+PRODUCTS = ("forward", "grad_input", "grad_weight")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENS = (1, 64, 2048)
+WIDTHS = (256, 512, 1024, 2048, 4096)
+DENSITY_INVERSES = (16, 32, 64, 128, 256, 512, 1024)
+# No neuron or channel of the published models keeps fewer.
+MIN_FAN_IN = 4
+# The cases that the project has promised a speed for: in_features, out_features, fan_in.
+TARGETS = ((1024, 1024, 64), (1024, 4096, 32), (4096, 1024, 128), (2048, 8192, 8))
+TARGET_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One matrix, one number of tokens, one dtype: all products of it are measured together."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    fan_in: int
+    block: tuple[int, int] = (1, 1)
+    dtype: str = "float32"
+
+    @property
+    def density(self) -> float:
+        return self.fan_in / self.in_features
+
+    @property
+    def nnz(self) -> int:
+        return self.out_features * self.fan_in
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def is_target(self) -> bool:
+        """Whether this is one of the cases that a speed was promised for."""
+        shape = (self.in_features, self.out_features, self.fan_in)
+        return shape in TARGETS and self.block == (1, 1) and self.tokens == TARGET_TOKENS
+
+    @property
+    def block_name(self) -> str:
+        return f"{self.block[0]}x{self.block[1]}"
+
+    def __str__(self) -> str:
+        return (
+            f"M={self.tokens} K={self.in_features} N={self.out_features} "
+            f"fan_in={self.fan_in} {self.block_name} {self.dtype}"
+        )
+
+
+def layer_shapes(width: int) -> dict[str, tuple[int, int]]:
+    """`(in_features, out_features)` of the sparse matrices of one block of width `d_model`."""
+    return {
+        "attention output": (width, width),
+        "fused q, k, v": (width, 3 * width),
+        "MLP in": (width, 4 * width),
+        "MLP out": (4 * width, width),
+    }
+
+
+def layer_name(in_features: int, out_features: int) -> str:
+    """Which layer of which published width has this shape, or an empty string."""
+    for width in WIDTHS:
+        for name, shape in layer_shapes(width).items():
+            if shape == (in_features, out_features):
+                return f"{name}, d_model {width}"
+    return ""
+
+
+def default_cases() -> list[Case]:
+    """The subset that takes minutes: what was promised, every block, the spread of densities."""
+    cases = [Case(TARGET_TOKENS, *shape, dtype=dtype) for shape in TARGETS for dtype in DTYPES]
+    # Blocks that share an index list, at one fan-in: what sharing is worth.
+    blocks = ((1, 1), (4, 1), (16, 1), (16, 16), (32, 32))
+    cases += [
+        Case(2048, 1024, 1024, 128, block, dtype)
+        for block in blocks
+        for dtype in (DTYPES if block in ((1, 1), (16, 1)) else ("float32",))
+    ]
+    # One shape over the densities, for the curve of each block (a 16x16 block keeps 16 inputs).
+    for fan_in in (64, 16, 4):
+        cases += [Case(2048, 1024, 4096, fan_in, block) for block in ((1, 1), (16, 1))]
+    cases += [Case(2048, 1024, 4096, fan_in, (16, 16)) for fan_in in (64, 32, 16)]
+    # The narrowest and the widest model, and the sparsest.
+    cases += [
+        Case(2048, 256, 1024, 16),
+        Case(2048, 256, 1024, 4),
+        Case(2048, 256, 768, 16),
+        Case(2048, 1024, 256, 16),
+        Case(2048, 2048, 2048, 32),
+        Case(2048, 4096, 4096, 4),
+    ]
+    # Decoding, one token at a time and in small batches.
+    for tokens in (1, 64):
+        cases += [
+            Case(tokens, *shape, dtype=dtype)
+            for shape in ((2048, 8192, 8), (1024, 4096, 32))
+            for dtype in DTYPES
+        ]
+    return _unique(cases)
+
+
+def full_cases() -> list[Case]:
+    """Every layer of every width at every density, in both dtypes; blocks at three widths."""
+    cases = default_cases()
+    for width in WIDTHS:
+        for in_features, out_features in layer_shapes(width).values():
+            for inverse in DENSITY_INVERSES:
+                fan_in = in_features // inverse
+                if fan_in < MIN_FAN_IN:
+                    continue
+                for tokens in TOKENS:
+                    for dtype in DTYPES:
+                        for block in _blocks(width, tokens):
+                            if fan_in % block[1] == 0:
+                                shape = (in_features, out_features, fan_in)
+                                cases.append(Case(tokens, *shape, block, dtype))
+    return _unique(cases)
+
+
+def _blocks(width: int, tokens: int) -> tuple[tuple[int, int], ...]:
+    if width in (512, 1024, 2048) and tokens == TARGET_TOKENS:
+        return ((1, 1), (4, 1), (16, 1), (16, 16), (32, 32))
+    return ((1, 1),)
+
+
+def smoke_cases() -> list[Case]:
+    """Tiny: every kind of case in seconds."""
+    cases = [Case(tokens, 64, 128, 8, dtype=dtype) for tokens in (1, 33) for dtype in DTYPES]
+    cases += [Case(33, 64, 128, 16, block) for block in ((16, 1), (16, 16))]
+    cases.append(Case(2048, 64, 48, 4))
+    return cases
+
+
+def select(
+    cases: Iterable[Case],
+    *,
+    shape: tuple[int, ...] | None = None,
+    tokens: int | None = None,
+    block: tuple[int, int] | None = None,
+    dtype: str | None = None,
+) -> list[Case]:
+    """The cases with this shape `(K, N)` or `(K, N, fan_in)`, tokens, block and dtype."""
+    return [
+        case
+        for case in cases
+        if (
+            shape is None
+            or (case.in_features, case.out_features, case.fan_in)[: len(shape)] == shape
+        )
+        and (tokens is None or case.tokens == tokens)
+        and (block is None or case.block == block)
+        and (dtype is None or case.dtype == dtype)
+    ]
+
+
+def _unique(cases: Iterable[Case]) -> list[Case]:
+    """Without repetitions, grouped by shape in the order in which the shapes first appear."""
+    found = list(dict.fromkeys(cases))
+    groups: dict[tuple[int, int, int], list[Case]] = {}
+    for case in found:
+        groups.setdefault((case.tokens, case.in_features, case.out_features), []).append(case)
+    return [case for group in groups.values() for case in group]
