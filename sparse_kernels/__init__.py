@@ -1,7 +1,21 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels.backends import available_backends
+from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
+from sparse_kernels.linear import SparseLinear
 from sparse_kernels.matmul import sparse_linear
+from sparse_kernels.reference import from_dense, to_dense
+from sparse_kernels.rewire import rewire_
 
-__all__ = ["FanInLayout", "available_backends", "sparse_linear"]
+__all__ = [
+    "FanInLayout",
+    "SparseLinear",
+    "available_backends",
+    "densify_",
+    "from_dense",
+    "rewire_",
+    "sparse_linear",
+    "sparsify_",
+    "to_dense",
+]

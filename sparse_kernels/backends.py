@@ -28,6 +28,16 @@ def why_not(name: str, problem: Problem) -> str | None:
     return f"not built yet: this release has no {name} backend, which will need an NVIDIA GPU"
 
 
+def check_name(backend: object) -> None:
+    """Raises TypeError or ValueError unless `backend` is None or the name of a backend."""
+    if backend is None:
+        return
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+
+
 def choose(problem: Problem, backend: str | None = None) -> str:
     """The backend that runs `problem`: the one asked for, or the fastest that can.
 
@@ -36,11 +46,8 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         RuntimeError: the backend asked for, or every one but `reference`, cannot run the problem.
             The message says why. Nothing falls back silently.
     """
+    check_name(backend)
     if backend is not None:
-        if not isinstance(backend, str):
-            raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
-        if backend not in NAMES:
-            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
         reason = why_not(backend, problem)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {problem.product}: {reason}")

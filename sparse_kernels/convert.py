@@ -1,0 +1,142 @@
+"""Whole models: every `nn.Linear` to a `SparseLinear` in place, and back.
+
+One matrix is converted by `from_dense` and `to_dense`, one layer by `SparseLinear.from_dense` and
+`SparseLinear.to_dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from sparse_kernels.linear import SparseLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+Fan = int | Callable[[str, nn.Linear], int]
+
+
+def sparsify_(
+    model: Model,
+    fan_in: Fan | None = None,
+    *,
+    fan_out: Fan | None = None,
+    block: tuple[int, int] = (1, 1),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    backend: str | None = None,
+) -> Model:
+    """Replaces every selected `nn.Linear` of `model` by a SparseLinear of its largest weights.
+
+    Only modules whose type is `nn.Linear` itself are selected: a subclass has its own forward, or a
+    parent that reads its weight (as `nn.MultiheadAttention` does with its projection). A module
+    that occurs several times is converted once and stays shared. Every layer is converted before
+    the first is replaced, so a refusal leaves the model as it was. Make the optimizer afterwards:
+    the weights are new Parameters.
+
+    Args:
+        model: the model to change; not itself an `nn.Linear`.
+        fan_in, fan_out: as for SparseLinear, one of them; or a function of the module's qualified
+            name and the module that returns it.
+        block, backend: as for SparseLinear.
+        filter_fn: of a module and its qualified name; False leaves the module dense.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: a size that does not fit, the message names the module; a selected weight that
+            another module uses too, as tied embeddings do; no module selected; or a model that is
+            itself an `nn.Linear`.
+    """
+    _check(model, filter_fn)
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model is itself an nn.Linear and cannot be replaced in place: "
+            "use SparseLinear.from_dense(model, ...)"
+        )
+    if (fan_in is None) == (fan_out is None):
+        raise ValueError("exactly one of fan_in and fan_out must be given")
+    chosen: dict[str, nn.Linear] = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, name))
+    }
+    if not chosen:
+        raise ValueError("filter_fn must select at least one nn.Linear of the model, got none")
+    _check_untied(model, chosen)
+    made: dict[nn.Module, nn.Module] = {}
+    for name, linear in chosen.items():
+        if linear in made:
+            continue
+        try:
+            made[linear] = SparseLinear.from_dense(
+                linear,
+                fan_in=fan_in(name, linear) if callable(fan_in) else fan_in,
+                fan_out=fan_out(name, linear) if callable(fan_out) else fan_out,
+                block=block,
+                backend=backend,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"module {name!r}: {error}") from error
+    for name, linear in chosen.items():
+        _replace(model, name, made[linear])
+    return model
+
+
+def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
+    """Replaces every selected SparseLinear of `model` by the `nn.Linear` that computes the same.
+
+    Args:
+        model: the model to change; not itself a SparseLinear.
+        filter_fn: of a module and its qualified name; False leaves the module sparse.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear.
+    """
+    _check(model, filter_fn)
+    if isinstance(model, SparseLinear):
+        raise ValueError(
+            "model is itself a SparseLinear and cannot be replaced in place: use model.to_dense()"
+        )
+    chosen: dict[str, SparseLinear] = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name))
+    }
+    made = {layer: layer.to_dense() for layer in chosen.values()}
+    for name, layer in chosen.items():
+        _replace(model, name, made[layer])
+    return model
+
+
+def _check(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
+
+
+def _check_untied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    """Raises ValueError if a weight to be converted is the weight of another module as well."""
+    users: dict[Tensor, set[nn.Module]] = {}
+    names: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users.setdefault(parameter, set()).add(module)
+            names.setdefault(parameter, []).append(f"{name}.{part}")
+    for linear in chosen.values():
+        if len(users[linear.weight]) > 1:
+            raise ValueError(
+                f"{' and '.join(names[linear.weight])} are one Parameter, which a sparse layer "
+                f"cannot share: leave it out with filter_fn, or untie it"
+            )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
