@@ -1,0 +1,35 @@
+"""Shared by all tests: hypothesis profiles, and a process state that no test can leave behind.
+
+Profiles: `dev` explores new examples on each run; `ci` (chosen when the environment has CI set)
+draws more of them, always the same ones, and prints how to replay a failure.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("dev", max_examples=20, **_COMMON)
+settings.register_profile("ci", max_examples=40, derandomize=True, print_blob=True, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    """Uninitialised tensors are NaN (a forgotten store shows), and threads and seed are put back.
+
+    `torch.use_deterministic_algorithms` makes `torch.empty` fill its memory: NaN for floats, the
+    largest value for integers.
+    """
+    threads = torch.get_num_threads()
+    rng = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_rng_state(rng)
+    torch.set_num_threads(threads)

@@ -1,0 +1,134 @@
+"""No dense matrix, ever: memory follows the weights that exist.
+
+Each case runs in a process of its own and reports by how much its peak of resident memory grew.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+PREAMBLE = """
+import resource, sys, torch, sparse_kernels as sk
+torch.set_num_threads(2)
+layer = sk.SparseLinear(32, 32, fan_in=4)
+layer(torch.randn(70, 32)).sum().backward()   # libraries are loaded, threads started
+del layer
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak_mb()
+"""
+EPILOGUE = """
+print(peak_mb() - before)
+"""
+
+
+def grown_mb(program):
+    """How many megabytes the peak grows by while the program runs."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + program + EPILOGUE], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux only"
+)
+
+TRAIN = """
+torch.manual_seed(0)
+layer = sk.SparseLinear({K}, {N}, {fan}, block={block}, bias=False)
+optimizer = torch.optim.Adam(layer.parameters(), foreach=False)
+for _ in range(2):
+    x = torch.randn({M}, {K}, requires_grad=True)
+    layer(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("fan", ["fan_in=4", "fan_out=4"])
+@pytest.mark.parametrize("size", [50_000, 200_000])
+def test_a_training_step_of_a_huge_layer(size, fan):
+    """Dense fp32 would be 10 GB and 160 GB for the weight alone."""
+    rows = 8
+    grown = grown_mb(TRAIN.format(K=size, N=size, fan=fan, block=(1, 1), M=rows))
+    weights_mb = 4 * size * 4 / 2**20
+    # Tokens are worked on in tiles of up to 64, in each of two threads: that much activation memory
+    # is needed for any number of tokens; x, y and their gradients with temporaries are far less.
+    tile_mb = 2 * 2 * 64 * size * 4 / 2**20
+    # value, gradient, two moments, indices, the transposed list, schedules of three products, draws
+    assert grown < 60 + 50 * weights_mb + tile_mb
+
+
+def test_memory_does_not_grow_with_the_product_of_the_sides():
+    """Eight times the features with the same fan-in: about eight times the memory, not 64."""
+    base, wide = (
+        grown_mb(TRAIN.format(K=size, N=size, fan="fan_in=4", block=(1, 1), M=8))
+        for size in (100_000, 800_000)
+    )
+    assert wide < 12 * base
+
+
+def test_memory_follows_fan_in():
+    """At one size, the weights decide."""
+    thin, thick = (
+        grown_mb(TRAIN.format(K=4096, N=4096, fan=f"fan_in={fan_in}", block=(1, 1), M=64))
+        for fan_in in (4, 64)
+    )
+    dense_mb = 4096 * 4096 * 4 / 2**20
+    assert thin < dense_mb / 2  # even with activations and working memory
+    assert thick < 2 * dense_mb  # 1.6% of the weights: 4 copies of dense would be 256 MB
+
+
+def test_rewiring_stays_sparse():
+    size = 200_000
+    program = (
+        TRAIN.format(K=size, N=size, fan="fan_in=4", block=(1, 1), M=2)
+        + f"""
+sk.rewire_(layer, optimizer, sk.FanInLayout.random({size}, {size}, 4))
+layer.load_state_dict(layer.state_dict())
+"""
+    )
+    assert grown_mb(program) < 60 + 50 * 4 * size * 4 / 2**20 + 400
+
+
+def test_many_layouts_do_not_pile_up():
+    """Rewiring again and again leaves no old layout, schedule or working memory behind."""
+    program = """
+layer = sk.SparseLinear(3000, 3000, fan_in=100, bias=False)
+optimizer = torch.optim.Adam(layer.parameters())
+x = torch.randn(16, 3000)
+def step():
+    layer(x).sum().backward()
+    optimizer.step()
+    sk.rewire_(layer, optimizer, sk.FanInLayout.random(3000, 3000, 100))
+for _ in range(10):
+    step()
+before = peak_mb()
+for _ in range(40):
+    step()
+"""
+    # One layout with its schedules is about 8 MB: forty of them would be 300.
+    assert grown_mb(program) < 60
+
+
+def test_a_call_keeps_nothing_but_its_inputs_for_backward():
+    """Saved for backward: x and the values themselves, no copies."""
+    program = """
+layer = sk.SparseLinear(4096, 4096, fan_in=8, bias=False)
+x = torch.randn(4096, 4096)
+layer(x[:70])
+kept = []
+torch.autograd.graph.saved_tensors_hooks.__enter__(
+    torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t))
+y = layer(x.requires_grad_())
+assert set(kept) == {x.data_ptr(), layer.weight.data_ptr()}, kept
+"""
+    grown_mb(program)
+
+
+def test_the_measurement_sees_a_dense_matrix():
+    """The helper of this file would notice what the other tests must not find."""
+    assert grown_mb("dense = torch.ones(5000, 5000)") > 80

@@ -1,0 +1,336 @@
+"""Bad input is refused with ValueError or TypeError that names the argument, what it got and needs.
+
+Each row: the call, the exception, and words that the message must hold (the argument's name first).
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracle import TARGETS
+
+import sparse_kernels as sk
+
+
+def check_refusal(call, kind, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def table(*rows, dtype=torch.int32):
+    return torch.tensor(rows, dtype=dtype)
+
+
+GOOD = table([0, 1], [1, 3])
+
+LAYOUT = {
+    # indices
+    "list": (lambda: sk.FanInLayout([[0, 1]], 4), TypeError, ["indices", "Tensor", "list"]),
+    "numpy": (lambda: sk.FanInLayout(np.zeros((1, 1), np.int32), 4), TypeError, ["indices"]),
+    "float": (lambda: sk.FanInLayout(GOOD.float(), 4), TypeError, ["indices", "int32", "float32"]),
+    "bool": (lambda: sk.FanInLayout(GOOD.bool(), 4), TypeError, ["indices", "int32", "bool"]),
+    "int16": (lambda: sk.FanInLayout(GOOD.short(), 4), TypeError, ["indices", "int32", "int16"]),
+    "1-d": (lambda: sk.FanInLayout(GOOD[0], 4), ValueError, ["indices", "(2,)", "two"]),
+    "3-d": (lambda: sk.FanInLayout(GOOD[None], 4), ValueError, ["indices", "(1, 2, 2)"]),
+    "meta": (lambda: sk.FanInLayout(GOOD.to("meta"), 4), ValueError, ["indices", "meta"]),
+    "negative": (lambda: sk.FanInLayout(table([-1, 1]), 4), ValueError, ["indices", "-1", "4"]),
+    "too large": (lambda: sk.FanInLayout(table([0, 4]), 4), ValueError, ["indices", "4", "[0, 1]"]),
+    "past the block columns": (
+        lambda: sk.FanInLayout(table([0, 2]), 4, block=(1, 2)),
+        ValueError,
+        ["indices", "got 2"],
+    ),
+    "past int32": (
+        lambda: sk.FanInLayout(table([0, 2**32], dtype=torch.int64), 4),
+        ValueError,
+        ["indices", str(2**32)],
+    ),
+    "past int32 and negative": (
+        lambda: sk.FanInLayout(table([-(2**63), 1], dtype=torch.int64), 4),
+        ValueError,
+        ["indices", str(-(2**63))],
+    ),
+    "duplicate": (lambda: sk.FanInLayout(table([1, 1]), 4), ValueError, ["indices", "duplicate"]),
+    "unsorted": (
+        lambda: sk.FanInLayout(table([0, 1], [3, 1]), 4),
+        ValueError,
+        ["indices", "increasing", "3", "1"],
+    ),
+    "no rows": (
+        lambda: sk.FanInLayout(torch.empty(0, 2, dtype=torch.int32), 4),
+        ValueError,
+        ["indices", "(0, 2)"],
+    ),
+    "no columns": (
+        lambda: sk.FanInLayout(torch.empty(2, 0, dtype=torch.int32), 4),
+        ValueError,
+        ["indices", "(2, 0)"],
+    ),
+    "more columns than there are": (
+        lambda: sk.FanInLayout(table([0, 1, 2]), 2),
+        ValueError,
+        ["indices", "(1, 3)", "2"],
+    ),
+    # sizes
+    "wrong rows": (lambda: sk.FanInLayout(GOOD, 4, 3), ValueError, ["indices", "3", "(2, 2)"]),
+    "in_features 0": (lambda: sk.FanInLayout(GOOD, 0), ValueError, ["in_features", "0"]),
+    "in_features negative": (lambda: sk.FanInLayout(GOOD, -4), ValueError, ["in_features", "-4"]),
+    "in_features float": (lambda: sk.FanInLayout(GOOD, 4.0), TypeError, ["in_features", "4.0"]),
+    "in_features bool": (lambda: sk.FanInLayout(GOOD, True), TypeError, ["in_features", "True"]),
+    "in_features None": (lambda: sk.FanInLayout(GOOD, None), TypeError, ["in_features", "None"]),
+    "out_features 0": (lambda: sk.FanInLayout(GOOD, 4, 0), ValueError, ["out_features", "0"]),
+    "out_features str": (lambda: sk.FanInLayout(GOOD, 4, "2"), TypeError, ["out_features", "2"]),
+    # block
+    "block int": (lambda: sk.FanInLayout(GOOD, 4, block=2), TypeError, ["block", "2"]),
+    "block of one": (lambda: sk.FanInLayout(GOOD, 4, block=(2,)), TypeError, ["block", "(2,)"]),
+    "block of three": (
+        lambda: sk.FanInLayout(GOOD, 4, block=(1, 1, 1)),
+        TypeError,
+        ["block", "(1, 1, 1)"],
+    ),
+    "block str": (lambda: sk.FanInLayout(GOOD, 4, block="11"), TypeError, ["block", "11"]),
+    "block 0": (lambda: sk.FanInLayout(GOOD, 4, block=(0, 1)), ValueError, ["block", "0"]),
+    "block negative": (lambda: sk.FanInLayout(GOOD, 4, block=(1, -1)), ValueError, ["block", "-1"]),
+    "block float": (lambda: sk.FanInLayout(GOOD, 4, block=(1, 2.0)), TypeError, ["block", "2.0"]),
+    "block bool": (lambda: sk.FanInLayout(GOOD, 4, block=(True, 1)), TypeError, ["block", "True"]),
+    "block_in does not divide": (
+        lambda: sk.FanInLayout(GOOD, 7, block=(1, 2)),
+        ValueError,
+        ["block", "in_features", "2", "7"],
+    ),
+    "block_out does not divide": (
+        lambda: sk.FanInLayout(GOOD, 8, 5, block=(2, 1)),
+        ValueError,
+        ["block", "out_features", "2", "5"],
+    ),
+    # random
+    "fan_in 0": (lambda: sk.FanInLayout.random(4, 4, 0), ValueError, ["fan_in", "0"]),
+    "fan_in negative": (lambda: sk.FanInLayout.random(4, 4, -1), ValueError, ["fan_in", "-1"]),
+    "fan_in float": (lambda: sk.FanInLayout.random(4, 4, 2.0), TypeError, ["fan_in", "2.0"]),
+    "fan_in bool": (lambda: sk.FanInLayout.random(4, 4, True), TypeError, ["fan_in", "True"]),
+    "fan_in > K": (lambda: sk.FanInLayout.random(4, 4, 5), ValueError, ["fan_in", "5", "4"]),
+    "fan_in not in blocks": (
+        lambda: sk.FanInLayout.random(4, 8, 3, (1, 2)),
+        ValueError,
+        ["fan_in", "3", "2"],
+    ),
+    "random out 0": (lambda: sk.FanInLayout.random(0, 4, 1), ValueError, ["out_features", "0"]),
+    "random in 0": (lambda: sk.FanInLayout.random(4, 0, 1), ValueError, ["in_features", "0"]),
+    "random block": (
+        lambda: sk.FanInLayout.random(4, 6, 4, (1, 4)),
+        ValueError,
+        ["block", "in_features", "4", "6"],
+    ),
+    "random on meta": (
+        lambda: sk.FanInLayout.random(4, 4, 2, device="meta"),
+        ValueError,
+        ["device", "meta"],
+    ),
+    "sizes past int64": (
+        lambda: sk.FanInLayout.random(2**64, 4, 2),
+        ValueError,
+        ["out_features", str(2**64)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_layout_refuses(name):
+    check_refusal(*LAYOUT[name])
+
+
+M, K, N = 5, 8, 6
+BLOCK = (3, 2)
+MADE = sk.FanInLayout.random(N, K, 4, BLOCK, generator=torch.Generator().manual_seed(0))
+
+
+def linear(**changed):
+    """`sparse_linear` with one argument of a good call replaced."""
+    arguments = {
+        "x": torch.ones(M, K),
+        "values": torch.ones(MADE.values_shape),
+        "layout": MADE,
+        "bias": torch.ones(N),
+        **changed,
+    }
+    return lambda: sk.sparse_linear(**arguments)
+
+
+VALUES = torch.ones(MADE.values_shape)
+SPARSE_LINEAR = {
+    "x list": (linear(x=[[1.0] * K]), TypeError, ["x", "Tensor", "list"]),
+    "x numpy": (linear(x=np.ones((M, K), np.float32)), TypeError, ["x", "Tensor", "ndarray"]),
+    "x None": (linear(x=None), TypeError, ["x", "Tensor", "None"]),
+    "x scalar": (linear(x=torch.tensor(1.0)), ValueError, ["x", "()", str(K)]),
+    "x width": (linear(x=torch.ones(M, K + 1)), ValueError, ["x", f"({M}, {K + 1})", str(K)]),
+    "x transposed": (linear(x=torch.ones(K, M)), ValueError, ["x", f"({K}, {M})", str(K)]),
+    "x no width": (linear(x=torch.ones(M, 0)), ValueError, ["x", f"({M}, 0)", str(K)]),
+    "x for transpose": (
+        linear(transpose=True, bias=None),
+        ValueError,
+        ["x", f"({M}, {K})", "out_features", str(N)],
+    ),
+    "x int64": (linear(x=torch.ones(M, K).long()), TypeError, ["x", "int64", "float"]),
+    "x bool": (linear(x=torch.ones(M, K).bool()), TypeError, ["x", "bool", "float"]),
+    "x complex": (linear(x=torch.ones(M, K).cfloat()), TypeError, ["x", "complex64", "float"]),
+    "x float16": (
+        linear(x=torch.ones(M, K).half(), values=VALUES.half(), bias=None),
+        TypeError,
+        ["x", "float16", "float32", "bfloat16", "float64"],
+    ),
+    "x float8": (
+        linear(x=torch.ones(M, K).to(torch.float8_e5m2)),
+        TypeError,
+        ["x", "float8_e5m2", "float32"],
+    ),
+    "x on meta": (linear(x=torch.ones(M, K, device="meta")), ValueError, ["x", "cpu", "meta"]),
+    "x sparse": (linear(x=torch.ones(M, K).to_sparse()), (TypeError), ["x", "strided", "sparse"]),
+    "x mkldnn": (linear(x=torch.ones(M, K).to_mkldnn()), (TypeError), ["x", "strided", "mkldnn"]),
+    "x nested": (
+        linear(x=torch.nested.nested_tensor([torch.ones(2, K), torch.ones(3, K)])),
+        TypeError,
+        ["x", "nested"],
+    ),
+    "values list": (linear(values=[1.0]), TypeError, ["values", "Tensor", "list"]),
+    "values None": (linear(values=None), TypeError, ["values", "Tensor", "None"]),
+    "values dtype": (linear(values=VALUES.double()), TypeError, ["values", "float64", "float32"]),
+    "values int": (linear(values=VALUES.int()), TypeError, ["values", "int32"]),
+    "values flat": (
+        linear(values=VALUES.flatten()),
+        ValueError,
+        ["values", str(MADE.values_shape), f"({VALUES.numel()},)"],
+    ),
+    "values shape": (
+        linear(values=VALUES.transpose(2, 3)),
+        ValueError,
+        ["values", str(MADE.values_shape), str(tuple(VALUES.transpose(2, 3).shape))],
+    ),
+    "values one row short": (linear(values=VALUES[1:]), ValueError, ["values", "(1, 2, 3, 2)"]),
+    "values on meta": (linear(values=VALUES.to("meta")), ValueError, ["values", "cpu", "meta"]),
+    "values sparse": (linear(values=VALUES.to_sparse()), TypeError, ["values", "sparse"]),
+    "bias list": (linear(bias=[1.0] * N), TypeError, ["bias", "Tensor", "list"]),
+    "bias True": (linear(bias=True), TypeError, ["bias", "Tensor", "bool"]),
+    "bias size": (linear(bias=torch.ones(N + 1)), ValueError, ["bias", f"({N},)", f"({N + 1},)"]),
+    "bias 2-d": (linear(bias=torch.ones(1, N)), ValueError, ["bias", f"({N},)", f"(1, {N})"]),
+    "bias scalar": (linear(bias=torch.tensor(1.0)), ValueError, ["bias", f"({N},)", "()"]),
+    "bias dtype": (linear(bias=torch.ones(N).bfloat16()), TypeError, ["bias", "bfloat16"]),
+    "bias on meta": (linear(bias=torch.ones(N, device="meta")), ValueError, ["bias", "meta"]),
+    "bias for transpose": (
+        linear(x=torch.ones(M, N), transpose=True),
+        ValueError,
+        ["bias", f"({K},)", f"({N},)"],
+    ),
+    "layout None": (linear(layout=None), TypeError, ["layout", "FanInLayout", "None"]),
+    "layout tensor": (linear(layout=GOOD), TypeError, ["layout", "FanInLayout", "Tensor"]),
+    "layout class": (linear(layout=sk.FanInLayout), TypeError, ["layout", "FanInLayout"]),
+    "backend unknown": (
+        linear(backend="fast"),
+        ValueError,
+        ["backend", "fast", "reference", "cpu", "triton", "cuda"],
+    ),
+    "backend type": (linear(backend=3), TypeError, ["backend", "int"]),
+    "transpose type": (linear(transpose=1), TypeError, ["transpose", "bool", "int"]),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_LINEAR)
+def test_sparse_linear_refuses(name):
+    check_refusal(*SPARSE_LINEAR[name])
+
+
+def test_the_good_call_is_good():
+    """The table above changes one thing of a call that works."""
+    y = linear()()
+    assert torch.equal(y, torch.full((M, N), 5.0))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_backend_module_checks_its_own_arguments(target):
+    """The registered ops can be called by anybody: a wrong size must not reach a pointer."""
+    if target.backend == "reference":
+        pytest.skip("the reference runs on PyTorch's own checked operations")
+    module = getattr(sk, target.backend)
+    x, dy = torch.ones(M, K), torch.ones(M, N)
+    with target.use():
+        for call in (
+            lambda: module.forward(x[:, 1:], VALUES, MADE),
+            lambda: module.forward(x[0], VALUES, MADE),
+            lambda: module.forward(x, VALUES[1:], MADE),
+            lambda: module.forward(x, VALUES.double(), MADE),
+            lambda: module.forward(x.half(), VALUES.half(), MADE),
+            lambda: module.forward(x, VALUES, MADE, torch.ones(N - 1)),
+            lambda: module.forward(x, VALUES, MADE, torch.ones(N).double()),
+            lambda: module.grad_input(dy[:, 1:], VALUES, MADE),
+            lambda: module.grad_input(dy, VALUES, MADE, torch.ones(N)),
+            lambda: module.grad_weight(dy, x[1:], MADE),
+            lambda: module.grad_weight(dy, x.double(), MADE),
+            lambda: module.grad_weight(dy, x[:, 1:], MADE),
+            lambda: module.grad_weight(dy[:, 1:], x, MADE),
+            lambda: module.forward(x.to("meta"), VALUES, MADE),
+        ):
+            with pytest.raises((TypeError, ValueError)):
+                call()
+
+
+def test_backends_that_cannot_run_say_why():
+    x = torch.ones(M, K)
+    reasons = dict(sk.available_backends(x, MADE))
+    assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
+    assert reasons["reference"] is None
+    for name, reason in reasons.items():
+        if reason is None:
+            sk.sparse_linear(x, VALUES, MADE, backend=name)
+            continue
+        assert isinstance(reason, str)
+        assert len(reason) > 10
+        with pytest.raises(RuntimeError, match=name) as caught:
+            sk.sparse_linear(x, VALUES, MADE, backend=name)
+        assert reason in str(caught.value)
+    halves = dict(sk.available_backends(x.half(), MADE))
+    assert "float16" in halves["cpu"]
+    check_refusal(lambda: sk.available_backends(3, MADE), TypeError, ["x", "int"])
+    check_refusal(lambda: sk.available_backends(x, 3), TypeError, ["layout", "int"])
+
+
+def test_a_missing_extension_is_not_replaced_silently():
+    """Without the C++ module there is an error that says so; the reference only on request."""
+    program = """
+import sys
+sys.modules["_sparse_kernels_cpu"] = None
+import torch, sparse_kernels as sk
+layout = sk.FanInLayout.random(4, 4, 2)
+x, values = torch.ones(3, 4), torch.ones(layout.values_shape)
+assert sk.sparse_linear(x, values, layout, backend="reference").tolist() == [[2.0] * 4] * 3
+assert "_sparse_kernels_cpu" in dict(sk.available_backends(x, layout))["cpu"]
+for backend in (None, "cpu"):
+    try:
+        sk.sparse_linear(x, values, layout, backend=backend)
+    except RuntimeError as error:
+        assert "_sparse_kernels_cpu" in str(error)
+    else:
+        raise AssertionError("it ran")
+print("right")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "right", done.stderr
+
+
+def test_instruction_sets_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="avx9000"), sk.cpu.use_isa("avx9000"):
+        pass
+    env = {**os.environ, "SPARSE_KERNELS_CPU_ISA": "avx9000"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sparse_kernels"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "SPARSE_KERNELS_CPU_ISA" in last
+    assert "avx9000" in last
+    assert "baseline" in last or "neon" in last
