@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Method = TypeVar("Method", bound=Callable[..., None])
 
 _INT32_MAX = 2**31 - 1
 
@@ -45,6 +47,16 @@ class Transposed(NamedTuple):
     offsets: Tensor  # (C + 1,) int64
     rows: Tensor  # (R * F,) int32
     slots: Tensor  # (R * F,) int32
+
+
+def run_while_tracing(method: Method) -> Method:
+    """Marks a method that returns None: torch.compile runs it for real, on the real object.
+
+    It does what `torch.compiler.assume_constant_result` does, which imports all of torch._dynamo
+    (a second, and a thousand modules) only to set this attribute.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> int:
@@ -408,8 +420,7 @@ class FanInLayout:
                 self.cache[key] = found
         return found
 
-    # torch.compile runs a method marked like this for real when it meets it, on the real object.
-    @torch.compiler.assume_constant_result
+    @run_while_tracing
     def _while_tracing(self, function: Callable[..., None], *args: object) -> None:
         """Runs `function(self, *args)`, which may fill the caches, at trace time."""
         function(self, *args)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import backends, ops, reference
-from sparse_kernels.layout import FanInLayout, check_fan_in, check_geometry
+from sparse_kernels.layout import (
+    FanInLayout,
+    check_fan_in,
+    check_geometry,
+    run_while_tracing,
+)
 from sparse_kernels.matmul import sparse_linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -233,8 +238,7 @@ class SparseLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
 
-    # torch.compile runs a method marked like this for real when it meets it, on the real layer.
-    @torch.compiler.assume_constant_result
+    @run_while_tracing
     def _synchronize(self) -> None:
         """Takes over a pattern that was written to `indices`; raises if it is not valid."""
         indices = self.indices

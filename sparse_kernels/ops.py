@@ -35,7 +35,7 @@ def _rebuild(
         in_features,
         (block[0], block[1]),
         Transposed(*transposed) if transposed else None,
-        {key: tuple(schedule)},
+        {key: tuple(schedule)} if schedule else {},
     )
 
 
