@@ -1,0 +1,91 @@
+"""The AbsTopK activation: of each row, the entries of largest magnitude stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sparse_kernels import backends, ops
+from sparse_kernels.layout import Problem, check_int
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+class AbsTopk(Function):
+    """`Y = X * kept(X)` for a two-dimensional x; the result itself is all that backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
+        y = ops.abs_topk(x, k, backend)
+        ctx.save_for_backward(y)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        return KeptGradient.apply(grads[0], y.detach(), ctx.backend), None, None
+
+
+class KeptGradient(Function):
+    """`dX = dY * (Y != 0)`: linear in dY with a constant mask, hence its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.backend = backend
+        return ops.abs_topk_backward(grad_output, y, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        return KeptGradient.apply(grads[0], y, ctx.backend), None, None
+
+
+def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
+    """`y_i = x_i` if `|x_i|` is among the `k` largest of its row, else `0`.
+
+    Exact, not approximate. Among equal magnitudes the lowest index stays; NaN counts as larger than
+    infinity, as in `torch.topk`. The gradient passes where `y` is not zero; a zero that was kept
+    for want of anything larger has gradient zero (the function has no derivative there). It can be
+    differentiated again.
+
+    Args:
+        x: `(..., D)`, any strides, any number of leading dimensions, empty ones included; float32,
+            bfloat16 or float64, on a GPU also float16. Autocast does not change its dtype.
+        k: how many entries of the last axis stay, from 1 to D.
+        backend: "reference", "cpu", ..., by default the fastest that can run this.
+
+    Returns:
+        `(..., D)`, contiguous, in the dtype of x. The backward keeps this result and nothing else.
+
+    Raises:
+        TypeError: `x` is no Tensor of such a dtype, or `k` no int, or `backend` no str.
+        ValueError: x has no last axis, `k` is not from 1 to its size, or `backend` is no backend's
+            name.
+        RuntimeError: no backend, or not the one asked for, can run this; it says why.
+
+    Source: Gao et al. 2025, "Weight-sparse transformers have interpretable circuits",
+    arXiv:2511.13653 (AbsTopK).
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    device = x.device.type
+    allowed = _DTYPES.get(device, _DTYPES["cuda"])
+    if x.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"x must be one of {names} on {device}, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got shape ()")
+    if check_int("k", k) > x.shape[-1]:
+        raise ValueError(f"k must be at most {x.shape[-1]}, the last axis of x, got {k}")
+    name = backends.choose(Problem(device, x.dtype, "abs_topk"), backend)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = AbsTopk.apply(rows, k, name)
+    return y if x.dim() == 2 else y.view(x.shape)
