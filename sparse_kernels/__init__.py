@@ -1,5 +1,6 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
+from sparse_kernels.activation import abs_topk
 from sparse_kernels.backends import available_backends
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
@@ -11,6 +12,7 @@ from sparse_kernels.rewire import rewire_
 __all__ = [
     "FanInLayout",
     "SparseLinear",
+    "abs_topk",
     "available_backends",
     "densify_",
     "from_dense",
