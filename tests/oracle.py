@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse_kernels as sk
+from sparse_kernels.testing import max_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 BLOCKS = [(1, 1), (1, 2), (4, 1), (16, 1), (2, 3), (5, 3), (8, 8), (16, 16), (32, 32)]
@@ -100,6 +101,22 @@ def sparse_product(
     return torch.autograd.grad(y, leaf, grad_output)[0]
 
 
+def assert_accurate(
+    actual: Tensor, torch_dense: Tensor, reference64: Tensor, terms64: Tensor
+) -> None:
+    """At most twice PyTorch's own error, plus one rounding of the largest sum of |terms|.
+
+    `sparse_kernels.testing.assert_accurate` adds one rounding of the largest result, which tiny
+    problems can undercut: where a few terms cancel, PyTorch's own error may be zero by luck.
+    """
+    assert actual.dtype == torch_dense.dtype
+    assert actual.shape == reference64.shape
+    largest = float(terms64.max()) if terms64.numel() else 0.0
+    allowed = 2 * max_error(torch_dense, reference64) + torch.finfo(actual.dtype).eps * largest
+    error = max_error(actual, reference64)
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
 STRIDES = [
     "contiguous",
     "transposed",
@@ -114,11 +131,23 @@ STRIDES = [
 ]
 
 
-def strided(rows: int, cols: int, kind: str, dtype: torch.dtype, generator) -> Tensor:
+def random(shape, dtype: torch.dtype, generator, exact: bool) -> Tensor:
+    """Normal numbers, or whole numbers so small that every sum of products is exact.
+
+    With whole numbers each element of a right result is the one right number, rounded once.
+    """
+    if exact:
+        return torch.randint(-15, 16, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def strided(
+    rows: int, cols: int, kind: str, dtype: torch.dtype, generator, exact: bool = False
+) -> Tensor:
     """A random (rows, cols) tensor whose memory is laid out as `kind` says."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return random(shape, dtype, generator, exact)
 
     if kind == "transposed":
         return normal(cols, rows).t()

@@ -1,7 +1,7 @@
 """The three products against dense PyTorch: every backend, instruction set, dtype and block.
 
 Every test goes through the public `sparse_linear` and takes its tolerance from the error that dense
-PyTorch makes in the same dtype (`sparse_kernels.testing.assert_accurate`).
+PyTorch makes in the same dtype, or asks for the exact result where the inputs allow it.
 """
 
 import os
@@ -17,9 +17,11 @@ from oracle import (
     PRODUCTS,
     STRIDES,
     TARGETS,
+    assert_accurate,
     dense_product,
     kept,
     layouts,
+    random,
     seeds,
     sparse_product,
     strided,
@@ -28,58 +30,59 @@ from oracle import (
 )
 
 import sparse_kernels as sk
-from sparse_kernels.testing import assert_accurate
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_product = pytest.mark.parametrize("product", PRODUCTS)
 
 
-def check_product(target, product, x, grad_output, values, layout, bias=None):
-    """Runs one product and holds it against the dense one, in float64 and in the tested dtype."""
-    device = target.device
+def check_product(target, product, x, grad_output, values, layout, bias=None, exact=False):
+    """Runs one product and holds it against the dense one, in float64 and in the tested dtype.
 
-    def run():
-        tensors = [t.to(device) for t in (x, grad_output, values)]
-        return sparse_product(
+    `exact`: all inputs are whole numbers, so the result must be the right one bit for bit.
+    """
+    device = target.device
+    with target.use():
+        actual = sparse_product(
             product,
-            *tensors,
+            *[t.to(device) for t in (x, grad_output, values)],
             layout.to(device),
             None if bias is None else bias.to(device),
             target.backend,
         ).cpu()
+    assert actual.dtype == x.dtype
+    assert actual.is_contiguous()
 
-    def dense(dtype):
+    def dense(convert):
         result = dense_product(
             product,
-            x.to(dtype),
-            grad_output.to(dtype),
-            to_dense(values, layout).to(dtype),
-            None if bias is None else bias.to(dtype),
+            convert(x),
+            convert(grad_output),
+            convert(to_dense(values, layout)),
+            None if bias is None else convert(bias),
         )
         return kept(result, layout) if product == "grad_weight" else result
 
-    with target.use():
-        actual = run()
-    assert actual.dtype == x.dtype
-    assert actual.is_contiguous()
-    assert_accurate(actual, dense(x.dtype), dense(torch.float64))
+    truth = dense(torch.Tensor.double)
+    if exact:
+        assert torch.equal(actual, truth.to(x.dtype))
+    else:
+        assert_accurate(actual, dense(lambda t: t), truth, dense(lambda t: t.double().abs()))
     return actual
 
 
-def make(layout, rows, dtype, generator, x_kind="contiguous", grad_kind="contiguous"):
+def make(layout, rows, dtype, generator, x_kind="contiguous", grad_kind="contiguous", exact=False):
     """Random x (M, K), grad_output (M, N) and values of a layout."""
-    x = strided(rows, layout.in_features, x_kind, dtype, generator)
-    grad_output = strided(rows, layout.out_features, grad_kind, dtype, generator)
-    values = torch.randn(layout.values_shape, generator=generator, dtype=torch.float64).to(dtype)
-    return x, grad_output, values
+    x = strided(rows, layout.in_features, x_kind, dtype, generator, exact)
+    grad_output = strided(rows, layout.out_features, grad_kind, dtype, generator, exact)
+    return x, grad_output, random(layout.values_shape, dtype, generator, exact)
 
 
-def bias_for(product, layout, dtype, generator):
+def bias_for(product, layout, dtype, generator, exact=False):
     size = {"forward": layout.out_features, "grad_input": layout.in_features}.get(product)
     if size is None:
         return None
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    return random((size,), dtype, generator, exact)
 
 
 @every_target
@@ -92,14 +95,16 @@ def bias_for(product, layout, dtype, generator):
     st.sampled_from(STRIDES),
     st.sampled_from(STRIDES),
     seeds(),
+    st.booleans(),
 )
 def test_products_match_dense(
-    target, dtype, product, layout, rows, with_bias, x_kind, grad_kind, seed
+    target, dtype, product, layout, rows, with_bias, x_kind, grad_kind, seed, exact
 ):
+    exact = exact or dtype == torch.float64  # nothing is more exact to measure float64 with
     generator = torch.Generator().manual_seed(seed)
-    tensors = make(layout, rows, dtype, generator, x_kind, grad_kind)
-    bias = bias_for(product, layout, dtype, generator) if with_bias else None
-    check_product(target, product, *tensors, layout, bias)
+    tensors = make(layout, rows, dtype, generator, x_kind, grad_kind, exact)
+    bias = bias_for(product, layout, dtype, generator, exact) if with_bias else None
+    check_product(target, product, *tensors, layout, bias, exact)
 
 
 # Sizes that the drawn ones never reach: tiles cut into panels, indices past uint16, many parts of
@@ -131,9 +136,10 @@ def test_products_match_dense_at_large_sizes(target, dtype, product, case):
     rows, out_features, in_features, fan_in, block = BIG[case]
     generator = torch.Generator().manual_seed(0)
     layout = sk.FanInLayout.random(out_features, in_features, fan_in, block, generator=generator)
-    tensors = make(layout, rows, dtype, generator)
-    bias = bias_for(product, layout, dtype, generator)
-    check_product(target, product, *tensors, layout, bias)
+    for exact in (True,) if dtype == torch.float64 else (True, False):
+        tensors = make(layout, rows, dtype, generator, exact=exact)
+        bias = bias_for(product, layout, dtype, generator, exact)
+        check_product(target, product, *tensors, layout, bias, exact)
 
 
 @every_target
@@ -195,7 +201,8 @@ def test_nothing_is_left_over_from_the_call_before(target, dtype, product):
             with target.use():
                 for each in PRODUCTS:
                     sparse_product(each, *poison, layout, None, target.backend)
-            check_product(target, product, *make(layout, rows, dtype, generator), layout)
+            tensors = make(layout, rows, dtype, generator, exact=True)
+            check_product(target, product, *tensors, layout, exact=True)
 
 
 @every_target
@@ -208,21 +215,17 @@ def test_nothing_is_left_over_from_the_call_before(target, dtype, product):
 )
 def test_leading_dimensions_are_flattened(target, dtype, layout, lead, seed, swap):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*lead, layout.in_features, generator=generator).to(dtype)
+    x = random((*lead, layout.in_features), dtype, generator, True)
     if swap and len(lead) > 1:
         x = x.transpose(0, 1)
-    values = torch.randn(layout.values_shape, generator=generator).to(dtype)
-    bias = torch.randn(layout.out_features, generator=generator).to(dtype)
+    values = random(layout.values_shape, dtype, generator, True)
+    bias = random((layout.out_features,), dtype, generator, True)
     weight = to_dense(values, layout)
     with target.use():
         y = sk.sparse_linear(x, values, layout, bias, target.backend)
     assert y.shape == (*x.shape[:-1], layout.out_features)
-    linear = torch.nn.functional.linear
-    assert_accurate(
-        y,
-        linear(x, weight, bias),
-        linear(x.double(), weight.double(), bias.double()),
-    )
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert torch.equal(y, truth.to(dtype))
 
 
 @every_target
@@ -273,19 +276,15 @@ def test_gradients_of_a_plain_sum(target):
     """`y.sum().backward()` hands over a gradient with all strides zero."""
     generator = torch.Generator().manual_seed(3)
     layout = sk.FanInLayout.random(48, 33, 11, (16, 1), generator=generator)
-    x, _, values = make(layout, 70, torch.float32, generator)
+    x, _, values = make(layout, 70, torch.float32, generator, exact=True)
     for t in (x, values):
         t.requires_grad_()
     weight = to_dense(values.detach(), layout)
     with target.use():
         sk.sparse_linear(x, values, layout, backend=target.backend).sum().backward()
     ones = torch.ones(70, 48)
-    assert_accurate(x.grad, ones @ weight, ones.double() @ weight.double())
-    assert_accurate(
-        values.grad,
-        kept(ones.t() @ x.detach(), layout),
-        kept(ones.double().t() @ x.detach().double(), layout),
-    )
+    assert torch.equal(x.grad, ones @ weight)
+    assert torch.equal(values.grad, kept(ones.t() @ x.detach(), layout))
 
 
 def test_bfloat16_accumulates_in_float32():

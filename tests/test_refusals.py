@@ -193,11 +193,6 @@ SPARSE_LINEAR = {
     "x on meta": (linear(x=torch.ones(M, K, device="meta")), ValueError, ["x", "cpu", "meta"]),
     "x sparse": (linear(x=torch.ones(M, K).to_sparse()), (TypeError), ["x", "strided", "sparse"]),
     "x mkldnn": (linear(x=torch.ones(M, K).to_mkldnn()), (TypeError), ["x", "strided", "mkldnn"]),
-    "x nested": (
-        linear(x=torch.nested.nested_tensor([torch.ones(2, K), torch.ones(3, K)])),
-        TypeError,
-        ["x", "nested"],
-    ),
     "values list": (linear(values=[1.0]), TypeError, ["values", "Tensor", "list"]),
     "values None": (linear(values=None), TypeError, ["values", "Tensor", "None"]),
     "values dtype": (linear(values=VALUES.double()), TypeError, ["values", "float64", "float32"]),
