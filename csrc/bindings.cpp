@@ -68,7 +68,7 @@ void set_schedule(Pattern& pattern, int64_t panel_features, uintptr_t entry_rows
                         panel_features,
                         pointer<const int32_t>(entry_rows),
                         pointer<const int64_t>(entry_starts),
-                        pointer<const uint16_t>(local),
+                        pointer<const int32_t>(local),
                         pointer<const int32_t>(block_ids)};
 }
 
@@ -96,7 +96,7 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                 uintptr_t entry_starts, uintptr_t local, uintptr_t block_ids) {
                  py::gil_scoped_release release;
                  sk::build_schedule(pattern.lists, panel_features, pointer<int32_t>(entry_rows),
-                                    pointer<int64_t>(entry_starts), pointer<uint16_t>(local),
+                                    pointer<int64_t>(entry_starts), pointer<int32_t>(local),
                                     pointer<int32_t>(block_ids));
              });
 

@@ -31,7 +31,7 @@ _DTYPES = {
     torch.float64: "float64",
 }
 _PRODUCTS = ("forward", "grad_input", "grad_weight")
-# Local features are uint16; a panel of inputs never holds more of them than this.
+# Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
 _PANEL_FEATURES = 8192
 _isa: str = _extension.default_isa() if _extension is not None else ""
 
@@ -115,7 +115,7 @@ def schedule_shapes(
     return [
         ((panels * rows,), torch.int32),  # block-row of each entry
         ((panels * rows + 1,), torch.int64),  # first feature of each entry
-        ((blocks * in_block,), torch.int16),  # feature within its panel, as uint16
+        ((blocks * in_block,), torch.int32),  # feature within its panel
         ((blocks,), torch.int32),  # stored block
     ]
 

@@ -24,6 +24,10 @@ constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
 constexpr int64_t kDotTokens = 4;
 
+// A sum is taken in stretches that are added up at the end, so that its rounding error grows with
+// the square root of its length, as in a blocked dense product.
+inline int64_t sum_stretch(int64_t count) { return count <= 1024 ? 32 : 128; }
+
 // Weights in the order in which the schedule meets them: [entry][output group][feature][output].
 template <class T>
 void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, int group,
@@ -53,19 +57,12 @@ void pack_weights(const Lists& lists, const Schedule& schedule, const T* values,
 // a panel.
 template <class T, int kVectors, int kShared>
 inline __attribute__((always_inline)) void accumulate(
-    const typename GatherTile<T, kVectors>::Element* panel, const uint16_t* local,
+    const typename GatherTile<T, kVectors>::Element* panel, const int32_t* local,
     const Compute<T>* weights, int64_t count, Compute<T>* out, bool add, const Compute<T>* bias) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
-    Vec<C> acc[kShared][kVectors];
-#pragma GCC unroll 4
-    for (int a = 0; a < kShared; ++a) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            acc[a][v] = add ? load(out + a * kTile + v * kN) : splat<C>(bias[a]);
-        }
-    }
+    Vec<C> acc[kShared][kVectors] = {};
     for (int64_t j = 0; j < count; ++j) {
         Vec<C> x[kVectors];
         GatherTile<T, kVectors>::load_row(panel + static_cast<int64_t>(local[j]) * kTile, x);
@@ -79,7 +76,10 @@ inline __attribute__((always_inline)) void accumulate(
 #pragma GCC unroll 4
     for (int a = 0; a < kShared; ++a) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store(out + a * kTile + v * kN, acc[a][v]);
+        for (int v = 0; v < kVectors; ++v) {
+            C* to = out + a * kTile + v * kN;
+            store(to, acc[a][v] + (add ? load(to) : splat<C>(bias[a])));
+        }
     }
 }
 
@@ -153,11 +153,17 @@ void gather_tiles(const GatherProblem<T>& problem) {
             const auto entry = [&](int64_t e, const E* panel, C* to, bool add, int64_t row) {
                 const int64_t start = schedule.entry_starts[e];
                 const int64_t count = schedule.entry_starts[e + 1] - start;
+                const int64_t stretch = sum_stretch(count);
                 const C* w = weights + start * lists.out_block;
                 for (int64_t a = 0; a < lists.out_block; a += kShared) {
-                    accumulate<T, kVectors, kShared>(panel, schedule.local + start, w + a * count,
-                                                     count, to + a * kTile, add,
-                                                     bias + row * lists.out_block + a);
+                    int64_t j = 0;
+                    do {  // at least once: a row without blocks is its bias
+                        const int64_t now = std::min(stretch, count - j);
+                        accumulate<T, kVectors, kShared>(
+                            panel, schedule.local + start + j, w + a * count + j * kShared, now,
+                            to + a * kTile, add || j > 0, bias + row * lists.out_block + a);
+                        j += now;
+                    } while (j < count);
                 }
             };
             if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory

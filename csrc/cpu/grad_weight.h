@@ -50,7 +50,7 @@ struct PartialSums {
 
 template <class C, int kVectors, int kShared>
 inline __attribute__((always_inline)) void multiply_rows(const C* rows, const C* panel,
-                                                         const uint16_t* local, int64_t count,
+                                                         const int32_t* local, int64_t count,
                                                          PartialSums<C>& partial) {
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;

@@ -7,7 +7,7 @@
 namespace sk {
 
 void build_schedule(const Lists& lists, int64_t panel_features, int32_t* entry_rows,
-                    int64_t* entry_starts, uint16_t* local, int32_t* block_ids) {
+                    int64_t* entry_starts, int32_t* local, int32_t* block_ids) {
     const int64_t features = lists.cols * lists.in_block;
     const int64_t panels = (features + panel_features - 1) / panel_features;
     std::vector<int64_t> next(lists.rows);  // first block of each row that is not yet placed
@@ -41,7 +41,7 @@ void build_schedule(const Lists& lists, int64_t panel_features, int32_t* entry_r
                 const int64_t feature =
                     static_cast<int64_t>(lists.columns[block]) * lists.in_block - panel_begin;
                 for (int64_t b = 0; b < lists.in_block; ++b) {
-                    local[at * lists.in_block + b] = static_cast<uint16_t>(feature + b);
+                    local[at * lists.in_block + b] = static_cast<int32_t>(feature + b);
                 }
             }
             next[row] = last[row];

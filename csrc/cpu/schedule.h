@@ -10,6 +10,6 @@ namespace sk {
 // come longest first, so that the inner loop's trip count hardly ever surprises the branch
 // predictor.
 void build_schedule(const Lists& lists, int64_t panel_features, int32_t* entry_rows,
-                    int64_t* entry_starts, uint16_t* local, int32_t* block_ids);
+                    int64_t* entry_starts, int32_t* local, int32_t* block_ids);
 
 }  // namespace sk

@@ -49,7 +49,7 @@ struct Schedule {
     int64_t panel_features;       // inputs in a panel (the last may hold fewer)
     const int32_t* entry_rows;    // (panels * rows) block-row of each entry, -1 past a panel's last
     const int64_t* entry_starts;  // (panels * rows + 1) first feature of each entry in `local`
-    const uint16_t* local;        // (blocks * in_block) feature within its panel
+    const int32_t* local;         // (blocks * in_block) feature within its panel
     const int32_t* block_ids;     // (blocks) stored block of each in_block features
 };
 
