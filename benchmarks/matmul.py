@@ -1,6 +1,6 @@
 """Times the three products of the sparse matmul against every dense way, CSR and the roofline.
 
-    python -m benchmarks.matmul                      the cases that matter, in about 6 minutes
+    python -m benchmarks.matmul                      the cases that matter, in some minutes
     python -m benchmarks.matmul --smoke              everything once, on tiny shapes, in seconds
     python -m benchmarks.matmul --full               every layer of every published width; hours
     python -m benchmarks.matmul --filter 2048,8192   one matrix only
