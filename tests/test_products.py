@@ -128,18 +128,46 @@ BIG = {
 }
 
 
-@every_target
 @every_dtype
 @every_product
 @pytest.mark.parametrize("case", BIG)
-def test_products_match_dense_at_large_sizes(target, dtype, product, case):
-    rows, out_features, in_features, fan_in, block = BIG[case]
+def test_products_are_exact_at_large_sizes(dtype, product, case):
+    rows, *sizes = BIG[case]
     generator = torch.Generator().manual_seed(0)
-    layout = sk.FanInLayout.random(out_features, in_features, fan_in, block, generator=generator)
-    for exact in (True,) if dtype == torch.float64 else (True, False):
-        tensors = make(layout, rows, dtype, generator, exact=exact)
-        bias = bias_for(product, layout, dtype, generator, exact)
-        check_product(target, product, *tensors, layout, bias, exact)
+    layout = sk.FanInLayout.random(*sizes, generator=generator)
+    x, grad_output, values = make(layout, rows, dtype, generator, exact=True)
+    bias = bias_for(product, layout, dtype, generator, exact=True)
+    # Whole numbers below 2^24 throughout: float32 holds the exact result.
+    weight = to_dense(values.float(), layout)
+    wide = None if bias is None else bias.float()
+    expected = dense_product(product, x.float(), grad_output.float(), weight, wide)
+    if product == "grad_weight":
+        expected = kept(expected, layout)
+    assert expected.abs().max() < 2**24
+    for target in TARGETS:
+        with target.use():
+            actual = sparse_product(product, x, grad_output, values, layout, bias, target.backend)
+        assert torch.equal(actual, expected.to(dtype)), target
+
+
+LONG = {
+    "fan_in-128": (64, 256, 4096, 128, (1, 1)),
+    "fan_in-1024": (40, 64, 1024, 1024, (1, 1)),
+    "fan_in-256-rows-of-16": (64, 128, 1024, 256, (16, 1)),
+    "fan_in-256-one-token": (1, 256, 1024, 256, (1, 1)),
+    "tokens-4096": (4096, 32, 32, 8, (1, 1)),
+}
+
+
+@every_target
+@every_product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", LONG)
+def test_long_sums_are_as_accurate_as_dense(target, dtype, product, case):
+    rows, *sizes = LONG[case]
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(*sizes, generator=generator)
+    check_product(target, product, *make(layout, rows, dtype, generator), layout)
 
 
 @every_target
