@@ -6,7 +6,7 @@ One matrix is converted by `from_dense` and `to_dense`, one layer by `SparseLine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def sparsify_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: a size that does not fit, the message names the module; a selected weight that
-            another module uses too, as tied embeddings do; no module selected; or a model that is
+            another module uses too, as tied embeddings do; a selected module with hooks, which would
+            be lost; no module selected; or a model that is
             itself an `nn.Linear`.
     """
     _check(model, filter_fn)
@@ -65,6 +66,7 @@ def sparsify_(
     }
     if not chosen:
         raise ValueError("filter_fn must select at least one nn.Linear of the model, got none")
+    _check_hooks(chosen)
     _check_untied(model, chosen)
     made: dict[nn.Module, nn.Module] = {}
     for name, linear in chosen.items():
@@ -96,7 +98,8 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         `model`.
 
     Raises:
-        TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear.
+        TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear,
+            or a selected module with hooks, which would be lost.
     """
     _check(model, filter_fn)
     if isinstance(model, SparseLinear):
@@ -108,6 +111,7 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name))
     }
+    _check_hooks(chosen)
     made = {layer: layer.to_dense() for layer in chosen.values()}
     for name, layer in chosen.items():
         _replace(model, name, made[layer])
@@ -119,6 +123,17 @@ def _check(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None)
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
+
+
+def _check_hooks(chosen: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if a module that is to be replaced has hooks: they would be lost."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    for name, module in chosen.items():
+        if any(getattr(module, kind) for kind in kinds):
+            raise ValueError(
+                f"module {name!r} has hooks, which its replacement would lose: "
+                f"remove them first, or leave it out with filter_fn"
+            )
 
 
 def _check_untied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
