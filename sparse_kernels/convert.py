@@ -47,9 +47,8 @@ def sparsify_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: a size that does not fit, the message names the module; a selected weight that
-            another module uses too, as tied embeddings do; a selected module with hooks, which would
-            be lost; no module selected; or a model that is
-            itself an `nn.Linear`.
+            another module uses too, as tied embeddings do; a selected module with hooks, which
+            would be lost; no module selected; or a model that is itself an `nn.Linear`.
     """
     _check(model, filter_fn)
     if isinstance(model, nn.Linear):

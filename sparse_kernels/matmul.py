@@ -157,6 +157,8 @@ def _check(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be an ordinary strided tensor, got {tensor.layout}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
         if tensor.device != layout.device:
