@@ -1,7 +1,7 @@
 """The CPU backend: checks, allocates, and hands pointers to the C++ kernels.
 
-The kernels (`csrc/cpu/`) cut the tokens into tiles, pack a tile feature-major, and walk the blocks in
-the order of a *schedule*, which is derived from the layout once and cached on it.
+The kernels (`csrc/cpu/`) cut the tokens into tiles, pack a tile feature-major, and walk the blocks
+in the order of a *schedule*, which is derived from the layout once and cached on it.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def use_isa(name: str) -> Iterator[None]:
 def keep_freed_memory() -> bool:
     """Asks the C library to keep freed memory for the next tensor instead of returning it.
 
-    A tensor of tens of megabytes otherwise gets fresh pages from the system at every allocation, and
-    the page faults can take longer than the kernel that writes the tensor. Affects the whole
+    A tensor of tens of megabytes otherwise gets fresh pages from the system at every allocation,
+    and the page faults can take longer than the kernel that writes the tensor. Affects the whole
     process, so the package never calls it by itself. Returns False where the C library has no such
     setting (it is glibc's `mallopt`).
     """
@@ -120,7 +120,7 @@ def schedule_shapes(
     ]
 
 
-def _pattern(layout: FanInLayout, product: str) -> _extension.Pattern:  # type: ignore[name-defined]
+def _pattern(layout: FanInLayout, product: str) -> _extension.Pattern:
     assert _extension is not None
     rows, per_row, cols = layout.block_rows, layout.blocks_per_row, layout.block_cols
     block_out, block_in = layout.block
@@ -156,7 +156,7 @@ def build_schedule(layout: FanInLayout, product: str) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:  # type: ignore[name-defined]
+def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:
     # `grad_weight` walks the same lists as `forward`.
     key = f"cpu.{product}"
     tensors = layout.derive(key, lambda this: build_schedule(this, product))
