@@ -86,10 +86,15 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def _panel(features: int, in_block: int) -> tuple[int, int]:
-    """Inputs in a panel (a multiple of the block) and the number of panels."""
+def _panel(features: int, in_block: int, blocks_per_row: float) -> tuple[int, int]:
+    """Inputs in a panel (a multiple of the block) and the number of panels.
+
+    One panel holds all inputs where several would find less than 4 blocks of a row each: the
+    schedule has an entry for every row and panel, and must not outgrow the blocks themselves.
+    """
     size = min(features, max(1, _PANEL_FEATURES // in_block) * in_block)
-    return size, -(-features // size)
+    panels = -(-features // size)
+    return (size, panels) if 4 * panels <= blocks_per_row else (features, 1)
 
 
 def _sides(
@@ -111,7 +116,7 @@ def schedule_shapes(
     """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
     rows, features, in_block = _sides(out_features, in_features, block, product)
     blocks = out_features // block[0] * blocks_per_row
-    _, panels = _panel(features, in_block)
+    _, panels = _panel(features, in_block, blocks / rows)
     return [
         ((panels * rows,), torch.int32),  # block-row of each entry
         ((panels * rows + 1,), torch.int64),  # first feature of each entry
@@ -150,8 +155,10 @@ def build_schedule(layout: FanInLayout, product: str) -> tuple[Tensor, ...]:
         layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, product
     )
     tensors = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
-    _, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, product)
-    size, _ = _panel(features, in_block)
+    rows, features, in_block = _sides(
+        layout.out_features, layout.in_features, layout.block, product
+    )
+    size, _ = _panel(features, in_block, layout.num_blocks / rows)
     _pattern(layout, product).build_schedule(size, *(tensor.data_ptr() for tensor in tensors))
     return tensors
 
@@ -160,9 +167,12 @@ def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:
     # `grad_weight` walks the same lists as `forward`.
     key = f"cpu.{product}"
     tensors = layout.derive(key, lambda this: build_schedule(this, product))
-    _, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, product)
+    rows, features, in_block = _sides(
+        layout.out_features, layout.in_features, layout.block, product
+    )
+    size, _ = _panel(features, in_block, layout.num_blocks / rows)
     pattern = _pattern(layout, product)
-    pattern.set_schedule(_panel(features, in_block)[0], *(tensor.data_ptr() for tensor in tensors))
+    pattern.set_schedule(size, *(tensor.data_ptr() for tensor in tensors))
     return pattern
 
 

@@ -226,7 +226,11 @@ template <class T>
 void grad_weight(const GradWeightProblem<T>& problem) {
     if (problem.tokens <= kDotTokens) return grad_weight_outer(problem);
     const int64_t features = problem.lists.cols * problem.lists.in_block;
-    if (features * 8 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 8>(problem);
+    // One row of dY in 8 vectors halves the work of adding up lanes; several rows would not fit the
+    // registers.
+    if (shared_outputs(problem.lists.out_block) == 1 && features * 8 * kVectorBytes <= kTileBytes) {
+        return grad_weight_tiles<T, 8, 1>(problem);
+    }
     if (features * 4 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 4>(problem);
     return grad_weight_shared<T, 2>(problem);
 }
