@@ -12,6 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_kernels as sk
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+# The derivatives are built of the products, which test_products.py runs on every instruction set:
+# here each backend once, on its highest.
+every_backend = pytest.mark.parametrize(
+    "target", list({target.backend: target for target in TARGETS}.values()), ids=str
+)
 both_ways = pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transpose"])
 
 SMALL = [
@@ -36,7 +41,7 @@ def doubles(layout, rows, transpose=False, with_bias=True, seed=0):
     return leaf(rows, inputs), leaf(*layout.values_shape), leaf(outputs) if with_bias else None
 
 
-@every_target
+@every_backend
 @both_ways
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 7])
@@ -51,7 +56,7 @@ def test_gradcheck(target, transpose, case, rows):
         assert torch.autograd.gradcheck(call, leaves)
 
 
-@every_target
+@every_backend
 @both_ways
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradgradcheck(target, transpose, case):
@@ -114,7 +119,7 @@ def test_gradients_match_dense(target, layout, rows, transpose, with_bias, seed)
         assert torch.equal(mine.double(), truth)  # whole numbers: nothing is rounded
 
 
-@every_target
+@every_backend
 @both_ways
 @pytest.mark.parametrize("needs", range(8))
 def test_only_needed_gradients(target, transpose, needs):
@@ -240,7 +245,7 @@ class RecordOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@every_target
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("rows", [0, 9])
 def test_opcheck(target, dtype, rows):

@@ -159,15 +159,16 @@ LONG = {
 }
 
 
-@every_target
 @every_product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", LONG)
-def test_long_sums_are_as_accurate_as_dense(target, dtype, product, case):
+def test_long_sums_are_as_accurate_as_dense(dtype, product, case):
     rows, *sizes = LONG[case]
     generator = torch.Generator().manual_seed(0)
     layout = sk.FanInLayout.random(*sizes, generator=generator)
-    check_product(target, product, *make(layout, rows, dtype, generator), layout)
+    tensors = make(layout, rows, dtype, generator)
+    for target in TARGETS:
+        check_product(target, product, *tensors, layout)
 
 
 @every_target
@@ -181,12 +182,17 @@ def test_products_of_nothing(target, dtype, product):
         assert torch.equal(actual, torch.zeros_like(values))
 
 
-@every_target
+@pytest.mark.parametrize(
+    "target", [target for target in TARGETS if target.backend != "reference"], ids=str
+)
 @every_dtype
 @every_product
 @given(layouts(max_features=60), tokens(150), seeds(), st.sampled_from(["nan", "inf"]))
 def test_a_bad_element_reaches_only_what_reads_it(target, dtype, product, layout, rows, seed, bad):
-    """NaN or infinity in one place shows exactly where the kept connections carry it."""
+    """NaN or infinity in one place shows exactly where the kept connections carry it.
+
+    Not so in the reference, which multiplies by the zeros of the dense matrix as well.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, grad_output, values = make(layout, rows, dtype, generator)
     mask = to_dense(torch.ones_like(values), layout)
