@@ -8,6 +8,9 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "scratch.h"
 
@@ -114,15 +117,22 @@ struct Buffer {
 };
 thread_local Buffer buffer;
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 }  // namespace
 
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {
         std::free(buffer.data);
         buffer.size = 0;
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        buffer.data = static_cast<char*>(std::aligned_alloc(4096, rounded));
+        const size_t page = bytes < kHugePage ? 4096 : kHugePage;
+        const size_t rounded = (bytes + page - 1) / page * page;
+        buffer.data = static_cast<char*>(std::aligned_alloc(page, rounded));
         if (!buffer.data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        // A tile is read at random: in small pages, most reads would miss the first-level TLB.
+        if (page == kHugePage) madvise(buffer.data, rounded, MADV_HUGEPAGE);
+#endif
         buffer.size = rounded;
     }
     return buffer.data;

@@ -15,8 +15,9 @@ inline int shared_outputs(int out_block) {
     return out_block % 4 == 0 ? 4 : out_block % 2 == 0 ? 2 : 1;
 }
 
-// Rows of the output that stay in the first-level cache between computing and unpacking.
-constexpr int64_t kChunkRows = 32;
+// Outputs that are collected feature-major before they leave: as many as fit here, so that each
+// token then gets several neighbouring lines at once.
+constexpr int64_t kChunkBytes = 32 << 10;
 // A packed tile of inputs stays below this, to live in a second-level cache.
 constexpr int64_t kTileBytes = int64_t{5} << 18;
 // Outputs larger than this are stored past the caches.
@@ -27,6 +28,12 @@ constexpr int64_t kDotTokens = 4;
 // A sum is taken in stretches that are added up at the end, so that its rounding error grows with
 // the square root of its length, as in a blocked dense product.
 inline int64_t sum_stretch(int64_t count) { return count <= 1024 ? 32 : 128; }
+
+// Block-rows of outputs in a chunk: whole cache lines of every token, if they fit.
+template <class C>
+int64_t chunk_rows(int64_t out_block, int64_t tile) {
+    return std::max<int64_t>(1, kChunkBytes / (tile * int64_t{sizeof(C)} * out_block));
+}
 
 // Weights in the order in which the schedule meets them: [entry][output group][feature][output].
 template <class T>
@@ -53,33 +60,54 @@ void pack_weights(const Lists& lists, const Schedule& schedule, const T* values,
     }
 }
 
-// acc[output][vector] += weight[feature][output] * tile[local[feature]][vector], one row's share of
-// a panel.
+// Consecutive entries of a panel: acc[output][vector] += weight[feature][output] *
+// tile[local[feature]][vector]. `starts` are the entries' first features, `weights` belongs to the
+// first of them. Adds to `out`, or sets it to bias + sum if `bias` is given.
+//
+// A function of its own, because inlined into its caller the inner loop runs out of registers for
+// its pointers and reloads them for every weight.
 template <class T, int kVectors, int kShared>
-inline __attribute__((always_inline)) void accumulate(
-    const typename GatherTile<T, kVectors>::Element* panel, const int32_t* local,
-    const Compute<T>* weights, int64_t count, Compute<T>* out, bool add, const Compute<T>* bias) {
+__attribute__((noinline)) void accumulate(const typename GatherTile<T, kVectors>::Element* panel,
+                                          const int64_t* starts, int64_t entries, int64_t out_block,
+                                          const int32_t* local, const Compute<T>* weights,
+                                          const Compute<T>* bias, Compute<T>* out) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
-    Vec<C> acc[kShared][kVectors] = {};
-    for (int64_t j = 0; j < count; ++j) {
-        Vec<C> x[kVectors];
-        GatherTile<T, kVectors>::load_row(panel + static_cast<int64_t>(local[j]) * kTile, x);
-#pragma GCC unroll 4
-        for (int a = 0; a < kShared; ++a) {
-            const Vec<C> w = splat<C>(weights[j * kShared + a]);
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) acc[a][v] += w * x[v];
+    for (int64_t e = 0; e < entries; ++e) {
+        const int64_t count = starts[e + 1] - starts[e];
+        const int64_t stretch = sum_stretch(count);
+        for (int64_t group = 0; group < out_block; group += kShared) {
+            int64_t left = count;
+            bool add = bias == nullptr;
+            do {  // at least once: a row without blocks is its bias
+                const int32_t* const end = local + std::min(stretch, left);
+                left -= end - local;
+                Vec<C> acc[kShared][kVectors] = {};
+                for (; local != end; ++local, weights += kShared) {
+                    Vec<C> x[kVectors];
+                    GatherTile<T, kVectors>::load_row(panel + static_cast<int64_t>(*local) * kTile,
+                                                      x);
+                    unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+                        const Vec<C> w = splat<C>(weights[a]);
+                        unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                            acc[a][v] += w * x[v];
+                        });
+                    });
+                }
+                unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+                    unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                        C* to = out + a * kTile + v * kN;
+                        store(to, acc[a][v] + (add ? load(to) : splat<C>(bias[a])));
+                    });
+                });
+                add = true;
+            } while (left > 0);
+            local -= count;
+            out += kShared * kTile;
+            if (bias) bias += kShared;
         }
-    }
-#pragma GCC unroll 4
-    for (int a = 0; a < kShared; ++a) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            C* to = out + a * kTile + v * kN;
-            store(to, acc[a][v] + (add ? load(to) : splat<C>(bias[a])));
-        }
+        local += count;
     }
 }
 
@@ -108,7 +136,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const int64_t blocks = schedule.entry_starts[schedule.panels * lists.rows];
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = std::max<int64_t>(1, kChunkRows / lists.out_block);
+    const int64_t chunk = chunk_rows<C>(lists.out_block, kTile);
     const int64_t out_rows = one_panel ? chunk * lists.out_block : outputs;
     const bool in_place =
         std::is_same<T, C>::value && one_panel && !lists.source_rows && lists.out_block == 1;
@@ -150,30 +178,19 @@ void gather_tiles(const GatherProblem<T>& problem) {
                 std::clamp<int64_t>(problem.tokens - first - kTile, 0, kTile);
             const int64_t next_lines =
                 problem.in.col_stride == 1 ? next_tokens * ((features * sizeof(T) + 63) / 64) : 0;
-            const auto entry = [&](int64_t e, const E* panel, C* to, bool add, int64_t row) {
+            const auto rows = [&](int64_t e, int64_t entries, const E* panel, const C* row_bias,
+                                  C* to) {
                 const int64_t start = schedule.entry_starts[e];
-                const int64_t count = schedule.entry_starts[e + 1] - start;
-                const int64_t stretch = sum_stretch(count);
-                const C* w = weights + start * lists.out_block;
-                for (int64_t a = 0; a < lists.out_block; a += kShared) {
-                    int64_t j = 0;
-                    do {  // at least once: a row without blocks is its bias
-                        const int64_t now = std::min(stretch, count - j);
-                        accumulate<T, kVectors, kShared>(
-                            panel, schedule.local + start + j, w + a * count + j * kShared, now,
-                            to + a * kTile, add || j > 0, bias + row * lists.out_block + a);
-                        j += now;
-                    } while (j < count);
-                }
+                accumulate<T, kVectors, kShared>(panel, schedule.entry_starts + e, entries,
+                                                 lists.out_block, schedule.local + start,
+                                                 weights + start * lists.out_block, row_bias, to);
             };
             if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory
                 for (int64_t r = 0; r < lists.rows; r += chunk) {
                     const int64_t end = std::min(lists.rows, r + chunk);
                     prefetch_lines(problem.in, first + kTile, features, next_lines * r / lists.rows,
                                    next_lines * end / lists.rows);
-                    for (int64_t e = r; e < end; ++e) {
-                        entry(e, tile, out + (e - r) * lists.out_block * kTile, false, e);
-                    }
+                    rows(r, end - r, tile, bias + r * lists.out_block, out);
                     Tile::unpack(out, problem.out, outputs, first, tokens, r * lists.out_block,
                                  (end - r) * lists.out_block, stream);
                 }
@@ -188,7 +205,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
                     for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
                         const int64_t row = schedule.entry_rows[e];
                         if (row < 0) break;
-                        entry(e, panel, out + row * lists.out_block * kTile, true, row);
+                        rows(e, 1, panel, nullptr, out + row * lists.out_block * kTile);
                     }
                 }
                 Tile::unpack(out, problem.out, outputs, first, tokens, 0, outputs, stream);

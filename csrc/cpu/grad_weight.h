@@ -48,10 +48,10 @@ struct PartialSums {
     }
 };
 
+// A function of its own for the sake of its registers, like `accumulate`.
 template <class C, int kVectors, int kShared>
-inline __attribute__((always_inline)) void multiply_rows(const C* rows, const C* panel,
-                                                         const int32_t* local, int64_t count,
-                                                         PartialSums<C>& partial) {
+__attribute__((noinline)) void multiply_rows(const C* rows, const C* panel, const int32_t* local,
+                                             int64_t count, PartialSums<C>& partial) {
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
     Vec<C> row[kShared][kVectors];
@@ -94,7 +94,7 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const int64_t parts = std::clamp<int64_t>(tiles / kTilesPerPart, 1, kMaxParts);
     const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = std::max<int64_t>(1, kChunkRows / lists.out_block);
+    const int64_t chunk = chunk_rows<C>(lists.out_block, kTile);
     const int64_t packed_rows = one_panel ? chunk * lists.out_block : outputs;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, parts));
 

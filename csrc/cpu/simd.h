@@ -37,6 +37,9 @@ struct VecTraits<double> {
     typedef int64_t Index __attribute__((vector_size(kVectorBytes)));
 };
 
+// Vectors in a cache line.
+constexpr int kLineVectors = 64 / kVectorBytes;
+
 template <class T>
 using Vec = typename VecTraits<T>::Vec;
 template <class T>

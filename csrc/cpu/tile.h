@@ -47,7 +47,8 @@ void pack_tile(const Matrix<const T>& source, int64_t first_token, int64_t token
     }
 }
 
-// The inverse, into a contiguous output of `width` columns. `stream`: past the caches.
+// The inverse, into a contiguous output of `width` columns, a cache line of a token at a time.
+// `stream`: past the caches.
 template <class T, int kVectors>
 void unpack_tile(const Compute<T>* tile, T* out, int64_t width, int64_t first_token, int64_t tokens,
                  int64_t first_feature, int64_t features, bool stream) {
@@ -61,23 +62,28 @@ void unpack_tile(const Compute<T>* tile, T* out, int64_t width, int64_t first_to
         T* to = out + (first_token + base) * width + first_feature;
         int64_t f = 0;
         if (here == kN) {
-            for (; f + kN <= features; f += kN) {
-                Vec<C> rows[kN];
-#pragma GCC unroll 16
-                for (int i = 0; i < kN; ++i) rows[i] = load(tile + (f + i) * kTile + base);
-                transpose<C>(rows);
-                if (stream) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < kN; ++i) stream_user(to + i * width + f, rows[i]);
-                } else {
-#pragma GCC unroll 16
-                    for (int i = 0; i < kN; ++i) store_user(to + i * width + f, rows[i]);
-                }
+            for (; f + kLineVectors * kN <= features; f += kLineVectors * kN) {
+                Vec<C> rows[kLineVectors][kN];
+                unroll<kLineVectors>([&](auto l) __attribute__((always_inline)) {
+                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                        rows[l][i] = load(tile + (f + l * kN + i) * kTile + base);
+                    });
+                    transpose<C>(rows[l]);
+                });
+                unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                    unroll<kLineVectors>([&](auto l) __attribute__((always_inline)) {
+                        T* target = to + i * width + f + l * kN;
+                        if (stream)
+                            stream_user(target, rows[l][i]);
+                        else
+                            store_user(target, rows[l][i]);
+                    });
+                });
             }
         }
         for (; f < features; ++f) {
             for (int64_t i = 0; i < here; ++i) {
-                to[i * width + f] = from_compute<T>(tile[(f)*kTile + base + i]);
+                to[i * width + f] = from_compute<T>(tile[f * kTile + base + i]);
             }
         }
     }
