@@ -100,15 +100,20 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                                     pointer<int32_t>(block_ids));
              });
 
-    module.def("gather", [](const std::string& isa, const std::string& dtype,
-                            const Pattern& pattern, uintptr_t in, int64_t row_stride,
-                            int64_t col_stride, uintptr_t values, uintptr_t bias, uintptr_t out,
-                            int64_t tokens, int threads) {
-        const auto kernel = sk::table_for(isa).gather[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel({pattern.lists, pattern.schedule, pointer<void>(in), row_stride, col_stride,
-                pointer<void>(values), pointer<void>(bias), pointer<void>(out), tokens, threads});
-    });
+    const auto define = [&](const char* name, auto member) {
+        module.def(name, [member](const std::string& isa, const std::string& dtype,
+                                  const Pattern& pattern, uintptr_t in, int64_t row_stride,
+                                  int64_t col_stride, uintptr_t values, uintptr_t bias,
+                                  uintptr_t out, int64_t tokens, int threads) {
+            const auto kernel = (sk::table_for(isa).*member)[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({pattern.lists, pattern.schedule, pointer<void>(in), row_stride, col_stride,
+                    pointer<void>(values), pointer<void>(bias), pointer<void>(out), tokens,
+                    threads});
+        });
+    };
+    define("gather", &sk::KernelTable::gather);
+    define("scatter", &sk::KernelTable::scatter);
     module.def(
         "grad_weight", [](const std::string& isa, const std::string& dtype, const Pattern& pattern,
                           uintptr_t grad_output, int64_t grad_row_stride, int64_t grad_col_stride,

@@ -30,7 +30,6 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float64: "float64",
 }
-_PRODUCTS = ("forward", "grad_input", "grad_weight")
 # Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
 _PANEL_FEATURES = 8192
 _isa: str = _extension.default_isa() if _extension is not None else ""
@@ -97,11 +96,24 @@ def _panel(features: int, in_block: int, blocks_per_row: float) -> tuple[int, in
     return (size, panels) if 4 * panels <= blocks_per_row else (features, 1)
 
 
+def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
+    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse.
+
+    `grad_input` gathers over the transposed lists, except where a block has several outputs but too
+    few inputs: then the inputs of a block-row share the rows of dY that they meet, and it scatters
+    over the layout's own lists. There each block adds to a running sum, which must not get so long
+    that its rounding errors show.
+    """
+    block_out, block_in = block
+    gathers = block_out % 4 != 0 or block_in % 4 == 0 or num_blocks > 256 * block_cols
+    return "transposed" if product == "grad_input" and gathers else "own"
+
+
 def _sides(
-    out_features: int, in_features: int, block: tuple[int, int], product: str
+    out_features: int, in_features: int, block: tuple[int, int], lists: str
 ) -> tuple[int, int, int]:
-    """Output block-rows, inputs and inputs of a block, in the direction of the product."""
-    if product == "grad_input":
+    """Block-rows, features and features of a block that the lists gather over."""
+    if lists == "transposed":
         return in_features // block[1], out_features, block[0]
     return out_features // block[0], in_features, block[1]
 
@@ -111,10 +123,10 @@ def schedule_shapes(
     in_features: int,
     blocks_per_row: int,
     block: tuple[int, int],
-    product: str,
+    lists: str,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
-    rows, features, in_block = _sides(out_features, in_features, block, product)
+    rows, features, in_block = _sides(out_features, in_features, block, lists)
     blocks = out_features // block[0] * blocks_per_row
     _, panels = _panel(features, in_block, blocks / rows)
     return [
@@ -125,55 +137,48 @@ def schedule_shapes(
     ]
 
 
-def _pattern(layout: FanInLayout, product: str) -> _extension.Pattern:
+def _pattern(layout: FanInLayout, lists: str) -> tuple[_extension.Pattern, int]:
+    """The lists for the extension, and the features of a panel."""
     assert _extension is not None
-    rows, per_row, cols = layout.block_rows, layout.blocks_per_row, layout.block_cols
+    block_rows, per_row, cols = layout.block_rows, layout.blocks_per_row, layout.block_cols
     block_out, block_in = layout.block
-    if product == "grad_input":
-        offsets, source_rows, slots = layout.transposed
-        return _extension.Pattern.fan_out(
-            rows,
-            per_row,
-            cols,
-            block_out,
-            block_in,
-            offsets.data_ptr(),
-            source_rows.data_ptr(),
-            slots.data_ptr(),
+    rows, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, lists)
+    size, _ = _panel(features, in_block, layout.num_blocks / rows)
+    if lists == "transposed":
+        transposed = (tensor.data_ptr() for tensor in layout.transposed)
+        pattern = _extension.Pattern.fan_out(
+            block_rows, per_row, cols, block_out, block_in, *transposed
         )
-    return _extension.Pattern.fan_in(
-        rows, per_row, cols, block_out, block_in, layout.indices.data_ptr()
-    )
+    else:
+        pattern = _extension.Pattern.fan_in(
+            block_rows, per_row, cols, block_out, block_in, layout.indices.data_ptr()
+        )
+    return pattern, size
 
 
-def build_schedule(layout: FanInLayout, product: str) -> tuple[Tensor, ...]:
-    """The order in which the kernels of `product` walk the layout's blocks: four int tensors."""
-    if product not in _PRODUCTS:
-        raise ValueError(f"product must be one of {', '.join(_PRODUCTS)}, got {product!r}")
+def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
+    """The order in which the kernels walk "own" or "transposed" lists: four int tensors."""
+    if lists not in ("own", "transposed"):
+        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
     _check_device("layout", layout.indices)
     shapes = schedule_shapes(
-        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, product
+        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, lists
     )
     tensors = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
-    rows, features, in_block = _sides(
-        layout.out_features, layout.in_features, layout.block, product
-    )
-    size, _ = _panel(features, in_block, layout.num_blocks / rows)
-    _pattern(layout, product).build_schedule(size, *(tensor.data_ptr() for tensor in tensors))
+    pattern, size = _pattern(layout, lists)
+    pattern.build_schedule(size, *(tensor.data_ptr() for tensor in tensors))
     return tensors
 
 
-def _scheduled(layout: FanInLayout, product: str) -> _extension.Pattern:
-    # `grad_weight` walks the same lists as `forward`.
-    key = f"cpu.{product}"
-    tensors = layout.derive(key, lambda this: build_schedule(this, product))
-    rows, features, in_block = _sides(
-        layout.out_features, layout.in_features, layout.block, product
-    )
-    size, _ = _panel(features, in_block, layout.num_blocks / rows)
-    pattern = _pattern(layout, product)
+def _scheduled(layout: FanInLayout, lists: str) -> _extension.Pattern:
+    tensors = layout.derive(f"cpu.{lists}", lambda this: build_schedule(this, lists))
+    pattern, size = _pattern(layout, lists)
     pattern.set_schedule(size, *(tensor.data_ptr() for tensor in tensors))
     return pattern
+
+
+def _lists(layout: FanInLayout, product: str) -> str:
+    return lists(layout.block_cols, layout.num_blocks, layout.block, product)
 
 
 def _check_device(name: str, tensor: Tensor) -> None:
@@ -218,10 +223,13 @@ def _gather(
         bias = bias.contiguous()
     values = values.contiguous()
     out = torch.empty((x.shape[0], out_width), dtype=x.dtype)
-    _extension.gather(
+    walked = _lists(layout, product)
+    scatters = product == "grad_input" and walked == "own"
+    kernel = _extension.scatter if scatters else _extension.gather
+    kernel(
         _isa,
         dtype,
-        _scheduled(layout, product),
+        _scheduled(layout, walked),
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
@@ -256,7 +264,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     _extension.grad_weight(
         _isa,
         dtype,
-        _scheduled(layout, "grad_weight"),
+        _scheduled(layout, _lists(layout, "grad_weight")),
         grad_output.data_ptr(),
         grad_output.stride(0),
         grad_output.stride(1),

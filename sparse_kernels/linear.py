@@ -276,7 +276,7 @@ class SparseLinear(nn.Module):
         if before is not None and layout is not before and layout.device == before.device:
             # Whatever was derived from the old pattern was needed: a compiled graph reads it.
             for key in before.cache:
-                ops.prepare(layout, *key.split("."))
+                ops.derive(layout, *key.split("."))
         self._layout = layout
         self._seen = (self.indices, _version(self.indices))
 

@@ -1,7 +1,8 @@
 """The operations as PyTorch sees them: schemas, fakes for tracing, and the call into a backend.
 
 A layout crosses a schema as plain tensors: `indices`, then `transposed` (offsets, rows, slots, or
-nothing where the product does not read them), then the backend's `schedule`. None of these ops is
+nothing where the product walks the layout's own lists), then the backend's `schedule` of the lists
+that it walks. None of these ops is
 differentiable by itself: the autograd Functions above them are.
 """
 
@@ -28,8 +29,9 @@ def _rebuild(
     schedule: list[Tensor],
     in_features: int,
     block: list[int],
-    key: str,
+    backend: str,
 ) -> FanInLayout:
+    key = f"{backend}.{'transposed' if transposed else 'own'}"
     return FanInLayout._wrap(
         indices,
         in_features,
@@ -50,8 +52,7 @@ def _forward(
     block: list[int],
     backend: str,
 ) -> Tensor:
-    key = f"{backend}.forward"
-    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
     y: Tensor = backends.module(backend).forward(x, values, layout, bias)
     return y
 
@@ -81,8 +82,7 @@ def _grad_input(
     block: list[int],
     backend: str,
 ) -> Tensor:
-    key = f"{backend}.grad_input"
-    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
     grad: Tensor = backends.module(backend).grad_input(grad_output, values, layout, bias)
     return grad
 
@@ -111,8 +111,7 @@ def _grad_weight(
     block: list[int],
     backend: str,
 ) -> Tensor:
-    key = f"{backend}.grad_weight"
-    layout = _rebuild(indices, transposed, schedule, in_features, block, key)
+    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
     grad: Tensor = backends.module(backend).grad_weight(grad_output, x, layout)
     return grad
 
@@ -131,27 +130,19 @@ def _grad_weight_fake(
 
 
 def _schedule(
-    indices: Tensor,
-    transposed: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-    product: str,
+    indices: Tensor, transposed: list[Tensor], in_features: int, block: list[int], backend: str
 ) -> list[Tensor]:
-    layout = _rebuild(indices, transposed, [], in_features, block, "")
-    return list(backends.module(backend).build_schedule(layout, product))
+    layout = _rebuild(indices, transposed, [], in_features, block, backend)
+    lists = "transposed" if transposed else "own"
+    return list(backends.module(backend).build_schedule(layout, lists))
 
 
 def _schedule_fake(
-    indices: Tensor,
-    transposed: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-    product: str,
+    indices: Tensor, transposed: list[Tensor], in_features: int, block: list[int], backend: str
 ) -> list[Tensor]:
+    lists = "transposed" if transposed else "own"
     shapes = backends.module(backend).schedule_shapes(
-        indices.shape[0] * block[0], in_features, indices.shape[1], (block[0], block[1]), product
+        indices.shape[0] * block[0], in_features, indices.shape[1], (block[0], block[1]), lists
     )
     return [indices.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
@@ -202,8 +193,8 @@ _grad_weight_op = _register(
     _grad_weight_fake,
 )
 _schedule_op = _register(
-    "schedule(Tensor indices, Tensor[] transposed, int in_features, int[2] block, str backend, "
-    "str product) -> Tensor[]",
+    "schedule(Tensor indices, Tensor[] transposed, int in_features, int[2] block, str backend)"
+    " -> Tensor[]",
     _schedule,
     _schedule_fake,
 )
@@ -217,46 +208,55 @@ _abs_topk_backward_op = _register(
 )
 
 
-def transposed_of(layout: FanInLayout, product: str) -> list[Tensor]:
-    """What `product` reads of the transposed list: all of it, or nothing, and it stays unbuilt."""
-    return list(layout.transposed) if product == "grad_input" else []
+def derive(layout: FanInLayout, backend: str, lists: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists that a product walks and the backend's schedule for them, cached in the layout.
 
+    Args:
+        lists: "own", the layout's inputs of each output, or "transposed", the outputs of each
+            input; a product that walks its own lists leaves the transposed ones unbuilt.
 
-def schedule_of(layout: FanInLayout, backend: str, product: str) -> list[Tensor]:
-    """The backend's schedule for `product`, cached in the layout.
-
-    It is built by an op of its own, so that a layout that has none yet can be traced as well.
+    Returns:
+        The transposed lists, or nothing, and the schedule. The latter is built by an op of its own,
+        so that a layout that has none yet can be traced as well.
     """
+    transposed = list(layout.transposed) if lists == "transposed" else []
 
     def build(layout: FanInLayout) -> tuple[Tensor, ...]:
         return tuple(
-            _schedule_op(
-                layout.indices,
-                transposed_of(layout, product),
-                layout.in_features,
-                layout.block,
-                backend,
-                product,
-            )
+            _schedule_op(layout.indices, transposed, layout.in_features, layout.block, backend)
         )
 
-    return list(layout.derive(f"{backend}.{product}", build))
+    return transposed, list(layout.derive(f"{backend}.{lists}", build))
+
+
+def _derived(layout: FanInLayout, backend: str, product: str) -> tuple[list[Tensor], list[Tensor]]:
+    lists = backends.module(backend).lists(
+        layout.block_cols, layout.num_blocks, layout.block, product
+    )
+    return derive(layout, backend, lists)
 
 
 def prepare(layout: FanInLayout, backend: str, *products: str) -> None:
-    """Builds what the products of `backend` read, so that the first call finds it cached."""
+    """Derives what the products of `backend` read, so that the first call finds it cached."""
     for product in products:
-        transposed_of(layout, product)
-        schedule_of(layout, backend, product)
+        _derived(layout, backend, product)
 
 
 def forward(
     x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
-    schedule = schedule_of(layout, backend, "forward")
+    transposed, schedule = _derived(layout, backend, "forward")
     y: Tensor = _forward_op(
-        x, values, bias, layout.indices, [], schedule, layout.in_features, layout.block, backend
+        x,
+        values,
+        bias,
+        layout.indices,
+        transposed,
+        schedule,
+        layout.in_features,
+        layout.block,
+        backend,
     )
     return y
 
@@ -265,13 +265,14 @@ def grad_input(
     grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
+    transposed, schedule = _derived(layout, backend, "grad_input")
     grad: Tensor = _grad_input_op(
         grad_output,
         values,
         bias,
         layout.indices,
-        transposed_of(layout, "grad_input"),
-        schedule_of(layout, backend, "grad_input"),
+        transposed,
+        schedule,
         layout.in_features,
         layout.block,
         backend,
@@ -281,9 +282,16 @@ def grad_input(
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
-    schedule = schedule_of(layout, backend, "grad_weight")
+    transposed, schedule = _derived(layout, backend, "grad_weight")
     grad: Tensor = _grad_weight_op(
-        grad_output, x, layout.indices, [], schedule, layout.in_features, layout.block, backend
+        grad_output,
+        x,
+        layout.indices,
+        transposed,
+        schedule,
+        layout.in_features,
+        layout.block,
+        backend,
     )
     return grad
 

@@ -158,13 +158,18 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     return torch.where(y != 0, grad_output, 0).contiguous()
 
 
+def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
+    """Which lists `product` walks, "own" or "transposed": always the layout's own."""
+    return "own"
+
+
 def schedule_shapes(
-    out_features: int, in_features: int, blocks_per_row: int, block: tuple[int, int], product: str
+    out_features: int, in_features: int, blocks_per_row: int, block: tuple[int, int], lists: str
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of `build_schedule`'s result: this backend needs none."""
     return []
 
 
-def build_schedule(layout: FanInLayout, product: str) -> tuple[Tensor, ...]:
-    """Tensors that the products want derived from the layout: this backend needs none."""
+def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
+    """Tensors that the products want derived from the lists: this backend needs none."""
     return ()

@@ -46,6 +46,7 @@ struct AbsTopkArguments {
 
 struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
+    void (*scatter[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     double (*fma_gflops)(int threads);

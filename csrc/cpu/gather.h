@@ -90,9 +90,8 @@ __attribute__((noinline)) void accumulate(const typename GatherTile<T, kVectors>
                                                       x);
                     unroll<kShared>([&](auto a) __attribute__((always_inline)) {
                         const Vec<C> w = splat<C>(weights[a]);
-                        unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
-                            acc[a][v] += w * x[v];
-                        });
+                        unroll<kVectors>(
+                            [&](auto v) __attribute__((always_inline)) { acc[a][v] += w * x[v]; });
                     });
                 }
                 unroll<kShared>([&](auto a) __attribute__((always_inline)) {
@@ -273,8 +272,8 @@ void gather_dots(const GatherProblem<T>& problem) {
 template <class T, int kVectors>
 void gather_shared(const GatherProblem<T>& problem) {
     switch (shared_outputs(problem.lists.out_block)) {
-        case 4:
-            return gather_tiles<T, kVectors, 4>(problem);
+        case 4:  // as wide as the sums of 4 outputs fit the registers
+            return gather_tiles<T, (4 * kVectors < kRegisters ? kVectors : 2), 4>(problem);
         case 2:
             return gather_tiles<T, kVectors, 2>(problem);
         default:

@@ -23,6 +23,12 @@ struct GradWeightProblem {
     int threads;
 };
 
+// A tile's share of dW can be computed in three ways, and each is a class: constructed for a tile,
+// `multiply` adds the share of consecutive entries of a panel, whose rows of dY `pack` has laid
+// out; `finish` ends the tile. Sums lie entry after entry, and in each as [group of `order`
+// outputs] [feature][output]. Inner loops are functions of their own, for the sake of their
+// registers (see `accumulate`).
+
 // Collects one vector of partial sums for each weight and adds up their lanes, kLanes weights at a
 // time.
 template <class C>
@@ -36,7 +42,9 @@ struct PartialSums {
         int64_t i = 0;
         for (; i + kN <= filled; i += kN) {
             C* to = sums + i;
-            store_user(to, load_user(to) + sum_each<C>(vectors + i * kN));
+            const C* rows = vectors + i * kN;
+            store_user(
+                to, load_user(to) + sum_each<C>([&](auto row) { return load(rows + row * kN); }));
         }
         for (; i < filled; ++i) {
             C sum = C(0);
@@ -48,7 +56,6 @@ struct PartialSums {
     }
 };
 
-// A function of its own for the sake of its registers, like `accumulate`.
 template <class C, int kVectors, int kShared>
 __attribute__((noinline)) void multiply_rows(const C* rows, const C* panel, const int32_t* local,
                                              int64_t count, PartialSums<C>& partial) {
@@ -81,7 +88,199 @@ __attribute__((noinline)) void multiply_rows(const C* rows, const C* panel, cons
     }
 }
 
+// Rows of dY in registers, and a dot product with each of the inputs that they share.
 template <class T, int kVectors, int kShared>
+class Dots {
+    using C = Compute<T>;
+    static constexpr int kTile = kVectors * kLanes<C>;
+    const GradWeightProblem<T>& problem_;
+    PartialSums<C> partial_;
+
+public:
+    static constexpr int64_t kScratch = kPartials * kLanes<C>;
+    static int64_t order(const Lists&) { return kShared; }
+    Dots(const GradWeightProblem<T>& problem, C* sums, C* scratch)
+        : problem_(problem), partial_{scratch, sums} {}
+    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
+        const int64_t size = problem_.lists.out_block;
+        pack_tile<T, kVectors>(problem_.grad_output, first, tokens, row * size, rows * size, to);
+    }
+    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
+        const Schedule& schedule = problem_.schedule;
+        for (const int64_t end = e + entries; e < end; ++e) {
+            const int64_t start = schedule.entry_starts[e];
+            const int64_t count = schedule.entry_starts[e + 1] - start;
+            for (int64_t a = 0; a < problem_.lists.out_block; a += kShared) {
+                multiply_rows<C, kVectors, kShared>(rows, panel, schedule.local + start, count,
+                                                    partial_);
+                rows += kShared * kTile;
+            }
+        }
+    }
+    void finish() { partial_.flush(); }
+};
+
+// Whether rows are long enough for `Groups`: few lanes may be left over.
+template <class C>
+bool group_rows(const Lists& lists, const Schedule& schedule) {
+    constexpr int64_t kN = kLanes<C>;
+    const int64_t count = lists.per_row * lists.in_block;
+    return lists.out_block == 1 && schedule.panels == 1 && count >= kN &&
+           (count % kN == 0 || count >= 4 * kN);
+}
+
+// kLanes weights at a time. `starts` are the entries' first features, `local` and `sums` belong to
+// the first of them.
+template <class C, int kVectors>
+__attribute__((noinline)) void multiply_groups(const C* rows, const int64_t* starts,
+                                               int64_t entries, const C* panel,
+                                               const int32_t* local, C* sums) {
+    constexpr int kN = kLanes<C>;
+    constexpr int kTile = kVectors * kN;
+    for (int64_t e = 0; e < entries; ++e, rows += kTile) {
+        Vec<C> row[kVectors];
+        unroll<kVectors>([&](auto v)
+                             __attribute__((always_inline)) { row[v] = load(rows + v * kN); });
+        const auto group = [&](const int32_t* features) __attribute__((always_inline)) {
+            return sum_each<C>([&](auto i) __attribute__((always_inline)) {
+                const C* x = panel + static_cast<int64_t>(features[i]) * kTile;
+                Vec<C> sum = row[0] * load(x);
+                unroll<kVectors - 1>([&](auto v) __attribute__((always_inline)) {
+                    sum += row[v + 1] * load(x + (v + 1) * kN);
+                });
+                return sum;
+            });
+        };
+        int64_t left = starts[e + 1] - starts[e];
+        for (; left >= kN; left -= kN, local += kN, sums += kN) {
+            store_user(sums, load_user(sums) + group(local));
+        }
+        if (left > 0) {  // the last few, and the first of them again in the lanes left over
+            int32_t features[kN];
+            for (int64_t i = 0; i < kN; ++i) features[i] = local[i < left ? i : 0];
+            C last[kN];
+            store_user(last, group(features));
+            for (int64_t i = 0; i < left; ++i) sums[i] += last[i];
+            local += left;
+            sums += left;
+        }
+    }
+}
+
+// The same for rows of many weights that share nothing: the partial sums of kLanes weights never
+// leave the registers.
+template <class T, int kVectors>
+class Groups {
+    using C = Compute<T>;
+    const GradWeightProblem<T>& problem_;
+    C* sums_;
+
+public:
+    static constexpr int64_t kScratch = 0;
+    static int64_t order(const Lists&) { return 1; }
+    Groups(const GradWeightProblem<T>& problem, C* sums, C*) : problem_(problem), sums_(sums) {}
+    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
+        pack_tile<T, kVectors>(problem_.grad_output, first, tokens, row, rows, to);
+    }
+    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
+        const Schedule& schedule = problem_.schedule;
+        const int64_t start = schedule.entry_starts[e];
+        multiply_groups<C, kVectors>(rows, schedule.entry_starts + e, entries, panel,
+                                     schedule.local + start, sums_ + start);
+    }
+    void finish() {}
+};
+
+// sums[feature][output] += sum over tokens of x[feature][token] * row[token][output], for kFeatures
+// inputs and kOutputs vectors of outputs at a time.
+template <class C, int kTile, int kFeatures, int kOutputs>
+__attribute__((noinline)) void multiply_block_row(const C* row, int64_t out_block, const C* panel,
+                                                  const int32_t* local, int64_t count, C* sums) {
+    constexpr int kN = kLanes<C>;
+    for (int64_t j = 0; j < count; j += kFeatures) {
+        const C* x[kFeatures];
+        for (int i = 0; i < kFeatures; ++i) {  // past the end, the last input again
+            x[i] = panel + static_cast<int64_t>(local[std::min(j + i, count - 1)]) * kTile;
+        }
+        for (int64_t a = 0; a < out_block; a += kOutputs * kN) {
+            Vec<C> acc[kFeatures][kOutputs] = {};
+            const C* token = row + a;
+            for (int m = 0; m < kTile; ++m, token += out_block) {
+                Vec<C> d[kOutputs];
+                unroll<kOutputs>(
+                    [&](auto o) __attribute__((always_inline)) { d[o] = load(token + o * kN); });
+                unroll<kFeatures>([&](auto i) __attribute__((always_inline)) {
+                    const Vec<C> w = splat<C>(x[i][m]);
+                    unroll<kOutputs>([&](auto o)
+                                         __attribute__((always_inline)) { acc[i][o] += w * d[o]; });
+                });
+            }
+            unroll<kFeatures>([&](auto i) __attribute__((always_inline)) {
+                if (j + i >= count) return;
+                unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
+                    C* to = sums + (j + i) * out_block + a + o * kN;
+                    store(to, load(to) + acc[i][o]);
+                });
+            });
+        }
+    }
+}
+
+// Blocks of whole vectors of outputs: an outer product for each token, with nothing to add up
+// across lanes.
+template <class T, int kVectors>
+class Outer {
+    using C = Compute<T>;
+    static constexpr int kTile = kVectors * kLanes<C>;
+    const GradWeightProblem<T>& problem_;
+    C* sums_;
+
+public:
+    static constexpr int64_t kScratch = 0;
+    static int64_t order(const Lists& lists) { return lists.out_block; }
+    Outer(const GradWeightProblem<T>& problem, C* sums, C*) : problem_(problem), sums_(sums) {}
+    // [block-row][token][output]
+    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
+        const Matrix<const T>& dy = problem_.grad_output;
+        const int64_t size = problem_.lists.out_block;
+        for (int64_t m = 0; m < kTile; ++m) {
+            const T* from = dy.data + (first + m) * dy.row_stride + row * size * dy.col_stride;
+            for (int64_t r = 0; r < rows; ++r) {
+                C* block = to + (r * kTile + m) * size;
+                for (int64_t a = 0; a < size; a += kLanes<C>) {
+                    if (m >= tokens) {
+                        store(block + a, Vec<C>{});
+                    } else if (dy.col_stride == 1) {
+                        store(block + a, load_user(from + r * size + a));
+                    } else {
+                        for (int64_t i = a; i < a + kLanes<C>; ++i) {
+                            block[i] = to_compute(from[(r * size + i) * dy.col_stride]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
+        constexpr int kN = kLanes<C>;
+        const Schedule& schedule = problem_.schedule;
+        const int64_t size = problem_.lists.out_block;
+        for (const int64_t end = e + entries; e < end; ++e, rows += size * kTile) {
+            const int64_t start = schedule.entry_starts[e];
+            const int64_t count = schedule.entry_starts[e + 1] - start;
+            if (size % (2 * kN) == 0) {
+                multiply_block_row<C, kTile, 4, 2>(rows, size, panel, schedule.local + start, count,
+                                                   sums_ + start * size);
+            } else {
+                multiply_block_row<C, kTile, 8, 1>(rows, size, panel, schedule.local + start, count,
+                                                   sums_ + start * size);
+            }
+        }
+    }
+    void finish() {}
+};
+
+template <class T, int kVectors, class Kernel>
 void grad_weight_tiles(const GradWeightProblem<T>& problem) {
     using C = Compute<T>;
     constexpr int64_t kTile = kVectors * kLanes<C>;
@@ -102,7 +301,7 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
     const size_t sums_at = arena.reserve<C>(parts * weights);
     const size_t tile_at = arena.reserve<C>(threads * features * kTile);
     const size_t rows_at = arena.reserve<C>(threads * packed_rows * kTile);
-    const size_t partial_at = arena.reserve<C>(threads * kPartials * kLanes<C>);
+    const size_t scratch_at = arena.reserve<C>(threads * Kernel::kScratch);
     arena.allocate();
     C* sums = arena.at<C>(sums_at);
 
@@ -114,7 +313,7 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
 #endif
         C* tile = arena.at<C>(tile_at) + thread * features * kTile;
         C* rows = arena.at<C>(rows_at) + thread * packed_rows * kTile;
-        C* vectors = arena.at<C>(partial_at) + thread * kPartials * kLanes<C>;
+        C* scratch = arena.at<C>(scratch_at) + thread * Kernel::kScratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < parts; ++part) {
             C* part_sums = sums + part * weights;
@@ -123,53 +322,42 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
                 const int64_t first = t * kTile;
                 const int64_t tokens = std::min(kTile, problem.tokens - first);
                 pack_tile<T, kVectors>(problem.input, first, tokens, 0, features, tile);
-                PartialSums<C> partial{vectors, part_sums};
-                const auto entry = [&](int64_t e, const C* panel, const C* from) {
-                    const int64_t start = schedule.entry_starts[e];
-                    const int64_t count = schedule.entry_starts[e + 1] - start;
-                    for (int64_t a = 0; a < lists.out_block; a += kShared) {
-                        multiply_rows<C, kVectors, kShared>(from + a * kTile, panel,
-                                                            schedule.local + start, count, partial);
-                    }
-                };
+                Kernel kernel(problem, part_sums, scratch);
                 if (one_panel) {
                     for (int64_t r = 0; r < lists.rows; r += chunk) {
                         const int64_t end = std::min(lists.rows, r + chunk);
-                        pack_tile<T, kVectors>(problem.grad_output, first, tokens,
-                                               r * lists.out_block, (end - r) * lists.out_block,
-                                               rows);
-                        for (int64_t e = r; e < end; ++e) {
-                            entry(e, tile, rows + (e - r) * lists.out_block * kTile);
-                        }
+                        kernel.pack(first, tokens, r, end - r, rows);
+                        kernel.multiply(r, end - r, tile, rows);
                     }
                 } else {
-                    pack_tile<T, kVectors>(problem.grad_output, first, tokens, 0, outputs, rows);
+                    kernel.pack(first, tokens, 0, lists.rows, rows);
                     for (int64_t p = 0; p < schedule.panels; ++p) {
                         const C* panel = tile + p * schedule.panel_features * kTile;
                         for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
                             const int64_t row = schedule.entry_rows[e];
                             if (row < 0) break;
-                            entry(e, panel, rows + row * lists.out_block * kTile);
+                            kernel.multiply(e, 1, panel, rows + row * lists.out_block * kTile);
                         }
                     }
                 }
-                partial.flush();
+                kernel.finish();
             }
         }
     }
 
     const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+    const int64_t order = Kernel::order(lists);
 #pragma omp parallel for num_threads(problem.threads) schedule(static)
     for (int64_t e = 0; e < entries; ++e) {
         const int64_t start = schedule.entry_starts[e];
         const int64_t count = schedule.entry_starts[e + 1] - start;
         int64_t at = start * lists.out_block;
-        for (int64_t group = 0; group < lists.out_block; group += kShared) {
+        for (int64_t group = 0; group < lists.out_block; group += order) {
             const int32_t* id = schedule.block_ids + start / lists.in_block;
             for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
                 T* block = problem.grad_values + *id * block_size + group * lists.out_stride;
                 for (int64_t b = 0; b < lists.in_block; ++b) {
-                    for (int64_t a = 0; a < kShared; ++a, ++at) {
+                    for (int64_t a = 0; a < order; ++a, ++at) {
                         C sum = sums[at];
                         for (int64_t part = 1; part < parts; ++part) {
                             sum += sums[part * weights + at];
@@ -211,28 +399,44 @@ void grad_weight_outer(const GradWeightProblem<T>& problem) {
 }
 
 template <class T, int kVectors>
-void grad_weight_shared(const GradWeightProblem<T>& problem) {
+void grad_weight_dots(const GradWeightProblem<T>& problem) {
     switch (shared_outputs(problem.lists.out_block)) {
-        case 4:
-            return grad_weight_tiles<T, kVectors, 4>(problem);
+        case 4: {  // as wide as 4 rows fit the registers
+            constexpr int kFit = 4 * kVectors < kRegisters ? kVectors : 2;
+            return grad_weight_tiles<T, kFit, Dots<T, kFit, 4>>(problem);
+        }
         case 2:
-            return grad_weight_tiles<T, kVectors, 2>(problem);
+            return grad_weight_tiles<T, kVectors, Dots<T, kVectors, 2>>(problem);
         default:
-            return grad_weight_tiles<T, kVectors, 1>(problem);
+            return grad_weight_tiles<T, kVectors, Dots<T, kVectors, 1>>(problem);
     }
 }
 
 template <class T>
 void grad_weight(const GradWeightProblem<T>& problem) {
+    using C = Compute<T>;
+    constexpr int kN = kLanes<C>;
+    const Lists& lists = problem.lists;
     if (problem.tokens <= kDotTokens) return grad_weight_outer(problem);
-    const int64_t features = problem.lists.cols * problem.lists.in_block;
-    // One row of dY in 8 vectors halves the work of adding up lanes; several rows would not fit the
-    // registers.
-    if (shared_outputs(problem.lists.out_block) == 1 && features * 8 * kVectorBytes <= kTileBytes) {
-        return grad_weight_tiles<T, 8, 1>(problem);
+    const int64_t features = lists.cols * lists.in_block;
+    const auto fits = [&](int vectors) { return features * vectors * kVectorBytes <= kTileBytes; };
+    if (lists.out_block % kN == 0) {
+        if (fits(4)) return grad_weight_tiles<T, 4, Outer<T, 4>>(problem);
+        return grad_weight_tiles<T, 2, Outer<T, 2>>(problem);
     }
-    if (features * 4 * kVectorBytes <= kTileBytes) return grad_weight_shared<T, 4>(problem);
-    return grad_weight_shared<T, 2>(problem);
+    if (group_rows<C>(lists, problem.schedule)) {
+        // A vector for each weight of the group and those of the row, if the registers hold both.
+        constexpr int kVectors = 8 + kN < kRegisters ? 8 : 4;
+        if (fits(kVectors)) return grad_weight_tiles<T, kVectors, Groups<T, kVectors>>(problem);
+        if (fits(4)) return grad_weight_tiles<T, 4, Groups<T, 4>>(problem);
+        return grad_weight_tiles<T, 2, Groups<T, 2>>(problem);
+    }
+    // Eight vectors of one row halve the work of adding up lanes; several rows would not fit.
+    if (shared_outputs(lists.out_block) == 1 && fits(8)) {
+        return grad_weight_tiles<T, 8, Dots<T, 8, 1>>(problem);
+    }
+    if (fits(4)) return grad_weight_dots<T, 4>(problem);
+    return grad_weight_dots<T, 2>(problem);
 }
 
 }  // namespace

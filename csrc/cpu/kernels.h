@@ -19,19 +19,33 @@
 #include "dispatch.h"
 #include "gather.h"
 #include "grad_weight.h"
+#include "scatter.h"
 
 namespace sk {
 namespace {
 #include "ceilings.h"
 
 template <class T>
+GatherProblem<T> gather_problem(const GatherArguments& arguments) {
+    return {arguments.lists,
+            arguments.schedule,
+            Matrix<const T>{static_cast<const T*>(arguments.in), arguments.in_row_stride,
+                            arguments.in_col_stride},
+            static_cast<const T*>(arguments.values),
+            static_cast<const T*>(arguments.bias),
+            static_cast<T*>(arguments.out),
+            arguments.tokens,
+            arguments.threads};
+}
+
+template <class T>
 void run_gather(const GatherArguments& arguments) {
-    gather(GatherProblem<T>{arguments.lists, arguments.schedule,
-                            Matrix<const T>{static_cast<const T*>(arguments.in),
-                                            arguments.in_row_stride, arguments.in_col_stride},
-                            static_cast<const T*>(arguments.values),
-                            static_cast<const T*>(arguments.bias), static_cast<T*>(arguments.out),
-                            arguments.tokens, arguments.threads});
+    gather(gather_problem<T>(arguments));
+}
+
+template <class T>
+void run_scatter(const GatherArguments& arguments) {
+    scatter(gather_problem<T>(arguments));
 }
 
 template <class T>
@@ -57,6 +71,7 @@ void run_abs_topk(const AbsTopkArguments& arguments) {
 const KernelTable& SK_ISA_TABLE() {
     static const KernelTable table = {
         {run_gather<float>, run_gather<Bf16>, run_gather<double>},
+        {run_scatter<float>, run_scatter<Bf16>, run_scatter<double>},
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
         measure_fma_gflops,

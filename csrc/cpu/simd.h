@@ -37,6 +37,12 @@ struct VecTraits<double> {
     typedef int64_t Index __attribute__((vector_size(kVectorBytes)));
 };
 
+// Vector registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 // Vectors in a cache line.
 constexpr int kLineVectors = 64 / kVectorBytes;
 
@@ -202,16 +208,15 @@ constexpr int bit_reverse(int value, int size) {
     return out;
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]. Adding the two halves of a zip sums
+// Lane i of the result is the sum of the lanes of rows(i). Adding the two halves of a zip sums
 // pairs and interleaves the vectors, so log2(lanes) rounds do all sums at once, in bit-reversed
 // order.
-template <class T>
-inline __attribute__((always_inline)) Vec<T> sum_each(const T* rows) {
+template <class T, class Rows>
+inline __attribute__((always_inline)) Vec<T> sum_each(const Rows& rows) {
     constexpr int kN = kLanes<T>;
     Vec<T> part[kN];
     unroll<kN>([&](auto i) __attribute__((always_inline)) {
-        constexpr int kFrom = bit_reverse(i, kN);
-        part[i] = load(rows + kFrom * kN);
+        part[i] = rows(std::integral_constant<int, bit_reverse(i, kN)>{});
     });
     unroll<log2_of(kN)>([&](auto round) __attribute__((always_inline)) {
         constexpr int kLeft = kN >> (round + 1);
