@@ -133,6 +133,17 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         kernel(
             {pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
     });
+    module.def(
+        "abs_topk_backward",
+        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
+           int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t y, int64_t row_stride,
+           int64_t col_stride, uintptr_t grad_input, int64_t rows, int64_t cols, int threads) {
+            const auto kernel =
+                sk::table_for(isa).abs_topk_backward[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
+                    row_stride, col_stride, pointer<void>(grad_input), rows, cols, threads});
+        });
     module.def("keep_freed_memory", sk::keep_freed_memory);
 
     module.def("measure_fma_gflops", [](const std::string& isa, int threads) {

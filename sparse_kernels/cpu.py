@@ -302,5 +302,24 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
 
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
-    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0."""
-    return torch.where(y != 0, grad_output, 0)
+    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, None), grad_output.dtype)
+    _check("y", y, tuple(grad_output.shape), grad_output.dtype)
+    out = torch.empty(y.shape, dtype=y.dtype)
+    _extension.abs_topk_backward(
+        _isa,
+        dtype,
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        grad_output.stride(1),
+        y.data_ptr(),
+        y.stride(0),
+        y.stride(1),
+        out.data_ptr(),
+        y.shape[0],
+        y.shape[1],
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,9 +1,10 @@
 // y keeps the k entries of largest magnitude of each row of x, the others are zero.
 //
 // The magnitude's bit pattern is an integer that orders like the magnitude, so the k-th largest is
-// found by bisecting over integers: each step counts, in the first-level cache, how many keys reach
-// the middle. That takes a number of steps bounded by a key's bits, whatever the data, and stops as
-// soon as exactly k reach it.
+// found by searching integers, 16 bits at a time from the top (a radix select): a row's leading
+// digits are few enough bytes for the first-level cache, where a step of the search counts how many
+// reach a middle. The few entries that share the threshold's digit go on to the next digit. The
+// number of steps is bounded by a key's bits, whatever the data.
 #pragma once
 
 #include <algorithm>
@@ -19,73 +20,75 @@ namespace {
 template <class T>
 struct KeyTraits;
 template <>
-struct KeyTraits<float> {
-    using Bits = uint32_t;
-    using Key = int32_t;
-    typedef Key Keys __attribute__((vector_size(kVectorBytes)));
-    static Key bits(float value) {
-        Key out;
-        std::memcpy(&out, &value, sizeof(out));
-        return out;
-    }
-    static constexpr Key kInfinity = 0x7f800000;
-};
-template <>
 struct KeyTraits<Bf16> {
     using Bits = uint16_t;
-    using Key = int32_t;
-    typedef Key Keys __attribute__((vector_size(kVectorBytes)));
-    static Key bits(Bf16 value) { return value.bits; }
-    static constexpr Key kInfinity = 0x7f80;
+    static constexpr Bits kInfinity = 0x7f80;
+};
+template <>
+struct KeyTraits<float> {
+    using Bits = uint32_t;
+    static constexpr Bits kInfinity = 0x7f800000;
 };
 template <>
 struct KeyTraits<double> {
     using Bits = uint64_t;
-    using Key = int64_t;
-    typedef Key Keys __attribute__((vector_size(kVectorBytes)));
-    static Key bits(double value) {
-        Key out;
-        std::memcpy(&out, &value, sizeof(out));
-        return out;
-    }
-    static constexpr Key kInfinity = 0x7ff0000000000000;
+    static constexpr Bits kInfinity = 0x7ff0000000000000;
 };
-
-// Clears the sign; all NaNs become one key above infinity, as torch.topk orders them.
 template <class T>
-inline typename KeyTraits<T>::Key magnitude_key(T value) {
-    using Key = typename KeyTraits<T>::Key;
-    constexpr Key kAll = sizeof(T) == 2 ? Key{0x7fff} : std::numeric_limits<Key>::max();
-    return std::min<Key>(KeyTraits<T>::bits(value) & kAll, KeyTraits<T>::kInfinity + 1);
+using Bits = typename KeyTraits<T>::Bits;
+
+template <class T>
+inline Bits<T> bits_of(T value) {
+    Bits<T> out;
+    std::memcpy(&out, &value, sizeof(out));
+    return out;
 }
 
+// Without the sign.
 template <class T>
-inline int64_t count_reaching(const typename KeyTraits<T>::Key* keys, int64_t padded,
-                              typename KeyTraits<T>::Key threshold) {
-    using Key = typename KeyTraits<T>::Key;
-    using Keys = typename KeyTraits<T>::Keys;
-    constexpr int kN = kVectorBytes / static_cast<int>(sizeof(Key));
-    Keys count[4] = {};
-    for (int64_t i = 0; i < padded; i += 4 * kN) {
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) {
-            const Keys chunk = *reinterpret_cast<const Keys*>(keys + i + u * kN);
-            count[u] -= chunk >= threshold;
-        }
-    }
-    const Keys all = (count[0] + count[1]) + (count[2] + count[3]);
+constexpr Bits<T> kMagnitude = std::numeric_limits<Bits<T>>::max() >> 1;
+template <class T>
+constexpr int kKeyBits = 8 * static_cast<int>(sizeof(T));
+
+// A digit of a key, stored so that it orders as int16 does; padding is below every digit.
+using Digit = int16_t;
+typedef Digit Digits __attribute__((vector_size(kVectorBytes)));
+constexpr int64_t kDigitStep = 4 * kVectorBytes / static_cast<int64_t>(sizeof(Digit));
+// Of the first digit, which has no sign bit; and of the others, which use all 16 bits.
+constexpr Digit kNoDigit = std::numeric_limits<Digit>::min();
+
+inline int64_t padded_digits(int64_t count) {
+    return (count + kDigitStep - 1) / kDigitStep * kDigitStep;
+}
+
+inline int64_t count_reaching(const Digit* digits, int64_t padded, Digit threshold) {
+    // A lane must not count further than it can, all four vectors together.
+    constexpr int64_t kAtOnce = std::numeric_limits<Digit>::max() / 4 * kDigitStep;
     int64_t sum = 0;
-    for (int lane = 0; lane < kN; ++lane) sum += all[lane];
+    for (int64_t begin = 0; begin < padded; begin += kAtOnce) {
+        const int64_t end = std::min(padded, begin + kAtOnce);
+        Digits count[4] = {};
+        for (int64_t i = begin; i < end; i += kDigitStep) {
+            unroll<4>([&](auto u) __attribute__((always_inline)) {
+                Digits chunk;
+                std::memcpy(&chunk, digits + i + u * kDigitStep / 4, sizeof(chunk));
+                count[u] -= chunk >= threshold;
+            });
+        }
+        const Digits all = (count[0] + count[1]) + (count[2] + count[3]);
+        int lanes = 0;
+        for (int lane = 0; lane < kDigitStep / 4; ++lane) lanes += all[lane];
+        sum += lanes;
+    }
     return sum;
 }
 
-// At least k keys reach `low` (low_count of them), fewer than k reach `high` (high_count).
-template <class Key>
+// At least k digits reach `low` (low_count of them), fewer than k reach `high` (high_count).
 struct Bracket {
-    Key low, high;
+    int low, high;
     int64_t low_count, high_count;
 
-    void cut(Key middle, int64_t count, int64_t k) {
+    void cut(int middle, int64_t count, int64_t k) {
         if (count >= k) {
             low = middle;
             low_count = count;
@@ -97,135 +100,278 @@ struct Bracket {
     bool done(int64_t k) const { return low_count == k || high - low == 1; }
 };
 
-template <class T, class Key>
-void bisect(const Key* keys, int64_t padded, int64_t k, Bracket<Key>& bracket) {
+inline void bisect(const Digit* digits, int64_t padded, int64_t k, Bracket& bracket) {
     while (!bracket.done(k)) {
-        const Key middle = bracket.low + (bracket.high - bracket.low) / 2;
-        bracket.cut(middle, count_reaching<T>(keys, padded, middle), k);
+        const int middle = bracket.low + (bracket.high - bracket.low) / 2;
+        bracket.cut(middle, count_reaching(digits, padded, static_cast<Digit>(middle)), k);
     }
 }
 
-// Of long rows, one step of keys in this many is sampled for a first bracket.
+// From this many digits on, one step in kSampleEvery is sampled for a first bracket.
 constexpr int64_t kSampleEvery = 16;
-constexpr int64_t kSampledCols = 2048;
+constexpr int64_t kSampledCount = 4096;
 
-template <class T, class Key>
-void narrow(const Key* keys, Key* sample, int64_t padded, int64_t cols, int64_t k,
-            Bracket<Key>& bracket) {
-    constexpr int64_t kStep = 4 * kVectorBytes / static_cast<int64_t>(sizeof(Key));
-    if (cols >= kSampledCols) {
-        int64_t sampled = 0;
-        for (int64_t i = 0; i + kStep <= cols; i += kSampleEvery * kStep) {
-            std::copy(keys + i, keys + i + kStep, sample + sampled);
-            sampled += kStep;
+inline void narrow(const Digit* digits, Digit* sample, int64_t padded, int64_t count, int64_t k,
+                   Bracket& bracket) {
+    const auto reaching = [&](int threshold) {
+        return count_reaching(digits, padded, static_cast<Digit>(threshold));
+    };
+    int64_t sampled = 0;
+    for (int64_t i = 0; i + kDigitStep <= count; i += kSampleEvery * kDigitStep) {
+        std::copy(digits + i, digits + i + kDigitStep, sample + sampled);
+        sampled += kDigitStep;
+    }
+    // Three standard deviations of the sample's rank to either side.
+    const double share = static_cast<double>(k) / static_cast<double>(count);
+    const auto margin = static_cast<int64_t>(
+        3.0 * std::sqrt(static_cast<double>(sampled) * share * (1.0 - share)) + 1.0);
+    const auto rank = static_cast<int64_t>(share * static_cast<double>(sampled));
+    int top = bracket.high;
+    for (const int64_t near : {rank - margin, rank + margin}) {
+        if (near < 1 || near >= sampled) continue;
+        Bracket guess{bracket.low, top, sampled, 0};
+        bisect(sample, sampled, near, guess);
+        if (guess.low > bracket.low && guess.low < bracket.high && !bracket.done(k)) {
+            bracket.cut(guess.low, reaching(guess.low), k);
+            top = guess.low + 1;
         }
-        // Three standard deviations of the sample's rank to either side.
-        const double share = static_cast<double>(k) / static_cast<double>(cols);
-        const auto margin = static_cast<int64_t>(
-            3.0 * std::sqrt(static_cast<double>(sampled) * share * (1.0 - share)) + 1.0);
-        const auto rank = static_cast<int64_t>(share * static_cast<double>(sampled));
-        for (const int64_t near : {rank - margin, rank + margin}) {
-            if (near < 1 || near >= sampled) continue;
-            Bracket<Key> guess{0, bracket.high, sampled, 0};
-            bisect<T>(sample, sampled, near, guess);
-            if (guess.low > bracket.low && guess.low < bracket.high && !bracket.done(k)) {
-                bracket.cut(guess.low, count_reaching<T>(keys, padded, guess.low), k);
+    }
+    // Inside the bracket the digits are spread evenly enough to aim; every third step halves, so
+    // that no data can make this long.
+    for (int step = 1; !bracket.done(k); ++step) {
+        const double aim = step % 3 == 0
+                               ? 0.5
+                               : static_cast<double>(bracket.low_count - k) /
+                                     static_cast<double>(bracket.low_count - bracket.high_count);
+        const int width = bracket.high - bracket.low;
+        const int ahead = static_cast<int>(std::lround(aim * width));
+        const int middle = bracket.low + std::clamp(ahead, 1, width - 1);
+        bracket.cut(middle, reaching(middle), k);
+    }
+}
+
+inline Digit largest(const Digit* digits, int64_t padded) {
+    Digits most = Digits{} + kNoDigit;
+    for (int64_t i = 0; i < padded; i += kDigitStep / 4) {
+        Digits chunk;
+        std::memcpy(&chunk, digits + i, sizeof(chunk));
+        most = chunk > most ? chunk : most;
+    }
+    Digit lanes[kDigitStep / 4];
+    std::memcpy(lanes, &most, sizeof(lanes));
+    return *std::max_element(lanes, lanes + kDigitStep / 4);
+}
+
+// Finds the digit of the k-th largest of `count` digits, padded to a whole step, from `lowest` to
+// `highest`.
+inline Bracket search(const Digit* digits, Digit* sample, int64_t count, int64_t k, int lowest,
+                      int highest) {
+    const int64_t padded = padded_digits(count);
+    Bracket bracket{lowest, highest + 1, count, 0};
+    if (count >= kSampledCount && k < count) narrow(digits, sample, padded, count, k, bracket);
+    bisect(digits, padded, k, bracket);
+    return bracket;
+}
+
+// The places of the digits that equal `chosen`, in order; returns how many.
+inline int64_t find_equal(const Digit* digits, int64_t count, Digit chosen, int32_t* places) {
+    constexpr int64_t kN = kDigitStep / 4;
+    int64_t found = 0;
+    for (int64_t begin = 0; begin < count; begin += kN) {
+        Digits chunk;
+        std::memcpy(&chunk, digits + begin, sizeof(chunk));
+        if (any(chunk == chosen)) {
+            for (int64_t i = begin; i < std::min(begin + kN, count); ++i) {
+                places[found] = static_cast<int32_t>(i);
+                found += digits[i] == chosen;
             }
         }
-        // Inside the bracket the keys are spread evenly enough to aim; every third step halves, so
-        // that no data can make this long.
-        for (int step = 1; !bracket.done(k); ++step) {
-            const double aim =
-                step % 3 == 0 ? 0.5
-                              : static_cast<double>(bracket.low_count - k) /
-                                    static_cast<double>(bracket.low_count - bracket.high_count);
-            const Key width = bracket.high - bracket.low;
-            const auto ahead = static_cast<Key>(aim * static_cast<double>(width));
-            const Key middle = bracket.low + std::clamp<Key>(ahead, 1, width - 1);
-            bracket.cut(middle, count_reaching<T>(keys, padded, middle), k);
-        }
     }
-    bisect<T>(keys, padded, k, bracket);
+    return found;
 }
 
-// Copies past the caches where the target allows it.
+// What of a row stays: keys from `high` on, and of those from `low` on the first `ties`.
 template <class T>
-inline void store_row(const T* row, T* to, int64_t cols) {
-    constexpr int64_t kPerVector = kVectorBytes / static_cast<int64_t>(sizeof(T));
-    int64_t i = 0;
-    if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
-        const float* from = reinterpret_cast<const float*>(row);
-        float* target = reinterpret_cast<float*>(to);
-        for (; i + kPerVector <= cols; i += kPerVector) {
-            stream_user(target, load(from));
-            from += kLanes<float>;
-            target += kLanes<float>;
-        }
+struct Threshold {
+    Bits<T> low, high;
+    int64_t ties;
+};
+
+// Working memory of a thread, for rows of `cols`.
+template <class T>
+struct TopkBuffers {
+    Digit *digits, *sample;
+    int32_t* places;  // where the candidates are
+    T* row;           // a copy of the row, if it is strided
+    T* ordered;       // a copy of the row with one NaN
+};
+
+// Puts the leading digits, and after them padding, into `buffers`; returns the largest.
+template <class T>
+Digit leading_digits(const T* row, int64_t cols, const TopkBuffers<T>& buffers) {
+    const int64_t padded = padded_digits(cols);
+    for (int64_t i = 0; i < cols; ++i) {
+        buffers.digits[i] =
+            static_cast<Digit>((bits_of(row[i]) & kMagnitude<T>) >> (kKeyBits<T> - 16));
     }
-    std::copy(row + i, row + cols, to + i);
+    std::fill(buffers.digits + cols, buffers.digits + padded, kNoDigit);
+    return largest(buffers.digits, padded);
+}
+
+// The threshold of a row whose leading digits are in `buffers`.
+template <class T>
+Threshold<T> find_threshold(const T* row, int64_t cols, int64_t k, Digit highest,
+                            const TopkBuffers<T>& buffers) {
+    Digit* const digits = buffers.digits;
+    int shift = kKeyBits<T> - 16;
+    int64_t left = k;  // to be kept among the candidates, which share the prefix
+    int64_t candidates = cols;
+    Bracket bracket = search(digits, buffers.sample, cols, k, 0, highest);
+    auto prefix = static_cast<Bits<T>>(bracket.low);
+    while (bracket.low_count != left && shift > 0) {
+        left -= bracket.high_count;
+        const auto chosen = static_cast<Digit>(bracket.low);
+        if (shift == kKeyBits<T> - 16) {
+            candidates = find_equal(digits, cols, chosen, buffers.places);
+        } else {
+            int64_t kept = 0;
+            for (int64_t i = 0; i < candidates; ++i) {
+                buffers.places[kept] = buffers.places[i];
+                kept += digits[i] == chosen;
+            }
+            candidates = kept;
+        }
+        // Digits of all 16 bits: turned so that they order as signed ones.
+        shift -= 16;
+        constexpr int kTurn = 0x8000;
+        for (int64_t i = 0; i < candidates; ++i) {
+            const auto digit = static_cast<uint16_t>(bits_of(row[buffers.places[i]]) >> shift);
+            digits[i] = static_cast<Digit>(digit - kTurn);
+        }
+        std::fill(digits + candidates, digits + padded_digits(candidates), kNoDigit);
+        bracket = search(digits, buffers.sample, candidates, left, kNoDigit,
+                         std::numeric_limits<Digit>::max());
+        prefix = static_cast<Bits<T>>((uint64_t{prefix} << 16) |
+                                      static_cast<uint64_t>(bracket.low + kTurn));
+    }
+    const auto low = static_cast<Bits<T>>(prefix << shift);
+    if (bracket.low_count == left) return {low, low, 0};
+    return {low, static_cast<Bits<T>>(low + 1), left - bracket.high_count};
+}
+
+// to[i] = values[i] where the key reaches the threshold, else 0; past the caches if `stream`.
+template <class T>
+void keep_reaching(const T* keys, const T* values, Bits<T> threshold, int64_t count, T* to,
+                   bool stream) {
+    typedef Bits<T> Lanes __attribute__((vector_size(kVectorBytes)));
+    typedef std::make_signed_t<Bits<T>> Signed __attribute__((vector_size(kVectorBytes)));
+    constexpr int64_t kN = kVectorBytes / static_cast<int64_t>(sizeof(T));
+    // Keys have no sign bit, so signed comparisons, which every target has, order them.
+    const auto least = static_cast<std::make_signed_t<Bits<T>>>(threshold);
+    const auto keep = [&](int64_t i) __attribute__((always_inline)) {
+        Lanes key, value;
+        std::memcpy(&key, keys + i, sizeof(key));
+        std::memcpy(&value, values + i, sizeof(value));
+        const Signed reaches = reinterpret_cast<Signed>(key & kMagnitude<T>) >= least;
+        return reinterpret_cast<Vec<float>>(value & reinterpret_cast<Lanes>(reaches));
+    };
+    int64_t i = 0;
+    if (stream && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+        for (; i + kN <= count; i += kN) stream_user(reinterpret_cast<float*>(to + i), keep(i));
+    } else {
+        for (; i + kN <= count; i += kN) store_user(reinterpret_cast<float*>(to + i), keep(i));
+    }
+    for (; i < count; ++i) {
+        const Bits<T> key = bits_of(keys[i]) & kMagnitude<T>;
+        const Bits<T> bits = key >= threshold ? bits_of(values[i]) : Bits<T>{0};
+        std::memcpy(to + i, &bits, sizeof(bits));
+    }
+}
+
+template <class T>
+void abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
+                  const TopkBuffers<T>& buffers) {
+    if (k == cols) return keep_reaching(row, row, Bits<T>{0}, cols, to, stream);
+    const T* keys = row;
+    Digit highest = leading_digits(row, cols, buffers);
+    if (highest >= static_cast<Digit>(KeyTraits<T>::kInfinity >> (kKeyBits<T> - 16))) {
+        // There may be NaNs: one key for all of them, above infinity, as torch.topk orders them.
+        for (int64_t i = 0; i < cols; ++i) {
+            const auto key =
+                std::min<Bits<T>>(bits_of(row[i]) & kMagnitude<T>, KeyTraits<T>::kInfinity + 1);
+            std::memcpy(buffers.ordered + i, &key, sizeof(key));
+        }
+        keys = buffers.ordered;
+        highest = leading_digits(keys, cols, buffers);
+    }
+    const Threshold<T> threshold = find_threshold(keys, cols, k, highest, buffers);
+    int64_t split = 0;  // ties stay before here: lowest index first
+    for (int64_t found = 0; found < threshold.ties; ++split) {
+        found += (bits_of(keys[split]) & kMagnitude<T>) == threshold.low;
+    }
+    keep_reaching(keys, row, threshold.low, split, to, stream);
+    keep_reaching(keys + split, row + split, threshold.high, cols - split, to + split, stream);
 }
 
 template <class T>
 void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t rows, int64_t cols,
               int64_t k, int threads) {
-    using Bits = typename KeyTraits<T>::Bits;
-    using Key = typename KeyTraits<T>::Key;
-    constexpr int64_t kStep = 4 * kVectorBytes / static_cast<int64_t>(sizeof(Key));
-    const int64_t padded = (cols + kStep - 1) / kStep * kStep;
+    const int64_t padded = padded_digits(cols);
     Arena arena;
-    const size_t keys_at = arena.reserve<Key>(threads * padded);
-    const size_t sample_at = arena.reserve<Key>(threads * padded);
-    const size_t in_at = arena.reserve<T>(threads * padded);
-    const size_t out_at = arena.reserve<T>(threads * padded);
+    const size_t digits_at = arena.reserve<Digit>(threads * padded);
+    const size_t sample_at = arena.reserve<Digit>(threads * padded);
+    const size_t places_at = arena.reserve<int32_t>(threads * padded);
+    const size_t row_at = arena.reserve<T>(threads * padded);
+    const size_t ordered_at = arena.reserve<T>(threads * padded);
     arena.allocate();
+    const bool stream = rows * cols * int64_t{sizeof(T)} >= kStreamBytes;
 #pragma omp parallel num_threads(threads)
     {
         int thread = 0;
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        Key* keys = arena.at<Key>(keys_at) + thread * padded;
-        Key* sample = arena.at<Key>(sample_at) + thread * padded;
-        T* in = arena.at<T>(in_at) + thread * padded;
-        T* out = arena.at<T>(out_at) + thread * padded;
-        std::fill(keys + cols, keys + padded, Key{-1});  // never reaches a threshold
+        const int64_t mine = thread * padded;
+        const TopkBuffers<T> buffers{arena.at<Digit>(digits_at) + mine,
+                                     arena.at<Digit>(sample_at) + mine,
+                                     arena.at<int32_t>(places_at) + mine,
+                                     arena.at<T>(row_at) + mine, arena.at<T>(ordered_at) + mine};
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-            const T* from = x + row * row_stride;
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* row = x + r * row_stride;
             if (col_stride != 1) {
-                for (int64_t i = 0; i < cols; ++i) in[i] = from[i * col_stride];
-                from = in;
+                for (int64_t i = 0; i < cols; ++i) buffers.row[i] = row[i * col_stride];
+                row = buffers.row;
             }
-            Key high = 0;  // the largest key
-            for (int64_t i = 0; i < cols; ++i) {
-                keys[i] = magnitude_key(from[i]);
-                high = std::max(high, keys[i]);
-            }
-            Bracket<Key> bracket{0, high + 1, cols, 0};
-            if (k < cols) narrow<T>(keys, sample, padded, cols, k, bracket);
-            // Exactly k reach `low`, or fewer do reach `high` and ties at `low` fill up.
-            const Key low = bracket.low;
-            high = bracket.low_count == k ? low : bracket.high;
-            for (int64_t i = 0; i < cols; ++i) {
-                // Without a branch, and as bits, so that it becomes vector code for every type.
-                const auto mask = static_cast<Bits>(-static_cast<Bits>(keys[i] >= high));
-                Bits bits;
-                std::memcpy(&bits, from + i, sizeof(bits));
-                bits &= mask;
-                std::memcpy(out + i, &bits, sizeof(bits));
-            }
-            const int64_t kept_high = bracket.low_count == k ? k : bracket.high_count;
-            for (int64_t i = 0, kept = kept_high; kept < k; ++i) {  // ties: lowest index first
-                if (keys[i] == low) {
-                    out[i] = from[i];
-                    ++kept;
-                }
-            }
-            store_row(out, y + row * cols, cols);
+            abs_topk_row(row, y + r * cols, cols, k, stream, buffers);
         }
-#if defined(__AVX512F__)
-        _mm_sfence();
-#endif
+        stream_fence();
+    }
+}
+
+// dx = dy where y is not zero, elsewhere 0; dx is contiguous.
+template <class T>
+void abs_topk_backward(const Matrix<const T>& dy, const Matrix<const T>& y, T* dx, int64_t rows,
+                       int64_t cols, int threads) {
+    const bool stream = rows * cols * int64_t{sizeof(T)} >= kStreamBytes;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* from = dy.data + r * dy.row_stride;
+            const T* kept = y.data + r * y.row_stride;
+            T* to = dx + r * cols;
+            if (dy.col_stride == 1 && y.col_stride == 1) {
+                // Not zero, or NaN: the magnitude's bits are at least 1.
+                keep_reaching(kept, from, Bits<T>{1}, cols, to, stream);
+                continue;
+            }
+            for (int64_t i = 0; i < cols; ++i) {
+                const bool zero = (bits_of(kept[i * y.col_stride]) & kMagnitude<T>) == 0;
+                to[i] = zero ? T{} : from[i * dy.col_stride];
+            }
+        }
+        stream_fence();
     }
 }
 

@@ -44,11 +44,22 @@ struct AbsTopkArguments {
     int threads;
 };
 
+struct AbsTopkBackwardArguments {
+    const void* grad_output;
+    int64_t grad_output_row_stride, grad_output_col_stride;
+    const void* y;
+    int64_t y_row_stride, y_col_stride;
+    void* grad_input;
+    int64_t rows, cols;
+    int threads;
+};
+
 struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
     void (*scatter[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
+    void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     double (*fma_gflops)(int threads);
     double (*bf16_gflops)(int threads);
     double (*read_gbs)(int threads, size_t bytes);

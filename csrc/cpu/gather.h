@@ -20,8 +20,6 @@ inline int shared_outputs(int out_block) {
 constexpr int64_t kChunkBytes = 32 << 10;
 // A packed tile of inputs stays below this, to live in a second-level cache.
 constexpr int64_t kTileBytes = int64_t{5} << 18;
-// Outputs larger than this are stored past the caches.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
 constexpr int64_t kDotTokens = 4;
 
@@ -139,7 +137,8 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const int64_t out_rows = one_panel ? chunk * lists.out_block : outputs;
     const bool in_place =
         std::is_same<T, C>::value && one_panel && !lists.source_rows && lists.out_block == 1;
-    const bool stream = problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
+    const bool stream = kLineVectors == 1 &&
+                        problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
                         outputs * sizeof(T) % 64 == 0 && out_rows * sizeof(T) % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
@@ -210,9 +209,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
                 Tile::unpack(out, problem.out, outputs, first, tokens, 0, outputs, stream);
             }
         }
-#if defined(__AVX512F__)
-        _mm_sfence();
-#endif
+        stream_fence();
     }
 }
 

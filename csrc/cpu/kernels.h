@@ -66,6 +66,16 @@ void run_abs_topk(const AbsTopkArguments& arguments) {
                 arguments.threads);
 }
 
+template <class T>
+void run_abs_topk_backward(const AbsTopkBackwardArguments& arguments) {
+    abs_topk_backward(
+        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
+                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
+        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_row_stride,
+                        arguments.y_col_stride},
+        static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
+}
+
 }  // namespace
 
 const KernelTable& SK_ISA_TABLE() {
@@ -74,6 +84,7 @@ const KernelTable& SK_ISA_TABLE() {
         {run_scatter<float>, run_scatter<Bf16>, run_scatter<double>},
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
+        {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
         measure_fma_gflops,
         measure_bf16_gflops,
         measure_read_gbs,

@@ -66,9 +66,9 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     const bool one_panel = schedule.panels == 1;
     const int64_t chunk = one_panel ? chunk_rows<C>(size, kTile) : lists.rows;
     const bool in_place = std::is_same<T, C>::value && one_panel && lists.in_block == 1;
-    const bool stream = problem.tokens * features * int64_t{sizeof(T)} >= kStreamBytes &&
-                        features * sizeof(T) % 64 == 0 &&
-                        reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
+    const bool stream =
+        kLineVectors == 1 && problem.tokens * features * int64_t{sizeof(T)} >= kStreamBytes &&
+        features * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
 
     Arena arena;
@@ -125,9 +125,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
             GatherTile<T, kVectors>::unpack(out, problem.out, features, first, tokens, 0, features,
                                             stream);
         }
-#if defined(__AVX512F__)
-        _mm_sfence();
-#endif
+        stream_fence();
     }
 }
 

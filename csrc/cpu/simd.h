@@ -10,6 +10,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "types.h"
 
@@ -136,17 +139,43 @@ inline void store_user(Bf16* to, Vec<float> value) {
     std::memcpy(to, &half, sizeof(half));
 }
 
+// Outputs larger than this are stored past the caches; those that leave in pieces of many rows at
+// once only where a vector is a whole line.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
 // Store past the caches: a line that is written whole need not be read first.
 template <class T>
 inline void stream_user(T* to, Vec<T> value) {
+    typedef long long Raw __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512F__)
-    typedef long long Raw __attribute__((vector_size(64)));
     __builtin_ia32_movntdq512(reinterpret_cast<Raw*>(to), reinterpret_cast<Raw>(value));
+#elif defined(__AVX2__)
+    __builtin_ia32_movntdq256(reinterpret_cast<Raw*>(to), reinterpret_cast<Raw>(value));
 #else
     store_user(to, value);
 #endif
 }
 inline void stream_user(Bf16* to, Vec<float> value) { store_user(to, value); }
+// Orders what was streamed before what comes next: at the end of a thread's work.
+inline void stream_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// Whether any bit of a vector is set.
+template <class V>
+inline bool any(V value) {
+    typedef long long Wide __attribute__((vector_size(kVectorBytes)));
+    const Wide bits = reinterpret_cast<Wide>(value);
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(bits));
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256(reinterpret_cast<__m256i>(bits), reinterpret_cast<__m256i>(bits));
+#else
+    return (bits[0] | bits[1]) != 0;
+#endif
+}
 
 namespace detail {
 template <class V, class I, size_t kBase, size_t... Lane>
