@@ -20,6 +20,8 @@ Candidate = Callable[[], object]
 MIN_SAMPLE_S = 2e-4
 # A candidate that takes longer than this is content with fewer samples.
 SLOW_S = 0.15
+# One that takes longer than this is timed once: nothing around it can matter by much.
+VERY_SLOW_S = 1.0
 MIN_SAMPLES = 5
 MIN_SAMPLES_SLOW = 3
 MAX_SAMPLES = 101
@@ -59,8 +61,8 @@ def estimate_s(candidates: Mapping[str, Candidate]) -> dict[str, float]:
     estimates = {}
     for name, call in candidates.items():
         first = sample_s(call)
-        # A very slow one is not called a third time: its warm-up was its first call.
-        estimates[name] = min(sample_s(call), sample_s(call) if first < SLOW_S else math.inf)
+        more = 2 if first < SLOW_S else 1 if first < VERY_SLOW_S else 0
+        estimates[name] = min((sample_s(call) for _ in range(more)), default=first)
     return estimates
 
 
@@ -76,12 +78,14 @@ def interleave(
     Args:
         candidates: name -> the call to time.
         budget_s: after about this long no further round starts, but every candidate gets at
-            least 5 samples (3 if one takes longer than 0.15 s), at most 101. A slow candidate
-            sits out once it has used up an equal share of the time.
+            least 5 samples (3 if it takes longer than 0.15 s; one that takes more than a second
+            keeps its estimate), at most 101. A slow candidate sits out once it has used up an
+            equal share of the time.
         repeats: take exactly so many samples of each instead.
         estimates: what `estimate_s` said about these candidates, to not warm them up again.
     """
     guesses = estimate_s(candidates) if estimates is None else estimates
+    once = {name for name in candidates if guesses[name] > VERY_SLOW_S and not repeats}
     calls = {
         name: max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9))) for name in candidates
     }
@@ -90,17 +94,18 @@ def interleave(
         for name in candidates
     }
     share_s = budget_s / max(1, len(candidates))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    spent = dict.fromkeys(candidates, 0.0)
+    samples = {name: [guesses[name]] if name in once else [] for name in candidates}
+    turns = {name: call for name, call in candidates.items() if name not in once}
+    spent = dict.fromkeys(turns, 0.0)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(repeats or MAX_SAMPLES):
-            done = all(len(samples[name]) >= wanted[name] for name in candidates)
+            done = all(len(samples[name]) >= wanted[name] for name in turns)
             if done and (repeats or sum(spent.values()) >= budget_s):
                 break
-            for name, call in candidates.items():
+            for name, call in turns.items():
                 if len(samples[name]) >= wanted[name] and (repeats or spent[name] > share_s):
                     continue
                 seconds = sample_s(call, calls[name])

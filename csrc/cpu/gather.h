@@ -21,7 +21,9 @@ constexpr int64_t kChunkBytes = 32 << 10;
 // A packed tile of inputs stays below this, to live in a second-level cache.
 constexpr int64_t kTileBytes = int64_t{5} << 18;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
-constexpr int64_t kDotTokens = 4;
+constexpr int64_t kDotTokens = 1;
+// The same for rows whose weights lie in a row and share nothing.
+constexpr int64_t kDotTokensUnshared = 2;
 
 // A sum is taken in stretches that are added up at the end, so that its rounding error grows with
 // the square root of its length, as in a blocked dense product.
@@ -213,6 +215,58 @@ void gather_tiles(const GatherProblem<T>& problem) {
     }
 }
 
+// out[r] = bias[r] + sum over row r's weights of weight * in[column], for rows of `per_row` weights
+// that share nothing; `past` weights and columns may be read from the first on.
+template <class T>
+__attribute__((noinline)) void dot_rows(const T* weights, const int32_t* columns, int64_t past,
+                                        int64_t per_row, int64_t rows, const Compute<T>* in,
+                                        const T* bias, T* out) {
+    using C = Compute<T>;
+    constexpr int kN = kLanes<C>;
+    const auto row = [&](int64_t r) __attribute__((always_inline)) {
+        Vec<C> sum = {};
+        int64_t at = r * per_row;
+        const int64_t end = at + per_row;
+        for (; at + kN <= end; at += kN) {
+            sum += load_user(weights + at) * load_places(in, columns + at);
+        }
+        if (at < end) {
+            if (at + kN <= past) {  // the next row's, and then not counted
+                const Vec<C> product = load_user(weights + at) * load_places(in, columns + at);
+                return sum + first_lanes<C>(product, end - at);
+            }
+            for (int lane = 0; at < end; ++at, ++lane) {
+                sum[lane] += to_compute(weights[at]) * in[columns[at]];
+            }
+        }
+        return sum;
+    };
+    int64_t r = 0;
+    for (; r + kN <= rows; r += kN) {
+        Vec<C> sums =
+            sum_each<C>([&](auto i) __attribute__((always_inline)) { return row(r + i); });
+        if (bias) sums += load_user(bias + r);
+        store_user(out + r, sums);
+    }
+    for (; r < rows; ++r) {
+        const Vec<C> sums = row(r);
+        C sum = bias ? to_compute(bias[r]) : C(0);
+        for (int lane = 0; lane < kN; ++lane) sum += sums[lane];
+        out[r] = from_compute<T>(sum);
+    }
+}
+
+// The tokens as rows of `features` in the type that they are computed in.
+template <class T>
+void copy_tokens(const Matrix<const T>& source, int64_t tokens, int64_t features, Compute<T>* to) {
+    for (int64_t m = 0; m < tokens; ++m) {
+        const T* from = source.data + m * source.row_stride;
+        for (int64_t f = 0; f < features; ++f) {
+            to[m * features + f] = to_compute(from[f * source.col_stride]);
+        }
+    }
+}
+
 // A few tokens: a dot product for each output, no tile.
 template <class T>
 void gather_dots(const GatherProblem<T>& problem) {
@@ -225,11 +279,21 @@ void gather_dots(const GatherProblem<T>& problem) {
     const size_t in_at = arena.reserve<C>(problem.tokens * features);
     arena.allocate();
     C* in = arena.at<C>(in_at);
-    for (int64_t m = 0; m < problem.tokens; ++m) {
-        const T* from = problem.in.data + m * problem.in.row_stride;
-        for (int64_t f = 0; f < features; ++f) {
-            in[m * features + f] = to_compute(from[f * problem.in.col_stride]);
+    copy_tokens(problem.in, problem.tokens, features, in);
+    if (block_size == 1 && !lists.offsets) {
+        const int64_t parts = problem.threads;
+#pragma omp parallel for num_threads(problem.threads) schedule(static)
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t r = lists.rows * part / parts;
+            const int64_t rows = lists.rows * (part + 1) / parts - r;
+            for (int64_t m = 0; m < problem.tokens; ++m) {
+                dot_rows<T>(problem.values + r * lists.per_row, lists.columns + r * lists.per_row,
+                            (lists.rows - r) * lists.per_row, lists.per_row, rows,
+                            in + m * features, problem.bias ? problem.bias + r : nullptr,
+                            problem.out + m * outputs + r);
+            }
         }
+        return;
     }
 #pragma omp parallel for num_threads(problem.threads) schedule(static)
     for (int64_t r = 0; r < lists.rows; ++r) {
@@ -239,24 +303,12 @@ void gather_dots(const GatherProblem<T>& problem) {
             for (int64_t m = 0; m < problem.tokens; ++m) {
                 const C* x = in + m * features;
                 C sum[4] = {problem.bias ? to_compute(problem.bias[n]) : C(0)};
-                if (block_size == 1 && !lists.source_rows) {
-                    int64_t i = begin;
-                    for (; i + 4 <= end; i += 4) {
-                        for (int u = 0; u < 4; ++u) {
-                            sum[u] += to_compute(problem.values[i + u]) * x[lists.columns[i + u]];
-                        }
-                    }
-                    for (; i < end; ++i) {
-                        sum[0] += to_compute(problem.values[i]) * x[lists.columns[i]];
-                    }
-                } else {
-                    for (int64_t i = begin; i < end; ++i) {
-                        const T* w =
-                            problem.values + lists.block_id(i) * block_size + a * lists.out_stride;
-                        const C* xb = x + static_cast<int64_t>(lists.columns[i]) * lists.in_block;
-                        for (int64_t b = 0; b < lists.in_block; ++b) {
-                            sum[b & 3] += to_compute(w[b * lists.in_stride]) * xb[b];
-                        }
+                for (int64_t i = begin; i < end; ++i) {
+                    const T* w =
+                        problem.values + lists.block_id(i) * block_size + a * lists.out_stride;
+                    const C* xb = x + static_cast<int64_t>(lists.columns[i]) * lists.in_block;
+                    for (int64_t b = 0; b < lists.in_block; ++b) {
+                        sum[b & 3] += to_compute(w[b * lists.in_stride]) * xb[b];
                     }
                 }
                 problem.out[m * outputs + n] =
@@ -281,12 +333,14 @@ void gather_shared(const GatherProblem<T>& problem) {
 template <class T>
 void gather(const GatherProblem<T>& problem) {
     if (problem.tokens == 0) return;
-    if (problem.tokens <= kDotTokens) return gather_dots(problem);
+    const Lists& lists = problem.lists;
+    const bool unshared = lists.out_block * lists.in_block == 1 && !lists.offsets;
+    if (problem.tokens <= (unshared ? kDotTokensUnshared : kDotTokens)) return gather_dots(problem);
     // The widest tile that fits its cache and still gives every thread one. Each token's sum is the
     // same in all of them.
     using C = Compute<T>;
     const int64_t lanes = kLanes<C>;
-    const int64_t features = problem.lists.cols * problem.lists.in_block;
+    const int64_t features = lists.cols * lists.in_block;
     const auto suits = [&](int64_t vectors) {
         return problem.tokens > vectors / 2 * lanes * (2 * problem.threads - 1) &&
                features * vectors * kVectorBytes * int64_t{sizeof(T)} / int64_t{sizeof(C)} <=

@@ -9,6 +9,8 @@ namespace {
 // Tokens are cut at fixed places, whatever the number of threads, and the parts added in order.
 constexpr int64_t kTilesPerPart = 8;
 constexpr int64_t kMaxParts = 32;
+// Up to this many tokens no tiles are packed.
+constexpr int64_t kFewTokens = 8;
 // Vectors of partial sums kept before their lanes are added up.
 constexpr int64_t kPartials = 64;
 
@@ -370,17 +372,54 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
     }
 }
 
+// to[i] = sum over tokens of dy[token] * x[token][columns[i]], for a row of `count` weights.
+template <class T>
+__attribute__((noinline)) void outer_row(const Compute<T>* dy, int64_t dy_stride,
+                                         const Compute<T>* x, int64_t x_stride, int64_t tokens,
+                                         const int32_t* columns, int64_t count, T* to) {
+    using C = Compute<T>;
+    constexpr int kN = kLanes<C>;
+    int64_t i = 0;
+    for (; i + kN <= count; i += kN) {
+        Vec<C> sum = {};
+        for (int64_t m = 0; m < tokens; ++m) {
+            sum += splat<C>(dy[m * dy_stride]) * load_places(x + m * x_stride, columns + i);
+        }
+        store_user(to + i, sum);
+    }
+    for (; i < count; ++i) {
+        C sum = C(0);
+        for (int64_t m = 0; m < tokens; ++m)
+            sum += dy[m * dy_stride] * x[m * x_stride + columns[i]];
+        to[i] = from_compute<T>(sum);
+    }
+}
+
 // A few tokens: the gradient is an outer product of a few rows, one pass over the values.
 template <class T>
-void grad_weight_outer(const GradWeightProblem<T>& problem) {
+void grad_weight_few(const GradWeightProblem<T>& problem) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
-    const Matrix<const T>& dy = problem.grad_output;
-    const Matrix<const T>& x = problem.input;
+    const int64_t outputs = lists.rows * lists.out_block;
+    const int64_t features = lists.cols * lists.in_block;
     const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+    Arena arena;
+    const size_t dy_at = arena.reserve<C>(problem.tokens * outputs);
+    const size_t x_at = arena.reserve<C>(problem.tokens * features);
+    arena.allocate();
+    C* dy = arena.at<C>(dy_at);
+    C* x = arena.at<C>(x_at);
+    copy_tokens(problem.grad_output, problem.tokens, outputs, dy);
+    copy_tokens(problem.input, problem.tokens, features, x);
 #pragma omp parallel for num_threads(problem.threads) schedule(static)
     for (int64_t r = 0; r < lists.rows; ++r) {
-        for (int64_t i = lists.begin(r); i < lists.end(r); ++i) {
+        const int64_t begin = lists.begin(r), end = lists.end(r);
+        if (block_size == 1) {
+            outer_row<T>(dy + r, outputs, x, features, problem.tokens, lists.columns + begin,
+                         end - begin, problem.grad_values + begin);
+            continue;
+        }
+        for (int64_t i = begin; i < end; ++i) {
             T* block = problem.grad_values + i * block_size;
             for (int64_t a = 0; a < lists.out_block; ++a) {
                 for (int64_t b = 0; b < lists.in_block; ++b) {
@@ -388,8 +427,7 @@ void grad_weight_outer(const GradWeightProblem<T>& problem) {
                     const int64_t k = static_cast<int64_t>(lists.columns[i]) * lists.in_block + b;
                     C sum = C(0);
                     for (int64_t m = 0; m < problem.tokens; ++m) {
-                        sum += to_compute(dy.data[m * dy.row_stride + n * dy.col_stride]) *
-                               to_compute(x.data[m * x.row_stride + k * x.col_stride]);
+                        sum += dy[m * outputs + n] * x[m * features + k];
                     }
                     block[a * lists.out_stride + b * lists.in_stride] = from_compute<T>(sum);
                 }
@@ -417,7 +455,7 @@ void grad_weight(const GradWeightProblem<T>& problem) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
     const Lists& lists = problem.lists;
-    if (problem.tokens <= kDotTokens) return grad_weight_outer(problem);
+    if (problem.tokens <= kFewTokens) return grad_weight_few(problem);
     const int64_t features = lists.cols * lists.in_block;
     const auto fits = [&](int vectors) { return features * vectors * kVectorBytes <= kTileBytes; };
     if (lists.out_block % kN == 0) {

@@ -146,11 +146,10 @@ constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // Store past the caches: a line that is written whole need not be read first.
 template <class T>
 inline void stream_user(T* to, Vec<T> value) {
-    typedef long long Raw __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512F__)
-    __builtin_ia32_movntdq512(reinterpret_cast<Raw*>(to), reinterpret_cast<Raw>(value));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
 #elif defined(__AVX2__)
-    __builtin_ia32_movntdq256(reinterpret_cast<Raw*>(to), reinterpret_cast<Raw>(value));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
 #else
     store_user(to, value);
 #endif
@@ -210,6 +209,46 @@ inline __attribute__((always_inline)) void unrolled(const F& body,
 template <int kCount, class F>
 inline __attribute__((always_inline)) void unroll(const F& body) {
     unrolled(body, std::make_integer_sequence<int, kCount>{});
+}
+
+// from[places[i]] in lane i. (With a mask of all lanes, because GCC 12 warns of the undefined
+// vector that the plain intrinsics start from.)
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load_places(const T* from, const int32_t* places) {
+    Vec<T> out = {};
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const __m512i index = _mm512_loadu_si512(places);
+        out = _mm512_mask_i32gather_ps(out, 0xffff, index, from, 4);
+    } else {
+        const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
+        out = _mm512_mask_i32gather_pd(out, 0xff, index, from, 8);
+    }
+#elif defined(__AVX2__)
+    const __m256i all = _mm256_set1_epi32(-1);
+    if constexpr (sizeof(T) == 4) {
+        const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
+        out = _mm256_mask_i32gather_ps(out, from, index, reinterpret_cast<__m256>(all), 4);
+    } else {
+        const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
+        out = _mm256_mask_i32gather_pd(out, from, index, reinterpret_cast<__m256d>(all), 8);
+    }
+#else
+    unroll<kLanes<T>>([&](auto i)
+                          __attribute__((always_inline)) { out[i.value] = from[places[i]]; });
+#endif
+    return out;
+}
+
+// The first `count` lanes, the others 0.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> first_lanes(Vec<T> value, int64_t count) {
+    using I = typename VecTraits<T>::Index;
+    using Lane = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    I lanes;
+    unroll<kLanes<T>>([&](auto i) __attribute__((always_inline)) { lanes[i.value] = i; });
+    const I keep = lanes < static_cast<Lane>(count);
+    return reinterpret_cast<Vec<T>>(reinterpret_cast<I>(value) & keep);
 }
 
 constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
