@@ -17,12 +17,17 @@ from torch.nn import functional
 
 import sparse_kernels as sk
 from benchmarks.problems import Case
-from benchmarks.timing import Candidate
+from benchmarks.timing import Candidate, sample_s
 from sparse_kernels import ops
 from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
 
 # torch CSR multiplies at about 4 to 20 Gflop/s. A case of more work than this would take seconds.
 CSR_MAX_FLOPS = 16e9
+
+
+# A bfloat16 dense product that would take longer than this is not timed.
+BF16_MAX_SECONDS = 2.0
+PROBED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,22 @@ def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
     return _plain(product, *(tensor.to(dtype) for tensor in tensors))
 
 
+def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
+    """A sentence if torch's bfloat16 dense product would take too long, judged by a few tokens.
+
+    Without bfloat16 instructions it runs through a reference loop, hundreds of times slower than
+    fp32: nobody would use it, and it would take an hour to time.
+    """
+    few = slice(PROBED_TOKENS)
+    tensors = (operands.x[few], operands.grad_output[few], operands.weight)
+    call = _plain(product, *(tensor.bfloat16() for tensor in tensors))
+    call()
+    seconds = sample_s(call) * operands.case.tokens / len(tensors[0])
+    if seconds <= BF16_MAX_SECONDS:
+        return None
+    return f"torch's bfloat16 dense product is not timed: it would take more than {seconds:.0f} s"
+
+
 def dense_medium_precision(operands: Operands, product: str) -> Candidate:
     """fp32 in and out with `set_float32_matmul_precision("medium")`: bf16 inside."""
     call = dense(operands, product, torch.float32)
@@ -152,15 +173,15 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return True
 
 
-def dense_candidates(operands: Operands, product: str) -> dict[str, Candidate]:
+def dense_candidates(operands: Operands, product: str, *, bf16: bool) -> dict[str, Candidate]:
     """Every dense way there is in this process, by the name that a result gives it.
 
-    The name says the precision of the multiplications: fp32, or bf16.
+    The name says the precision of the multiplications: fp32, or bf16. torch's own bf16 is left out
+    if `bf16` is False.
     """
-    candidates = {
-        "torch fp32": dense(operands, product, torch.float32),
-        "torch bf16": dense(operands, product, torch.bfloat16),
-    }
+    candidates = {"torch fp32": dense(operands, product, torch.float32)}
+    if bf16:
+        candidates["torch bf16"] = dense(operands, product, torch.bfloat16)
     if has_onednn(torch.float32):
         candidates["oneDNN fp32"] = dense_onednn(operands, product, torch.float32)
     if has_onednn(torch.bfloat16):

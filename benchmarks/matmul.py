@@ -82,13 +82,17 @@ def measure_product(
         row |= {"bound_ms": bound.ms, "bound_limit": bound.limit}
     if not accuracy.is_good:
         return row
-    dense = baselines.dense_candidates(operands, product)
+    why_no_bf16 = baselines.why_no_bf16_dense(operands, product)
+    dense = baselines.dense_candidates(operands, product, bf16=why_no_bf16 is None)
     why_no_csr = baselines.why_no_csr(case)
     csr = baselines.csr_candidates(operands, product) if why_no_csr is None else {}
+    is_bf16 = case.dtype == "bfloat16"
     masked = {"masked": baselines.masked_dense(operands, product)}
+    if is_bf16 and why_no_bf16:
+        masked = {}
     everything = {"ours": ours, **masked, **dense, **csr}
     estimates = timing.estimate_s(everything)
-    same_dtype = "torch fp32" if case.dtype == "float32" else "torch bf16"
+    same_dtype = "torch bf16" if is_bf16 else "torch fp32"
     kept = {"ours", "masked", same_dtype, *_contenders(dense, estimates), *_fastest(csr, estimates)}
     timings = timing.interleave(
         {name: call for name, call in everything.items() if name in kept},
@@ -103,8 +107,9 @@ def measure_product(
         "time_ms": timings["ours"].median_ms,
         "spread_ms": timings["ours"].spread_ms,
         "samples": timings["ours"].samples,
-        "masked_dense_ms": timings["masked"].median_ms,
-        "dense_ms": timings[same_dtype].median_ms,
+        "masked_dense_ms": timings["masked"].median_ms if masked else None,
+        "dense_ms": timings[same_dtype].median_ms if same_dtype in timings else None,
+        "bf16_dense_note": why_no_bf16,
         "torch_csr_ms": next((timings[name].median_ms for name in csr if name in kept), None),
         "torch_csr_note": why_no_csr,
         "baselines": {
@@ -143,7 +148,8 @@ def describe_row(case: Case, product: str, backend: str) -> dict[str, Any]:
     measured = (
         "time_ms", "spread_ms", "samples", "masked_dense_ms", "dense_ms", "best_dense_ms",
         "best_dense_kind", "best_fp32_dense_ms", "best_fp32_dense_kind", "torch_csr_ms",
-        "torch_csr_note", "bound_ms", "bound_limit", "one_thread_ms", "error", "torch_error",
+        "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "one_thread_ms", "error",
+        "torch_error",
     )  # fmt: skip
     return {
         "device": "cpu",

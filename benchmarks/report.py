@@ -311,7 +311,13 @@ def _goal(name: str, got: float, goal: float) -> str:
 
 def summary_lines(rows: Sequence[Row]) -> list[str]:
     """Fractions of the bound, and each goal beside what was measured."""
-    lines = [
+    lines = []
+    if any(row.get("bf16_dense_note") for row in rows):
+        lines = [
+            "",
+            "torch's bfloat16 dense product would take seconds here, and is not timed in those cases",
+        ]
+    lines += [
         "",
         "Fraction of the roofline bound, geometric mean over forward, grad_input, grad_weight",
     ]
