@@ -315,7 +315,7 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     if any(row.get("bf16_dense_note") for row in rows):
         lines = [
             "",
-            "torch's bfloat16 dense product would take seconds here, and is not timed in those cases",
+            "torch's bfloat16 dense product would take seconds here: not timed in those cases",
         ]
     lines += [
         "",
@@ -463,8 +463,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axis.grid(which="both", alpha=0.25, lw=0.5)
-    if steps:
-        axes[0].legend(fontsize=8)
+    if steps:  # baselines may be missing for a dtype: the axis that shows more explains both
+        max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
     figure.suptitle(f"{title}, M={tokens}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
