@@ -229,35 +229,28 @@ def derive(layout: FanInLayout, backend: str, lists: str) -> tuple[list[Tensor],
     return transposed, list(layout.derive(f"{backend}.{lists}", build))
 
 
-def _derived(layout: FanInLayout, backend: str, product: str) -> tuple[list[Tensor], list[Tensor]]:
+def _layout_arguments(
+    layout: FanInLayout, backend: str, product: str
+) -> tuple[Tensor, list[Tensor], list[Tensor], int, tuple[int, int]]:
+    """A layout as `product` of `backend` takes it through its schema, `_LAYOUT`."""
     lists = backends.module(backend).lists(
         layout.block_cols, layout.num_blocks, layout.block, product
     )
-    return derive(layout, backend, lists)
+    return layout.indices, *derive(layout, backend, lists), layout.in_features, layout.block
 
 
 def prepare(layout: FanInLayout, backend: str, *products: str) -> None:
     """Derives what the products of `backend` read, so that the first call finds it cached."""
     for product in products:
-        _derived(layout, backend, product)
+        _layout_arguments(layout, backend, product)
 
 
 def forward(
     x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
-    transposed, schedule = _derived(layout, backend, "forward")
-    y: Tensor = _forward_op(
-        x,
-        values,
-        bias,
-        layout.indices,
-        transposed,
-        schedule,
-        layout.in_features,
-        layout.block,
-        backend,
-    )
+    arguments = _layout_arguments(layout, backend, "forward")
+    y: Tensor = _forward_op(x, values, bias, *arguments, backend)
     return y
 
 
@@ -265,34 +258,15 @@ def grad_input(
     grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
-    transposed, schedule = _derived(layout, backend, "grad_input")
-    grad: Tensor = _grad_input_op(
-        grad_output,
-        values,
-        bias,
-        layout.indices,
-        transposed,
-        schedule,
-        layout.in_features,
-        layout.block,
-        backend,
-    )
+    arguments = _layout_arguments(layout, backend, "grad_input")
+    grad: Tensor = _grad_input_op(grad_output, values, bias, *arguments, backend)
     return grad
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
-    transposed, schedule = _derived(layout, backend, "grad_weight")
-    grad: Tensor = _grad_weight_op(
-        grad_output,
-        x,
-        layout.indices,
-        transposed,
-        schedule,
-        layout.in_features,
-        layout.block,
-        backend,
-    )
+    arguments = _layout_arguments(layout, backend, "grad_weight")
+    grad: Tensor = _grad_weight_op(grad_output, x, *arguments, backend)
     return grad
 
 

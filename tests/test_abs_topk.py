@@ -12,7 +12,7 @@ from sparse_kernels.activation import abs_topk
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 KINDS = [
     "normal", "heavy", "ties", "zeros", "equal", "mostly_zero", "ascending", "descending",
-    "special", "denormal", "bits",
+    "special", "denormal", "bits", "neighbours",
 ]  # fmt: skip
 TARGETS = ["reference", *(f"cpu-{isa}" for isa in cpu.isas())]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,6 +42,10 @@ def draw(kind, rows, cols, dtype, seed):
         return values[torch.randint(8, (rows, cols), generator=generator)].to(dtype)
     if kind == "denormal":
         return (normal * torch.finfo(dtype).smallest_normal / 4).to(dtype)
+    if kind == "neighbours":  # they differ in their last bits only
+        steps = torch.randint(2**15, (rows, cols), generator=generator).double()
+        step = torch.finfo(dtype).eps if dtype != torch.bfloat16 else 2.0**-15
+        return (signs * (1 + steps * step)).to(dtype)
     if kind == "bits":  # every pattern there is, every NaN among them
         integer = INTEGERS[dtype.itemsize]
         return torch.randint(

@@ -445,3 +445,20 @@ def test_autocast_under_compile():
     actual = compiled(call)(x)
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "derived"),
+    [
+        ((1, 1), {"cpu.own", "cpu.transposed"}),
+        ((16, 1), {"cpu.own"}),
+        ((16, 16), {"cpu.own", "cpu.transposed"}),
+    ],
+)
+def test_products_derive_only_the_lists_that_they_walk(block, derived):
+    layout = sk.FanInLayout.random(64, 48, fan_in=16, block=block)
+    x = torch.randn(8, 48, requires_grad=True)
+    values = torch.randn(layout.values_shape, requires_grad=True)
+    sk.sparse_linear(x, values, layout, backend="cpu").sum().backward()
+    assert set(layout.cache) == derived
+    assert (layout._transposed is not None) == ("cpu.transposed" in derived)

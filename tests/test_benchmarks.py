@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import matmul, problems, report, roofline, timing
+from benchmarks import baselines, matmul, problems, report, roofline, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = (
@@ -233,6 +233,36 @@ def test_candidates_take_turns_and_slow_ones_keep_their_minimum() -> None:
     assert timings["a"].samples == timing.MIN_SAMPLES_SLOW
     timings = timing.interleave({"a": lambda: None}, budget_s=0.0, estimates={"a": 1e-3})
     assert timings["a"].samples == timing.MIN_SAMPLES
+
+
+def test_very_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SLOW_S", 0.0)
+    monkeypatch.setattr(timing, "VERY_SLOW_S", 0.0)
+    calls: list[str] = []
+    candidates = {"slow": lambda: calls.append("slow")}
+    estimates = timing.estimate_s(candidates)
+    timings = timing.interleave(candidates, estimates=estimates)
+    assert calls == ["slow"]
+    assert timings["slow"] == timing.Timing(estimates["slow"] * 1e3, 0.0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bf16_dense_is_left_out_only_where_it_is_slow(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = baselines.Operands.draw(problems.Case(40, 64, 32, 8, dtype=dtype))
+    monkeypatch.setattr(baselines, "BF16_MAX_SECONDS", 0.0)
+    monkeypatch.setattr(baselines, "BF16_SLOWER", 1e9)
+    assert baselines.why_no_bf16_dense(operands, "forward") is None
+    monkeypatch.setattr(baselines, "BF16_SLOWER", 0.0)
+    row = matmul.measure_product(operands, "forward", "cpu", None, budget_s=0.0, repeats=1)
+    assert "not timed" in row["bf16_dense_note"]
+    assert "torch bf16" not in row["baselines"]
+    assert (row["dense_ms"] is None) == (row["masked_dense_ms"] is None) == (dtype == "bfloat16")
+    assert row["best_dense_ms"] > 0
+    step = matmul.sum_rows([row, row])
+    assert step["dense_ms"] is None if dtype == "bfloat16" else step["dense_ms"] > 0
+    assert any("not timed" in line for line in report.summary_lines([row]))
 
 
 def test_summarize_is_median_and_interquartile_range() -> None:

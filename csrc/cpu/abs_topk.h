@@ -50,11 +50,11 @@ constexpr Bits<T> kMagnitude = std::numeric_limits<Bits<T>>::max() >> 1;
 template <class T>
 constexpr int kKeyBits = 8 * static_cast<int>(sizeof(T));
 
-// A digit of a key, stored so that it orders as int16 does; padding is below every digit.
+// A digit of a key, stored so that it orders as int16 does.
 using Digit = int16_t;
 typedef Digit Digits __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kDigitStep = 4 * kVectorBytes / static_cast<int64_t>(sizeof(Digit));
-// Of the first digit, which has no sign bit; and of the others, which use all 16 bits.
+// Padding: not above any digit, and what reaches the lowest digit is never counted.
 constexpr Digit kNoDigit = std::numeric_limits<Digit>::min();
 
 inline int64_t padded_digits(int64_t count) {

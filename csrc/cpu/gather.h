@@ -1,5 +1,6 @@
 // Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+
-// bias). `forward` runs it over a layout's own lists, `grad_input` over the transposed ones.
+// bias). `forward` runs it over a layout's own lists, `grad_input` over the transposed ones, or
+// else as in scatter.h.
 #pragma once
 
 #include <type_traits>
@@ -29,7 +30,7 @@ constexpr int64_t kDotTokensUnshared = 2;
 // the square root of its length, as in a blocked dense product.
 inline int64_t sum_stretch(int64_t count) { return count <= 1024 ? 32 : 128; }
 
-// Block-rows of outputs in a chunk: whole cache lines of every token, if they fit.
+// Block-rows of outputs in a chunk.
 template <class C>
 int64_t chunk_rows(int64_t out_block, int64_t tile) {
     return std::max<int64_t>(1, kChunkBytes / (tile * int64_t{sizeof(C)} * out_block));
@@ -122,6 +123,20 @@ struct GatherProblem {
     int threads;
 };
 
+// The weights in the order of the schedule: the stored values, if they lie so, or packed into `to`.
+template <class T>
+const Compute<T>* weights_of(const GatherProblem<T>& problem, bool in_place, int group,
+                             Compute<T>* to) {
+    if (in_place) return reinterpret_cast<const Compute<T>*>(problem.values);
+    pack_weights(problem.lists, problem.schedule, problem.values, group, to, problem.threads);
+    return to;
+}
+
+template <class T>
+void copy_bias(const T* bias, int64_t count, Compute<T>* to) {
+    for (int64_t n = 0; n < count; ++n) to[n] = bias ? to_compute(bias[n]) : Compute<T>(0);
+}
+
 template <class T, int kVectors, int kShared>
 void gather_tiles(const GatherProblem<T>& problem) {
     using C = Compute<T>;
@@ -151,15 +166,9 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const size_t tile_at = arena.reserve<E>(threads * features * kTile);
     const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
     arena.allocate();
-    const C* weights = reinterpret_cast<const C*>(problem.values);
-    if (!in_place) {
-        pack_weights(lists, schedule, problem.values, kShared, arena.at<C>(weights_at),
-                     problem.threads);
-        weights = arena.at<C>(weights_at);
-    }
+    const C* weights = weights_of(problem, in_place, kShared, arena.at<C>(weights_at));
     C* bias = arena.at<C>(bias_at);
-    for (int64_t n = 0; n < outputs; ++n)
-        bias[n] = problem.bias ? to_compute(problem.bias[n]) : C(0);
+    copy_bias(problem.bias, outputs, bias);
 
 #pragma omp parallel num_threads(threads)
     {

@@ -64,7 +64,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     const int64_t blocks = schedule.entry_starts[schedule.panels * lists.rows];
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = one_panel ? chunk_rows<C>(size, kTile) : lists.rows;
+    const int64_t chunk = one_panel ? std::min(chunk_rows<C>(size, kTile), lists.rows) : lists.rows;
     const bool in_place = std::is_same<T, C>::value && one_panel && lists.in_block == 1;
     const bool stream =
         kLineVectors == 1 && problem.tokens * features * int64_t{sizeof(T)} >= kStreamBytes &&
@@ -74,18 +74,12 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     Arena arena;
     const size_t weights_at = arena.reserve<C>(in_place ? 0 : blocks * size);
     const size_t bias_at = arena.reserve<C>(features);
-    const size_t rows_at = arena.reserve<C>(threads * std::min(chunk, lists.rows) * size * kTile);
+    const size_t rows_at = arena.reserve<C>(threads * chunk * size * kTile);
     const size_t out_at = arena.reserve<C>(threads * (features + 1) * kTile);
     arena.allocate();
-    const C* weights = reinterpret_cast<const C*>(problem.values);
-    if (!in_place) {
-        pack_weights(lists, schedule, problem.values, lists.out_block, arena.at<C>(weights_at),
-                     problem.threads);
-        weights = arena.at<C>(weights_at);
-    }
+    const C* weights = weights_of(problem, in_place, lists.out_block, arena.at<C>(weights_at));
     C* bias = arena.at<C>(bias_at);
-    for (int64_t f = 0; f < features; ++f)
-        bias[f] = problem.bias ? to_compute(problem.bias[f]) : C(0);
+    copy_bias(problem.bias, features, bias);
 
 #pragma omp parallel num_threads(threads)
     {
@@ -93,7 +87,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        C* rows = arena.at<C>(rows_at) + thread * std::min(chunk, lists.rows) * size * kTile;
+        C* rows = arena.at<C>(rows_at) + thread * chunk * size * kTile;
         C* out = arena.at<C>(out_at) + thread * (features + 1) * kTile;
         C* scratch = out + features * kTile;
 #pragma omp for schedule(static)
@@ -144,9 +138,7 @@ void scatter_dots(const GatherProblem<T>& problem) {
     for (int64_t m = 0; m < problem.tokens; ++m) {
         C* out = arena.at<C>(out_at) + m * features;
         C* row = arena.at<C>(row_at) + m * size;
-        for (int64_t f = 0; f < features; ++f) {
-            out[f] = problem.bias ? to_compute(problem.bias[f]) : C(0);
-        }
+        copy_bias(problem.bias, features, out);
         for (int64_t r = 0; r < lists.rows; ++r) {
             for (int64_t a = 0; a < size; ++a) {
                 row[a] = to_compute(problem.in.data[m * problem.in.row_stride +

@@ -1,4 +1,4 @@
-// Builds a Schedule from lists: once for each layout and product, in plain scalar code.
+// Builds a Schedule from lists: once for each of a layout's two sides, in plain scalar code.
 #pragma once
 
 #include "types.h"
