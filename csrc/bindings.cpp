@@ -61,14 +61,11 @@ Pattern fan_out_pattern(int64_t rows, int64_t per_row, int64_t cols, int32_t blo
     return pattern;
 }
 
-void set_schedule(Pattern& pattern, int64_t panel_features, uintptr_t entry_rows,
-                  uintptr_t entry_starts, uintptr_t local, uintptr_t block_ids) {
+void set_schedule(Pattern& pattern, int64_t panel_features, uintptr_t entry_starts, uintptr_t local,
+                  uintptr_t block_ids) {
     const int64_t features = pattern.lists.cols * pattern.lists.in_block;
-    pattern.schedule = {(features + panel_features - 1) / panel_features,
-                        panel_features,
-                        pointer<const int32_t>(entry_rows),
-                        pointer<const int64_t>(entry_starts),
-                        pointer<const int32_t>(local),
+    pattern.schedule = {(features + panel_features - 1) / panel_features, panel_features,
+                        pointer<const int64_t>(entry_starts), pointer<const int32_t>(local),
                         pointer<const int32_t>(block_ids)};
 }
 
@@ -91,14 +88,12 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         .def_static("fan_in", fan_in_pattern)
         .def_static("fan_out", fan_out_pattern)
         .def("set_schedule", set_schedule)
-        .def("build_schedule",
-             [](const Pattern& pattern, int64_t panel_features, uintptr_t entry_rows,
-                uintptr_t entry_starts, uintptr_t local, uintptr_t block_ids) {
-                 py::gil_scoped_release release;
-                 sk::build_schedule(pattern.lists, panel_features, pointer<int32_t>(entry_rows),
-                                    pointer<int64_t>(entry_starts), pointer<int32_t>(local),
-                                    pointer<int32_t>(block_ids));
-             });
+        .def("build_schedule", [](const Pattern& pattern, int64_t panel_features,
+                                  uintptr_t entry_starts, uintptr_t local, uintptr_t block_ids) {
+            py::gil_scoped_release release;
+            sk::build_schedule(pattern.lists, panel_features, pointer<int64_t>(entry_starts),
+                               pointer<int32_t>(local), pointer<int32_t>(block_ids));
+        });
 
     const auto define = [&](const char* name, auto member) {
         module.def(name, [member](const std::string& isa, const std::string& dtype,

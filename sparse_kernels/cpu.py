@@ -31,7 +31,7 @@ _DTYPES = {
     torch.float64: "float64",
 }
 # Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
-_PANEL_FEATURES = 8192
+_PANEL_FEATURES = 2048
 _isa: str = _extension.default_isa() if _extension is not None else ""
 
 
@@ -130,7 +130,6 @@ def schedule_shapes(
     blocks = out_features // block[0] * blocks_per_row
     _, panels = _panel(features, in_block, blocks / rows)
     return [
-        ((panels * rows,), torch.int32),  # block-row of each entry
         ((panels * rows + 1,), torch.int64),  # first feature of each entry
         ((blocks * in_block,), torch.int32),  # feature within its panel
         ((blocks,), torch.int32),  # stored block
@@ -157,7 +156,7 @@ def _pattern(layout: FanInLayout, lists: str) -> tuple[_extension.Pattern, int]:
 
 
 def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """The order in which the kernels walk "own" or "transposed" lists: four int tensors."""
+    """The order in which the kernels walk "own" or "transposed" lists: three int tensors."""
     if lists not in ("own", "transposed"):
         raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
     _check_device("layout", layout.indices)

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "scratch.h"
-#include "tile.h"
+#include "tile_bf16.h"
 
 namespace sk {
 namespace {
@@ -19,8 +19,8 @@ inline int shared_outputs(int out_block) {
 // Outputs that are collected feature-major before they leave: as many as fit here, so that each
 // token then gets several neighbouring lines at once.
 constexpr int64_t kChunkBytes = 32 << 10;
-// A packed tile of inputs stays below this, to live in a second-level cache.
-constexpr int64_t kTileBytes = int64_t{5} << 18;
+// A packed tile of inputs stays below this, to leave room for the rest in a second-level cache.
+constexpr int64_t kTileBytes = int64_t{5} << 17;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
 constexpr int64_t kDotTokens = 1;
 // The same for rows whose weights lie in a row and share nothing.
@@ -36,24 +36,55 @@ int64_t chunk_rows(int64_t out_block, int64_t tile) {
     return std::max<int64_t>(1, kChunkBytes / (tile * int64_t{sizeof(C)} * out_block));
 }
 
-// Weights in the order in which the schedule meets them: [entry][output group][feature][output].
-template <class T>
-void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, int group,
-                  Compute<T>* packed, int threads) {
+// A weight as it is packed: in the type that it is computed in, or as it is.
+template <class W, class T>
+inline W packed_weight(T value) {
+    if constexpr (std::is_same<W, T>::value) {
+        return value;
+    } else {
+        return to_compute(value);
+    }
+}
+
+// Weights in the order in which the schedule meets them: [entry][output group][feature][output]. If
+// kTogether is 2, [entry][output group][pair of features][output][feature], and then the odd one.
+template <int kTogether, class T, class W>
+void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, int64_t group,
+                  W* packed, int threads) {
     const int64_t entries = schedule.panels * lists.rows;
     const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+    if (block_size == 1) {
+        constexpr int64_t kStep = 1024;
+        const int64_t weights = schedule.entry_starts[entries];
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t begin = 0; begin < weights; begin += kStep) {
+            const int64_t end = std::min(weights, begin + kStep);
+            int64_t i = begin;
+            if constexpr (std::is_same<T, Compute<T>>::value) {
+                for (; i + kLanes<T> <= end; i += kLanes<T>) {
+                    store_user(packed + i, load_places(values, schedule.block_ids + i));
+                }
+            }
+            for (; i < end; ++i) packed[i] = packed_weight<W>(values[schedule.block_ids[i]]);
+        }
+        return;
+    }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t e = 0; e < entries; ++e) {
         const int64_t start = schedule.entry_starts[e];
         const int64_t count = schedule.entry_starts[e + 1] - start;
-        Compute<T>* to = packed + start * lists.out_block;
-        for (int64_t first = 0; first < lists.out_block; first += group) {
+        const int64_t together = count / kTogether * kTogether;
+        W* to = packed + start * lists.out_block;
+        for (int64_t first = 0; first < lists.out_block; first += group, to += count * group) {
             const int32_t* id = schedule.block_ids + start / lists.in_block;
-            for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
+            for (int64_t j = 0; j < count; ++id) {
                 const T* block = values + *id * block_size + first * lists.out_stride;
-                for (int64_t b = 0; b < lists.in_block; ++b) {
+                for (int64_t b = 0; b < lists.in_block; ++b, ++j) {
+                    const int64_t step = j < together ? kTogether : 1;
+                    W* at = to + j / step * step * group + j % step;
                     for (int64_t a = 0; a < group; ++a) {
-                        *to++ = to_compute(block[a * lists.out_stride + b * lists.in_stride]);
+                        at[a * step] =
+                            packed_weight<W>(block[a * lists.out_stride + b * lists.in_stride]);
                     }
                 }
             }
@@ -67,12 +98,12 @@ void pack_weights(const Lists& lists, const Schedule& schedule, const T* values,
 //
 // A function of its own, because inlined into its caller the inner loop runs out of registers for
 // its pointers and reloads them for every weight.
-template <class T, int kVectors, int kShared>
-__attribute__((noinline)) void accumulate(const typename GatherTile<T, kVectors>::Element* panel,
+template <class TileOf, class C, int kVectors, int kShared>
+__attribute__((noinline)) void accumulate(const typename TileOf::Element* panel,
                                           const int64_t* starts, int64_t entries, int64_t out_block,
-                                          const int32_t* local, const Compute<T>* weights,
-                                          const Compute<T>* bias, Compute<T>* out) {
-    using C = Compute<T>;
+                                          const int32_t* local,
+                                          const typename TileOf::Weight* weights, const C* bias,
+                                          C* out) {
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
     for (int64_t e = 0; e < entries; ++e) {
@@ -85,15 +116,13 @@ __attribute__((noinline)) void accumulate(const typename GatherTile<T, kVectors>
                 const int32_t* const end = local + std::min(stretch, left);
                 left -= end - local;
                 Vec<C> acc[kShared][kVectors] = {};
+                if constexpr (TileOf::kTogether == 2) {
+                    for (; end - local >= 2; local += 2, weights += 2 * kShared) {
+                        TileOf::template multiply_pair<kShared>(acc, panel, local, weights);
+                    }
+                }
                 for (; local != end; ++local, weights += kShared) {
-                    Vec<C> x[kVectors];
-                    GatherTile<T, kVectors>::load_row(panel + static_cast<int64_t>(*local) * kTile,
-                                                      x);
-                    unroll<kShared>([&](auto a) __attribute__((always_inline)) {
-                        const Vec<C> w = splat<C>(weights[a]);
-                        unroll<kVectors>(
-                            [&](auto v) __attribute__((always_inline)) { acc[a][v] += w * x[v]; });
-                    });
+                    TileOf::template multiply<kShared>(acc, panel, local, weights);
                 }
                 unroll<kShared>([&](auto a) __attribute__((always_inline)) {
                     unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
@@ -124,11 +153,11 @@ struct GatherProblem {
 };
 
 // The weights in the order of the schedule: the stored values, if they lie so, or packed into `to`.
-template <class T>
-const Compute<T>* weights_of(const GatherProblem<T>& problem, bool in_place, int group,
-                             Compute<T>* to) {
-    if (in_place) return reinterpret_cast<const Compute<T>*>(problem.values);
-    pack_weights(problem.lists, problem.schedule, problem.values, group, to, problem.threads);
+template <int kTogether, class W, class T>
+const W* weights_of(const GatherProblem<T>& problem, bool in_place, int64_t group, W* to) {
+    if (in_place) return reinterpret_cast<const W*>(problem.values);
+    pack_weights<kTogether>(problem.lists, problem.schedule, problem.values, group, to,
+                            problem.threads);
     return to;
 }
 
@@ -140,33 +169,37 @@ void copy_bias(const T* bias, int64_t count, Compute<T>* to) {
 template <class T, int kVectors, int kShared>
 void gather_tiles(const GatherProblem<T>& problem) {
     using C = Compute<T>;
-    using Tile = GatherTile<T, kVectors>;
-    using E = typename Tile::Element;
-    constexpr int64_t kTile = kVectors * kLanes<C>;
+    using TileOf = Tile<T, kVectors>;
+    using E = typename TileOf::Element;
+    using W = typename TileOf::Weight;
+    constexpr int64_t kTile = TileOf::kTokens;
     const Lists& lists = problem.lists;
     const Schedule& schedule = problem.schedule;
-    const int64_t outputs = lists.rows * lists.out_block;
+    const int64_t size = lists.out_block;
+    const int64_t outputs = lists.rows * size;
     const int64_t features = lists.cols * lists.in_block;
-    const int64_t blocks = schedule.entry_starts[schedule.panels * lists.rows];
+    const int64_t weight_count = schedule.entry_starts[schedule.panels * lists.rows] * size;
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = chunk_rows<C>(lists.out_block, kTile);
-    const int64_t out_rows = one_panel ? chunk * lists.out_block : outputs;
-    const bool in_place =
-        std::is_same<T, C>::value && one_panel && !lists.source_rows && lists.out_block == 1;
+    const int64_t tile_features = std::min(schedule.panel_features, features);
+    // Outputs leave in chunks as soon as they are complete: after the last panel.
+    const int64_t chunk = chunk_rows<C>(size, kTile);
+    const int64_t out_rows = one_panel ? chunk * size : outputs;
+    const bool in_place = std::is_same<T, W>::value && one_panel && !lists.source_rows && size == 1;
     const bool stream = kLineVectors == 1 &&
                         problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
-                        outputs * sizeof(T) % 64 == 0 && out_rows * sizeof(T) % 64 == 0 &&
+                        outputs * sizeof(T) % 64 == 0 && chunk * size * sizeof(T) % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
 
     Arena arena;
-    const size_t weights_at = arena.reserve<C>(in_place ? 0 : blocks * lists.out_block);
+    const size_t weights_at = arena.reserve<W>(in_place ? 0 : weight_count);
     const size_t bias_at = arena.reserve<C>(outputs);
-    const size_t tile_at = arena.reserve<E>(threads * features * kTile);
+    const size_t tile_at = arena.reserve<E>(threads * tile_features * kTile);
     const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
     arena.allocate();
-    const C* weights = weights_of(problem, in_place, kShared, arena.at<C>(weights_at));
+    const W* weights =
+        weights_of<TileOf::kTogether>(problem, in_place, kShared, arena.at<W>(weights_at));
     C* bias = arena.at<C>(bias_at);
     copy_bias(problem.bias, outputs, bias);
 
@@ -176,48 +209,28 @@ void gather_tiles(const GatherProblem<T>& problem) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        E* tile = arena.at<E>(tile_at) + thread * features * kTile;
+        E* tile = arena.at<E>(tile_at) + thread * tile_features * kTile;
         C* out = arena.at<C>(out_at) + thread * out_rows * kTile;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = t * kTile;
             const int64_t tokens = std::min(kTile, problem.tokens - first);
-            Tile::pack(problem.in, first, tokens, features, tile);
-            const int64_t next_tokens =
-                std::clamp<int64_t>(problem.tokens - first - kTile, 0, kTile);
-            const int64_t next_lines =
-                problem.in.col_stride == 1 ? next_tokens * ((features * sizeof(T) + 63) / 64) : 0;
-            const auto rows = [&](int64_t e, int64_t entries, const E* panel, const C* row_bias,
-                                  C* to) {
-                const int64_t start = schedule.entry_starts[e];
-                accumulate<T, kVectors, kShared>(panel, schedule.entry_starts + e, entries,
-                                                 lists.out_block, schedule.local + start,
-                                                 weights + start * lists.out_block, row_bias, to);
-            };
-            if (one_panel) {  // rows ascend: finish a few, write them out, reuse their memory
+            for (int64_t p = 0; p < schedule.panels; ++p) {
+                const int64_t feature = p * schedule.panel_features;
+                TileOf::pack(problem.in, first, tokens, feature,
+                             std::min(tile_features, features - feature), tile);
                 for (int64_t r = 0; r < lists.rows; r += chunk) {
-                    const int64_t end = std::min(lists.rows, r + chunk);
-                    prefetch_lines(problem.in, first + kTile, features, next_lines * r / lists.rows,
-                                   next_lines * end / lists.rows);
-                    rows(r, end - r, tile, bias + r * lists.out_block, out);
-                    Tile::unpack(out, problem.out, outputs, first, tokens, r * lists.out_block,
-                                 (end - r) * lists.out_block, stream);
-                }
-            } else {
-                for (int64_t n = 0; n < outputs; ++n) {
-                    for (int v = 0; v < kVectors; ++v) {
-                        store(out + n * kTile + v * kLanes<C>, splat<C>(bias[n]));
+                    const int64_t rows = std::min(lists.rows - r, chunk);
+                    const int64_t* starts = schedule.entry_starts + p * lists.rows + r;
+                    C* to = one_panel ? out : out + r * size * kTile;
+                    accumulate<TileOf, C, kVectors, kShared>(
+                        tile, starts, rows, size, schedule.local + *starts,
+                        weights + *starts * size, p == 0 ? bias + r * size : nullptr, to);
+                    if (p + 1 == schedule.panels) {
+                        TileOf::unpack(to, problem.out, outputs, first, tokens, r * size,
+                                       rows * size, stream);
                     }
                 }
-                for (int64_t p = 0; p < schedule.panels; ++p) {
-                    const E* panel = tile + p * schedule.panel_features * kTile;
-                    for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
-                        const int64_t row = schedule.entry_rows[e];
-                        if (row < 0) break;
-                        rows(e, 1, panel, nullptr, out + row * lists.out_block * kTile);
-                    }
-                }
-                Tile::unpack(out, problem.out, outputs, first, tokens, 0, outputs, stream);
             }
         }
         stream_fence();
@@ -327,16 +340,23 @@ void gather_dots(const GatherProblem<T>& problem) {
     }
 }
 
-template <class T, int kVectors>
-void gather_shared(const GatherProblem<T>& problem) {
-    switch (shared_outputs(problem.lists.out_block)) {
-        case 4:  // as wide as the sums of 4 outputs fit the registers
-            return gather_tiles<T, (4 * kVectors < kRegisters ? kVectors : 2), 4>(problem);
-        case 2:
-            return gather_tiles<T, kVectors, 2>(problem);
-        default:
-            return gather_tiles<T, kVectors, 1>(problem);
+// The widest tile, of kVectors vectors or fewer, that fits its cache and still gives every thread
+// one. Each token's sum is the same in all of them.
+template <class T, int kVectors, int kShared>
+void gather_fitting(const GatherProblem<T>& problem) {
+    constexpr int kNarrowest = std::is_same<T, Compute<T>>::value ? 1 : 2;
+    if constexpr (kVectors > kNarrowest) {
+        using TileOf = Tile<T, kVectors>;
+        const int64_t features =
+            std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
+        const int64_t bytes =
+            features * TileOf::kTokens * int64_t{sizeof(typename TileOf::Element)};
+        if (bytes > kTileBytes ||
+            problem.tokens <= TileOf::kTokens / 2 * (2 * problem.threads - 1)) {
+            return gather_fitting<T, kVectors / 2, kShared>(problem);
+        }
     }
+    gather_tiles<T, kVectors, kShared>(problem);
 }
 
 template <class T>
@@ -345,21 +365,16 @@ void gather(const GatherProblem<T>& problem) {
     const Lists& lists = problem.lists;
     const bool unshared = lists.out_block * lists.in_block == 1 && !lists.offsets;
     if (problem.tokens <= (unshared ? kDotTokensUnshared : kDotTokens)) return gather_dots(problem);
-    // The widest tile that fits its cache and still gives every thread one. Each token's sum is the
-    // same in all of them.
-    using C = Compute<T>;
-    const int64_t lanes = kLanes<C>;
-    const int64_t features = lists.cols * lists.in_block;
-    const auto suits = [&](int64_t vectors) {
-        return problem.tokens > vectors / 2 * lanes * (2 * problem.threads - 1) &&
-               features * vectors * kVectorBytes * int64_t{sizeof(T)} / int64_t{sizeof(C)} <=
-                   kTileBytes;
-    };
-    if (suits(4)) return gather_shared<T, 4>(problem);
-    if constexpr (std::is_same<T, C>::value) {
-        if (!suits(2)) return gather_shared<T, 1>(problem);
+    // As wide as the sums fit the registers.
+    constexpr bool kMany = kRegisters > 16;
+    switch (shared_outputs(lists.out_block)) {
+        case 4:
+            return gather_fitting<T, (kMany ? 4 : 2), 4>(problem);
+        case 2:
+            return gather_fitting<T, 4, 2>(problem);
+        default:
+            return gather_fitting<T, (kMany ? 8 : 4), 1>(problem);
     }
-    return gather_shared<T, 2>(problem);
 }
 
 }  // namespace

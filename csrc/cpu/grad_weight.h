@@ -7,10 +7,12 @@ namespace sk {
 namespace {
 
 // Tokens are cut at fixed places, whatever the number of threads, and the parts added in order.
-constexpr int64_t kTilesPerPart = 8;
+constexpr int64_t kPartTokens = 1024;
 constexpr int64_t kMaxParts = 32;
 // Up to this many tokens no tiles are packed.
 constexpr int64_t kFewTokens = 8;
+// Rows of dY that are packed at a time.
+constexpr int64_t kRowBytes = 64 << 10;
 // Vectors of partial sums kept before their lanes are added up.
 constexpr int64_t kPartials = 64;
 
@@ -25,173 +27,236 @@ struct GradWeightProblem {
     int threads;
 };
 
-// A tile's share of dW can be computed in three ways, and each is a class: constructed for a tile,
-// `multiply` adds the share of consecutive entries of a panel, whose rows of dY `pack` has laid
-// out; `finish` ends the tile. Sums lie entry after entry, and in each as [group of `order`
-// outputs] [feature][output]. Inner loops are functions of their own, for the sake of their
-// registers (see `accumulate`).
+// Consecutive entries of a panel, and their share of the sums. These lie entry after entry, and in
+// each as [group of `order` outputs][feature][output].
+template <class Element, class C>
+struct Entries {
+    const int64_t* starts;  // (count + 1) first features, as in the schedule
+    int64_t count;
+    const int32_t* local;  // of the first entry
+    const Element* panel;  // tile of X
+    const Element* rows;   // tile of dY
+    C* sums;               // of the first entry
+    Prefetch ahead;        // the rows of dY that come next
 
-// Collects one vector of partial sums for each weight and adds up their lanes, kLanes weights at a
-// time.
-template <class C>
-struct PartialSums {
-    C* vectors;  // (kPartials, lanes)
-    C* sums;     // where the sum of vectors[0] goes
-    int64_t filled = 0;
-
-    void flush() {
-        constexpr int kN = kLanes<C>;
-        int64_t i = 0;
-        for (; i + kN <= filled; i += kN) {
-            C* to = sums + i;
-            const C* rows = vectors + i * kN;
-            store_user(
-                to, load_user(to) + sum_each<C>([&](auto row) { return load(rows + row * kN); }));
-        }
-        for (; i < filled; ++i) {
-            C sum = C(0);
-            for (int lane = 0; lane < kN; ++lane) sum += vectors[i * kN + lane];
-            sums[i] += sum;
-        }
-        sums += filled;
-        filled = 0;
-    }
+    int64_t features() const { return starts[count] - starts[0]; }
 };
 
-template <class C, int kVectors, int kShared>
-__attribute__((noinline)) void multiply_rows(const C* rows, const C* panel, const int32_t* local,
-                                             int64_t count, PartialSums<C>& partial) {
-    constexpr int kN = kLanes<C>;
-    constexpr int kTile = kVectors * kN;
-    Vec<C> row[kShared][kVectors];
-#pragma GCC unroll 4
-    for (int a = 0; a < kShared; ++a) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) row[a][v] = load(rows + a * kTile + v * kN);
-    }
-    while (count > 0) {
-        const int64_t now = std::min(count, (kPartials - partial.filled) / kShared);
-        C* to = partial.vectors + partial.filled * kN;
-        for (int64_t j = 0; j < now; ++j) {
-            const C* x = panel + static_cast<int64_t>(local[j]) * kTile;
-#pragma GCC unroll 4
-            for (int a = 0; a < kShared; ++a) {
-                Vec<C> sum = row[a][0] * load(x);
-#pragma GCC unroll 8
-                for (int v = 1; v < kVectors; ++v) sum += row[a][v] * load(x + v * kN);
-                store(to, sum);
-                to += kN;
-            }
-        }
-        partial.filled += now * kShared;
-        if (partial.filled == kPartials) partial.flush();
-        local += now;
-        count -= now;
-    }
+// A tile's share of dW can be computed in three ways, each a class: `pack_input` and `pack_rows`
+// say how X and dY lie in the tile, `multiply` adds the products of some entries. Inner loops are
+// functions of their own, for the sake of their registers (see `accumulate`).
+
+// sums[i] += the dot product of row(i) and the feature at x(i), for kLanes weights. row(i, r) is
+// the r-th raw vector of the row.
+template <class TileOf, class C, class Row, class X>
+inline __attribute__((always_inline)) void add_dots(C* sums, const Row& row, const X& x) {
+    constexpr int64_t kRawTokens = TileOf::kTokens / TileOf::kRaw;
+    const Vec<C> dots = sum_each<C>([&](auto i) __attribute__((always_inline)) {
+        const typename TileOf::Element* const from = x(i);
+        Vec<C> sum = {};
+        unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+            TileOf::add_products(sum, row(i, r), TileOf::load_raw(from + r * kRawTokens));
+        });
+        return sum;
+    });
+    store_user(sums, load_user(sums) + dots);
 }
 
-// Rows of dY in registers, and a dot product with each of the inputs that they share.
-template <class T, int kVectors, int kShared>
-class Dots {
-    using C = Compute<T>;
-    static constexpr int kTile = kVectors * kLanes<C>;
-    const GradWeightProblem<T>& problem_;
-    PartialSums<C> partial_;
-
-public:
-    static constexpr int64_t kScratch = kPartials * kLanes<C>;
-    static int64_t order(const Lists&) { return kShared; }
-    Dots(const GradWeightProblem<T>& problem, C* sums, C* scratch)
-        : problem_(problem), partial_{scratch, sums} {}
-    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
-        const int64_t size = problem_.lists.out_block;
-        pack_tile<T, kVectors>(problem_.grad_output, first, tokens, row * size, rows * size, to);
-    }
-    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
-        const Schedule& schedule = problem_.schedule;
-        for (const int64_t end = e + entries; e < end; ++e) {
-            const int64_t start = schedule.entry_starts[e];
-            const int64_t count = schedule.entry_starts[e + 1] - start;
-            for (int64_t a = 0; a < problem_.lists.out_block; a += kShared) {
-                multiply_rows<C, kVectors, kShared>(rows, panel, schedule.local + start, count,
-                                                    partial_);
-                rows += kShared * kTile;
-            }
-        }
-    }
-    void finish() { partial_.flush(); }
-};
-
-// Whether rows are long enough for `Groups`: few lanes may be left over.
-template <class C>
-bool group_rows(const Lists& lists, const Schedule& schedule) {
-    constexpr int64_t kN = kLanes<C>;
-    const int64_t count = lists.per_row * lists.in_block;
-    return lists.out_block == 1 && schedule.panels == 1 && count >= kN &&
-           (count % kN == 0 || count >= 4 * kN);
-}
-
-// kLanes weights at a time. `starts` are the entries' first features, `local` and `sums` belong to
-// the first of them.
-template <class C, int kVectors>
-__attribute__((noinline)) void multiply_groups(const C* rows, const int64_t* starts,
-                                               int64_t entries, const C* panel,
-                                               const int32_t* local, C* sums) {
+// The same for kRows rows of kLanes / kRows weights each.
+template <class TileOf, class C, int kRows>
+__attribute__((noinline)) void multiply_short_rows(Entries<typename TileOf::Element, C> entries) {
     constexpr int kN = kLanes<C>;
-    constexpr int kTile = kVectors * kN;
-    for (int64_t e = 0; e < entries; ++e, rows += kTile) {
-        Vec<C> row[kVectors];
-        unroll<kVectors>([&](auto v)
-                             __attribute__((always_inline)) { row[v] = load(rows + v * kN); });
-        const auto group = [&](const int32_t* features) __attribute__((always_inline)) {
-            return sum_each<C>([&](auto i) __attribute__((always_inline)) {
-                const C* x = panel + static_cast<int64_t>(features[i]) * kTile;
-                Vec<C> sum = row[0] * load(x);
-                unroll<kVectors - 1>([&](auto v) __attribute__((always_inline)) {
-                    sum += row[v + 1] * load(x + (v + 1) * kN);
-                });
-                return sum;
+    constexpr int64_t kRawTokens = TileOf::kTokens / TileOf::kRaw;
+    for (int64_t e = 0; e < entries.count; e += kRows) {
+        entries.ahead.some();
+        add_dots<TileOf>(
+            entries.sums,
+            [&](auto i, auto r) __attribute__((always_inline)) {
+                return TileOf::load_raw(entries.rows + i / (kN / kRows) * TileOf::kTokens +
+                                        r * kRawTokens);
+            },
+            [&](auto i) __attribute__((always_inline)) {
+                return entries.panel + static_cast<int64_t>(entries.local[i]) * TileOf::kTokens;
             });
-        };
-        int64_t left = starts[e + 1] - starts[e];
-        for (; left >= kN; left -= kN, local += kN, sums += kN) {
-            store_user(sums, load_user(sums) + group(local));
-        }
-        if (left > 0) {  // the last few, and the first of them again in the lanes left over
-            int32_t features[kN];
-            for (int64_t i = 0; i < kN; ++i) features[i] = local[i < left ? i : 0];
-            C last[kN];
-            store_user(last, group(features));
-            for (int64_t i = 0; i < left; ++i) sums[i] += last[i];
-            local += left;
-            sums += left;
-        }
+        entries.local += kN;
+        entries.sums += kN;
+        entries.rows += kRows * TileOf::kTokens;
     }
 }
 
-// The same for rows of many weights that share nothing: the partial sums of kLanes weights never
-// leave the registers.
-template <class T, int kVectors>
-class Groups {
-    using C = Compute<T>;
-    const GradWeightProblem<T>& problem_;
-    C* sums_;
+// The same for rows of any length. What of a row is too short for a group waits for the next row.
+template <class TileOf, class C>
+__attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C> entries,
+                                             int64_t out_block) {
+    using Element = typename TileOf::Element;
+    constexpr int kN = kLanes<C>;
+    constexpr int64_t kRawTokens = TileOf::kTokens / TileOf::kRaw;
+    const Element* rows = entries.rows;
+    const int32_t* local = entries.local;
+    C* sums = entries.sums;
+    const Element *waiting_x[kN], *waiting_row[kN];
+    int waiting = 0;
+    const auto add_waiting = [&](C* to) __attribute__((always_inline)) {
+        add_dots<TileOf>(
+            to,
+            [&](auto i, auto r) __attribute__((always_inline)) {
+                return TileOf::load_raw(waiting_row[i] + r * kRawTokens);
+            },
+            [&](auto i) __attribute__((always_inline)) { return waiting_x[i]; });
+    };
+    for (int64_t e = 0; e < entries.count; ++e) {
+        const int64_t count = entries.starts[e + 1] - entries.starts[e];
+        for (int64_t a = 0; a < out_block; ++a, rows += TileOf::kTokens) {
+            int64_t j = 0;
+            const auto wait = [&](int64_t end) __attribute__((always_inline)) {
+                for (; j < end; ++j, ++waiting) {
+                    waiting_x[waiting] =
+                        entries.panel + static_cast<int64_t>(local[j]) * TileOf::kTokens;
+                    waiting_row[waiting] = rows;
+                }
+            };
+            if (waiting > 0) {
+                wait(std::min<int64_t>(count, kN - waiting));
+                if (waiting == kN) {
+                    entries.ahead.some();
+                    add_waiting(sums);
+                    sums += kN;
+                    waiting = 0;
+                }
+            }
+            if (j + kN <= count) {
+                typename TileOf::Raw row[TileOf::kRaw];
+                unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+                    row[r] = TileOf::load_raw(rows + r * kRawTokens);
+                });
+                for (; j + kN <= count; j += kN, sums += kN) {
+                    entries.ahead.some();
+                    add_dots<TileOf>(
+                        sums, [&](auto, auto r) __attribute__((always_inline)) { return row[r]; },
+                        [&](auto i) __attribute__((always_inline)) {
+                            return entries.panel +
+                                   static_cast<int64_t>(local[j + i]) * TileOf::kTokens;
+                        });
+                }
+            }
+            wait(count);
+        }
+        local += count;
+    }
+    if (waiting > 0) {
+        for (int i = waiting; i < kN; ++i) {
+            waiting_x[i] = waiting_x[0];
+            waiting_row[i] = waiting_row[0];
+        }
+        C last[kN] = {};
+        add_waiting(last);
+        for (int i = 0; i < waiting; ++i) sums[i] += last[i];
+    }
+}
 
-public:
-    static constexpr int64_t kScratch = 0;
+// Outputs that share nothing: the partial sums of kLanes weights never leave the registers.
+template <class T, int kVectors>
+struct Rows {
+    using C = Compute<T>;
+    using TileOf = Tile<T, kVectors>;
+    using Element = typename TileOf::Element;
+    static constexpr int64_t kTokens = TileOf::kTokens;
+
     static int64_t order(const Lists&) { return 1; }
-    Groups(const GradWeightProblem<T>& problem, C* sums, C*) : problem_(problem), sums_(sums) {}
-    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
-        pack_tile<T, kVectors>(problem_.grad_output, first, tokens, row, rows, to);
+    static void pack_input(const Matrix<const T>& x, int64_t first, int64_t tokens, int64_t feature,
+                           int64_t features, Element* to) {
+        TileOf::pack(x, first, tokens, feature, features, to);
     }
-    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
-        const Schedule& schedule = problem_.schedule;
-        const int64_t start = schedule.entry_starts[e];
-        multiply_groups<C, kVectors>(rows, schedule.entry_starts + e, entries, panel,
-                                     schedule.local + start, sums_ + start);
+    static void pack_rows(const Matrix<const T>& dy, const Lists& lists, int64_t first,
+                          int64_t tokens, int64_t row, int64_t rows, Element* to) {
+        TileOf::pack(dy, first, tokens, row * lists.out_block, rows * lists.out_block, to);
     }
-    void finish() {}
+    static void multiply(const Lists& lists, const Entries<Element, C>& entries) {
+        constexpr int kN = kLanes<C>;
+        const auto rows_of = [&](int64_t count) {  // whether the entries are groups of such rows
+            return lists.out_block == 1 && entries.count * count == entries.features() &&
+                   !lists.offsets && lists.per_row * lists.in_block == count &&
+                   entries.count % (kN / count) == 0;
+        };
+        if (rows_of(kN / 2)) return multiply_short_rows<TileOf, C, 2>(entries);
+        if constexpr (kN >= 4) {
+            if (rows_of(kN / 4)) return multiply_short_rows<TileOf, C, 4>(entries);
+        }
+        multiply_rows<TileOf>(entries, lists.out_block);
+    }
 };
+
+template <class TileOf, class C, int kShared>
+__attribute__((noinline)) void multiply_shared_rows(Entries<typename TileOf::Element, C> entries,
+                                                    int64_t out_block) {
+    constexpr int kN = kLanes<C>;
+    constexpr int64_t kRawTokens = TileOf::kTokens / TileOf::kRaw;
+    alignas(64) C partial[kPartials * kN];  // a vector for each of the next weights
+    int64_t filled = 0;
+    C* sums = entries.sums;
+    const auto flush = [&] {
+        int64_t i = 0;
+        for (; i + kN <= filled; i += kN, sums += kN) {
+            const C* from = partial + i * kN;
+            store_user(sums, load_user(sums) +
+                                 sum_each<C>([&](auto row) { return load(from + row * kN); }));
+        }
+        for (; i < filled; ++i, ++sums) {
+            for (int lane = 0; lane < kN; ++lane) *sums += partial[i * kN + lane];
+        }
+        filled = 0;
+    };
+    for (int64_t e = 0; e < entries.count; ++e) {
+        const int64_t count = entries.starts[e + 1] - entries.starts[e];
+        for (int64_t group = 0; group < out_block; group += kShared) {
+            typename TileOf::Raw row[kShared][TileOf::kRaw];
+            unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+                unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+                    row[a][r] =
+                        TileOf::load_raw(entries.rows + a * TileOf::kTokens + r * kRawTokens);
+                });
+            });
+            entries.rows += kShared * TileOf::kTokens;
+            for (int64_t j = 0; j < count;) {
+                const int64_t end = std::min(count, j + (kPartials - filled) / kShared);
+                C* to = partial + filled * kN;
+                filled += (end - j) * kShared;
+                for (; j < end; ++j) {
+                    const auto* x =
+                        entries.panel + static_cast<int64_t>(entries.local[j]) * TileOf::kTokens;
+                    unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+                        Vec<C> sum = {};
+                        unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+                            TileOf::add_products(sum, row[a][r],
+                                                 TileOf::load_raw(x + r * kRawTokens));
+                        });
+                        store(to, sum);
+                        to += kN;
+                    });
+                }
+                if (filled == kPartials) flush();
+            }
+        }
+        entries.local += count;
+    }
+    flush();
+}
+
+// kShared outputs that share their inputs: the rows of all of them stay in registers.
+template <class T, int kVectors, int kShared>
+struct SharedRows : Rows<T, kVectors> {
+    using typename Rows<T, kVectors>::C;
+    using typename Rows<T, kVectors>::Element;
+
+    static int64_t order(const Lists&) { return kShared; }
+    static void multiply(const Lists& lists, const Entries<Element, C>& entries) {
+        multiply_shared_rows<Tile<T, kVectors>, C, kShared>(entries, lists.out_block);
+    }
+};
+template <class T, int kVectors>
+using PairedRows = SharedRows<T, kVectors, 2>;
+template <class T, int kVectors>
+using FourRows = SharedRows<T, kVectors, 4>;
 
 // sums[feature][output] += sum over tokens of x[feature][token] * row[token][output], for kFeatures
 // inputs and kOutputs vectors of outputs at a time.
@@ -231,24 +296,24 @@ __attribute__((noinline)) void multiply_block_row(const C* row, int64_t out_bloc
 // Blocks of whole vectors of outputs: an outer product for each token, with nothing to add up
 // across lanes.
 template <class T, int kVectors>
-class Outer {
+struct Outer {
     using C = Compute<T>;
-    static constexpr int kTile = kVectors * kLanes<C>;
-    const GradWeightProblem<T>& problem_;
-    C* sums_;
+    using Element = C;
+    static constexpr int64_t kTokens = kVectors * kLanes<C>;
 
-public:
-    static constexpr int64_t kScratch = 0;
     static int64_t order(const Lists& lists) { return lists.out_block; }
-    Outer(const GradWeightProblem<T>& problem, C* sums, C*) : problem_(problem), sums_(sums) {}
+    static void pack_input(const Matrix<const T>& x, int64_t first, int64_t tokens, int64_t feature,
+                           int64_t features, C* to) {
+        pack_tile<T, kVectors>(x, first, tokens, feature, features, to);
+    }
     // [block-row][token][output]
-    void pack(int64_t first, int64_t tokens, int64_t row, int64_t rows, C* to) const {
-        const Matrix<const T>& dy = problem_.grad_output;
-        const int64_t size = problem_.lists.out_block;
-        for (int64_t m = 0; m < kTile; ++m) {
+    static void pack_rows(const Matrix<const T>& dy, const Lists& lists, int64_t first,
+                          int64_t tokens, int64_t row, int64_t rows, C* to) {
+        const int64_t size = lists.out_block;
+        for (int64_t m = 0; m < kTokens; ++m) {
             const T* from = dy.data + (first + m) * dy.row_stride + row * size * dy.col_stride;
             for (int64_t r = 0; r < rows; ++r) {
-                C* block = to + (r * kTile + m) * size;
+                C* block = to + (r * kTokens + m) * size;
                 for (int64_t a = 0; a < size; a += kLanes<C>) {
                     if (m >= tokens) {
                         store(block + a, Vec<C>{});
@@ -263,47 +328,52 @@ public:
             }
         }
     }
-    void multiply(int64_t e, int64_t entries, const C* panel, const C* rows) {
+    static void multiply(const Lists& lists, Entries<C, C> entries) {
         constexpr int kN = kLanes<C>;
-        const Schedule& schedule = problem_.schedule;
-        const int64_t size = problem_.lists.out_block;
-        for (const int64_t end = e + entries; e < end; ++e, rows += size * kTile) {
-            const int64_t start = schedule.entry_starts[e];
-            const int64_t count = schedule.entry_starts[e + 1] - start;
+        const int64_t size = lists.out_block;
+        for (int64_t e = 0; e < entries.count; ++e) {
+            const int64_t count = entries.starts[e + 1] - entries.starts[e];
             if (size % (2 * kN) == 0) {
-                multiply_block_row<C, kTile, 4, 2>(rows, size, panel, schedule.local + start, count,
-                                                   sums_ + start * size);
+                multiply_block_row<C, kTokens, 4, 2>(entries.rows, size, entries.panel,
+                                                     entries.local, count, entries.sums);
             } else {
-                multiply_block_row<C, kTile, 8, 1>(rows, size, panel, schedule.local + start, count,
-                                                   sums_ + start * size);
+                multiply_block_row<C, kTokens, 8, 1>(entries.rows, size, entries.panel,
+                                                     entries.local, count, entries.sums);
             }
+            entries.rows += size * kTokens;
+            entries.local += count;
+            entries.sums += count * size;
         }
     }
-    void finish() {}
 };
 
-template <class T, int kVectors, class Kernel>
+template <class T, class Kernel>
 void grad_weight_tiles(const GradWeightProblem<T>& problem) {
     using C = Compute<T>;
-    constexpr int64_t kTile = kVectors * kLanes<C>;
+    using E = typename Kernel::Element;
+    constexpr int64_t kTile = Kernel::kTokens;
     const Lists& lists = problem.lists;
     const Schedule& schedule = problem.schedule;
-    const int64_t outputs = lists.rows * lists.out_block;
+    const int64_t size = lists.out_block;
     const int64_t features = lists.cols * lists.in_block;
     const int64_t entries = schedule.panels * lists.rows;
-    const int64_t weights = schedule.entry_starts[entries] * lists.out_block;
+    const int64_t weights = schedule.entry_starts[entries] * size;
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
-    const int64_t parts = std::clamp<int64_t>(tiles / kTilesPerPart, 1, kMaxParts);
-    const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = chunk_rows<C>(lists.out_block, kTile);
-    const int64_t packed_rows = one_panel ? chunk * lists.out_block : outputs;
-    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, parts));
+    const int64_t parts = std::clamp<int64_t>(problem.tokens / kPartTokens, 1, kMaxParts);
+    const int64_t chunk = std::max<int64_t>(1, kRowBytes / (kTile * int64_t{sizeof(E)} * size));
+    const int64_t chunks = (lists.rows + chunk - 1) / chunk;
+    // With more threads than parts, the rows of a part are shared out as well.
+    const int64_t shares = std::clamp<int64_t>((problem.threads + parts - 1) / parts, 1, chunks);
+    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, parts * shares));
+    const int64_t share_rows = (chunks + shares - 1) / shares * chunk;
+    // Several panels meet the same rows of dY, which are then kept.
+    const int64_t packed_rows = (schedule.panels == 1 ? chunk : share_rows) * size;
+    const int64_t tile_features = std::min(schedule.panel_features, features);
 
     Arena arena;
     const size_t sums_at = arena.reserve<C>(parts * weights);
-    const size_t tile_at = arena.reserve<C>(threads * features * kTile);
-    const size_t rows_at = arena.reserve<C>(threads * packed_rows * kTile);
-    const size_t scratch_at = arena.reserve<C>(threads * Kernel::kScratch);
+    const size_t tile_at = arena.reserve<E>(threads * tile_features * kTile);
+    const size_t rows_at = arena.reserve<E>(threads * packed_rows * kTile);
     arena.allocate();
     C* sums = arena.at<C>(sums_at);
 
@@ -313,48 +383,58 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        C* tile = arena.at<C>(tile_at) + thread * features * kTile;
-        C* rows = arena.at<C>(rows_at) + thread * packed_rows * kTile;
-        C* scratch = arena.at<C>(scratch_at) + thread * Kernel::kScratch;
+        E* tile = arena.at<E>(tile_at) + thread * tile_features * kTile;
+        E* packed = arena.at<E>(rows_at) + thread * packed_rows * kTile;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t item = 0; item < parts * shares; ++item) {
+            const int64_t part = item / shares;
+            const int64_t begin = item % shares * share_rows;
+            const int64_t end = std::min(lists.rows, begin + share_rows);
             C* part_sums = sums + part * weights;
-            std::fill(part_sums, part_sums + weights, C(0));
-            for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
+            for (int64_t p = 0; p < schedule.panels && begin < end; ++p) {
+                const int64_t* starts = schedule.entry_starts + p * lists.rows;
+                std::fill(part_sums + starts[begin] * size, part_sums + starts[end] * size, C(0));
+            }
+            const int64_t last_tile = begin < end ? tiles * (part + 1) / parts : 0;
+            for (int64_t t = tiles * part / parts; t < last_tile; ++t) {
                 const int64_t first = t * kTile;
                 const int64_t tokens = std::min(kTile, problem.tokens - first);
-                pack_tile<T, kVectors>(problem.input, first, tokens, 0, features, tile);
-                Kernel kernel(problem, part_sums, scratch);
-                if (one_panel) {
-                    for (int64_t r = 0; r < lists.rows; r += chunk) {
-                        const int64_t end = std::min(lists.rows, r + chunk);
-                        kernel.pack(first, tokens, r, end - r, rows);
-                        kernel.multiply(r, end - r, tile, rows);
-                    }
-                } else {
-                    kernel.pack(first, tokens, 0, lists.rows, rows);
-                    for (int64_t p = 0; p < schedule.panels; ++p) {
-                        const C* panel = tile + p * schedule.panel_features * kTile;
-                        for (int64_t e = p * lists.rows; e < (p + 1) * lists.rows; ++e) {
-                            const int64_t row = schedule.entry_rows[e];
-                            if (row < 0) break;
-                            kernel.multiply(e, 1, panel, rows + row * lists.out_block * kTile);
+                for (int64_t p = 0; p < schedule.panels; ++p) {
+                    const int64_t feature = p * schedule.panel_features;
+                    Kernel::pack_input(problem.input, first, tokens, feature,
+                                       std::min(tile_features, features - feature), tile);
+                    for (int64_t r = begin; r < end; r += chunk) {
+                        const int64_t count = std::min(end - r, chunk);
+                        const int64_t next = std::min(end - r - count, chunk);
+                        E* rows = packed + (schedule.panels == 1 ? 0 : (r - begin) * size * kTile);
+                        if (p == 0) {
+                            Kernel::pack_rows(problem.grad_output, lists, first, tokens, r, count,
+                                              rows);
                         }
+                        const int64_t* starts = schedule.entry_starts + p * lists.rows + r;
+                        Entries<E, C> now{starts, count, schedule.local + *starts,
+                                          tile,   rows,  part_sums + *starts * size,
+                                          {}};
+                        if (p == 0) {
+                            now.ahead =
+                                Prefetch(problem.grad_output, first, tokens, (r + count) * size,
+                                         next * size, now.features() * size / kLanes<C>);
+                        }
+                        Kernel::multiply(lists, now);
                     }
                 }
-                kernel.finish();
             }
         }
     }
 
-    const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
+    const int64_t block_size = size * lists.in_block;
     const int64_t order = Kernel::order(lists);
 #pragma omp parallel for num_threads(problem.threads) schedule(static)
     for (int64_t e = 0; e < entries; ++e) {
         const int64_t start = schedule.entry_starts[e];
         const int64_t count = schedule.entry_starts[e + 1] - start;
-        int64_t at = start * lists.out_block;
-        for (int64_t group = 0; group < lists.out_block; group += order) {
+        int64_t at = start * size;
+        for (int64_t group = 0; group < size; group += order) {
             const int32_t* id = schedule.block_ids + start / lists.in_block;
             for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
                 T* block = problem.grad_values + *id * block_size + group * lists.out_stride;
@@ -436,45 +516,36 @@ void grad_weight_few(const GradWeightProblem<T>& problem) {
     }
 }
 
-template <class T, int kVectors>
-void grad_weight_dots(const GradWeightProblem<T>& problem) {
-    switch (shared_outputs(problem.lists.out_block)) {
-        case 4: {  // as wide as 4 rows fit the registers
-            constexpr int kFit = 4 * kVectors < kRegisters ? kVectors : 2;
-            return grad_weight_tiles<T, kFit, Dots<T, kFit, 4>>(problem);
+// The widest tile, of kVectors vectors or fewer, that fits its cache and is not mostly padding.
+template <template <class, int> class Kernel, int kVectors, class T>
+void grad_weight_fitting(const GradWeightProblem<T>& problem) {
+    if constexpr (kVectors > 2) {
+        using K = Kernel<T, kVectors>;
+        const int64_t features =
+            std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
+        const int64_t bytes = features * K::kTokens * int64_t{sizeof(typename K::Element)};
+        if (bytes > kTileBytes || 2 * problem.tokens <= K::kTokens) {
+            return grad_weight_fitting<Kernel, kVectors / 2>(problem);
         }
-        case 2:
-            return grad_weight_tiles<T, kVectors, Dots<T, kVectors, 2>>(problem);
-        default:
-            return grad_weight_tiles<T, kVectors, Dots<T, kVectors, 1>>(problem);
     }
+    grad_weight_tiles<T, Kernel<T, kVectors>>(problem);
 }
 
 template <class T>
 void grad_weight(const GradWeightProblem<T>& problem) {
-    using C = Compute<T>;
-    constexpr int kN = kLanes<C>;
-    const Lists& lists = problem.lists;
+    constexpr int kN = kLanes<Compute<T>>;
+    // bfloat16 holds two vectors of tokens in one.
+    constexpr int kNarrow = std::is_same<T, Compute<T>>::value ? 1 : 2;
     if (problem.tokens <= kFewTokens) return grad_weight_few(problem);
-    const int64_t features = lists.cols * lists.in_block;
-    const auto fits = [&](int vectors) { return features * vectors * kVectorBytes <= kTileBytes; };
-    if (lists.out_block % kN == 0) {
-        if (fits(4)) return grad_weight_tiles<T, 4, Outer<T, 4>>(problem);
-        return grad_weight_tiles<T, 2, Outer<T, 2>>(problem);
+    if (problem.lists.out_block % kN == 0) return grad_weight_fitting<Outer, 4>(problem);
+    switch (shared_outputs(problem.lists.out_block)) {
+        case 4:  // as wide as the rows of 4 outputs fit the registers
+            return grad_weight_fitting<FourRows, (16 < kRegisters ? 4 : 2) * kNarrow>(problem);
+        case 2:
+            return grad_weight_fitting<PairedRows, 4 * kNarrow>(problem);
+        default:  // beside a row, a vector for each weight of a group
+            return grad_weight_fitting<Rows, (8 + kN < kRegisters ? 8 : 4) * kNarrow>(problem);
     }
-    if (group_rows<C>(lists, problem.schedule)) {
-        // A vector for each weight of the group and those of the row, if the registers hold both.
-        constexpr int kVectors = 8 + kN < kRegisters ? 8 : 4;
-        if (fits(kVectors)) return grad_weight_tiles<T, kVectors, Groups<T, kVectors>>(problem);
-        if (fits(4)) return grad_weight_tiles<T, 4, Groups<T, 4>>(problem);
-        return grad_weight_tiles<T, 2, Groups<T, 2>>(problem);
-    }
-    // Eight vectors of one row halve the work of adding up lanes; several rows would not fit.
-    if (shared_outputs(lists.out_block) == 1 && fits(8)) {
-        return grad_weight_tiles<T, 8, Dots<T, 8, 1>>(problem);
-    }
-    if (fits(4)) return grad_weight_dots<T, 4>(problem);
-    return grad_weight_dots<T, 2>(problem);
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     const int64_t blocks = schedule.entry_starts[schedule.panels * lists.rows];
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const bool one_panel = schedule.panels == 1;
-    const int64_t chunk = one_panel ? std::min(chunk_rows<C>(size, kTile), lists.rows) : lists.rows;
+    const int64_t chunk = std::min(chunk_rows<C>(size, kTile), lists.rows);
     const bool in_place = std::is_same<T, C>::value && one_panel && lists.in_block == 1;
     const bool stream =
         kLineVectors == 1 && problem.tokens * features * int64_t{sizeof(T)} >= kStreamBytes &&
@@ -77,7 +77,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     const size_t rows_at = arena.reserve<C>(threads * chunk * size * kTile);
     const size_t out_at = arena.reserve<C>(threads * (features + 1) * kTile);
     arena.allocate();
-    const C* weights = weights_of(problem, in_place, lists.out_block, arena.at<C>(weights_at));
+    const C* weights = weights_of<1>(problem, in_place, lists.out_block, arena.at<C>(weights_at));
     C* bias = arena.at<C>(bias_at);
     copy_bias(problem.bias, features, bias);
 
@@ -106,18 +106,16 @@ void scatter_tiles(const GatherProblem<T>& problem) {
                 for (int64_t p = 0; p < schedule.panels; ++p) {
                     for (int64_t i = begin; i < end; ++i) {
                         const int64_t e = p * lists.rows + i;
-                        const int64_t row = schedule.entry_rows[e];
-                        if (row < 0) break;
                         const int64_t start = schedule.entry_starts[e];
                         scatter_row<C, kVectors>(
-                            rows + (row - begin) * size * kTile, size, schedule.local + start,
+                            rows + (i - begin) * size * kTile, size, schedule.local + start,
                             schedule.entry_starts[e + 1] - start, weights + start * size,
                             out + p * schedule.panel_features * kTile, scratch);
                     }
                 }
             }
-            GatherTile<T, kVectors>::unpack(out, problem.out, features, first, tokens, 0, features,
-                                            stream);
+            Tile<T, kVectors>::unpack(out, problem.out, features, first, tokens, 0, features,
+                                      stream);
         }
         stream_fence();
     }

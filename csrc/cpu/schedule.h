@@ -5,11 +5,8 @@
 
 namespace sk {
 
-// Arrays as in Schedule, sized (panels * rows), (panels * rows + 1), (blocks * in_block), (blocks).
-// With one panel the entries are the rows in ascending order. With several, the rows of each panel
-// come longest first, so that the inner loop's trip count hardly ever surprises the branch
-// predictor.
-void build_schedule(const Lists& lists, int64_t panel_features, int32_t* entry_rows,
-                    int64_t* entry_starts, int32_t* local, int32_t* block_ids);
+// Arrays as in Schedule, sized (panels * rows + 1), (blocks * in_block), (blocks).
+void build_schedule(const Lists& lists, int64_t panel_features, int64_t* entry_starts,
+                    int32_t* local, int32_t* block_ids);
 
 }  // namespace sk

@@ -176,28 +176,51 @@ inline bool any(V value) {
 #endif
 }
 
+// Shuffles stay inside pieces of 16 bytes, or move such pieces whole: others cost several times as
+// much.
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kPieces = kLanes<T> / kPiece<T>;
+
 namespace detail {
-template <class V, class I, size_t kBase, size_t... Lane>
-inline __attribute__((always_inline)) V zip(V a, V b, std::index_sequence<Lane...>) {
-    constexpr size_t kN = sizeof...(Lane);
+// Element kPlace::at(i) of a and b, one after the other, in place i.
+template <class T, class Place, size_t... I>
+inline __attribute__((always_inline)) Vec<T> shuffle(Vec<T> a, Vec<T> b,
+                                                     std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, (kBase * kN / 2 + Lane / 2 + (Lane % 2) * kN)...);
+    return __builtin_shufflevector(a, b, Place::at(static_cast<int>(I))...);
 #else
-    return __builtin_shuffle(a, b, I{(kBase * kN / 2 + Lane / 2 + (Lane % 2) * kN)...});
+    return __builtin_shuffle(a, b, typename VecTraits<T>::Index{Place::at(static_cast<int>(I))...});
 #endif
 }
+template <class T, int kUnit, bool kUpper>
+struct Zip {
+    static constexpr int at(int i) {
+        const int piece = i / kPiece<T> * kPiece<T>, unit = i % kPiece<T> / kUnit;
+        return piece + (kUpper ? kPiece<T> / 2 : 0) + unit / 2 * kUnit + i % kUnit +
+               unit % 2 * kLanes<T>;
+    }
+};
+template <class T, bool kOdd>
+struct Pieces {
+    static constexpr int at(int i) {
+        const int piece = 2 * (i / kPiece<T>)+(kOdd ? 1 : 0);
+        return piece % kPieces<T> * kPiece<T> + i % kPiece<T> + piece / kPieces<T> * kLanes<T>;
+    }
+};
 }  // namespace detail
 
-// a0 b0 a1 b1 ... of the lower halves; of the upper halves.
-template <class T>
-inline __attribute__((always_inline)) Vec<T> zip_low(Vec<T> a, Vec<T> b) {
-    return detail::zip<Vec<T>, typename VecTraits<T>::Index, 0>(
-        a, b, std::make_index_sequence<kLanes<T>>{});
+// In each piece, units of kUnit elements of a and b in turn: of their lower halves, or upper ones.
+template <class T, int kUnit, bool kUpper>
+inline __attribute__((always_inline)) Vec<T> zip(Vec<T> a, Vec<T> b) {
+    return detail::shuffle<T, detail::Zip<T, kUnit, kUpper>>(a, b,
+                                                             std::make_index_sequence<kLanes<T>>{});
 }
-template <class T>
-inline __attribute__((always_inline)) Vec<T> zip_high(Vec<T> a, Vec<T> b) {
-    return detail::zip<Vec<T>, typename VecTraits<T>::Index, 1>(
-        a, b, std::make_index_sequence<kLanes<T>>{});
+// The even pieces of a, and then of b; or the odd ones.
+template <class T, bool kOdd>
+inline __attribute__((always_inline)) Vec<T> alternate_pieces(Vec<T> a, Vec<T> b) {
+    return detail::shuffle<T, detail::Pieces<T, kOdd>>(a, b, std::make_index_sequence<kLanes<T>>{});
 }
 
 // Loops over a compile-time range, so that arrays of vectors stay in registers.
@@ -253,44 +276,58 @@ inline __attribute__((always_inline)) Vec<T> first_lanes(Vec<T> value, int64_t c
 
 constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
 
-// Transposes kLanes vectors of kLanes lanes in place: log2(lanes) rounds of perfect shuffles.
+// Transposes kLanes vectors in place: first inside the pieces, then the pieces.
 template <class T>
 inline __attribute__((always_inline)) void transpose(Vec<T> (&rows)[kLanes<T>]) {
-    constexpr int kN = kLanes<T>;
-    unroll<log2_of(kN)>([&](auto) __attribute__((always_inline)) {
+    constexpr int kN = kLanes<T>, kSize = kPiece<T>;
+    unroll<kPieces<T>>([&](auto piece) __attribute__((always_inline)) {
+        Vec<T>* const r = rows + piece * kSize;
+        const Vec<T> a = zip<T, 1, false>(r[0], r[1]), b = zip<T, 1, true>(r[0], r[1]);
+        if constexpr (kSize == 2) {
+            r[0] = a;
+            r[1] = b;
+        } else {
+            const Vec<T> c = zip<T, 1, false>(r[2], r[3]), d = zip<T, 1, true>(r[2], r[3]);
+            r[0] = zip<T, 2, false>(a, c);
+            r[1] = zip<T, 2, true>(a, c);
+            r[2] = zip<T, 2, false>(b, d);
+            r[3] = zip<T, 2, true>(b, d);
+        }
+    });
+    unroll<log2_of(kPieces<T>)>([&](auto) __attribute__((always_inline)) {
         Vec<T> next[kN];
         unroll<kN / 2>([&](auto i) __attribute__((always_inline)) {
-            next[2 * i] = zip_low<T>(rows[i], rows[i + kN / 2]);
-            next[2 * i + 1] = zip_high<T>(rows[i], rows[i + kN / 2]);
+            constexpr int kPair = i / kSize * 2 * kSize + i % kSize;
+            next[i] = alternate_pieces<T, false>(rows[kPair], rows[kPair + kSize]);
+            next[i + kN / 2] = alternate_pieces<T, true>(rows[kPair], rows[kPair + kSize]);
         });
         unroll<kN>([&](auto i) __attribute__((always_inline)) { rows[i] = next[i]; });
     });
 }
 
-constexpr int bit_reverse(int value, int size) {
-    int out = 0;
-    for (int bit = 1; bit < size; bit *= 2) {
-        out = out * 2 + (value & 1);
-        value /= 2;
-    }
-    return out;
-}
-
-// Lane i of the result is the sum of the lanes of rows(i). Adding the two halves of a zip sums
-// pairs and interleaves the vectors, so log2(lanes) rounds do all sums at once, in bit-reversed
-// order.
+// Lane i of the result is the sum of the lanes of rows(i): the sum of the two halves of a zip adds
+// neighbours and interleaves the vectors.
 template <class T, class Rows>
 inline __attribute__((always_inline)) Vec<T> sum_each(const Rows& rows) {
-    constexpr int kN = kLanes<T>;
-    Vec<T> part[kN];
-    unroll<kN>([&](auto i) __attribute__((always_inline)) {
-        part[i] = rows(std::integral_constant<int, bit_reverse(i, kN)>{});
+    constexpr int kSize = kPiece<T>;
+    Vec<T> part[kPieces<T>];
+    unroll<kPieces<T>>([&](auto piece) __attribute__((always_inline)) {
+        const auto sum_pair = [&](auto i) __attribute__((always_inline)) {
+            const Vec<T> a = rows(std::integral_constant<int, piece * kSize + i>{});
+            const Vec<T> b = rows(std::integral_constant<int, piece * kSize + i + 1>{});
+            return zip<T, 1, false>(a, b) + zip<T, 1, true>(a, b);
+        };
+        part[piece] = sum_pair(std::integral_constant<int, 0>{});
+        if constexpr (kSize == 4) {
+            const Vec<T> other = sum_pair(std::integral_constant<int, 2>{});
+            part[piece] =
+                zip<T, 2, false>(part[piece], other) + zip<T, 2, true>(part[piece], other);
+        }
     });
-    unroll<log2_of(kN)>([&](auto round) __attribute__((always_inline)) {
-        constexpr int kLeft = kN >> (round + 1);
-        unroll<kLeft>([&](auto i) __attribute__((always_inline)) {
-            part[i] = zip_low<T>(part[2 * i], part[2 * i + 1]) +
-                      zip_high<T>(part[2 * i], part[2 * i + 1]);
+    unroll<log2_of(kPieces<T>)>([&](auto round) __attribute__((always_inline)) {
+        unroll<(kPieces<T> >> (round + 1))>([&](auto i) __attribute__((always_inline)) {
+            const Vec<T> a = part[2 * i], b = part[2 * i + 1];
+            part[i] = alternate_pieces<T, false>(a, b) + alternate_pieces<T, true>(a, b);
         });
     });
     return part[0];

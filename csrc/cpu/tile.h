@@ -1,5 +1,5 @@
 // Token tiles: kVectors vectors of tokens for each feature, packed feature-major so that one kept
-// weight meets its tokens in consecutive aligned vectors.
+// weight meets its tokens in consecutive aligned vectors. tile_bf16.h has those of bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,14 @@
 
 namespace sk {
 namespace {
+
+// So many rows are read at once that the processor's own prefetchers lose track. (May run past the
+// end: a prefetch cannot fault.)
+template <class T>
+inline void prefetch_ahead(const T* from) {
+    constexpr int64_t kBytes = 512;
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + kBytes));
+}
 
 // tile[f][token] = source[first_token + token][first_feature + f]; tokens past the end read as
 // zero.
@@ -26,7 +34,10 @@ void pack_tile(const Matrix<const T>& source, int64_t first_token, int64_t token
             for (; f + kN <= features; f += kN) {
                 Vec<C> rows[kN];
 #pragma GCC unroll 16
-                for (int i = 0; i < kN; ++i) rows[i] = load_user(from + i * source.row_stride + f);
+                for (int i = 0; i < kN; ++i) {
+                    rows[i] = load_user(from + i * source.row_stride + f);
+                    prefetch_ahead(from + i * source.row_stride + f);
+                }
                 transpose<C>(rows);
 #pragma GCC unroll 16
                 for (int i = 0; i < kN; ++i) store(tile + (f + i) * kTile + base, rows[i]);
@@ -89,158 +100,81 @@ void unpack_tile(const Compute<T>* tile, T* out, int64_t width, int64_t first_to
     }
 }
 
-inline Words rounded_high(Vec<float> value) {
-    const Words bits = reinterpret_cast<Words>(value);
-    const Words is_nan = reinterpret_cast<Words>((bits & 0x7fffffffu) > 0x7f800000u);
-    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return (rounded & ~is_nan) | ((bits | 0x400000u) & is_nan);
-}
-
-// bfloat16 leaves in pairs of features, so that a token's store is a whole vector.
-template <int kVectors>
-void unpack_bf16_tile(const float* tile, Bf16* out, int64_t width, int64_t first_token,
-                      int64_t tokens, int64_t first_feature, int64_t features, bool stream) {
-    constexpr int kN = kLanes<float>;
-    constexpr int64_t kTile = kVectors * kN;
-    const int64_t paired = features / (2 * kN) * (2 * kN);
-    for (int group = 0; group < kVectors; ++group) {
-        const int64_t base = group * kN;
-        if (base + kN > tokens) {
-            if (base < tokens) {
-                for (int64_t f = 0; f < features; ++f) {
-                    for (int64_t i = base; i < tokens; ++i) {
-                        out[(first_token + i) * width + first_feature + f] =
-                            from_compute<Bf16>(tile[f * kTile + i]);
-                    }
-                }
-            }
-            return;
-        }
-        Bf16* to = out + (first_token + base) * width + first_feature;
-        for (int64_t f = 0; f < paired; f += 2 * kN) {
-            Vec<float> rows[kN];
-            unroll<kN>([&](auto i) __attribute__((always_inline)) {
-                const float* pair = tile + (f + 2 * i) * kTile + base;
-                const Words low = rounded_high(load(pair)), high = rounded_high(load(pair + kTile));
-                rows[i] = reinterpret_cast<Vec<float>>((low >> 16) | (high & 0xffff0000u));
-            });
-            transpose<float>(rows);
-            unroll<kN>([&](auto i) __attribute__((always_inline)) {
-                float* target = reinterpret_cast<float*>(to + i * width + f);
-                if (stream)
-                    stream_user(target, rows[i]);
-                else
-                    store_user(target, rows[i]);
-            });
-        }
-        for (int64_t f = paired; f < features; ++f) {
-            for (int64_t i = 0; i < kN; ++i) {
-                to[i * width + f] = from_compute<Bf16>(tile[f * kTile + base + i]);
-            }
-        }
-    }
-}
-
-// What a tile of inputs to a gather holds: bfloat16 stays narrow, since the second-level cache is
-// what limits an unstructured gather. A lane then holds token i below token i + kLanes of its
-// vector pair, so that a shift and a mask widen it to two vectors in token order.
+// A tile as the kernels see it. `Element` is how activations lie in it and `Weight` how weights are
+// packed beside it; `Raw` is a vector of elements, of which a feature has kRaw.
 template <class T, int kVectors>
-struct GatherTile {
+struct Tile {
     using Element = T;
+    using Weight = T;
+    using Raw = Vec<T>;
+    static constexpr int kRaw = kVectors;
+    static constexpr int64_t kTokens = kVectors * kLanes<T>;
+    // Weights of this many neighbouring features are packed together.
+    static constexpr int kTogether = 1;
+
     static void pack(const Matrix<const T>& source, int64_t first_token, int64_t tokens,
-                     int64_t features, Element* tile) {
-        pack_tile<T, kVectors>(source, first_token, tokens, 0, features, tile);
+                     int64_t first_feature, int64_t features, Element* tile) {
+        pack_tile<T, kVectors>(source, first_token, tokens, first_feature, features, tile);
     }
-    static void unpack(const Compute<T>* tile, T* out, int64_t width, int64_t first_token,
-                       int64_t tokens, int64_t first_feature, int64_t features, bool stream) {
+    static void unpack(const T* tile, T* out, int64_t width, int64_t first_token, int64_t tokens,
+                       int64_t first_feature, int64_t features, bool stream) {
         unpack_tile<T, kVectors>(tile, out, width, first_token, tokens, first_feature, features,
                                  stream);
     }
-    static inline __attribute__((always_inline)) void load_row(const Element* row,
-                                                               Vec<T> (&x)[kVectors]) {
+    static Raw load_raw(const Element* from) { return load(from); }
+    // sum += the tokens' products of two features.
+    static inline __attribute__((always_inline)) void add_products(Vec<T>& sum, Raw a, Raw b) {
+        sum += a * b;
+    }
+    // acc[output] += weights[output] * panel[*local]
+    template <int kShared>
+    static inline __attribute__((always_inline)) void multiply(Vec<T> (&acc)[kShared][kVectors],
+                                                               const Element* panel,
+                                                               const int32_t* local,
+                                                               const Weight* weights) {
+        const Element* const from = panel + static_cast<int64_t>(*local) * kTokens;
+        Vec<T> x[kVectors];
         unroll<kVectors>([&](auto v)
-                             __attribute__((always_inline)) { x[v] = load(row + v * kLanes<T>); });
-    }
-};
-
-template <int kVectors>
-struct GatherTile<Bf16, kVectors> {
-    static_assert(kVectors % 2 == 0, "bfloat16 tokens are packed in pairs of vectors");
-    using Element = Bf16;
-    static constexpr int kN = kLanes<float>;
-    static constexpr int64_t kTile = kVectors * kN;
-
-    static Words as_words(Vec<float> v) { return reinterpret_cast<Words>(v); }
-
-    static void pack(const Matrix<const Bf16>& source, int64_t first_token, int64_t tokens,
-                     int64_t features, Element* tile) {
-        for (int pair = 0; pair < kVectors / 2; ++pair) {
-            const int64_t base = pair * 2 * kN;
-            const Bf16* from = source.data + (first_token + base) * source.row_stride;
-            int64_t f = 0;
-            if (source.col_stride == 1 && base + 2 * kN <= tokens) {
-                for (; f + 2 * kN <= features; f += 2 * kN) {
-                    // A 32-bit lane is two neighbouring features of one token.
-                    Vec<float> low[kN], high[kN];
-                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
-                        low[i] = load_user(
-                            reinterpret_cast<const float*>(from + i * source.row_stride + f));
-                        high[i] = load_user(reinterpret_cast<const float*>(
-                            from + (i + kN) * source.row_stride + f));
-                    });
-                    transpose<float>(low);
-                    transpose<float>(high);
-                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
-                        const Words a = as_words(low[i]), b = as_words(high[i]);
-                        Bf16* to = tile + (f + 2 * i) * kTile + base;
-                        store(reinterpret_cast<float*>(to),
-                              reinterpret_cast<Vec<float>>((a & 0xffffu) | (b << 16)));
-                        store(reinterpret_cast<float*>(to + kTile),
-                              reinterpret_cast<Vec<float>>((a >> 16) | (b & 0xffff0000u)));
-                    });
-                }
-            }
-            for (; f < features; ++f) {
-                Bf16* to = tile + f * kTile + base;
-                for (int64_t i = 0; i < 2 * kN; ++i) {
-                    to[2 * (i % kN) + i / kN] =
-                        base + i < tokens ? from[i * source.row_stride + f * source.col_stride]
-                                          : Bf16{0};
-                }
-            }
-        }
-    }
-    static void unpack(const float* tile, Bf16* out, int64_t width, int64_t first_token,
-                       int64_t tokens, int64_t first_feature, int64_t features, bool stream) {
-        unpack_bf16_tile<kVectors>(tile, out, width, first_token, tokens, first_feature, features,
-                                   stream);
-    }
-    static inline __attribute__((always_inline)) void load_row(const Element* row,
-                                                               Vec<float> (&x)[kVectors]) {
-        unroll<kVectors / 2>([&](auto pair) __attribute__((always_inline)) {
-            const Words both = as_words(load(reinterpret_cast<const float*>(row + pair * 2 * kN)));
-            x[2 * pair] = reinterpret_cast<Vec<float>>(both << 16);
-            x[2 * pair + 1] = reinterpret_cast<Vec<float>>(both & 0xffff0000u);
+                             __attribute__((always_inline)) { x[v] = load(from + v * kLanes<T>); });
+        unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+            const Vec<T> w = splat<T>(weights[a]);
+            unroll<kVectors>([&](auto v) __attribute__((always_inline)) { acc[a][v] += w * x[v]; });
         });
     }
 };
 
-// Asks for a share of the next tile's input while this tile computes.
-template <class T>
-inline void prefetch_lines(const Matrix<const T>& source, int64_t first_token, int64_t features,
-                           int64_t begin, int64_t end) {
-    constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
-    const int64_t row_lines = (features + kPerLine - 1) / kPerLine;
-    int64_t token = begin / row_lines, line = begin % row_lines;
-    for (int64_t i = begin; i < end; ++i) {
-        __builtin_prefetch(
-            source.data + (first_token + token) * source.row_stride + line * kPerLine, 0, 2);
-        if (++line == row_lines) {
-            line = 0;
-            ++token;
+// Asks for the lines of a piece of a matrix, a few at a time, while something else is computed.
+class Prefetch {
+    const char* row_ = nullptr;
+    int64_t stride_ = 0, row_lines_ = 0, line_ = 0;
+    int64_t left_ = 0, share_ = 0;
+
+public:
+    Prefetch() = default;
+    // `times` calls of `some` ask for everything.
+    template <class T>
+    Prefetch(const Matrix<const T>& source, int64_t first_token, int64_t tokens,
+             int64_t first_feature, int64_t features, int64_t times) {
+        if (source.col_stride != 1 || times <= 0) return;
+        row_ = reinterpret_cast<const char*>(source.data + first_token * source.row_stride +
+                                             first_feature);
+        stride_ = source.row_stride * static_cast<int64_t>(sizeof(T));
+        row_lines_ = (features * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+        left_ = row_lines_ * tokens;
+        share_ = (left_ + times - 1) / times;
+    }
+    inline __attribute__((always_inline)) void some() {
+        const int64_t count = std::min(share_, left_);
+        left_ -= count;
+        for (int64_t i = 0; i < count; ++i) {
+            __builtin_prefetch(row_ + line_ * 64);
+            if (++line_ == row_lines_) {
+                line_ = 0;
+                row_ += stride_;
+            }
         }
     }
-}
+};
 
 }  // namespace
 }  // namespace sk

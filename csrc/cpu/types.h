@@ -43,11 +43,10 @@ struct Lists {
 };
 
 // The order in which a token tile walks the lists: inputs are cut into panels small enough for a
-// cache, and each panel lists its block-rows (an entry each) with their features inside the panel.
+// cache, and each panel has an entry for each block-row, with its features inside the panel.
 struct Schedule {
     int64_t panels;
     int64_t panel_features;       // inputs in a panel (the last may hold fewer)
-    const int32_t* entry_rows;    // (panels * rows) block-row of each entry, -1 past a panel's last
     const int64_t* entry_starts;  // (panels * rows + 1) first feature of each entry in `local`
     const int32_t* local;         // (blocks * in_block) feature within its panel
     const int32_t* block_ids;     // (blocks) stored block of each in_block features
