@@ -79,7 +79,7 @@ def measure_product(
     if ceilings is not None:
         work = count_work(operands, product)
         bound = roofline.bound(work, ceilings, is_bf16=case.dtype == "bfloat16")
-        row |= {"bound_ms": bound.ms, "bound_limit": bound.limit}
+        row |= {"bound_ms": bound.ms, "bound_limit": bound.limit, "peak_bound_ms": bound.peak_ms}
     if not accuracy.is_good:
         return row
     why_no_bf16 = baselines.why_no_bf16_dense(operands, product)
@@ -148,8 +148,8 @@ def describe_row(case: Case, product: str, backend: str) -> dict[str, Any]:
     measured = (
         "time_ms", "spread_ms", "samples", "masked_dense_ms", "dense_ms", "best_dense_ms",
         "best_dense_kind", "best_fp32_dense_ms", "best_fp32_dense_kind", "torch_csr_ms",
-        "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "one_thread_ms", "error",
-        "torch_error",
+        "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "peak_bound_ms", "one_thread_ms",
+        "error", "torch_error",
     )  # fmt: skip
     return {
         "device": "cpu",
@@ -189,7 +189,7 @@ def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     step["product"] = "step"
     for name in (
         "time_ms", "masked_dense_ms", "dense_ms", "best_dense_ms", "best_fp32_dense_ms",
-        "torch_csr_ms", "bound_ms", "one_thread_ms",
+        "torch_csr_ms", "bound_ms", "peak_bound_ms", "one_thread_ms",
     ):  # fmt: skip
         parts = [row[name] for row in rows]
         step[name] = None if None in parts else sum(parts)

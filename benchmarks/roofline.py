@@ -10,15 +10,18 @@ compute = 2 * M * nnz / (multiply-add rate)
     multiply-adds out of registers. For bf16 it is the larger of the fp32 rate (widen, then
     multiply) and that of `vdpbf16ps` where the processor has it: on some it is half as fast.
 
-operands = M * nnz * bytes / max(block) / (L1 read rate)
-    The multiply-add has a third operand: the token's activation (or, in `grad_weight`, the token's
-    activation again, with its gradient held in a register). A block of `block_out x block_in`
-    weights uses `block_out + block_in` activation vectors for `block_out * block_in`
-    multiply-adds. The larger of the two groups may stay in registers from one block to the next;
-    the smaller, `min(block)` vectors, is loaded for each block, which is `1 / max(block)` loads a
-    multiply-add, from the first-level cache at best. Without blocks that is one load for each
-    multiply-add: for fp32 half a flop per byte. (Two rows of an unstructured pattern that happen
-    to share an input could share its load too; no kernel can count on it, and this bound does not.)
+operands = M * nnz * bytes * (time of a byte), the least over tiles of V = 1 .. 16 vectors of tokens
+    Each multiply-add reads an activation, 1 / max(block) of them if the outputs or inputs of a block
+    share it: the larger side may stay in registers from one block to the next, the smaller is
+    loaded for each block. Which activation it is, is random, so it comes from the first-level cache
+    as far as the tile fits there, and else from the second level at best:
+    `share = min(1, L1 size / (features * V * bytes of a vector))` of them. The features are the
+    inputs that are read, in `grad_input` the outputs, in `grad_weight` the fewer of both. Forward
+    and grad_input also read each weight once for V vectors, from the first level:
+    `(time of a byte) = (share / L1 rate + (1 - share) / L2 rate) / max(block) + 1 / (V * L1 rate)`.
+    A kernel could sort the inputs into panels that fit the first level, and would then pass over its
+    sums once a panel instead; docs/experiments.md has three that were slower. `peak_bound_ms`
+    leaves this term out: no kernel whatever can be faster than that.
 
 memory = compulsory bytes / (bandwidth of a buffer of that size)
     Activations read once and written once, values and indices read once (2 bytes an index where
@@ -37,6 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch  # noqa: F401  before the extension, so that both share one OpenMP runtime
@@ -45,6 +49,11 @@ try:
     import _sparse_kernels_cpu as _extension
 except ImportError:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
+
+# Where the system does not say how large the first-level data cache is: no smaller than most.
+L1_SIZE_UNKNOWN = 48 * 1024
+VECTOR_BYTES = {"avx512": 64, "avx512_bf16": 64, "avx2": 32}
+TILE_VECTORS = (1, 2, 4, 8, 16)
 
 # 16 KB a thread lie in every L1 data cache; 160 KB in every second-level cache and in no L1.
 L1_BYTES = 16 * 1024
@@ -61,6 +70,8 @@ class Ceilings:
 
     isa: str
     threads: int
+    vector_bytes: int
+    l1_size: int  # bytes of one core's data cache
     fma_gflops: float
     bf16_gflops: float
     l1_read_gbs: float
@@ -85,6 +96,11 @@ class Bound:
     @property
     def ms(self) -> float:
         return max(self.compute_ms, self.operands_ms, self.memory_ms)
+
+    @property
+    def peak_ms(self) -> float:
+        """What not even a kernel whose operands are always at hand can beat."""
+        return max(self.compute_ms, self.memory_ms)
 
     @property
     def limit(self) -> str:
@@ -115,6 +131,8 @@ def measure(isa: str, threads: int, sizes: Iterable[int] = SIZES) -> Ceilings | 
     return Ceilings(
         isa=isa,
         threads=threads,
+        vector_bytes=VECTOR_BYTES.get(isa, 16),
+        l1_size=_l1_size(),
         fma_gflops=_extension.measure_fma_gflops(isa, threads),
         bf16_gflops=_extension.measure_bf16_gflops(isa, threads),
         l1_read_gbs=rates[L1_BYTES * threads],
@@ -123,6 +141,19 @@ def measure(isa: str, threads: int, sizes: Iterable[int] = SIZES) -> Ceilings | 
         write_gbs=curve("measure_write_gbs"),
         copy_gbs=curve("measure_copy_gbs"),
     )
+
+
+def _l1_size() -> int:
+    """Bytes of the first-level data cache of a core, as Linux says."""
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind = (cache / "level").read_text(), (cache / "type").read_text()
+            size = (cache / "size").read_text().strip()
+        except OSError:
+            continue
+        if level.strip() == "1" and kind.strip() == "Data" and size[:-1].isdigit():
+            return int(size[:-1]) * {"K": 1024, "M": 1024**2}.get(size[-1], 1)
+    return L1_SIZE_UNKNOWN
 
 
 def bandwidth_gbs(curve: Curve, size: int) -> float:
@@ -136,9 +167,12 @@ class Work:
     """What one product has to do, whoever does it."""
 
     flops: float
-    operand_bytes: float
+    operand_bytes: int  # if each multiply-add read an activation
     read_bytes: int
     write_bytes: int
+    loads: float = 1.0  # activations that a multiply-add does read
+    reads_weights: bool = False
+    features: int = 1  # that the activations are taken from
 
 
 def count_work(
@@ -165,19 +199,25 @@ def count_work(
     read_x = tokens * used * element_bytes
     outputs = tokens * out_features * element_bytes
     if product == "forward":
+        features = used
         read, write = read_x + values_bytes + index_bytes, outputs
     elif product == "grad_input":
+        features = out_features
         read = outputs + values_bytes + index_bytes
         write = tokens * in_features * element_bytes
     elif product == "grad_weight":
+        features = min(used, out_features)
         read, write = outputs + read_x + index_bytes, values_bytes
     else:
         raise ValueError(f"product must be forward, grad_input or grad_weight, got {product!r}")
     return Work(
         flops=2.0 * tokens * nnz,
-        operand_bytes=tokens * nnz * element_bytes / max(block),
+        operand_bytes=tokens * nnz * element_bytes,
         read_bytes=read,
         write_bytes=write,
+        loads=1 / max(block),
+        reads_weights=product != "grad_weight",
+        features=features,
     )
 
 
@@ -194,9 +234,22 @@ def bound(work: Work, ceilings: Ceilings, *, is_bf16: bool) -> Bound:
     # Giga-anything per second is a million a millisecond.
     return Bound(
         compute_ms=work.flops / flops_rate * 1e-6,
-        operands_ms=work.operand_bytes / ceilings.l1_read_gbs * 1e-6,
+        operands_ms=work.operand_bytes * _operand_time(work, ceilings) * 1e-6,
         memory_ms=memory * 1e-6,
     )
+
+
+def _operand_time(work: Work, ceilings: Ceilings) -> float:
+    """Nanoseconds for each byte of operands, in the best of the tiles; see the docstring above."""
+    l1_ns, l2_ns = 1 / ceilings.l1_read_gbs, 1 / ceilings.l2_read_gbs
+
+    def with_tile(vectors: int) -> float:
+        tile = work.features * vectors * ceilings.vector_bytes
+        share = min(1.0, ceilings.l1_size / max(tile, 1))
+        weights = l1_ns / vectors if work.reads_weights else 0.0
+        return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
+
+    return min(with_tile(vectors) for vectors in TILE_VECTORS)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,8 @@ def test_wrong_result_prints_fail_and_no_speed(
 CEILINGS = roofline.Ceilings(
     isa="made up",
     threads=1,
+    vector_bytes=64,
+    l1_size=5120,
     fma_gflops=100.0,
     bf16_gflops=50.0,
     l1_read_gbs=200.0,
@@ -196,21 +199,33 @@ def test_work_and_bound_by_hand() -> None:
     shape = {"tokens": 10, "in_features": 40, "out_features": 20, "fan_in": 8}
     # nnz = 160; X 1600 bytes, Y 800, values 640, 160 indices of 2 bytes.
     work = roofline.count_work("forward", **shape, block=(1, 1), element_bytes=4)
-    assert work == roofline.Work(3200.0, 6400.0, 1600 + 640 + 320, 800)
+    assert work == roofline.Work(3200.0, 6400, 1600 + 640 + 320, 800, 1.0, True, 40)
     bound = roofline.bound(work, CEILINGS, is_bf16=False)
     assert bound.compute_ms == pytest.approx(3200 / 100e9 * 1e3)
-    assert bound.operands_ms == pytest.approx(6400 / 200e9 * 1e3)
+    # Tiles of 2, 4, 8 and 16 vectors: all of the 40 features fit the first level, half of them,
+    # a quarter, an eighth. A byte takes 1/200 ns from the first level and 1/100 from the second.
+    # 1 + 1/2 first-level reads are as long as 1/2 + 1/4 from it and 1/2 from the second.
+    bytes_ns = [(1 + 1 / 2) / 200, (1 / 2 + 1 / 4) / 200 + 1 / 2 / 100, 1 / 4 / 200 + 3 / 4 / 100]
+    assert bound.operands_ms == pytest.approx(6400 * min(bytes_ns) * 1e-6)
     # 3360 bytes: the fastest of read, write and copy moves 100 GB/s.
     assert bound.memory_ms == pytest.approx(3360 / 100e9 * 1e3)
     assert bound.limit == "memory"
     assert bound.ms == bound.memory_ms
+    slower = replace(CEILINGS, l1_read_gbs=20.0, l2_read_gbs=10.0)
+    bound = roofline.bound(work, slower, is_bf16=False)
+    assert bound.limit == "operands"
+    assert bound.ms == bound.operands_ms == pytest.approx(6400 * min(bytes_ns) * 1e-5)
+    assert bound.peak_ms == bound.memory_ms
     work = roofline.count_work("grad_input", **shape, block=(4, 2), element_bytes=2)
     # 20 blocks, shared by the longer side 4; dY 400 bytes, values 320, dX 800.
-    assert work == roofline.Work(3200.0, 800.0, 400 + 320 + 40, 800)
+    assert work == roofline.Work(3200.0, 3200, 400 + 320 + 40, 800, 1 / 4, True, 20)
     work = roofline.count_work(
         "grad_weight", **shape, block=(1, 1), element_bytes=4, used_in_features=30
     )
-    assert work == roofline.Work(3200.0, 6400.0, 800 + 1200 + 320, 640)
+    assert work == roofline.Work(3200.0, 6400, 800 + 1200 + 320, 640, 1.0, False, 20)
+    # 20 features of one vector fit the first level, and no weights are read.
+    bound = roofline.bound(work, CEILINGS, is_bf16=False)
+    assert bound.operands_ms == pytest.approx(6400 / 200e9 * 1e3)
     # bf16 may be widened: its bound uses the faster of the two multiply-adds.
     assert roofline.bound(work, CEILINGS, is_bf16=True).compute_ms == pytest.approx(3.2e-5)
 
