@@ -148,8 +148,8 @@ def describe_row(case: Case, product: str, backend: str) -> dict[str, Any]:
     measured = (
         "time_ms", "spread_ms", "samples", "masked_dense_ms", "dense_ms", "best_dense_ms",
         "best_dense_kind", "best_fp32_dense_ms", "best_fp32_dense_kind", "torch_csr_ms",
-        "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "peak_bound_ms", "one_thread_ms",
-        "error", "torch_error",
+        "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "peak_bound_ms",
+        "one_thread_ms", "error", "torch_error",
     )  # fmt: skip
     return {
         "device": "cpu",

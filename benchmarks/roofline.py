@@ -11,17 +11,17 @@ compute = 2 * M * nnz / (multiply-add rate)
     multiply) and that of `vdpbf16ps` where the processor has it: on some it is half as fast.
 
 operands = M * nnz * bytes * (time of a byte), the least over tiles of V = 1 .. 16 vectors of tokens
-    Each multiply-add reads an activation, 1 / max(block) of them if the outputs or inputs of a block
-    share it: the larger side may stay in registers from one block to the next, the smaller is
-    loaded for each block. Which activation it is, is random, so it comes from the first-level cache
-    as far as the tile fits there, and else from the second level at best:
+    Each multiply-add reads an activation, 1 / max(block) of them where the outputs or inputs of a
+    block share it: the larger side may stay in registers from one block to the next, the smaller
+    is loaded for each block. Which activation it is, is random. So it comes from the first-level
+    cache as far as the tile fits there, and else from the second level at best:
     `share = min(1, L1 size / (features * V * bytes of a vector))` of them. The features are the
     inputs that are read, in `grad_input` the outputs, in `grad_weight` the fewer of both. Forward
-    and grad_input also read each weight once for V vectors, from the first level:
-    `(time of a byte) = (share / L1 rate + (1 - share) / L2 rate) / max(block) + 1 / (V * L1 rate)`.
-    A kernel could sort the inputs into panels that fit the first level, and would then pass over its
-    sums once a panel instead; docs/experiments.md has three that were slower. `peak_bound_ms`
-    leaves this term out: no kernel whatever can be faster than that.
+    and grad_input also read each weight once for V vectors, from the first level. In all,
+    `(share / L1 rate + (1 - share) / L2 rate) / max(block) + 1 / (V * L1 rate)` for a byte.
+    A kernel could sort the inputs into panels that fit the first level, and would then pass over
+    its sums once a panel instead; docs/experiments.md has some, all slower. `peak_bound_ms` leaves
+    this term out: no kernel whatever can be faster than that.
 
 memory = compulsory bytes / (bandwidth of a buffer of that size)
     Activations read once and written once, values and indices read once (2 bytes an index where

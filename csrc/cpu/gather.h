@@ -48,9 +48,11 @@ inline W packed_weight(T value) {
 
 // Weights in the order in which the schedule meets them: [entry][output group][feature][output]. If
 // kTogether is 2, [entry][output group][pair of features][output][feature], and then the odd one.
-template <int kTogether, class T, class W>
-void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, int64_t group,
-                  W* packed, int threads) {
+// kGroup is the number of outputs in a group, or 0 for all of a block's.
+template <int kTogether, int kGroup, class T, class W>
+void pack_weights(const Lists& lists, const Schedule& schedule, const T* values, W* packed,
+                  int threads) {
+    const int64_t group = kGroup ? kGroup : lists.out_block;
     const int64_t entries = schedule.panels * lists.rows;
     const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
     if (block_size == 1) {
@@ -153,11 +155,11 @@ struct GatherProblem {
 };
 
 // The weights in the order of the schedule: the stored values, if they lie so, or packed into `to`.
-template <int kTogether, class W, class T>
-const W* weights_of(const GatherProblem<T>& problem, bool in_place, int64_t group, W* to) {
+template <int kTogether, int kGroup, class W, class T>
+const W* weights_of(const GatherProblem<T>& problem, bool in_place, W* to) {
     if (in_place) return reinterpret_cast<const W*>(problem.values);
-    pack_weights<kTogether>(problem.lists, problem.schedule, problem.values, group, to,
-                            problem.threads);
+    pack_weights<kTogether, kGroup>(problem.lists, problem.schedule, problem.values, to,
+                                    problem.threads);
     return to;
 }
 
@@ -199,7 +201,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
     arena.allocate();
     const W* weights =
-        weights_of<TileOf::kTogether>(problem, in_place, kShared, arena.at<W>(weights_at));
+        weights_of<TileOf::kTogether, kShared>(problem, in_place, arena.at<W>(weights_at));
     C* bias = arena.at<C>(bias_at);
     copy_bias(problem.bias, outputs, bias);
 

@@ -337,8 +337,8 @@ struct Outer {
                 multiply_block_row<C, kTokens, 4, 2>(entries.rows, size, entries.panel,
                                                      entries.local, count, entries.sums);
             } else {
-                multiply_block_row<C, kTokens, 8, 1>(entries.rows, size, entries.panel,
-                                                     entries.local, count, entries.sums);
+                multiply_block_row<C, kTokens, 16, 1>(entries.rows, size, entries.panel,
+                                                      entries.local, count, entries.sums);
             }
             entries.rows += size * kTokens;
             entries.local += count;
@@ -346,6 +346,60 @@ struct Outer {
         }
     }
 };
+
+// Adds up the parts' sums, which lie as in Entries, and stores them in the order of the values.
+template <class T>
+void finish_sums(const GradWeightProblem<T>& problem, int64_t order, Compute<T>* sums,
+                 int64_t parts) {
+    using C = Compute<T>;
+    constexpr int kN = kLanes<C>;
+    constexpr int64_t kStep = 1024;
+    const Lists& lists = problem.lists;
+    const Schedule& schedule = problem.schedule;
+    const int64_t size = lists.out_block, block_size = size * lists.in_block;
+    const int64_t entries = schedule.panels * lists.rows;
+    const int64_t weights = schedule.entry_starts[entries] * size;
+    const bool in_order = schedule.panels == 1 && !lists.source_rows &&
+                          (size == 1 || (order == size && lists.in_block == 1));
+    if (in_order || parts > 1) {
+#pragma omp parallel for num_threads(problem.threads) schedule(static)
+        for (int64_t begin = 0; begin < weights; begin += kStep) {
+            const int64_t end = std::min(weights, begin + kStep);
+            int64_t i = begin;
+            for (; i + kN <= end; i += kN) {
+                Vec<C> sum = load_user(sums + i);
+                for (int64_t p = 1; p < parts; ++p) sum += load_user(sums + p * weights + i);
+                if (in_order)
+                    store_user(problem.grad_values + i, sum);
+                else
+                    store_user(sums + i, sum);
+            }
+            for (; i < end; ++i) {
+                for (int64_t p = 1; p < parts; ++p) sums[i] += sums[p * weights + i];
+                if (in_order) problem.grad_values[i] = from_compute<T>(sums[i]);
+            }
+        }
+    }
+    if (in_order) return;
+#pragma omp parallel for num_threads(problem.threads) schedule(static)
+    for (int64_t e = 0; e < entries; ++e) {
+        const int64_t start = schedule.entry_starts[e];
+        const int64_t count = schedule.entry_starts[e + 1] - start;
+        const C* from = sums + start * size;
+        for (int64_t group = 0; group < size; group += order) {
+            const int32_t* id = schedule.block_ids + start / lists.in_block;
+            for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
+                T* block = problem.grad_values + *id * block_size + group * lists.out_stride;
+                for (int64_t b = 0; b < lists.in_block; ++b) {
+                    for (int64_t a = 0; a < order; ++a) {
+                        block[a * lists.out_stride + b * lists.in_stride] =
+                            from_compute<T>(*from++);
+                    }
+                }
+            }
+        }
+    }
+}
 
 template <class T, class Kernel>
 void grad_weight_tiles(const GradWeightProblem<T>& problem) {
@@ -427,29 +481,7 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
         }
     }
 
-    const int64_t block_size = size * lists.in_block;
-    const int64_t order = Kernel::order(lists);
-#pragma omp parallel for num_threads(problem.threads) schedule(static)
-    for (int64_t e = 0; e < entries; ++e) {
-        const int64_t start = schedule.entry_starts[e];
-        const int64_t count = schedule.entry_starts[e + 1] - start;
-        int64_t at = start * size;
-        for (int64_t group = 0; group < size; group += order) {
-            const int32_t* id = schedule.block_ids + start / lists.in_block;
-            for (int64_t j = 0; j < count; j += lists.in_block, ++id) {
-                T* block = problem.grad_values + *id * block_size + group * lists.out_stride;
-                for (int64_t b = 0; b < lists.in_block; ++b) {
-                    for (int64_t a = 0; a < order; ++a, ++at) {
-                        C sum = sums[at];
-                        for (int64_t part = 1; part < parts; ++part) {
-                            sum += sums[part * weights + at];
-                        }
-                        block[a * lists.out_stride + b * lists.in_stride] = from_compute<T>(sum);
-                    }
-                }
-            }
-        }
-    }
+    finish_sums(problem, Kernel::order(lists), sums, parts);
 }
 
 // to[i] = sum over tokens of dy[token] * x[token][columns[i]], for a row of `count` weights.
@@ -537,7 +569,9 @@ void grad_weight(const GradWeightProblem<T>& problem) {
     // bfloat16 holds two vectors of tokens in one.
     constexpr int kNarrow = std::is_same<T, Compute<T>>::value ? 1 : 2;
     if (problem.tokens <= kFewTokens) return grad_weight_few(problem);
-    if (problem.lists.out_block % kN == 0) return grad_weight_fitting<Outer, 4>(problem);
+    // Where pairs of tokens are multiplied at once, dot products are faster than outer products.
+    constexpr bool kPairs = kNarrow == 2 && kMultipliesBf16;
+    if (!kPairs && problem.lists.out_block % kN == 0) return grad_weight_fitting<Outer, 4>(problem);
     switch (shared_outputs(problem.lists.out_block)) {
         case 4:  // as wide as the rows of 4 outputs fit the registers
             return grad_weight_fitting<FourRows, (16 < kRegisters ? 4 : 2) * kNarrow>(problem);

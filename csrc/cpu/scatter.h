@@ -12,17 +12,82 @@ namespace {
 // Inputs of a block-row that are computed together.
 constexpr int kScatterInputs = 4;
 
+// How the rows of dY that a block-row's inputs share lie in a tile, [output][token], and what they
+// are multiplied with. kTogether neighbouring outputs make one row.
+template <class T, int kVectors>
+struct SharedOutputs {
+    using C = Compute<T>;
+    using Element = C;
+    using Weight = C;
+    using Raw = Vec<C>;
+    static constexpr int kTogether = 1;
+
+    static void pack(const Matrix<const T>& dy, int64_t first, int64_t tokens, int64_t output,
+                     int64_t outputs, Element* to) {
+        pack_tile<T, kVectors>(dy, first, tokens, output, outputs, to);
+    }
+    static Raw load_raw(const Element* from) { return load(from); }
+    static Raw splat_weight(const Weight* weight) { return splat<C>(*weight); }
+    static void add_product(Vec<C>& sum, Raw a, Raw b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// An element is a token's pair of outputs.
+template <int kVectors>
+struct SharedOutputs<Bf16, kVectors> {
+    using Element = float;
+    using Weight = Bf16;
+    using Raw = Words;
+    static constexpr int kTogether = 2;
+
+    static void pack(const Matrix<const Bf16>& dy, int64_t first, int64_t tokens, int64_t output,
+                     int64_t outputs, Element* to) {
+        const Bf16* from = dy.data + output * dy.col_stride;
+        if (dy.col_stride == 1 && dy.row_stride % 2 == 0 &&
+            reinterpret_cast<uintptr_t>(from) % sizeof(Element) == 0) {
+            const Matrix<const float> pairs{reinterpret_cast<const float*>(from), dy.row_stride / 2,
+                                            1};
+            pack_tile<float, kVectors>(pairs, first, tokens, 0, outputs / 2, to);
+            return;
+        }
+        constexpr int64_t kTile = kVectors * kLanes<float>;
+        for (int64_t pair = 0; pair < outputs / 2; ++pair) {
+            for (int64_t m = 0; m < kTile; ++m) {
+                Bf16 both[2] = {};
+                if (m < tokens) {
+                    const Bf16* at = from + (first + m) * dy.row_stride + 2 * pair * dy.col_stride;
+                    both[0] = at[0];
+                    both[1] = at[dy.col_stride];
+                }
+                std::memcpy(to + pair * kTile + m, both, sizeof(both));
+            }
+        }
+    }
+    static Raw load_raw(const Element* from) { return reinterpret_cast<Words>(load(from)); }
+    static Raw splat_weight(const Weight* weight) {
+        uint32_t pair;
+        std::memcpy(&pair, weight, sizeof(pair));
+        return pair - Words{};
+    }
+    static void add_product(Vec<float>& sum, Raw a, Raw b) { add_pair_products(sum, a, b); }
+};
+#endif
+
 // Adds a block-row to the tile of sums: out[local[j]] += sum over a of weight[j][a] * rows[a].
 // `scratch` takes what the last inputs computed together have too many.
-template <class C, int kVectors>
-__attribute__((noinline)) void scatter_row(const C* rows, int64_t out_block, const int32_t* local,
-                                           int64_t count, const C* weights, C* out, C* scratch) {
+template <class Outputs, class C, int kVectors>
+__attribute__((noinline)) void scatter_row(const typename Outputs::Element* rows, int64_t out_block,
+                                           const int32_t* local, int64_t count,
+                                           const typename Outputs::Weight* weights, C* out,
+                                           C* scratch) {
+    using Raw = typename Outputs::Raw;
     constexpr int kN = kLanes<C>;
     constexpr int kTile = kVectors * kN;
+    constexpr int kTogether = Outputs::kTogether;
     const int64_t stretch = sum_stretch(out_block);
     for (int64_t j = 0; j < count; j += kScatterInputs) {
         C* to[kScatterInputs];
-        const C* w[kScatterInputs];
+        const typename Outputs::Weight* w[kScatterInputs];
         unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
             const bool inside = j + i < count;
             to[i] = inside ? out + static_cast<int64_t>(local[j + i]) * kTile : scratch;
@@ -31,15 +96,16 @@ __attribute__((noinline)) void scatter_row(const C* rows, int64_t out_block, con
         for (int64_t begin = 0; begin < out_block; begin += stretch) {
             const int64_t end = std::min(begin + stretch, out_block);
             Vec<C> acc[kScatterInputs][kVectors] = {};
-            for (int64_t a = begin; a < end; ++a) {
-                Vec<C> d[kVectors];
+            for (int64_t a = begin; a < end; a += kTogether) {
+                Raw d[kVectors];
                 unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
-                    d[v] = load(rows + a * kTile + v * kN);
+                    d[v] = Outputs::load_raw(rows + a / kTogether * kTile + v * kN);
                 });
                 unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
-                    const Vec<C> weight = splat<C>(w[i][a]);
-                    unroll<kVectors>(
-                        [&](auto v) __attribute__((always_inline)) { acc[i][v] += weight * d[v]; });
+                    const Raw weight = Outputs::splat_weight(w[i] + a);
+                    unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                        Outputs::add_product(acc[i][v], d[v], weight);
+                    });
                 });
             }
             unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
@@ -56,7 +122,11 @@ __attribute__((noinline)) void scatter_row(const C* rows, int64_t out_block, con
 template <class T, int kVectors>
 void scatter_tiles(const GatherProblem<T>& problem) {
     using C = Compute<T>;
+    using Outputs = SharedOutputs<T, kVectors>;
+    using E = typename Outputs::Element;
+    using W = typename Outputs::Weight;
     constexpr int64_t kTile = kVectors * kLanes<C>;
+    constexpr int64_t kTogether = Outputs::kTogether;
     const Lists& lists = problem.lists;
     const Schedule& schedule = problem.schedule;
     const int64_t size = lists.out_block;
@@ -65,19 +135,19 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const bool one_panel = schedule.panels == 1;
     const int64_t chunk = std::min(chunk_rows<C>(size, kTile), lists.rows);
-    const bool in_place = std::is_same<T, C>::value && one_panel && lists.in_block == 1;
+    const bool in_place = std::is_same<T, W>::value && one_panel && lists.in_block == 1;
     const bool stream =
         kLineVectors == 1 && problem.tokens * features * int64_t{sizeof(T)} >= kStreamBytes &&
         features * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
     const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
 
     Arena arena;
-    const size_t weights_at = arena.reserve<C>(in_place ? 0 : blocks * size);
+    const size_t weights_at = arena.reserve<W>(in_place ? 0 : blocks * size);
     const size_t bias_at = arena.reserve<C>(features);
-    const size_t rows_at = arena.reserve<C>(threads * chunk * size * kTile);
+    const size_t rows_at = arena.reserve<E>(threads * chunk * size / kTogether * kTile);
     const size_t out_at = arena.reserve<C>(threads * (features + 1) * kTile);
     arena.allocate();
-    const C* weights = weights_of<1>(problem, in_place, lists.out_block, arena.at<C>(weights_at));
+    const W* weights = weights_of<1, 0>(problem, in_place, arena.at<W>(weights_at));
     C* bias = arena.at<C>(bias_at);
     copy_bias(problem.bias, features, bias);
 
@@ -87,7 +157,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        C* rows = arena.at<C>(rows_at) + thread * chunk * size * kTile;
+        E* rows = arena.at<E>(rows_at) + thread * chunk * size / kTogether * kTile;
         C* out = arena.at<C>(out_at) + thread * (features + 1) * kTile;
         C* scratch = out + features * kTile;
 #pragma omp for schedule(static)
@@ -101,16 +171,16 @@ void scatter_tiles(const GatherProblem<T>& problem) {
             }
             for (int64_t begin = 0; begin < lists.rows; begin += chunk) {
                 const int64_t end = std::min(begin + chunk, lists.rows);
-                pack_tile<T, kVectors>(problem.in, first, tokens, begin * size,
-                                       (end - begin) * size, rows);
+                Outputs::pack(problem.in, first, tokens, begin * size, (end - begin) * size, rows);
                 for (int64_t p = 0; p < schedule.panels; ++p) {
                     for (int64_t i = begin; i < end; ++i) {
                         const int64_t e = p * lists.rows + i;
                         const int64_t start = schedule.entry_starts[e];
-                        scatter_row<C, kVectors>(
-                            rows + (i - begin) * size * kTile, size, schedule.local + start,
-                            schedule.entry_starts[e + 1] - start, weights + start * size,
-                            out + p * schedule.panel_features * kTile, scratch);
+                        scatter_row<Outputs, C, kVectors>(
+                            rows + (i - begin) * size / kTogether * kTile, size,
+                            schedule.local + start, schedule.entry_starts[e + 1] - start,
+                            weights + start * size, out + p * schedule.panel_features * kTile,
+                            scratch);
                     }
                 }
             }
