@@ -85,6 +85,20 @@ def ours(operands: Operands, product: str, backend: str) -> Candidate:
     return calls[product]
 
 
+def on_one_thread(call: Candidate) -> Candidate:
+    """The same call, with torch on one thread while it runs."""
+
+    def run() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 def masked_dense(operands: Operands, product: str) -> Candidate:
     """`linear(x, W * mask)`, and the backward that autograd derives from it.
 

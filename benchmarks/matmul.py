@@ -49,10 +49,6 @@ def measure_case(
         measure_product(operands, product, backend, ceilings, budget_s=budget_s, repeats=repeats)
         for product in PRODUCTS
     ]
-    if case.is_target and case.dtype == "float32" and torch.get_num_threads() > 1:
-        for row in rows:
-            if row["correct"]:
-                row["one_thread_ms"] = one_thread_ms(operands, row["product"], backend, budget_s)
     return [*rows, sum_rows(rows)]
 
 
@@ -90,10 +86,21 @@ def measure_product(
     masked = {"masked": baselines.masked_dense(operands, product)}
     if is_bf16 and why_no_bf16:
         masked = {}
-    everything = {"ours": ours, **masked, **dense, **csr}
+    alone = {}
+    if case.is_target and not is_bf16 and torch.get_num_threads() > 1:
+        alone = {"one thread": baselines.on_one_thread(ours)}
+    # Not next to ours, which would find its operands in the caches.
+    everything = {"ours": ours, **masked, **alone, **dense, **csr}
     estimates = timing.estimate_s(everything)
     same_dtype = "torch bf16" if is_bf16 else "torch fp32"
-    kept = {"ours", "masked", same_dtype, *_contenders(dense, estimates), *_fastest(csr, estimates)}
+    kept = {
+        "ours",
+        "masked",
+        "one thread",
+        same_dtype,
+        *_contenders(dense, estimates),
+        *_fastest(csr, estimates),
+    }
     timings = timing.interleave(
         {name: call for name, call in everything.items() if name in kept},
         budget_s=budget_s,
@@ -107,6 +114,7 @@ def measure_product(
         "time_ms": timings["ours"].median_ms,
         "spread_ms": timings["ours"].spread_ms,
         "samples": timings["ours"].samples,
+        "one_thread_ms": timings["one thread"].median_ms if alone else None,
         "masked_dense_ms": timings["masked"].median_ms if masked else None,
         "dense_ms": timings[same_dtype].median_ms if same_dtype in timings else None,
         "bf16_dense_note": why_no_bf16,
@@ -115,7 +123,7 @@ def measure_product(
         "baselines": {
             name: {"time_ms": t.median_ms, "spread_ms": t.spread_ms, "samples": t.samples}
             for name, t in timings.items()
-            if name != "ours"
+            if name not in ("ours", "one thread")
         },
     }
     return row
@@ -205,17 +213,6 @@ def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     step["checked"] = "; ".join(dict.fromkeys(row["checked"] for row in rows))
     step.pop("baselines", None)
     return step
-
-
-def one_thread_ms(operands: Operands, product: str, backend: str, budget_s: float) -> float:
-    """The same call on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        call = baselines.ours(operands, product, backend)
-        return timing.interleave({"ours": call}, budget_s=budget_s / 2)["ours"].median_ms
-    finally:
-        torch.set_num_threads(threads)
 
 
 def parse_block(text: str) -> tuple[int, int]:

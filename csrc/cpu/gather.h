@@ -239,44 +239,88 @@ void gather_tiles(const GatherProblem<T>& problem) {
     }
 }
 
-// out[r] = bias[r] + sum over row r's weights of weight * in[column], for rows of `per_row` weights
-// that share nothing; `past` weights and columns may be read from the first on.
+// The weights of lists whose blocks are single weights, and what they meet.
 template <class T>
-__attribute__((noinline)) void dot_rows(const T* weights, const int32_t* columns, int64_t past,
-                                        int64_t per_row, int64_t rows, const Compute<T>* in,
+struct WeightLists {
+    using C = Compute<T>;
+    const Lists& lists;
+    const T* values;
+    const C* in;
+
+    C product(int64_t at) const {
+        return to_compute(values[lists.block_id(at)]) * in[lists.columns[at]];
+    }
+    // Of kLanes weights.
+    inline __attribute__((always_inline)) Vec<C> products(int64_t at) const {
+        Vec<C> weights = {};
+        if (!lists.source_rows) {
+            weights = load_user(values + at);
+        } else {
+            int32_t ids[kLanes<C>];
+            for (int lane = 0; lane < kLanes<C>; ++lane) {
+                ids[lane] = static_cast<int32_t>(lists.block_id(at + lane));
+            }
+            if constexpr (std::is_same<T, C>::value) {
+                weights = load_places(values, ids);
+            } else {
+                for (int lane = 0; lane < kLanes<C>; ++lane) {
+                    weights[lane] = to_compute(values[ids[lane]]);
+                }
+            }
+        }
+        return weights * load_places(in, lists.columns + at);
+    }
+};
+
+// out[r] = bias[r] + sum over row r's weights of weight * in[column].
+template <class T>
+__attribute__((noinline)) void dot_rows(const WeightLists<T>& weights, int64_t first, int64_t last,
                                         const T* bias, T* out) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
+    const Lists& lists = weights.lists;
+    const int64_t count = lists.end(lists.rows - 1);
     const auto row = [&](int64_t r) __attribute__((always_inline)) {
         Vec<C> sum = {};
-        int64_t at = r * per_row;
-        const int64_t end = at + per_row;
-        for (; at + kN <= end; at += kN) {
-            sum += load_user(weights + at) * load_places(in, columns + at);
-        }
+        int64_t at = lists.begin(r);
+        const int64_t end = lists.end(r);
+        for (; at + kN <= end; at += kN) sum += weights.products(at);
         if (at < end) {
-            if (at + kN <= past) {  // the next row's, and then not counted
-                const Vec<C> product = load_user(weights + at) * load_places(in, columns + at);
-                return sum + first_lanes<C>(product, end - at);
+            if (at + kN <= count) {  // the next row's, and then not counted
+                return sum + first_lanes<C>(weights.products(at), end - at);
             }
             for (int lane = 0; at < end; ++at, ++lane) {
-                sum[lane] += to_compute(weights[at]) * in[columns[at]];
+                sum[lane] += weights.product(at);
             }
         }
         return sum;
     };
-    int64_t r = 0;
-    for (; r + kN <= rows; r += kN) {
-        Vec<C> sums =
-            sum_each<C>([&](auto i) __attribute__((always_inline)) { return row(r + i); });
-        if (bias) sums += load_user(bias + r);
-        store_user(out + r, sums);
-    }
-    for (; r < rows; ++r) {
-        const Vec<C> sums = row(r);
-        C sum = bias ? to_compute(bias[r]) : C(0);
-        for (int lane = 0; lane < kN; ++lane) sum += sums[lane];
-        out[r] = from_compute<T>(sum);
+    const bool halves = !lists.offsets && 2 * lists.per_row == kN;
+    for (int64_t r = first; r < last; r += kN) {
+        Vec<C> sums;
+        if (halves && r + kN <= last) {  // a vector holds two rows
+            Vec<C> pairs[kN / 2];
+            unroll<kN / 2>([&](auto i) __attribute__((always_inline)) {
+                pairs[i] = weights.products((r + 2 * i) * lists.per_row);
+            });
+            sums = sum_each<C>([&](auto i) __attribute__((always_inline)) {
+                const Vec<C> lower = first_lanes<C>(pairs[i / 2], kN / 2);
+                return i % 2 == 0 ? lower : without<C>(pairs[i / 2], lower);
+            });
+        } else {  // past the end, the last row again, so that every sum is taken in the same order
+            sums = sum_each<C>([&](auto i) __attribute__((always_inline)) {
+                return row(std::min(r + i, last - 1));
+            });
+        }
+        if (r + kN <= last) {
+            if (bias) sums += load_user(bias + r);
+            store_user(out + r, sums);
+        } else {
+            for (int64_t i = 0; r + i < last; ++i) {
+                const C b = bias ? to_compute(bias[r + i]) : C(0);
+                out[r + i] = from_compute<T>(sums[i] + b);
+            }
+        }
     }
 }
 
@@ -304,17 +348,14 @@ void gather_dots(const GatherProblem<T>& problem) {
     arena.allocate();
     C* in = arena.at<C>(in_at);
     copy_tokens(problem.in, problem.tokens, features, in);
-    if (block_size == 1 && !lists.offsets) {
+    if (block_size == 1) {
         const int64_t parts = problem.threads;
 #pragma omp parallel for num_threads(problem.threads) schedule(static)
         for (int64_t part = 0; part < parts; ++part) {
-            const int64_t r = lists.rows * part / parts;
-            const int64_t rows = lists.rows * (part + 1) / parts - r;
             for (int64_t m = 0; m < problem.tokens; ++m) {
-                dot_rows<T>(problem.values + r * lists.per_row, lists.columns + r * lists.per_row,
-                            (lists.rows - r) * lists.per_row, lists.per_row, rows,
-                            in + m * features, problem.bias ? problem.bias + r : nullptr,
-                            problem.out + m * outputs + r);
+                dot_rows<T>({lists, problem.values, in + m * features}, lists.rows * part / parts,
+                            lists.rows * (part + 1) / parts, problem.bias,
+                            problem.out + m * outputs);
             }
         }
         return;
@@ -365,7 +406,7 @@ template <class T>
 void gather(const GatherProblem<T>& problem) {
     if (problem.tokens == 0) return;
     const Lists& lists = problem.lists;
-    const bool unshared = lists.out_block * lists.in_block == 1 && !lists.offsets;
+    const bool unshared = lists.out_block * lists.in_block == 1;
     if (problem.tokens <= (unshared ? kDotTokensUnshared : kDotTokens)) return gather_dots(problem);
     // As wide as the sums fit the registers.
     constexpr bool kMany = kRegisters > 16;

@@ -274,6 +274,13 @@ inline __attribute__((always_inline)) Vec<T> first_lanes(Vec<T> value, int64_t c
     return reinterpret_cast<Vec<T>>(reinterpret_cast<I>(value) & keep);
 }
 
+// The lanes that `part` does not have: `value` without those bits.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> without(Vec<T> value, Vec<T> part) {
+    using I = typename VecTraits<T>::Index;
+    return reinterpret_cast<Vec<T>>(reinterpret_cast<I>(value) ^ reinterpret_cast<I>(part));
+}
+
 constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
 
 // Transposes kLanes vectors in place: first inside the pieces, then the pieces.
