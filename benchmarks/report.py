@@ -71,6 +71,7 @@ def describe_machine(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "isa": isa,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -324,6 +325,11 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     single = [
         r for r in rows if r["product"] != "step" and r["correct"] and fraction(r) is not None
     ]
+    if any((fraction(row) or 0.0) > 1.05 for row in single):
+        lines += [
+            "  (over 100% somewhere: another process was in the way when the machine was measured.",
+            "  The bounds are wrong; run again when it is idle.)",
+        ]
     for label, chosen in (
         (f"M = {TARGET_TOKENS}", [r for r in single if r["M"] == TARGET_TOKENS]),
         (
@@ -339,11 +345,8 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         if chosen:
             mean = geometric_mean(fraction(row) or math.nan for row in chosen)
             lines.append(f"  {label:<30} {100 * mean:5.1f}%  ({len(chosen)} rows)")
-    if len(lines) == 2:
-        lines.append(
-            "  no row has a bound"
-            + ("" if single else " (none was measured with the C++ extension)")
-        )
+    if not single:
+        lines.append("  no row has a bound (none was measured with the C++ extension)")
     goals = [*_dense_goals(rows), *_relative_goals(rows), *_thread_goals(rows)]
     if goals:
         lines += [

@@ -231,6 +231,14 @@ def test_work_and_bound_by_hand() -> None:
     assert roofline.bound(work, CEILINGS, is_bf16=True).compute_ms == pytest.approx(3.2e-5)
 
 
+def test_a_fraction_over_100_percent_is_called_wrong() -> None:
+    operands = baselines.Operands.draw(problems.Case(33, 64, 32, 8))
+    row = matmul.measure_product(operands, "forward", "cpu", CEILINGS, budget_s=0.0, repeats=1)
+    for share, is_wrong in ((0.5, False), (1.2, True)):
+        row["bound_ms"] = share * row["time_ms"]
+        assert any("run again" in line for line in report.summary_lines([row])) is is_wrong
+
+
 def test_geometric_mean() -> None:
     assert roofline.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
     assert math.isnan(roofline.geometric_mean([]))
