@@ -100,10 +100,10 @@ def schedule_shapes(
     block_rows, block_cols = out_features // block[0], in_features // block[1]
     blocks = (block_rows * blocks_per_row,)
     transposed = lists == "transposed"
-    shapes = [(blocks, torch.int32)] if transposed else []
+    dtypes = [torch.int32] if transposed else []
     if _is_narrow(block_rows if transposed else block_cols):
-        shapes.append((blocks, torch.int16))
-    return shapes
+        dtypes.append(torch.int16)
+    return [(blocks, dtype) for dtype in dtypes]
 
 
 def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
@@ -166,6 +166,7 @@ def _check(
         want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
     ):
         wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
 
 
