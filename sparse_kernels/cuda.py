@@ -176,6 +176,13 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
     return _DTYPES[tensor.dtype]
 
 
+def _check_row(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] > _MAX_ROW:
+        raise ValueError(
+            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
+        )
+
+
 def _check_block(layout: FanInLayout) -> None:
     if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
         raise ValueError(
@@ -328,8 +335,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     _check("x", x, (None, None), x.dtype, x.device)
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
-    if x.shape[1] > _MAX_ROW:
-        raise ValueError(f"x must have rows of at most {_MAX_ROW} entries, got {x.shape[1]}")
+    _check_row("x", x)
     with _on_device_of(x):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _extension.abs_topk(
@@ -356,6 +362,7 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     dtype = _dtype_name("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype, grad_output.device)
     _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
+    _check_row("y", y)
     with _on_device_of(y):
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         _extension.abs_topk_backward(

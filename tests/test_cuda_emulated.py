@@ -175,8 +175,8 @@ def test_long_sums_are_as_accurate_as_dense(dtype, product, rows, sizes):
 @pytest.mark.parametrize("block", [(1, 1), (16, 1), (2, 3)])
 def test_products_have_the_same_bits_in_every_order(dtype, product, block, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    layout = sk.FanInLayout.random(96, 48, 24, block, generator=generator)
-    tensors = make(layout, 130, dtype, generator)
+    layout = sk.FanInLayout.random(272, 48, 24, block, generator=generator)
+    tensors = make(layout, 70, dtype, generator)
     bias = bias_for(product, layout, dtype, generator)
     for slices in (2**20, 13):
         use_slices(monkeypatch, slices)
@@ -254,6 +254,14 @@ def test_abs_topk_on_long_rows(dtype, kind):
     x = draw(kind, 2, 3001, dtype, 7)
     for k in (1, 313, 3000, 3001):
         assert same_bits(abs_topk(x, k, "cuda"), expected(x, k)), k
+
+
+@every_dtype
+@pytest.mark.parametrize("order", ORDERS)
+def test_abs_topk_of_more_rows_than_blocks_in_every_order(dtype, order, monkeypatch):
+    use_order(monkeypatch, order)
+    x = draw("ties", 200, 530, dtype, 3)
+    assert same_bits(abs_topk(x, 100, "cuda"), expected(x, 100))
 
 
 @every_dtype

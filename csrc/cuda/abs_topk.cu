@@ -123,17 +123,16 @@ struct AbsTopkBackwardProblem {
 template <class Bits>
 __global__ void __launch_bounds__(kThreads)
     abs_topk_backward_kernel(const AbsTopkBackwardProblem p) {
-    const Bits* const grad_output = static_cast<const Bits*>(p.grad_output.data);
-    const Bits* const y = static_cast<const Bits*>(p.y.data);
-    Bits* const grad_input = static_cast<Bits*>(p.grad_input);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        for (int64_t i = threadIdx.x; i < p.cols; i += blockDim.x) {
-            const Bits result = y[row * p.y.row_stride + i * p.y.col_stride];
-            const bool kept = (result & kMagnitude<Bits>) != 0;
+        const Bits* const grad_output =
+            static_cast<const Bits*>(p.grad_output.data) + row * p.grad_output.row_stride;
+        const Bits* const y = static_cast<const Bits*>(p.y.data) + row * p.y.row_stride;
+        Bits* const grad_input = static_cast<Bits*>(p.grad_input) + row * p.cols;
+        const int cols = static_cast<int>(p.cols);
+        for (int i = threadIdx.x; i < cols; i += blockDim.x) {
+            const bool kept = (y[i * p.y.col_stride] & kMagnitude<Bits>) != 0;
             // Where nothing was kept the gradient is not even read.
-            grad_input[row * p.cols + i] =
-                kept ? grad_output[row * p.grad_output.row_stride + i * p.grad_output.col_stride]
-                     : Bits{0};
+            grad_input[i] = kept ? grad_output[i * p.grad_output.col_stride] : Bits{0};
         }
     }
 }
@@ -144,8 +143,9 @@ unsigned threads_for(int64_t cols) {
     return static_cast<unsigned>(std::min<int64_t>(kThreads, wanted));
 }
 
-unsigned blocks_for(int64_t rows) {
-    return static_cast<unsigned>(std::min<int64_t>(rows, (int64_t{1} << 31) - 1));
+// Several times as many blocks as run at once: a block takes row after row.
+unsigned blocks_for(int64_t rows, int device) {
+    return static_cast<unsigned>(std::min(rows, 64 * multiprocessors(device)));
 }
 
 uint32_t infinity_of(DType dtype) {
@@ -168,8 +168,8 @@ void launch(AbsTopkProblem p, int64_t staged_bytes, const Queue& queue) {
     p.staged = fits ? static_cast<int>(p.cols) : 0;
     const auto kernel = abs_topk_kernel<Bits>;
     allow_shared(kernel, bytes(p.staged), what);
-    SK_LAUNCH(kernel, blocks_for(p.rows), threads_for(p.cols), static_cast<size_t>(bytes(p.staged)),
-              static_cast<cudaStream_t>(queue.stream), p);
+    SK_LAUNCH(kernel, blocks_for(p.rows, queue.device), threads_for(p.cols),
+              static_cast<size_t>(bytes(p.staged)), static_cast<cudaStream_t>(queue.stream), p);
     check(cudaGetLastError(), what);
 }
 
@@ -194,11 +194,11 @@ void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y
     const AbsTopkBackwardProblem p{grad_output, y, grad_input, rows, cols};
     const auto stream = static_cast<cudaStream_t>(queue.stream);
     if (dtype == DType::kFloat32) {
-        SK_LAUNCH(abs_topk_backward_kernel<uint32_t>, blocks_for(rows), threads_for(cols), 0,
-                  stream, p);
+        SK_LAUNCH(abs_topk_backward_kernel<uint32_t>, blocks_for(rows, queue.device),
+                  threads_for(cols), 0, stream, p);
     } else {
-        SK_LAUNCH(abs_topk_backward_kernel<uint16_t>, blocks_for(rows), threads_for(cols), 0,
-                  stream, p);
+        SK_LAUNCH(abs_topk_backward_kernel<uint16_t>, blocks_for(rows, queue.device),
+                  threads_for(cols), 0, stream, p);
     }
     check(cudaGetLastError(), describe("abs_topk_backward", rows, cols));
 }

@@ -62,7 +62,10 @@ PYBIND11_MODULE(SK_MODULE, module) {
     module.doc() =
         "CUDA kernels of sparse_kernels; use sparse_kernels, which checks its arguments.";
 
-    py::class_<Lists>(module, "Lists").def_static("fan_in", fan_in).def_static("fan_out", fan_out);
+    // Local, so that the tests can load a second build beside this one.
+    py::class_<Lists>(module, "Lists", py::module_local())
+        .def_static("fan_in", fan_in)
+        .def_static("fan_out", fan_out);
 
     module.def("gather", [](const std::string& product, const std::string& dtype,
                             const Lists& lists, uintptr_t x, int64_t row_stride, int64_t col_stride,
