@@ -1,8 +1,13 @@
-"""Builds the C++ extension; everything else about the package is in pyproject.toml.
+"""Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
 
 The kernels are compiled once for each instruction set, so each source file has its own flags, which
 setuptools' own compile step cannot do. ``BuildExtension`` writes a ninja file instead: files are
 built in parallel, and only those whose sources, headers or flags changed are built again.
+
+The CUDA extension is built where nvcc and the headers and library of its runtime are found; no GPU
+is needed for that. ``SPARSE_KERNELS_CUDA=0`` leaves it out, ``=1`` makes it an error if it cannot
+be built. The compiler is the nvcc on PATH, else that of ``CUDA_HOME``, else that of
+/usr/local/cuda; it takes more flags from ``NVCC_APPEND_FLAGS``.
 
 Environment: ``CXX``, ``CPPFLAGS``, ``CXXFLAGS`` and ``LDFLAGS`` as usual;
 ``SPARSE_KERNELS_SANITIZE=address,undefined`` builds with those sanitizers (see CONTRIBUTING.md).
@@ -26,6 +31,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CUDA_EXTENSION = "_sparse_kernels_cuda"
 
 COMMON_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"),
@@ -98,6 +104,68 @@ class Compiler:
         return (found.stdout.splitlines() or [" ".join(self.command)])[0]
 
 
+# What the CUDA kernels are compiled for, where nvcc knows it: code for compute capability 8.0
+# (which later 8.x run as well), 9.0 and 10.0, and PTX that the driver compiles for what is newer.
+CUDA_TARGETS = [
+    ("sm_80", "arch=compute_80,code=sm_80"),
+    ("sm_90a", "arch=compute_90a,code=sm_90a"),
+    ("sm_90", "arch=compute_90,code=compute_90"),
+    ("sm_100", "arch=compute_100,code=sm_100"),
+]
+
+
+class CudaCompiler:
+    """nvcc, and what it can do."""
+
+    def __init__(self, nvcc: str) -> None:
+        self.nvcc = nvcc
+        host = _words("CXX")
+        self.command = [nvcc, *(["-ccbin", host[0]] if len(host) == 1 else [])]
+
+    @staticmethod
+    def find() -> CudaCompiler | None:
+        """The compiler; None, and a line that says why, if the extension is not to be built."""
+        wanted = os.environ.get("SPARSE_KERNELS_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise CompileError(f"SPARSE_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            return None
+        if not wanted and _words("SPARSE_KERNELS_SANITIZE"):
+            print("sparse-kernels: building with sanitizers: without the CUDA kernels")
+            return None
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home, "bin")))
+        problem = "nvcc was not found"
+        if nvcc:
+            compiler = CudaCompiler(nvcc)
+            if compiler._works():
+                return compiler
+            problem = f"{nvcc} cannot build a program with the CUDA runtime"
+        if wanted == "1":
+            raise CompileError(f"SPARSE_KERNELS_CUDA=1, but {problem}")
+        print(f"sparse-kernels: {problem}: without the CUDA kernels")
+        return None
+
+    def _works(self) -> bool:
+        """Whether headers and static library of the runtime are there."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "probe.cpp")
+            path.write_text(
+                "#include <cuda_runtime.h>\n"
+                "int main() { int n; return cudaGetDeviceCount(&n) != cudaSuccess; }"
+            )
+            command = [*self.command, "-cudart", "static", str(path), "-o", str(path) + ".out"]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def targets(self) -> list[str]:
+        """The flags of `CUDA_TARGETS`, as far as this nvcc knows them."""
+        known = subprocess.run(
+            [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
+        ).stdout.split()
+        # The list leaves out the architecture-specific variants.
+        return [flag for name, flag in CUDA_TARGETS if name.rstrip("a") in known]
+
+
 def _words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
@@ -153,10 +221,35 @@ def _compile_jobs(compiler: Compiler) -> tuple[list[tuple[str, list[str]]], list
     return jobs, link
 
 
+def _cuda_jobs(cuda: CudaCompiler) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """``(source, flags)`` of each file of the CUDA extension, and the flags of the link."""
+    import pybind11
+
+    includes = [
+        f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())
+    ]
+    kernels = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    for target in cuda.targets():
+        kernels += ["-gencode", target]
+    jobs = [("csrc/cuda/bindings_cuda.cpp", [*COMMON_FLAGS, *includes])]
+    jobs += [
+        (f"csrc/cuda/{path.name}", kernels) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+    # The runtime is linked statically and its names stay inside: PyTorch brings another one.
+    return jobs, ["-cudart", "static", "-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
+
+
 def _ninja_file(
-    compiler: Compiler, jobs: list[tuple[str, list[str]]], link: list[str], target: str
+    compiler: Compiler,
+    cuda: CudaCompiler | None,
+    jobs: list[tuple[str, list[str]]],
+    link: list[str],
+    target: str,
 ) -> str:
-    """The text of a build.ninja for a folder two levels below ``ROOT``."""
+    """The text of a build.ninja for a folder two levels below ``ROOT``.
+
+    With ``cuda`` its compiler takes the ``.cu`` files, and links.
+    """
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
@@ -173,17 +266,37 @@ def _ninja_file(
         "rule link",
         f"  command = $cxx {command(shared)} $in -o $out {command([*link, *compiler.link_flags])}",
     ]
+    if cuda is not None:
+        lines[-1] = f"  command = {command(cuda.command)} -shared $in -o $out {command(link)}"
+        lines += [
+            "rule compile_cuda",
+            f"  command = {command(cuda.command)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+        ]
     objects = []
     for source, flags in jobs:
-        objects.append(Path(source).with_suffix(".o").as_posix())
-        lines.append(f"build {objects[-1]}: compile ../../{source}")
-        lines.append(f"  flags = {command([*flags, *compiler.language_flags])}")
+        kernels = source.endswith(".cu")
+        objects.append(f"{source}.o" if kernels else Path(source).with_suffix(".o").as_posix())
+        lines.append(
+            f"build {objects[-1]}: {'compile_cuda' if kernels else 'compile'} ../../{source}"
+        )
+        lines.append(
+            f"  flags = {command(flags if kernels else [*flags, *compiler.language_flags])}"
+        )
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 class BuildExtension(build_ext):
-    """Compiles the extension with ninja; the objects stay in ``build/`` for the next time."""
+    """Compiles the extensions with ninja; the objects stay in ``build/`` for the next time."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.cuda = CudaCompiler.find()
+        if self.cuda is None:
+            chosen = self.distribution.ext_modules or []
+            self.extensions = [ext for ext in chosen if ext.name != CUDA_EXTENSION]
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
@@ -194,14 +307,14 @@ class BuildExtension(build_ext):
             )
         compiler = Compiler()
         print(f"sparse-kernels: compiling with {compiler.describe()}")
-        jobs, link = _compile_jobs(compiler)
+        cuda = self.cuda if ext.name == CUDA_EXTENSION else None
+        jobs, link = _compile_jobs(compiler) if cuda is None else _cuda_jobs(cuda)
 
         target = f"{ext.name}.so"
-        folder = (
-            ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        )
+        tags = f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / (tags if cuda is None else f"cuda-{tags}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(_ninja_file(compiler, jobs, link, target))
+        (folder / "build.ninja").write_text(_ninja_file(compiler, cuda, jobs, link, target))
 
         environment = dict(os.environ)
         oldest_macos = sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET")
@@ -226,11 +339,21 @@ class BuildPython(build_py):
         super().run()
 
 
-def _files(pattern: str) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(pattern))
+def _files(*patterns: str) -> list[str]:
+    paths = [path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 setup(
-    ext_modules=[Extension("_sparse_kernels_cpu", sources=_files("*.cpp"), depends=_files("*.h"))],
+    ext_modules=[
+        Extension(
+            "_sparse_kernels_cpu", sources=_files("*.cpp", "cpu/*.cpp"), depends=_files("cpu/*.h")
+        ),
+        Extension(
+            CUDA_EXTENSION,
+            sources=_files("cuda/*.cpp", "cuda/*.cu"),
+            depends=_files("cuda/*.h", "cuda/*.cuh"),
+        ),
+    ],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

@@ -6,13 +6,24 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sparse_kernels import cpu, reference
+from sparse_kernels import cpu, cuda, reference
 from sparse_kernels.layout import FanInLayout, Problem
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}
 NAMES = ("reference", "cpu", "triton", "cuda")
-# Fastest first. `reference` is a specification and runs only when it is asked for by name.
-_DEFAULTS = ("cuda", "triton", "cpu")
+
+
+def order(problem: Problem) -> tuple[str, ...]:
+    """The backends to try for `problem`, fastest first.
+
+    | block                        | first  | because                                            |
+    |------------------------------|--------|----------------------------------------------------|
+    | both sides at least 16       | triton | such a block fills the operands of a tensor core   |
+    | smaller, and no block at all | cuda   | each weight is one multiply-add for each token     |
+
+    `reference` is a specification and runs only when it is asked for by name.
+    """
+    return ("triton", "cuda", "cpu") if min(problem.block) >= 16 else ("cuda", "triton", "cpu")
 
 
 def module(name: str) -> ModuleType:
@@ -53,7 +64,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
             raise RuntimeError(f"backend {backend!r} cannot run {problem.product}: {reason}")
         return backend
     reasons = []
-    for name in _DEFAULTS:
+    for name in order(problem):
         reason = why_not(name, problem)
         if reason is None:
             return name

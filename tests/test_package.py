@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-EXTENSION = "_sparse_kernels_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
+# What is built here: setup.py leaves the CUDA extension out where there is no nvcc.
+NAMES = ["_sparse_kernels_cpu"]
+if os.environ.get("SPARSE_KERNELS_CUDA") != "0" and shutil.which("nvcc"):
+    NAMES.append("_sparse_kernels_cuda")
+EXTENSIONS = [name + sysconfig.get_config_var("EXT_SUFFIX") for name in NAMES]
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +84,7 @@ def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name}
-    assert names - info == package_sources() | {"sparse_kernels/py.typed", EXTENSION}
+    assert names - info == package_sources() | {"sparse_kernels/py.typed", *EXTENSIONS}
     assert {name.split("/", 1)[1] for name in info} == {
         "METADATA",
         "RECORD",
@@ -123,11 +128,13 @@ def test_constraints_pin_every_dependency(metadata):
     assert {re.match(r"[\w-]+", line)[0] for line in metadata.requires} <= pinned
 
 
-def test_extension_links_no_torch(unpacked):
-    """One build serves every PyTorch."""
-    binary = (unpacked / EXTENSION).read_bytes()
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_extension_links_no_torch(unpacked, extension):
+    """One build serves every PyTorch, and every CUDA runtime that PyTorch brings."""
+    binary = (unpacked / extension).read_bytes()
     assert b"libtorch" not in binary
     assert b"libc10" not in binary
+    assert b"libcudart.so" not in binary
 
 
 def test_wheel_works_from_another_folder(unpacked, tmp_path):
@@ -140,7 +147,7 @@ print(sk.__file__, _sparse_kernels_cpu.__file__, sep="\\n")
 """
     package, extension = run_python(code, unpacked, tmp_path).splitlines()
     assert Path(package) == unpacked / "sparse_kernels" / "__init__.py"
-    assert Path(extension) == unpacked / EXTENSION
+    assert Path(extension) == unpacked / EXTENSIONS[0]
 
 
 def test_import_and_use_without_triton(unpacked, tmp_path):
@@ -172,7 +179,7 @@ import sparse_kernels
 print(*sorted(packages() - before))
 """
     loaded = run_python(code, unpacked, tmp_path).split()
-    assert loaded == ["_sparse_kernels_cpu", "sparse_kernels"]
+    assert loaded == [*NAMES, "sparse_kernels"]
 
 
 def test_readme_example_runs(unpacked, tmp_path):

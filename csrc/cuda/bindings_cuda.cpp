@@ -1,0 +1,121 @@
+// The Python module: device addresses, sizes and a stream in. It links no torch and knows no
+// tensor, so one build serves every torch version; sparse_kernels/cuda.py checks everything before
+// it calls in here.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#ifndef SK_MODULE
+#define SK_MODULE _sparse_kernels_cuda
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using sk::cuda::DType;
+using sk::cuda::Lists;
+using sk::cuda::Operand;
+using sk::cuda::Queue;
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+DType dtype_from(const std::string& name) {
+    if (name == "float32") return DType::kFloat32;
+    if (name == "bfloat16") return DType::kBfloat16;
+    if (name == "float16") return DType::kFloat16;
+    throw std::invalid_argument("dtype is '" + name + "'; needs float32, bfloat16 or float16");
+}
+
+// Lists of the layout itself: outputs gather from inputs.
+Lists fan_in(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
+             uintptr_t columns, bool narrow) {
+    return {rows,   cols,      rows * per_row, per_row,  nullptr, pointer<const void>(columns),
+            narrow, block_out, block_in,       block_in, 1};
+}
+
+// The transposed lists: inputs gather from the outputs that read them.
+Lists fan_out(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
+              uintptr_t offsets, uintptr_t source_rows, bool narrow) {
+    return {cols,
+            rows,
+            rows * per_row,
+            0,
+            pointer<const int64_t>(offsets),
+            pointer<const void>(source_rows),
+            narrow,
+            block_in,
+            block_out,
+            1,
+            block_in};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SK_MODULE, module) {
+    module.doc() =
+        "CUDA kernels of sparse_kernels; use sparse_kernels, which checks its arguments.";
+
+    // Local, so that the tests can load a second build beside this one.
+    py::class_<Lists>(module, "Lists", py::module_local())
+        .def_static("fan_in", fan_in)
+        .def_static("fan_out", fan_out);
+
+    module.def("gather", [](const std::string& product, const std::string& dtype,
+                            const Lists& lists, uintptr_t x, int64_t row_stride, int64_t col_stride,
+                            uintptr_t values, uintptr_t bias, uintptr_t out, int64_t tokens,
+                            int64_t slice_features, int device, uintptr_t stream) {
+        const DType type = dtype_from(dtype);
+        py::gil_scoped_release release;
+        sk::cuda::gather(product.c_str(), type, lists, {pointer(x), row_stride, col_stride},
+                         pointer(values), pointer(bias), pointer(out), tokens, slice_features,
+                         {device, pointer(stream)});
+    });
+    module.def(
+        "pack_blocks", [](uintptr_t ids, int64_t blocks, int64_t block_bytes, int element_bytes,
+                          uintptr_t values, uintptr_t packed, int device, uintptr_t stream) {
+            py::gil_scoped_release release;
+            sk::cuda::pack_blocks(pointer<const int32_t>(ids), blocks, block_bytes, element_bytes,
+                                  pointer(values), pointer(packed), {device, pointer(stream)});
+        });
+    module.def("grad_weight_parts", [](const std::string& dtype, int64_t tokens) {
+        return sk::cuda::grad_weight_parts(dtype_from(dtype), tokens);
+    });
+    module.def("grad_weight",
+               [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
+                  int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x, int64_t row_stride,
+                  int64_t col_stride, uintptr_t partial, uintptr_t grad_values, int64_t tokens,
+                  int64_t slice_features, int device, uintptr_t stream) {
+                   const DType type = dtype_from(dtype);
+                   py::gil_scoped_release release;
+                   sk::cuda::grad_weight(
+                       type, lists, {pointer(grad_output), grad_row_stride, grad_col_stride},
+                       {pointer(x), row_stride, col_stride}, pointer<float>(partial),
+                       pointer(grad_values), tokens, slice_features, {device, pointer(stream)});
+               });
+    module.def("abs_topk", [](const std::string& dtype, uintptr_t x, int64_t row_stride,
+                              int64_t col_stride, uintptr_t y, int64_t rows, int64_t cols,
+                              int64_t k, int64_t staged_bytes, int device, uintptr_t stream) {
+        const DType type = dtype_from(dtype);
+        py::gil_scoped_release release;
+        sk::cuda::abs_topk(type, {pointer(x), row_stride, col_stride}, pointer(y), rows, cols, k,
+                           staged_bytes, {device, pointer(stream)});
+    });
+    module.def("abs_topk_backward",
+               [](const std::string& dtype, uintptr_t grad_output, int64_t grad_row_stride,
+                  int64_t grad_col_stride, uintptr_t y, int64_t row_stride, int64_t col_stride,
+                  uintptr_t grad_input, int64_t rows, int64_t cols, int device, uintptr_t stream) {
+                   const DType type = dtype_from(dtype);
+                   py::gil_scoped_release release;
+                   sk::cuda::abs_topk_backward(
+                       type, {pointer(grad_output), grad_row_stride, grad_col_stride},
+                       {pointer(y), row_stride, col_stride}, pointer(grad_input), rows, cols,
+                       {device, pointer(stream)});
+               });
+}

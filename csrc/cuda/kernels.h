@@ -1,0 +1,72 @@
+// The entries of the CUDA kernels: device addresses, sizes, a device and its stream in; no CUDA
+// type, so that the bindings compile without its headers. Each launches and returns: nothing waits
+// for the device. An error of CUDA is thrown as std::runtime_error that names kernel and problem.
+#pragma once
+
+#include <cstdint>
+
+namespace sk {
+namespace cuda {
+
+enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Where to launch; the stream is a cudaStream_t of that device.
+struct Queue {
+    int device;
+    void* stream;
+};
+
+// A user's 2-D tensor in device memory: element (m, f) is number m * row_stride + f * col_stride.
+struct Operand {
+    const void* data;
+    int64_t row_stride;
+    int64_t col_stride;
+};
+
+// For each output block-row the input blocks that it gathers, ascending. The blocks of the values
+// lie in the order of the lists.
+struct Lists {
+    int64_t rows;            // output block-rows
+    int64_t cols;            // input block-columns
+    int64_t blocks;          // blocks in all
+    int64_t per_row;         // blocks in each row, when offsets is null
+    const int64_t* offsets;  // (rows + 1), or null
+    const void* columns;     // (blocks) input block-column: uint16_t if `narrow`, else int32_t
+    bool narrow;
+    int32_t out_block;   // outputs of a block, in the direction of this product
+    int32_t in_block;    // inputs of a block
+    int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;   // ... and neighbouring inputs
+};
+
+// out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
+// rows * out_block), contiguous. bias may be null. `product` is its name in messages.
+// `slice_features` bounds the inputs that lie in shared memory at a time (see gather.cu).
+void gather(const char* product, DType dtype, const Lists& lists, const Operand& x,
+            const void* values, const void* bias, void* out, int64_t tokens, int64_t slice_features,
+            const Queue& queue);
+
+// packed[i] = values[ids[i]] for blocks of `block_bytes`, which element_bytes (2 or 4) divides.
+void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int element_bytes,
+                 const void* values, void* packed, const Queue& queue);
+
+// Parts that grad_weight cuts the tokens into, which follow from their number alone.
+int64_t grad_weight_parts(DType dtype, int64_t tokens);
+
+// grad_values[r, f, a, b] = sum over tokens of grad_output[m, r, a] * x[m, column(r, f), b].
+// `partial` holds a float for each element of each part: working memory.
+void grad_weight(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+                 float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
+                 const Queue& queue);
+
+// y (rows, cols), contiguous, keeps the k entries of largest magnitude of each row of x. Rows of
+// more than `staged_bytes` are read again at each step instead of held in shared memory.
+void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols, int64_t k,
+              int64_t staged_bytes, const Queue& queue);
+
+// grad_input (rows, cols), contiguous, is grad_output where y is not zero, elsewhere zero.
+void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y, void* grad_input,
+                       int64_t rows, int64_t cols, const Queue& queue);
+
+}  // namespace cuda
+}  // namespace sk

@@ -1,0 +1,381 @@
+"""The CUDA backend: checks, allocates, and hands device addresses to the CUDA kernels.
+
+The kernels (`csrc/cuda/`) keep a tile of tokens in shared memory and stream the blocks past it, so
+they serve unstructured weights and small blocks. They are launched on PyTorch's current stream and
+nothing here waits for the device, so that CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.layout import FanInLayout, Problem
+
+_missing: str | None = None
+try:
+    import _sparse_kernels_cuda as _extension
+except ImportError as error:
+    _extension: ModuleType | None = None  # type: ignore[no-redef]
+    _missing = (
+        f"the CUDA extension _sparse_kernels_cuda could not be imported ({error}); "
+        "`pip install .` in the source folder builds it where it finds nvcc"
+    )
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# "cuda", but for tests that run the kernels on the CPU: see `_emulated`.
+_device_type = "cuda"
+# A block lies in shared memory as a whole, and is one stretch of a sum.
+_MAX_BLOCK_SIDE = 128
+_MAX_BLOCKS = 2**31 - 1
+_MAX_ROW = 2**30
+# At most this many features of a tile are in shared memory at a time, and no more than fit; for
+# `grad_weight`, whose tiles have more tokens. Tests lower them.
+_SLICE_FEATURES = 2**20
+_GRAD_WEIGHT_SLICE_FEATURES = 2**20
+# Rows of `abs_topk` up to this size are held in shared memory, if they fit.
+_STAGED_BYTES = 2**20
+
+
+@contextmanager
+def _emulated(extension: ModuleType) -> Iterator[None]:
+    """For tests: runs the body with kernels that were built for the CPU, on CPU tensors alone."""
+    global _extension, _missing, _device_type
+    before = _extension, _missing, _device_type
+    _extension, _missing, _device_type = extension, None, "cpu"
+    try:
+        yield
+    finally:
+        _extension, _missing, _device_type = before
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if this backend can run `problem`, else a sentence that says why not."""
+    if problem.device != _device_type:
+        return f"it runs on {_device_type} tensors, and the device is {problem.device}"
+    if _missing is not None:
+        return _missing
+    if _device_type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no GPU (torch.cuda.is_available() is False)"
+    if problem.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
+    block_out, block_in = problem.block
+    if max(problem.block) > _MAX_BLOCK_SIDE:
+        return (
+            f"the sides of its blocks are at most {_MAX_BLOCK_SIDE}, and the block is "
+            f"({block_out}, {block_in})"
+        )
+    blocks = problem.out_features // block_out * (problem.fan_in // block_in)
+    if blocks > _MAX_BLOCKS:
+        return f"it counts at most {_MAX_BLOCKS} blocks, and the layout has {blocks}"
+    return None
+
+
+def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
+    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse."""
+    return "transposed" if product == "grad_input" else "own"
+
+
+def _is_narrow(columns: int) -> bool:
+    """Whether 16 bits hold the indices of that many columns."""
+    return columns <= 2**16
+
+
+def schedule_shapes(
+    out_features: int,
+    in_features: int,
+    blocks_per_row: int,
+    block: tuple[int, int],
+    lists: str,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
+    block_rows, block_cols = out_features // block[0], in_features // block[1]
+    blocks = (block_rows * blocks_per_row,)
+    transposed = lists == "transposed"
+    dtypes = [torch.int32] if transposed else []
+    if _is_narrow(block_rows if transposed else block_cols):
+        dtypes.append(torch.int16)
+    return [(blocks, dtype) for dtype in dtypes]
+
+
+def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
+    """What the kernels want of "own" or "transposed" lists beyond the lists themselves.
+
+    For the transposed lists the stored block of each entry, int32; for either the columns in 16
+    bits, unsigned, where these hold them.
+    """
+    if lists not in ("own", "transposed"):
+        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
+    _check_device("layout", layout.indices, layout.device)
+    parts = []
+    columns, count = layout.indices.flatten(), layout.block_cols
+    if lists == "transposed":
+        transposed = layout.transposed
+        columns, count = transposed.rows, layout.block_rows
+        parts.append(transposed.rows * layout.blocks_per_row + transposed.slots)
+    if _is_narrow(count):
+        # The upper half of the unsigned numbers wraps to negative ones, with the same bits.
+        parts.append((columns - (columns >= 2**15).int() * 2**16).to(torch.int16))
+    return tuple(parts)
+
+
+def _scheduled(layout: FanInLayout, lists: str) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
+    """The lists for the extension, and the tensors that they point to."""
+    assert _extension is not None, _missing
+    tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
+    geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
+    if lists == "transposed":
+        narrow = _is_narrow(layout.block_rows)
+        columns = tensors[-1] if narrow else layout.transposed.rows
+        offsets = layout.transposed.offsets
+        pointed = _extension.Lists.fan_out(
+            *geometry, offsets.data_ptr(), columns.data_ptr(), narrow
+        )
+        return pointed, tensors
+    narrow = _is_narrow(layout.block_cols)
+    columns = tensors[-1] if narrow else layout.indices
+    return _extension.Lists.fan_in(*geometry, columns.data_ptr(), narrow), tensors
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device.type != _device_type:
+        raise ValueError(f"{name} must be on a {_device_type} device, got {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    _check_device(name, tensor, device)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        wanted += "," if len(shape) == 1 else ""
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def _dtype_name(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    return _DTYPES[tensor.dtype]
+
+
+def _check_row(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] > _MAX_ROW:
+        raise ValueError(
+            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
+        )
+
+
+def _check_block(layout: FanInLayout) -> None:
+    if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
+        raise ValueError(
+            f"layout must have at most {_MAX_BLOCKS} blocks, with sides of at most "
+            f"{_MAX_BLOCK_SIDE}, got {layout.num_blocks} of {layout.block}"
+        )
+
+
+def _queue(tensor: Tensor) -> tuple[int, int]:
+    """The index of the tensor's device and the address of its current stream."""
+    if _device_type != "cuda":
+        return 0, 0
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one of PyTorch."""
+    if _device_type != "cuda" or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _gather(
+    x: Tensor,
+    values: Tensor,
+    layout: FanInLayout,
+    bias: Tensor | None,
+    product: str,
+    name: str,
+) -> Tensor:
+    assert _extension is not None, _missing
+    width, out_width = layout.in_features, layout.out_features
+    walked = lists(layout.block_cols, layout.num_blocks, layout.block, product)
+    if walked == "transposed":
+        width, out_width = out_width, width
+    dtype = _dtype_name(name, x)
+    _check_block(layout)
+    _check(name, x, (None, width), x.dtype, layout.device)
+    _check("values", values, layout.values_shape, x.dtype, layout.device)
+    if bias is not None:
+        _check("bias", bias, (out_width,), x.dtype, layout.device)
+        bias = bias.contiguous()
+    values = values.contiguous()
+    with _on_device_of(x):
+        out = torch.empty((x.shape[0], out_width), dtype=x.dtype, device=x.device)
+        if out.shape[0] == 0:
+            return out
+        queue = _queue(x)
+        pointed, schedule = _scheduled(layout, walked)
+        if walked == "transposed":
+            # Each tile of tokens reads all values in the order of the lists: bring them into it.
+            size = values.element_size()
+            ordered = torch.empty_like(values)
+            _extension.pack_blocks(
+                schedule[0].data_ptr(),
+                layout.num_blocks,
+                layout.block[0] * layout.block[1] * size,
+                size,
+                values.data_ptr(),
+                ordered.data_ptr(),
+                *queue,
+            )
+            values = ordered
+        _extension.gather(
+            product,
+            dtype,
+            pointed,
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            _SLICE_FEATURES,
+            *queue,
+        )
+    return out
+
+
+def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
+    """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`.
+
+    Sums in float32, whatever the dtype: float32, bfloat16 or float16, one for all arguments.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
+        RuntimeError: CUDA refuses the launch, or memory runs out; it names kernel and problem.
+    """
+    return _gather(x, values, layout, bias, "forward", "x")
+
+
+def grad_input(
+    grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
+) -> Tensor:
+    """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
+
+    Dtypes and errors are those of `forward`. Needs working memory of the size of `values`.
+    """
+    return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
+
+
+def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
+    """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
+
+    Dtypes and errors are those of `forward`. Needs working memory of at most 16 float32 for each
+    element of the result; their number follows from M alone, and so do the bits of the result.
+    """
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check_block(layout)
+    width = (None, layout.out_features)
+    _check("grad_output", grad_output, width, grad_output.dtype, layout.device)
+    shape = (grad_output.shape[0], layout.in_features)
+    _check("x", x, shape, grad_output.dtype, layout.device)
+    with _on_device_of(x):
+        out = torch.empty(layout.values_shape, dtype=x.dtype, device=x.device)
+        parts = _extension.grad_weight_parts(dtype, x.shape[0])
+        partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
+        pointed, _ = _scheduled(layout, "own")
+        _extension.grad_weight(
+            dtype,
+            pointed,
+            grad_output.data_ptr(),
+            grad_output.stride(0),
+            grad_output.stride(1),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            partial.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            _GRAD_WEIGHT_SLICE_FEATURES,
+            *_queue(x),
+        )
+    return out
+
+
+def abs_topk(x: Tensor, k: int) -> Tensor:
+    """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides.
+
+    Exact: among equals the lowest index stays, NaN counts as larger than infinity.
+
+    Raises:
+        TypeError: x is not float32, bfloat16 or float16. ValueError: a wrong shape, device or k.
+        RuntimeError: CUDA refuses the launch, or memory runs out.
+    """
+    assert _extension is not None, _missing
+    dtype = _dtype_name("x", x)
+    _check("x", x, (None, None), x.dtype, x.device)
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    _check_row("x", x)
+    with _on_device_of(x):
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _extension.abs_topk(
+            dtype,
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            k,
+            _STAGED_BYTES,
+            *_queue(x),
+        )
+    return out
+
+
+def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
+    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides.
+
+    A NaN in y is not zero. Errors are those of `abs_topk`.
+    """
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, None), grad_output.dtype, grad_output.device)
+    _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
+    _check_row("y", y)
+    with _on_device_of(y):
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        _extension.abs_topk_backward(
+            dtype,
+            grad_output.data_ptr(),
+            grad_output.stride(0),
+            grad_output.stride(1),
+            y.data_ptr(),
+            y.stride(0),
+            y.stride(1),
+            out.data_ptr(),
+            y.shape[0],
+            y.shape[1],
+            *_queue(y),
+        )
+    return out

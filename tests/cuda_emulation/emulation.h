@@ -1,0 +1,383 @@
+// Runs CUDA kernels on the CPU: as much of CUDA as csrc/cuda/ uses, for g++ or clang++.
+//
+// The blocks of a launch run one after the other. The threads of a block are fibers: one runs until
+// it comes to a barrier or a warp operation, then the next has its turn. Nothing happens at the
+// same time, so a result depends on the order of the fibers alone - and must not depend on it: the
+// tests run every kernel in several orders (SK_EMULATION_ORDER), in which a missing barrier shows
+// as a result that is wrong or different. Shared memory is as large as it was asked for, each piece
+// an allocation of its own that begins as NaN, so that AddressSanitizer sees a step outside.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+namespace emulation {
+
+constexpr unsigned kWarpLanes = 32;
+
+// A thread of the block that is running.
+struct Fiber {
+    dim3 index;
+    unsigned rank;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    size_t pieces = 0;  // of shared memory taken
+    enum { kRuns, kAtBarrier, kAtWarp, kDone } state = kRuns;
+    bool warp_turn = false;
+    uint64_t exchange[2] = {};  // what it shows to its warp, in alternating turns
+};
+
+struct Block {
+    dim3 index, size, grid;
+    std::function<void()> kernel;
+    size_t shared_bytes = 0;
+    std::vector<std::pair<std::unique_ptr<unsigned char[]>, size_t>> pieces;
+    std::vector<Fiber> fibers;
+    Fiber* current = nullptr;
+    ucontext_t scheduler;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    std::string error;
+};
+
+inline Block*& block() {
+    static Block* running = nullptr;
+    return running;
+}
+
+constexpr size_t kStackBytes = 64 << 10;
+
+// Switches tell AddressSanitizer which stack it is on.
+inline void to_scheduler(bool for_good = false) {
+    Block& b = *block();
+    Fiber& fiber = *b.current;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, b.scheduler_stack,
+                                   b.scheduler_stack_size);
+#endif
+    (void)for_good;
+    swapcontext(&fiber.context, &b.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, &b.scheduler_stack, &b.scheduler_stack_size);
+#endif
+}
+
+inline void fiber_main() {
+    Block& b = *block();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);
+#endif
+    try {
+        b.kernel();
+    } catch (const std::exception& error) {
+        b.error = error.what();
+    }
+    b.current->state = Fiber::kDone;
+    to_scheduler(true);
+}
+
+inline void run(Fiber& fiber) {
+    Block& b = *block();
+    b.current = &fiber;
+    fiber.state = Fiber::kRuns;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
+#endif
+    swapcontext(&b.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+inline void wait(decltype(Fiber::state) state) {
+    block()->current->state = state;
+    to_scheduler();
+}
+
+// The orders in which the fibers of a block have their turns.
+inline std::vector<unsigned> order_of(unsigned count, uint64_t launch) {
+    std::vector<unsigned> order(count);
+    std::iota(order.begin(), order.end(), 0u);
+    const char* named = std::getenv("SK_EMULATION_ORDER");
+    const std::string name = named ? named : "forward";
+    if (name == "reversed") {
+        std::reverse(order.begin(), order.end());
+    } else if (name == "shuffled") {
+        std::shuffle(order.begin(), order.end(), std::mt19937_64(launch));
+    } else if (name != "forward") {
+        throw std::runtime_error("SK_EMULATION_ORDER must be forward, reversed or shuffled");
+    }
+    return order;
+}
+
+// Runs a block to its end. Throws if its threads do not meet at the same barriers.
+inline void run_block(Block& b, const std::vector<unsigned>& order) {
+    const unsigned threads = static_cast<unsigned>(b.fibers.size());
+    for (unsigned rank = 0; rank < threads; ++rank) {
+        Fiber& fiber = b.fibers[rank];
+        fiber.rank = rank;
+        fiber.index = dim3(rank);
+        fiber.pieces = 0;
+        fiber.state = Fiber::kRuns;
+        fiber.warp_turn = false;
+        if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (;;) {
+        bool moved = false;
+        for (const unsigned rank : order) {
+            Fiber& fiber = b.fibers[rank];
+            if (fiber.state != Fiber::kRuns) continue;
+            run(fiber);
+            moved = true;
+            if (!b.error.empty()) throw std::runtime_error(b.error);
+        }
+        // A warp goes on when all of its lanes have come to the operation.
+        for (unsigned first = 0; first < threads; first += kWarpLanes) {
+            const unsigned end = std::min(threads, first + kWarpLanes);
+            const auto waits = [&](Fiber& f) { return f.state == Fiber::kAtWarp; };
+            if (std::all_of(&b.fibers[first], &b.fibers[0] + end, waits)) {
+                for (unsigned i = first; i < end; ++i) b.fibers[i].state = Fiber::kRuns;
+                moved = true;
+            }
+        }
+        const auto count = [&](int state) {
+            return std::count_if(b.fibers.begin(), b.fibers.end(),
+                                 [&](const Fiber& f) { return f.state == state; });
+        };
+        if (count(Fiber::kDone) == threads) return;
+        if (count(Fiber::kAtBarrier) == threads) {
+            for (Fiber& fiber : b.fibers) fiber.state = Fiber::kRuns;
+            moved = true;
+        }
+        if (!moved) {
+            throw std::runtime_error("emulation: threads wait at different barriers: " +
+                                     std::to_string(count(Fiber::kAtBarrier)) +
+                                     " at the block's, " + std::to_string(count(Fiber::kAtWarp)) +
+                                     " at their warp's, " + std::to_string(count(Fiber::kDone)) +
+                                     " have ended");
+        }
+    }
+}
+
+inline void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> kernel) {
+    static uint64_t launches = 0;
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+        throw std::runtime_error("emulation: a grid that CUDA refuses");
+    }
+    if (size.x == 0 || size.x > 1024 || size.x % kWarpLanes || size.y != 1 || size.z != 1) {
+        throw std::runtime_error("emulation: blocks are whole warps along x");
+    }
+    Block running;
+    running.size = size;
+    running.grid = grid;
+    running.kernel = std::move(kernel);
+    running.shared_bytes = shared_bytes;
+    running.fibers.resize(size.x);
+    block() = &running;
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                running.index = dim3(x, y, z);
+                running.pieces.clear();
+                run_block(running, order_of(size.x, launches++));
+            }
+        }
+    }
+    block() = nullptr;
+}
+
+// All lanes of the warp show a value and see those of the others.
+template <class T>
+std::vector<T> exchange(unsigned mask, T value) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "at most eight bytes");
+    if (mask != 0xffffffffu) throw std::runtime_error("emulation: needs the mask of all lanes");
+    Fiber& self = *block()->current;
+    const bool turn = self.warp_turn;
+    self.warp_turn = !turn;
+    std::memcpy(&self.exchange[turn], &value, sizeof(T));
+    wait(Fiber::kAtWarp);
+    std::vector<T> all(kWarpLanes);
+    const unsigned first = self.rank / kWarpLanes * kWarpLanes;
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+        std::memcpy(&all[lane], &block()->fibers[first + lane].exchange[turn], sizeof(T));
+    }
+    return all;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::block()->current->index)
+#define blockIdx (emulation::block()->index)
+#define blockDim (emulation::block()->size)
+#define gridDim (emulation::block()->grid)
+#define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                             \
+    do {                                                                                      \
+        (void)(stream);                                                                       \
+        auto arguments = std::make_tuple(__VA_ARGS__);                                        \
+        emulation::launch(grid, block, shared_bytes, [&] { std::apply(kernel, arguments); }); \
+    } while (false)
+
+inline void __syncthreads() { emulation::wait(emulation::Fiber::kAtBarrier); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::exchange(mask, 0); }
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+    const unsigned lane = emulation::block()->current->rank % emulation::kWarpLanes;
+    return emulation::exchange(mask, value)[lane ^ static_cast<unsigned>(distance)];
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+    const unsigned lane = emulation::block()->current->rank % emulation::kWarpLanes;
+    const unsigned w = static_cast<unsigned>(width);
+    return emulation::exchange(mask, value)[lane / w * w + static_cast<unsigned>(source) % w];
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+    const auto all = emulation::exchange(mask, static_cast<int>(value));
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < emulation::kWarpLanes; ++lane) {
+        bits |= static_cast<unsigned>(all[lane] != 0) << lane;
+    }
+    return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+struct __half {
+    _Float16 value;
+};
+inline __half __ushort_as_half(uint16_t bits) {
+    __half half;
+    std::memcpy(&half, &bits, sizeof(half));
+    return half;
+}
+inline uint16_t __half_as_ushort(__half half) {
+    uint16_t bits;
+    std::memcpy(&bits, &half, sizeof(bits));
+    return bits;
+}
+inline float __half2float(__half half) { return static_cast<float>(half.value); }
+inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if (std::isnan(value)) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+// The emulated device: the shared memory of compute capability 9.0, and few multiprocessors.
+constexpr int kEmulatedShared = 227 << 10;
+constexpr int kEmulatedMultiprocessors = 3;
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value =
+        attribute == cudaDevAttrMultiProcessorCount ? kEmulatedMultiprocessors : kEmulatedShared;
+    return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+    return bytes <= kEmulatedShared ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+namespace sk {
+namespace cuda {
+
+// Each piece is an allocation of its own. It begins as NaN: nothing may be read before it is set.
+class SharedMemory {
+public:
+    template <class T>
+    T* take(int count) {
+        emulation::Block& b = *emulation::block();
+        const size_t at = b.current->pieces++;
+        const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+        if (at == b.pieces.size()) {
+            size_t taken = (bytes + 15) / 16 * 16;
+            for (const auto& piece : b.pieces) taken += (piece.second + 15) / 16 * 16;
+            if (taken > b.shared_bytes) {
+                throw std::runtime_error(
+                    "emulation: more shared memory taken than launched with: " +
+                    std::to_string(taken) + " of " + std::to_string(b.shared_bytes) + " bytes");
+            }
+            b.pieces.emplace_back(new unsigned char[bytes], bytes);
+            std::memset(b.pieces.back().first.get(), 0xff, bytes);
+        }
+        if (b.pieces[at].second != bytes) {
+            throw std::runtime_error("emulation: threads take different shared memory");
+        }
+        return reinterpret_cast<T*>(b.pieces[at].first.get());
+    }
+};
+
+}  // namespace cuda
+}  // namespace sk

@@ -1,0 +1,492 @@
+"""The CUDA kernels, compiled for the CPU from the same source: right, deterministic, in bounds.
+
+tests/cuda_emulation runs the threads of a block as fibers, in an order that the tests choose, with
+shared memory that begins as NaN; a kernel that lacks a barrier is wrong or differs in one of the
+orders, and one that steps outside its memory fails under AddressSanitizer. test_cuda.py runs the
+same kernels on a GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulation
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import (
+    PRODUCTS,
+    STRIDES,
+    assert_accurate,
+    dense_product,
+    kept,
+    layouts,
+    random,
+    seeds,
+    sparse_product,
+    strided,
+    to_dense,
+    tokens,
+)
+from test_abs_topk import INTEGERS, KINDS, draw, expected, same_bits
+
+import sparse_kernels as sk
+from sparse_kernels import activation, backends, cuda, matmul
+from sparse_kernels.activation import abs_topk
+from sparse_kernels.layout import Problem
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = [(1, 1), (1, 2), (2, 1), (4, 1), (16, 1), (2, 3), (3, 5), (8, 8)]
+ORDERS = ["forward", "reversed", "shuffled"]
+INTEGERS.setdefault(torch.float16, torch.int16)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+every_product = pytest.mark.parametrize("product", PRODUCTS)
+
+
+@pytest.fixture(scope="module")
+def extension():
+    """In the sanitized process of the last tests, the sanitized build."""
+    return cuda_emulation.emulated(sanitize="SK_SANITIZED_EMULATION" in os.environ)
+
+
+@pytest.fixture(autouse=True)
+def _use_it(extension):
+    """The public functions run the emulated kernels, and take float16 as they do on a GPU."""
+    with cuda._emulated(extension), pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (matmul, activation):
+            monkeypatch.setitem(module._DTYPES, "cpu", module._DTYPES["cuda"])
+        yield
+
+
+def use_order(monkeypatch, order):
+    monkeypatch.setenv("SK_EMULATION_ORDER", order)
+
+
+def use_slices(monkeypatch, features):
+    """Cuts the inputs into slices of that many, as those are that exceed shared memory."""
+    monkeypatch.setattr(cuda, "_SLICE_FEATURES", features)
+    monkeypatch.setattr(cuda, "_GRAD_WEIGHT_SLICE_FEATURES", features)
+
+
+def make(layout, rows, dtype, generator, x_kind="contiguous", grad_kind="contiguous", exact=False):
+    x = strided(rows, layout.in_features, x_kind, dtype, generator, exact)
+    grad_output = strided(rows, layout.out_features, grad_kind, dtype, generator, exact)
+    return x, grad_output, random(layout.values_shape, dtype, generator, exact)
+
+
+def bias_for(product, layout, dtype, generator, exact=False):
+    size = {"forward": layout.out_features, "grad_input": layout.in_features}.get(product)
+    return None if size is None else random((size,), dtype, generator, exact)
+
+
+def check_product(product, x, grad_output, values, layout, bias=None, exact=False):
+    actual = sparse_product(product, x, grad_output, values, layout, bias, "cuda")
+    assert actual.dtype == x.dtype
+    assert actual.is_contiguous()
+
+    def dense(convert):
+        result = dense_product(
+            product,
+            convert(x),
+            convert(grad_output),
+            convert(to_dense(values, layout)),
+            None if bias is None else convert(bias),
+        )
+        return kept(result, layout) if product == "grad_weight" else result
+
+    truth = dense(torch.Tensor.double)
+    if exact:
+        assert torch.equal(actual, truth.to(x.dtype))
+    else:
+        assert_accurate(actual, dense(lambda t: t), truth, dense(lambda t: t.double().abs()))
+    return actual
+
+
+@every_dtype
+@every_product
+@given(
+    layouts(max_features=80, blocks=BLOCKS),
+    tokens(150),
+    st.booleans(),
+    st.sampled_from(STRIDES),
+    st.sampled_from(STRIDES),
+    st.sampled_from([1, 8, 24, 2**20]),
+    st.sampled_from(ORDERS),
+    seeds(),
+    st.booleans(),
+)
+def test_products_match_dense(
+    dtype, product, layout, rows, with_bias, x_kind, grad_kind, slices, order, seed, exact
+):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = make(layout, rows, dtype, generator, x_kind, grad_kind, exact)
+    bias = bias_for(product, layout, dtype, generator, exact) if with_bias else None
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_slices(monkeypatch, slices)
+        use_order(monkeypatch, order)
+        check_product(product, *tensors, layout, bias, exact)
+
+
+# What the drawn sizes never reach. The emulated device has the shared memory of compute capability
+# 9.0, so that the widest inputs are cut into slices without being asked to.
+LARGE = {
+    "one-vector-of-tokens": (3, 3, 11000, 40, (1, 1)),
+    "slices-for-real": (9, 3, 20000, 40, (1, 1)),
+    "indices-past-int16": (5, 4, 40000, 9, (1, 1)),
+    "indices-of-32-bits": (5, 4, 70001, 9, (1, 1)),
+    "outputs-of-32-bits": (5, 70001, 4, 2, (1, 1)),
+    "many-outputs": (70, 700, 40, 3, (1, 1)),
+    "blocks-of-32-bits": (3, 4, 131074, 6, (2, 2)),
+    "largest-block": (5, 256, 256, 128, (128, 128)),
+    "one-by-one": (70, 1, 1, 1, (1, 1)),
+    "many-parts": (3000, 2, 3, 2, (1, 1)),
+}
+
+
+@every_product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", LARGE)
+def test_products_are_exact_at_large_sizes(dtype, product, case):
+    rows, *sizes = LARGE[case]
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(*sizes, generator=generator)
+    tensors = make(layout, rows, dtype, generator, exact=True)
+    bias = bias_for(product, layout, dtype, generator, exact=True)
+    check_product(product, *tensors, layout, bias, exact=True)
+
+
+@every_product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(9, (8, 1024, 1024, (1, 1))), (4096, (4, 8, 2, (1, 1)))]
+)
+def test_long_sums_are_as_accurate_as_dense(dtype, product, rows, sizes):
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(*sizes, generator=generator)
+    check_product(product, *make(layout, rows, dtype, generator), layout)
+
+
+@every_dtype
+@every_product
+@pytest.mark.parametrize("block", [(1, 1), (16, 1), (2, 3)])
+def test_products_have_the_same_bits_in_every_order(dtype, product, block, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(272, 48, 24, block, generator=generator)
+    tensors = make(layout, 70, dtype, generator)
+    bias = bias_for(product, layout, dtype, generator)
+    for slices in (2**20, 13):
+        use_slices(monkeypatch, slices)
+        results = []
+        for order in [*ORDERS, "forward"]:
+            use_order(monkeypatch, order)
+            results.append(sparse_product(product, *tensors, layout, bias, "cuda"))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@every_dtype
+@every_product
+def test_products_of_a_row_do_not_depend_on_the_other_rows(dtype, product):
+    """Whatever the tile: one token alone has the bits that it has among many."""
+    if product == "grad_weight":
+        pytest.skip("grad_weight sums over the rows")
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(40, 48, 24, generator=generator)
+    x, grad_output, values = make(layout, 70, dtype, generator)
+    together = sparse_product(product, x, grad_output, values, layout, None, "cuda")
+    for row in (0, 33, 69):
+        some = slice(row, row + 1)
+        alone = sparse_product(product, x[some], grad_output[some], values, layout, None, "cuda")
+        assert torch.equal(alone, together[some])
+
+
+@every_product
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_bad_element_reaches_only_what_reads_it(product, bad):
+    generator = torch.Generator().manual_seed(5)
+    layout = sk.FanInLayout.random(24, 20, 4, (2, 2), generator=generator)
+    x, grad_output, values = make(layout, 37, torch.float32, generator)
+    source = grad_output if product == "grad_input" else x
+    source[11, 7] = float(bad)
+    actual = sparse_product(product, x, grad_output, values, layout, None, "cuda")
+    mask, is_bad = to_dense(torch.ones_like(values), layout), (~source.isfinite()).float()
+    if product == "grad_weight":
+        touched = kept(is_bad.sum(0, keepdim=True).expand(24, -1) > 0, layout)
+    else:
+        touched = is_bad @ (mask.t() if product == "forward" else mask) > 0
+    assert torch.equal(~actual.isfinite(), touched)
+
+
+@every_dtype
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(0, 4),
+    cols=st.integers(1, 300),
+    share=st.floats(0, 1),
+    how=st.sampled_from(["contiguous", "transposed", "stepped"]),
+    staged=st.booleans(),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_abs_topk_keeps_what_a_stable_sort_keeps(
+    dtype, kind, rows, cols, share, how, staged, order, seed
+):
+    x = {
+        "contiguous": lambda: draw(kind, rows, cols, dtype, seed),
+        "transposed": lambda: draw(kind, cols, rows, dtype, seed).t(),
+        "stepped": lambda: draw(kind, 2 * rows, 3 * cols, dtype, seed)[::2, ::3],
+    }[how]()
+    k = max(1, min(cols, round(share * cols)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_order(monkeypatch, order)
+        monkeypatch.setattr(cuda, "_STAGED_BYTES", 2**20 if staged else 0)
+        y = abs_topk(x, k, "cuda")
+    assert y.is_contiguous()
+    assert same_bits(y, expected(x, k))
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_abs_topk_on_long_rows(dtype, kind):
+    x = draw(kind, 2, 3001, dtype, 7)
+    for k in (1, 313, 3000, 3001):
+        assert same_bits(abs_topk(x, k, "cuda"), expected(x, k)), k
+
+
+@every_dtype
+@pytest.mark.parametrize("order", ORDERS)
+def test_abs_topk_of_more_rows_than_blocks_in_every_order(dtype, order, monkeypatch):
+    use_order(monkeypatch, order)
+    x = draw("ties", 200, 530, dtype, 3)
+    assert same_bits(abs_topk(x, 100, "cuda"), expected(x, 100))
+
+
+@every_dtype
+def test_abs_topk_gradient_is_the_masked_gradient(dtype):
+    x = draw("special", 4, 300, dtype, 1).requires_grad_()
+    y = abs_topk(x, 200, "cuda")
+    grad = draw("normal", 300, 4, dtype, 2).t()
+    y.backward(grad)
+    assert torch.equal(x.grad, torch.where(y.detach() != 0, grad, 0))
+    assert abs_topk(torch.empty(0, 5, dtype=dtype), 2, "cuda").shape == (0, 5)
+
+
+def test_the_whole_step_compiles():
+    layout = sk.FanInLayout.random(24, 20, 4, (2, 2))
+    values = torch.randn(layout.values_shape, requires_grad=True)
+    x = torch.randn(7, 20, requires_grad=True)
+
+    def step(x, values):
+        return sk.sparse_linear(x, values, layout, backend="cuda").square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        torch.autograd.grad(step(x, values), (x, values)),
+        torch.autograd.grad(compiled(x, values), (x, values)),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_reaches_no_kernel_is_refused():
+    layout = sk.FanInLayout.random(8, 6, 2)
+    x, values = torch.randn(3, 6), torch.randn(layout.values_shape)
+    with pytest.raises(TypeError, match=r"x must be float32, .*got torch\.float64"):
+        cuda.forward(x.double(), values, layout)
+    with pytest.raises(TypeError, match=r"values must be torch\.float32, got torch\.float16"):
+        cuda.forward(x, values.half(), layout)
+    with pytest.raises(ValueError, match=r"x must have shape \(M, 6\), got \(3, 5\)"):
+        cuda.forward(x[:, 1:], values, layout)
+    with pytest.raises(ValueError, match=r"bias must have shape \(8,\), got \(6,\)"):
+        cuda.forward(x, values, layout, torch.zeros(6))
+    with pytest.raises(ValueError, match=r"x must have shape \(3, 6\), got \(2, 6\)"):
+        cuda.grad_weight(torch.randn(3, 8), x[:2], layout)
+    with pytest.raises(ValueError, match="grad_output must be on a cpu device, got meta"):
+        cuda.grad_input(torch.empty(3, 8, device="meta"), values, layout)
+    with pytest.raises(ValueError, match=r"k must be from 1 to 6, .*got 7"):
+        cuda.abs_topk(x, 7)
+    with pytest.raises(ValueError, match=r"y must have shape \(3, 6\), got \(3, 5\)"):
+        cuda.abs_topk_backward(x, x[:, 1:])
+    with pytest.raises(ValueError, match="lists must be 'own' or 'transposed', got 'other'"):
+        cuda.build_schedule(layout, "other")
+    wide = sk.FanInLayout.random(8, 258, 258, (8, 129))
+    with pytest.raises(ValueError, match=r"sides of at most 128, got 2 of \(8, 129\)"):
+        cuda.forward(torch.randn(3, 258), torch.randn(wide.values_shape), wide)
+
+
+def test_a_launch_that_fails_names_kernel_and_problem(extension):
+    layout = sk.FanInLayout.random(8, 6, 2)
+    x, values = torch.randn(3, 6), torch.randn(layout.values_shape)
+    lists, _ = cuda._scheduled(layout, "own")
+    arguments = ["forward", "float32", lists, x.data_ptr(), 6, 1, values.data_ptr(), 0]
+    with pytest.raises(RuntimeError, match="choosing device 7 failed: invalid device ordinal"):
+        extension.gather(*arguments, torch.empty(3, 8).data_ptr(), 3, 2**20, 7, 0)
+
+
+def test_why_not_says_what_it_lacks(extension):
+    problem = Problem("cpu", torch.float32, "forward", 256, 256, 128, (1, 1))
+    assert cuda.why_not(problem) is None
+    for change, reason in [
+        ({"device": "cuda"}, "it runs on cpu tensors, and the device is cuda"),
+        ({"dtype": torch.float64}, "the dtype is torch.float64"),
+        ({"block": (1, 256)}, r"at most 128, and the block is \(1, 256\)"),
+        ({"out_features": 2**31, "fan_in": 256}, "it counts at most 2147483647 blocks"),
+    ]:
+        assert re.search(reason, cuda.why_not(Problem(**{**vars(problem), **change})))
+
+
+def test_small_blocks_go_to_cuda_and_large_ones_to_triton():
+    for block, first in [
+        ((1, 1), "cuda"),
+        ((64, 1), "cuda"),
+        ((8, 8), "cuda"),
+        ((16, 16), "triton"),
+    ]:
+        problem = Problem("cuda", torch.float32, "forward", 256, 256, 128, block)
+        assert backends.order(problem)[0] == first
+
+
+# The harness itself: it must find the mistakes that it is there to find.
+BROKEN = """
+#include "launch.cuh"
+#include <pybind11/pybind11.h>
+
+namespace sk { namespace cuda {
+
+// Each thread writes its place and reads its neighbour's, without a barrier where `barrier` is not.
+__global__ void neighbour(float* out, bool barrier, int reach) {
+    SharedMemory shared;
+    float* const places = shared.take<float>(static_cast<int>(blockDim.x));
+    places[threadIdx.x] = static_cast<float>(threadIdx.x);
+    if (barrier) __syncthreads();
+    const float read = places[(threadIdx.x + 1) % blockDim.x + reach];
+    out[threadIdx.x] = read;
+}
+
+// Every thread reads what the first wrote, then the first writes again.
+__global__ void overtake(float* out, bool barrier) {
+    SharedMemory shared;
+    float* const place = shared.take<float>(1);
+    for (int i = 0; i < 2; ++i) {
+        if (threadIdx.x == blockDim.x / 2) *place = static_cast<float>(i);
+        __syncthreads();
+        out[i * blockDim.x + threadIdx.x] = *place;
+        if (barrier) __syncthreads();
+    }
+}
+
+// Half of the threads come to a barrier, the others end.
+__global__ void diverge() {
+    if (threadIdx.x < blockDim.x / 2) __syncthreads();
+}
+
+}}
+
+PYBIND11_MODULE(SK_MODULE, module) {
+    using namespace sk::cuda;
+    module.def("neighbour", [](uintptr_t out, bool barrier, int reach) {
+        SK_LAUNCH(neighbour, 1, kThreads, 4 * kThreads, nullptr, reinterpret_cast<float*>(out),
+                  barrier, reach);
+    });
+    module.def("overtake", [](uintptr_t out, bool barrier) {
+        SK_LAUNCH(overtake, 1, kThreads, 16, nullptr, reinterpret_cast<float*>(out), barrier);
+    });
+    module.def("diverge", [] { SK_LAUNCH(diverge, 1, kThreads, 0, nullptr); });
+}
+"""
+SANITIZED = "SK_SANITIZED_EMULATION" in os.environ
+
+
+def build_broken(folder, sanitize):
+    source = Path(folder) / "broken.cu"
+    source.write_text(BROKEN)
+    flags = cuda_emulation.SANITIZE if sanitize else []
+    return cuda_emulation.load("broken", cuda_emulation.build("broken", [source], flags))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    return build_broken(tmp_path_factory.mktemp("broken"), SANITIZED)
+
+
+def test_the_emulation_finds_a_missing_barrier(broken, monkeypatch):
+    count = cuda_emulation.THREADS
+    out, twice = torch.empty(count), torch.empty(2, count)
+    right = torch.arange(1, count + 1).remainder(count).float()
+    missed, overtaken = 0, 0
+    for order in ORDERS:
+        use_order(monkeypatch, order)
+        broken.neighbour(out.data_ptr(), True, 0)
+        assert torch.equal(out, right)
+        broken.neighbour(out.data_ptr(), False, 0)
+        missed += not torch.equal(out, right)
+        broken.overtake(twice.data_ptr(), True)
+        assert torch.equal(twice, torch.tensor([[0.0], [1.0]]).expand(2, count))
+        broken.overtake(twice.data_ptr(), False)
+        overtaken += not torch.equal(twice, torch.tensor([[0.0], [1.0]]).expand(2, count))
+    assert missed == len(ORDERS)
+    assert overtaken == len(ORDERS)
+
+
+def test_the_emulation_finds_threads_that_miss_a_barrier(broken):
+    with pytest.raises(RuntimeError, match="wait at different barriers: 32 at the block's"):
+        broken.diverge()
+
+
+def run_sanitized(arguments, **more):
+    preload = [
+        subprocess.run(
+            [cuda_emulation.compiler(), f"-print-file-name={name}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_absolute() for path in preload):
+        pytest.skip("the compiler has no AddressSanitizer library")
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "SK_SANITIZED_EMULATION": "1",
+        **more,
+    }
+    env.pop("CI", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the sanitized process")
+def test_kernels_stay_in_bounds():
+    """The tests above that are quick, again under AddressSanitizer and UBSan."""
+    chosen = "match_dense or every_order or stable_sort or masked_gradient or missing_barrier"
+    done = run_sanitized(
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the sanitized process")
+def test_the_sanitizer_finds_a_step_outside_shared_memory(tmp_path):
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import cuda_emulation, torch, test_cuda_emulated
+broken = test_cuda_emulated.build_broken({str(tmp_path)!r}, True)
+out = torch.empty(cuda_emulation.THREADS)
+broken.neighbour(out.data_ptr(), True, 0)
+print("in bounds")
+broken.neighbour(out.data_ptr(), True, 1)
+print("not found")
+"""
+    done = run_sanitized(["-c", program])
+    assert done.stdout.strip() == "in bounds", done.stderr
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
