@@ -6,10 +6,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sparse_kernels import cpu, reference
+from sparse_kernels import cpu, reference, triton
 from sparse_kernels.layout import FanInLayout, Problem
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 NAMES = ("reference", "cpu", "triton", "cuda")
 # Fastest first. `reference` is a specification and runs only when it is asked for by name.
 _DEFAULTS = ("cuda", "triton", "cpu")
@@ -55,6 +55,8 @@ def choose(problem: Problem, backend: str | None = None) -> str:
     reasons = []
     for name in _DEFAULTS:
         reason = why_not(name, problem)
+        if reason is None and name == "triton" and problem.device == "cpu":
+            reason = "it interprets its kernels on cpu tensors only when asked for by name"
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

@@ -1,0 +1,48 @@
+"""What the launchers share: the product of two tiles, its precision, and errors with names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
+
+# The interpreter multiplies the bit patterns of bfloat16, which it holds as integers.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a @ b in float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How the tensor cores may multiply float32: "ieee", or "tf32" where PyTorch allows it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+@contextmanager
+def naming_errors(product: str, where: str) -> Iterator[None]:
+    """Errors of the compiler, the launch and the allocator say which product of what failed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"triton {product} ({where}): {error}") from error
+    except (
+        CompilationError,
+        InterpreterError,
+        OutOfResources,
+        PTXASError,
+        RuntimeError,  # what triton's launcher and PyTorch raise for an error of the driver
+    ) as error:
+        raise RuntimeError(f"triton {product} ({where}): {error}") from error
