@@ -20,6 +20,7 @@ from sparse_kernels.layout import FanInLayout, Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIDES = (16, 32, 64, 128)
+_MAX_FEATURES = 2**30
 # The spellings that triton itself takes for true.
 _interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _device = "cpu" if _interpreted else "cuda"
@@ -48,13 +49,18 @@ def why_not(problem: Problem) -> str | None:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
     if problem.product == "abs_topk":
         return None
-    return _why_not_block(problem.block)
+    return _why_not_geometry(problem)
 
 
-def _why_not_block(block: tuple[int, int]) -> str | None:
-    if block[0] in _SIDES and block[1] in _SIDES:
-        return None
-    return f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is {block}"
+def _why_not_geometry(made: Problem | FanInLayout) -> str | None:
+    if made.block[0] not in _SIDES or made.block[1] not in _SIDES:
+        return (
+            f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is {made.block}"
+        )
+    widest = max(made.out_features, made.in_features)
+    if widest > _MAX_FEATURES:
+        return f"it counts features in 32 bits, at most {_MAX_FEATURES}, and one side has {widest}"
+    return None
 
 
 def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
@@ -119,7 +125,7 @@ def _check_first(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
 def _check_layout(layout: FanInLayout, device: torch.device) -> None:
     if layout.device != device:
         raise ValueError(f"layout must be on {device}, got {layout.device}")
-    reason = _why_not_block(layout.block)
+    reason = _why_not_geometry(layout)
     if reason is not None:
         raise ValueError(f"layout cannot run on triton: {reason}")
 

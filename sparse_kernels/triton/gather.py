@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import tiles
-from sparse_kernels.triton.launch import dot, naming_errors, precision
+from sparse_kernels.triton.launch import dot, grid, naming_errors, precision
 
 
 @triton.jit
@@ -128,15 +128,13 @@ def _launch(
         rows, width, depth = layout.block_cols, layout.in_features, into
         offsets, sources, slots = layout.transposed
     tokens = x.shape[0]
-    where = f"M={tokens}, K={layout.in_features}, N={layout.out_features}, {x.dtype}, {layout!r}"
-    with naming_errors(product, where), torch.cuda.device_of(x):
+    with naming_errors(product, x, layout), torch.cuda.device_of(x):
         y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
         if tokens == 0:
             return y
 
         def run(tile: tiles.Tile) -> None:
-            grid = (triton.cdiv(tokens, tile.block_m) * rows,)
-            gather_kernel[grid](
+            gather_kernel[grid(triton.cdiv(tokens, tile.block_m) * rows)](
                 x,
                 values,
                 bias,

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
+_MAX_PROGRAMS = 2**31 - 1
 # The interpreter multiplies the bit patterns of bfloat16, which it holds as integers.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -31,13 +33,24 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def grid(programs: int) -> tuple[int]:
+    """A grid of that many programs; ValueError if no launch can have so many."""
+    if programs > _MAX_PROGRAMS:
+        raise ValueError(f"x has too many rows: {programs} programs, the limit is {_MAX_PROGRAMS}")
+    return (programs,)
+
+
 @contextmanager
-def naming_errors(product: str, where: str) -> Iterator[None]:
+def naming_errors(product: str, x: Tensor, problem: object) -> Iterator[None]:
     """Errors of the compiler, the launch and the allocator say which product of what failed."""
+
+    def named(error: Exception) -> str:
+        return f"triton {product} of {tuple(x.shape)} in {x.dtype}, {problem!r}: {error}"
+
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"triton {product} ({where}): {error}") from error
+        raise torch.OutOfMemoryError(named(error)) from error
     except (
         CompilationError,
         InterpreterError,
@@ -45,4 +58,4 @@ def naming_errors(product: str, where: str) -> Iterator[None]:
         PTXASError,
         RuntimeError,  # what triton's launcher and PyTorch raise for an error of the driver
     ) as error:
-        raise RuntimeError(f"triton {product} ({where}): {error}") from error
+        raise RuntimeError(named(error)) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import tiles
-from sparse_kernels.triton.launch import dot, naming_errors, precision
+from sparse_kernels.triton.launch import dot, grid, naming_errors, precision
 
 # Programs that fill the largest GPUs, and the fewest tokens that are worth a piece of their own.
 _PROGRAMS = 512
@@ -94,7 +94,7 @@ def sum_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < size
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    for piece in range(0, num_pieces):
+    for _ in range(0, num_pieces):
         sums += tl.load(pieces_ptr + offs, mask=inside, other=0.0)
         pieces_ptr += size
     tl.store(out_ptr + offs, sums.to(out_ptr.dtype.element_ty), mask=inside)
@@ -119,8 +119,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """
     out, into = layout.block
     tokens = x.shape[0]
-    where = f"M={tokens}, K={layout.in_features}, N={layout.out_features}, {x.dtype}, {layout!r}"
-    with naming_errors("grad_weight", where), torch.cuda.device_of(x):
+    with naming_errors("grad_weight", x, layout), torch.cuda.device_of(x):
         grad = torch.empty(layout.values_shape, dtype=x.dtype, device=x.device)
         if tokens == 0:
             return grad.zero_()
@@ -133,7 +132,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
 
         def run(tile: tiles.Tile) -> None:
             groups = triton.cdiv(layout.fan_in, tile.block_m)
-            sampled_kernel[(groups * layout.block_rows * pieces,)](
+            sampled_kernel[grid(groups * layout.block_rows * pieces)](
                 grad_output,
                 x,
                 parts,
@@ -159,7 +158,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         tiles.run(run, "sampled", x, out, (tokens, layout.block, layout.fan_in))
         if pieces > 1:
             size = grad.numel()
-            sum_kernel[(triton.cdiv(size, _SUM_BLOCK),)](
+            sum_kernel[grid(triton.cdiv(size, _SUM_BLOCK))](
                 parts, grad, size, pieces, BLOCK=_SUM_BLOCK, num_warps=4
             )
     return grad

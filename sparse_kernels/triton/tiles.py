@@ -37,19 +37,25 @@ class Tile(NamedTuple):
 # GPUs of compute capability 9 and 10 multiply with instructions of their own; all others from 8 on
 # take sm_80, whose choices fit the 99 KB of shared memory that the smallest of them have.
 FAMILIES = ("sm_80", "sm_90", "sm_100")
-# (kernel, family, numbers) -> a tile for each number of outputs of a block, the tile's other side.
-# "half" is bfloat16 and float16; float32 is "ieee" or "tf32". Where features are gathered, a step's
-# index is in flight one stage before its tile is: `gather` has a stage more than it has tiles.
+# (kernel, family, numbers) -> a tile for blocks of 16, 32, 64 and 128 outputs, its other side.
+# "half" is bfloat16 and float16; float32 is "ieee" or "tf32". A step of `gather` loads an index and
+# then what it points to, so that two more stages put one more tile in flight: odd numbers only.
 _SIDES = (16, 32, 64, 128)
-TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
+TABLE: dict[tuple[str, str, str], tuple[Tile, Tile, Tile, Tile]] = {
     ("gather", "sm_80", "half"): (
-        Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 4),
+        Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 5),
     ),
     ("gather", "sm_80", "tf32"): (
-        Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 4, 4), Tile(128, 32, 8, 4),
+        Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 8, 5),
     ),
     ("gather", "sm_80", "ieee"): (
-        Tile(128, 16, 4, 4), Tile(128, 16, 4, 4), Tile(128, 16, 8, 4), Tile(64, 16, 8, 4),
+        Tile(128, 16, 4, 5), Tile(128, 16, 4, 5), Tile(128, 16, 8, 5), Tile(128, 16, 8, 5),
+    ),
+    ("gather", "sm_90", "half"): (
+        Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 5),
+    ),
+    ("gather", "sm_90", "tf32"): (
+        Tile(128, 32, 4, 5), Tile(128, 32, 8, 5), Tile(128, 32, 4, 5), Tile(128, 32, 8, 5),
     ),
     ("sampled", "sm_80", "half"): (
         Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3),
@@ -58,13 +64,7 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
         Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3),
     ),
     ("sampled", "sm_80", "ieee"): (
-        Tile(128, 16, 4, 3), Tile(128, 16, 4, 3), Tile(128, 16, 8, 3), Tile(64, 16, 8, 3),
-    ),
-    ("gather", "sm_90", "half"): (
-        Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
-    ),
-    ("gather", "sm_90", "tf32"): (
-        Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 4, 4), Tile(128, 32, 8, 4),
+        Tile(128, 16, 4, 3), Tile(128, 16, 4, 3), Tile(128, 16, 8, 3), Tile(128, 16, 8, 3),
     ),
     ("sampled", "sm_90", "half"): (
         Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
@@ -89,11 +89,10 @@ def family(device: torch.device) -> str:
 
 def frozen(kernel: str, family: str, numbers: str, side: int) -> Tile:
     """The table's choice; sm_100 takes that of sm_90, and what neither has, that of sm_80."""
-    order = FAMILIES[: FAMILIES.index(family) + 1]
-    rows = next(
-        row for row in map(lambda name: TABLE.get((kernel, name, numbers)), order[::-1]) if row
-    )
-    return rows[_SIDES.index(side)]
+    for name in FAMILIES[FAMILIES.index(family) :: -1]:
+        if (kernel, name, numbers) in TABLE:
+            return TABLE[kernel, name, numbers][_SIDES.index(side)]
+    raise KeyError((kernel, family, numbers))
 
 
 def numbers(dtype: torch.dtype) -> str:
@@ -107,7 +106,7 @@ def candidates(first: Tile) -> list[Tile]:
     for block_m in (64, 128, 256):
         for block_k in {first.block_k, max(16, first.block_k // 2)}:
             for warps in (4, 8):
-                for stages in (2, 3, 4, 5):
+                for stages in (2, 3, 5, 7):
                     found.append(Tile(block_m, block_k, warps, stages))
     return list(dict.fromkeys(found))
 

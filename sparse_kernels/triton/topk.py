@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.triton.launch import naming_errors
+from sparse_kernels.triton.launch import grid, naming_errors
 
 # Numbers of a row that a program holds in its registers; a longer row is read again at each bit.
 _CHUNK = 16384
@@ -120,13 +120,12 @@ def chunk(cols: int) -> tuple[int, int]:
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """The `k` largest `|x|` of each row of x (M, D), zero elsewhere; arguments are checked."""
     rows, cols = x.shape
-    where = f"M={rows}, D={cols}, k={k}, {x.dtype}"
-    with naming_errors("abs_topk", where), torch.cuda.device_of(x):
+    with naming_errors("abs_topk", x, k), torch.cuda.device_of(x):
         y = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
         if rows == 0:
             return y
         size, warps = chunk(cols)
-        topk_kernel[(rows,)](
+        topk_kernel[grid(rows)](
             x,
             y,
             cols,
@@ -145,13 +144,12 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`grad_output` where y (M, D) is not zero, elsewhere 0; arguments are checked."""
     rows, cols = y.shape
-    where = f"M={rows}, D={cols}, {y.dtype}"
-    with naming_errors("abs_topk_backward", where), torch.cuda.device_of(y):
+    with naming_errors("abs_topk_backward", y, None), torch.cuda.device_of(y):
         out = torch.empty((rows, cols), dtype=y.dtype, device=y.device)
         if out.numel() == 0:
             return out
         blocks = triton.cdiv(cols, _BACKWARD_BLOCK)
-        topk_backward_kernel[(rows * blocks,)](
+        topk_backward_kernel[grid(rows * blocks)](
             grad_output,
             y,
             out,
