@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import tiles
-from sparse_kernels.triton.launch import dot, grid, naming_errors, precision
+from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def gather_kernel(
     if HAS_BIAS:
         sums += tl.load(bias_ptr + row * OUT + offs_n).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None] * num_rows * OUT + (row * OUT + offs_n)[None, :]
-    tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=tokens[:, None])
+    tl.store(y_ptrs, rounded(sums, y_ptr.dtype.element_ty), mask=tokens[:, None])
 
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None) -> Tensor:

@@ -26,6 +26,20 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
+@triton.jit
+def rounded(sums, DTYPE: tl.constexpr):
+    """float32 sums in DTYPE, rounded to the nearest, to even in the middle."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter would cut the last bits off.
+        bits = sums.to(tl.int32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(sums == sums, nearest, bits | 0x400000)
+        result = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = sums.to(DTYPE)
+    return result
+
+
 def precision(dtype: torch.dtype) -> str:
     """How the tensor cores may multiply float32: "ieee", or "tf32" where PyTorch allows it."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import tiles
-from sparse_kernels.triton.launch import dot, grid, naming_errors, precision
+from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
 
 # Programs that fill the largest GPUs, and the fewest tokens that are worth a piece of their own.
 _PROGRAMS = 512
@@ -80,7 +80,7 @@ def sampled_kernel(
     elements = (piece * num_rows * blocks_per_row + slots) * (OUT * IN) + inputs % IN
     elements = tl.max_contiguous(tl.multiple_of(elements, RUN), RUN)
     out_ptrs = out_ptr + elements[:, None] + offs_n[None, :] * IN
-    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(out_ptrs, rounded(sums, out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def sum_kernel(
     for _ in range(0, num_pieces):
         sums += tl.load(pieces_ptr + offs, mask=inside, other=0.0)
         pieces_ptr += size
-    tl.store(out_ptr + offs, sums.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offs, rounded(sums, out_ptr.dtype.element_ty), mask=inside)
 
 
 def tokens_per_piece(tokens: int, layout: FanInLayout) -> int:
