@@ -150,25 +150,22 @@ def test_products_are_the_same_bits_again(dtype, product, layout, rows, seed):
 
 
 @every_dtype
-def test_tokens_are_cut_at_fixed_places_and_added_in_order(dtype):
+def test_many_tokens_are_cut_in_pieces(dtype):
     layout = sk.FanInLayout.random(16, 64, 32, (16, 16))
-    x, grad_output, values = make(layout, 4999, dtype, 0)
-    piece = sampled.tokens_per_piece(4999, layout)
-    cuts = list(range(0, 4999, piece))
+    for exact in (False, True):
+        check("grad_weight", make(layout, 4999, dtype, 0, exact), layout, exact=exact)
+
+
+def test_pieces_are_added_in_their_order():
+    layout = sk.FanInLayout.random(16, 64, 32, (16, 16))
+    x, grad_output, values = make(layout, 4999, torch.float32, 0)
+    size = sampled.tokens_per_piece(4999, layout)
+    cuts = [slice(start, start + size) for start in range(0, 4999, size)]
     assert len(cuts) == 4
-    # A piece by itself is short enough to stay whole; 1.0 * x keeps its sums in float32.
     sums = torch.zeros(layout.values_shape)
-    for cut in cuts:
-        part = slice(cut, cut + piece)
-        assert sampled.tokens_per_piece(len(x[part]), layout) >= len(x[part])
-        wide = (x[part].float(), grad_output[part].float(), values.float())
-        sums += run("grad_weight", *wide, layout)
-    assert dtype != torch.float32 or torch.equal(
-        run("grad_weight", x, grad_output, values, layout), sums
-    )
-    check("grad_weight", (x, grad_output, values), layout)
-    whole = make(layout, 4999, dtype, 0, exact=True)
-    check("grad_weight", whole, layout, exact=True)
+    for cut in cuts:  # each is too short to be cut again
+        sums += run("grad_weight", x[cut], grad_output[cut], values, layout)
+    assert torch.equal(run("grad_weight", x, grad_output, values, layout), sums)
 
 
 def test_pieces_fill_a_gpu_and_no_more():
