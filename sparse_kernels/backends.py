@@ -6,10 +6,15 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sparse_kernels import cpu, cuda, reference
+from sparse_kernels import cpu, cuda, reference, triton
 from sparse_kernels.layout import FanInLayout, Problem
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda}
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+}
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 
@@ -66,6 +71,8 @@ def choose(problem: Problem, backend: str | None = None) -> str:
     reasons = []
     for name in order(problem):
         reason = why_not(name, problem)
+        if reason is None and name == "triton" and problem.device == "cpu":
+            reason = "it interprets its kernels on cpu tensors only when asked for by name"
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

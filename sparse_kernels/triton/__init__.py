@@ -1,0 +1,213 @@
+"""The Triton backend: checks, chooses tiles, and launches the kernels of this folder.
+
+Blocks have both sides a power of two from 16 to 128, so that a block is a tile of the tensor cores.
+Sums are float32; float32 inputs are multiplied exactly (IEEE) unless PyTorch is told to allow TF32.
+Nothing is added atomically: the same inputs give the same bits.
+
+triton itself is imported when a kernel runs for the first time, never by `import sparse_kernels`.
+With TRITON_INTERPRET=1 in the environment the kernels are interpreted, slowly, on cpu tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.layout import FanInLayout, Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIDES = (16, 32, 64, 128)
+_MAX_FEATURES = 2**30
+# The spellings that triton itself takes for true.
+_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_device = "cpu" if _interpreted else "cuda"
+
+
+def _find_triton() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        found = False
+    return None if found else "the package triton is not installed (`pip install triton`, on Linux)"
+
+
+_missing = _find_triton()
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if this backend can run `problem`, else a sentence that says why not."""
+    if _missing is not None:
+        return _missing
+    if problem.device != _device and not (_interpreted and problem.device == "cuda"):
+        return f"it runs on cuda tensors, and the device is {problem.device}"
+    if torch.version.hip is not None:
+        return "its tiles are for NVIDIA GPUs, and this PyTorch is built for AMD's"
+    if problem.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
+    if problem.product == "abs_topk":
+        return None
+    return _why_not_geometry(problem)
+
+
+def _why_not_geometry(made: Problem | FanInLayout) -> str | None:
+    if made.block[0] not in _SIDES or made.block[1] not in _SIDES:
+        return (
+            f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is {made.block}"
+        )
+    widest = max(made.out_features, made.in_features)
+    if widest > _MAX_FEATURES:
+        return f"it counts features in 32 bits, at most {_MAX_FEATURES}, and one side has {widest}"
+    return None
+
+
+def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
+    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse."""
+    return "transposed" if product == "grad_input" else "own"
+
+
+def schedule_shapes(
+    out_features: int,
+    in_features: int,
+    blocks_per_row: int,
+    block: tuple[int, int],
+    lists: str,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
+    return [((in_features // block[1],), torch.int32)] if lists == "transposed" else []
+
+
+def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
+    """For "transposed" lists the input block columns, those that most rows read first (int32).
+
+    The longest lists start first, so that the last ones to run are short. Own lists are all equally
+    long and need no schedule.
+    """
+    if lists not in ("own", "transposed"):
+        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
+    if lists == "own":
+        return ()
+    lengths = layout.transposed.offsets.diff()
+    return (lengths.argsort(descending=True, stable=True).to(torch.int32),)
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def _check_first(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Checks the tensor that the device and dtype of all others are compared with."""
+    if _missing is not None:
+        raise RuntimeError(_missing)
+    if tensor.device.type not in ("cuda", _device):
+        raise ValueError(f"{name} must be on a cuda device, got {tensor.device}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    _check(name, tensor, shape, tensor.dtype, tensor.device)
+
+
+def _check_layout(layout: FanInLayout, device: torch.device) -> None:
+    if layout.device != device:
+        raise ValueError(f"layout must be on {device}, got {layout.device}")
+    reason = _why_not_geometry(layout)
+    if reason is not None:
+        raise ValueError(f"layout cannot run on triton: {reason}")
+
+
+def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
+    """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`.
+
+    Args:
+        x: float32, bfloat16 or float16; values and bias have its dtype and device.
+        values: `layout.values_shape`; copied if it is not contiguous.
+        layout: blocks with sides of 16, 32, 64 or 128.
+        bias: `(N,)` or None; added in float32 before the one rounding.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind; the message names it.
+        RuntimeError: the kernel cannot be compiled or launched. torch.OutOfMemoryError: no room
+            for the result.
+    """
+    _check_first("x", x, (None, layout.in_features))
+    return _gather(x, values, layout, bias, "forward")
+
+
+def grad_input(
+    grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
+) -> Tensor:
+    """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
+
+    Args and errors as for `forward`; bias is `(K,)`.
+    """
+    _check_first("grad_output", grad_output, (None, layout.out_features))
+    return _gather(grad_output, values, layout, bias, "grad_input")
+
+
+def _gather(
+    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, product: str
+) -> Tensor:
+    width = layout.in_features if product == "grad_input" else layout.out_features
+    _check_layout(layout, x.device)
+    _check("values", values, layout.values_shape, x.dtype, x.device)
+    if bias is not None:
+        _check("bias", bias, (width,), x.dtype, x.device)
+        bias = bias.contiguous()
+    from sparse_kernels.triton import gather
+
+    if product == "forward":
+        return gather.forward(x, values.contiguous(), layout, bias)
+    (order,) = layout.derive("triton.transposed", lambda this: build_schedule(this, "transposed"))
+    return gather.grad_input(x, values.contiguous(), layout, bias, order)
+
+
+def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
+    """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
+
+    Many tokens are cut at places that depend on the sizes alone; the float32 sums of the pieces are
+    added in their order. Errors as for `forward`.
+    """
+    _check_first("grad_output", grad_output, (None, layout.out_features))
+    _check_layout(layout, x.device)
+    shape = (grad_output.shape[0], layout.in_features)
+    _check("x", x, shape, grad_output.dtype, grad_output.device)
+    from sparse_kernels.triton import sampled
+
+    return sampled.grad_weight(grad_output, x, layout)
+
+
+def abs_topk(x: Tensor, k: int) -> Tensor:
+    """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides.
+
+    Exact, the lowest index first among equals, NaN above infinity. See `reference.abs_topk`.
+    """
+    _check_first("x", x, (None, None))
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    from sparse_kernels.triton import topk
+
+    return topk.abs_topk(x, k)
+
+
+def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
+    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides."""
+    _check_first("grad_output", grad_output, (None, None))
+    _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
+    from sparse_kernels.triton import topk
+
+    return topk.abs_topk_backward(grad_output, y)

@@ -1,0 +1,648 @@
+"""The Triton backend against dense PyTorch; without a GPU its kernels are interpreted.
+
+The launchers are reached through the registered ops, which take float16 on the CPU as well; the
+public functions are held against dense PyTorch further down.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import (
+    PRODUCTS,
+    STRIDES,
+    assert_accurate,
+    dense_product,
+    kept,
+    layouts,
+    random,
+    seeds,
+    strided,
+    to_dense,
+    tokens,
+)
+from test_abs_topk import KINDS, draw, expected, same_bits
+
+import sparse_kernels as sk
+from sparse_kernels import backends, ops, reference
+from sparse_kernels import triton as backend
+from sparse_kernels.layout import Problem
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.runtime.errors import OutOfResources
+
+from sparse_kernels.triton import gather, sampled, tiles, topk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = [(16, 16), (16, 32), (32, 16), (32, 32), (64, 64)]
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+every_product = pytest.mark.parametrize("product", PRODUCTS)
+both_ways = pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transpose"])
+
+
+def run(product, x, grad_output, values, layout, bias=None):
+    """One product by the op, on the device that the kernels run on, back on the CPU."""
+    x, grad_output, values = (t.to(DEVICE) for t in (x, grad_output, values))
+    layout = layout.to(DEVICE)
+    if product == "grad_weight":
+        return ops.grad_weight(grad_output, x, layout, "triton").cpu()
+    bias = None if bias is None else bias.to(DEVICE)
+    if product == "forward":
+        return ops.forward(x, values, layout, bias, "triton").cpu()
+    return ops.grad_input(grad_output, values, layout, bias, "triton").cpu()
+
+
+def dense(product, x, grad_output, values, layout, bias=None):
+    result = dense_product(product, x, grad_output, to_dense(values, layout), bias)
+    return kept(result, layout) if product == "grad_weight" else result
+
+
+def make(layout, rows, dtype, seed, exact=False, x_kind="contiguous", grad_kind="contiguous"):
+    """Random (x, grad_output, values) of a layout."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        strided(rows, layout.in_features, x_kind, dtype, generator, exact),
+        strided(rows, layout.out_features, grad_kind, dtype, generator, exact),
+        random(layout.values_shape, dtype, generator, exact),
+    )
+
+
+def bias_for(product, layout, dtype, seed, exact=False):
+    size = {"forward": layout.out_features, "grad_input": layout.in_features}.get(product)
+    if size is None:
+        return None
+    return random((size,), dtype, torch.Generator().manual_seed(seed + 1), exact)
+
+
+def check(product, tensors, layout, bias=None, exact=False):
+    """`exact`: all inputs are whole numbers, so the result must be the right one bit for bit."""
+    actual = run(product, *tensors, layout, bias)
+    assert actual.is_contiguous()
+    wide = [t.double() for t in tensors]
+    wide_bias = None if bias is None else bias.double()
+    truth = dense(product, *wide, layout, wide_bias)
+    if exact:
+        assert actual.dtype == tensors[0].dtype
+        assert torch.equal(actual, truth.to(actual.dtype))
+        return
+    terms = dense(
+        product, *[t.abs() for t in wide], layout, None if bias is None else wide_bias.abs()
+    )
+    assert_accurate(actual, dense(product, *tensors, layout, bias), truth, terms)
+
+
+@every_dtype
+@every_product
+@given(
+    layouts(blocks=BLOCKS),
+    tokens(),
+    st.booleans(),
+    st.sampled_from(STRIDES),
+    st.sampled_from(STRIDES),
+    seeds(),
+    st.booleans(),
+)
+def test_products_match_dense(
+    dtype, product, layout, rows, with_bias, x_kind, grad_kind, seed, exact
+):
+    tensors = make(layout, rows, dtype, seed, exact, x_kind, grad_kind)
+    bias = bias_for(product, layout, dtype, seed, exact) if with_bias else None
+    check(product, tensors, layout, bias, exact)
+
+
+@every_product
+@pytest.mark.parametrize("family", tiles.FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("block_out", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_in", [16, 128])
+def test_every_tile_of_the_table_is_right(monkeypatch, product, family, dtype, block_out, block_in):
+    """More tokens, inputs and steps than one tile takes, and no multiple of it."""
+    monkeypatch.setattr(tiles, "family", lambda device: family)
+    layout = sk.FanInLayout.random(
+        2 * block_out,
+        3 * 128,
+        2 * 128 if block_in == 128 else 9 * 16,
+        (block_out, block_in),
+        generator=torch.Generator().manual_seed(0),
+    )
+    tensors = make(layout, 131, dtype, 0, exact=True)
+    check(product, tensors, layout, bias_for(product, layout, dtype, 0, exact=True), exact=True)
+
+
+@every_dtype
+@every_product
+@given(layouts(blocks=BLOCKS), tokens(200), seeds())
+def test_products_are_the_same_bits_again(dtype, product, layout, rows, seed):
+    tensors = make(layout, rows, dtype, seed)
+    bias = bias_for(product, layout, dtype, seed)
+    first = run(product, *tensors, layout, bias)
+    integer = {2: torch.int16, 4: torch.int32}[first.itemsize]
+    second = run(product, *tensors, layout, bias)
+    assert torch.equal(first.view(integer), second.view(integer))
+
+
+@every_dtype
+def test_many_tokens_are_cut_in_pieces(dtype):
+    layout = sk.FanInLayout.random(16, 64, 32, (16, 16))
+    for exact in (False, True):
+        check("grad_weight", make(layout, 4999, dtype, 0, exact), layout, exact=exact)
+
+
+def test_pieces_are_added_in_their_order():
+    layout = sk.FanInLayout.random(16, 64, 32, (16, 16))
+    x, grad_output, values = make(layout, 4999, torch.float32, 0)
+    size = sampled.tokens_per_piece(4999, layout)
+    cuts = [slice(start, start + size) for start in range(0, 4999, size)]
+    assert len(cuts) == 4
+    sums = torch.zeros(layout.values_shape)
+    for cut in cuts:  # each is too short to be cut again
+        sums += run("grad_weight", x[cut], grad_output[cut], values, layout)
+    assert torch.equal(run("grad_weight", x, grad_output, values, layout), sums)
+
+
+def test_pieces_fill_a_gpu_and_no_more():
+    one = sk.FanInLayout.random(16, 64, 32, (16, 16))
+    assert sampled.tokens_per_piece(10, one) == 128
+    assert sampled.tokens_per_piece(2047, one) >= 2047
+    assert sampled.tokens_per_piece(2**20, one) == 2**20 // 512
+    many = sk.FanInLayout.random(16 * 600, 64, 32, (16, 16))
+    assert sampled.tokens_per_piece(2**20, many) == 2**20
+
+
+@every_dtype
+@every_product
+@given(layouts(max_features=80, blocks=BLOCKS), tokens(150), seeds(), st.booleans())
+def test_a_bad_element_reaches_only_what_reads_it(dtype, product, layout, rows, seed, infinite):
+    x, grad_output, values = make(layout, rows, dtype, seed)
+    if rows == 0:
+        return
+    source = grad_output if product == "grad_input" else x
+    row, column = seed % rows, seed % source.shape[1]
+    source[row, column] = torch.inf if infinite else torch.nan
+    actual = run(product, x, grad_output, values, layout)
+    mask = to_dense(torch.ones_like(values), layout)
+    touched = torch.zeros_like(actual, dtype=torch.bool)
+    if product == "forward":
+        touched[row] = mask[:, column] != 0
+    elif product == "grad_input":
+        touched[row] = mask[column] != 0
+    else:
+        marked = torch.zeros_like(mask)
+        marked[:, column] = mask[:, column]
+        touched = kept(marked, layout) != 0
+    assert torch.equal(~actual.isfinite(), touched)
+
+
+@every_product
+def test_offsets_pass_32_bits(product):
+    """Rows that lie 2^31 elements apart; memory that is never touched takes no room."""
+    if DEVICE != "cpu":
+        pytest.skip("the memory would be real on a GPU")
+    layout = sk.FanInLayout.random(16, 16, 16, (16, 16))
+    small = make(layout, 2, torch.float16, 0, exact=True)
+    far = []
+    for tensor in small[:2]:
+        memory = torch.from_numpy(np.zeros(2**31 + 16, dtype=np.float16))
+        wide = memory.as_strided((2, 16), (2**31, 1))
+        far.append(wide.copy_(tensor))
+    check(product, (*far, small[2]), layout, exact=True)
+
+
+@every_product
+def test_strided_values_and_bias(product):
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
+    x, grad_output, values = make(layout, 21, torch.float32, 0, exact=True)
+    bias = bias_for(product, layout, torch.float32, 0, exact=True)
+    for view in (
+        values.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        values[:1].expand_as(values),
+        torch._neg_view(values.clone()),
+    ):
+        narrow = None if bias is None else bias[:1].expand_as(bias)
+        check(product, (x, grad_output, view), layout, narrow, exact=True)
+
+
+# ---- the schedule
+
+
+@given(layouts(blocks=BLOCKS))
+def test_longest_lists_start_first(layout):
+    assert backend.build_schedule(layout, "own") == ()
+    (order,) = backend.build_schedule(layout, "transposed")
+    lengths = torch.bincount(layout.indices.flatten().long(), minlength=layout.block_cols)
+    assert sorted(order.tolist()) == list(range(layout.block_cols))
+    assert (lengths[order.long()].diff() <= 0).all()
+    ((shape, dtype),) = backend.schedule_shapes(
+        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, "transposed"
+    )
+    assert (tuple(order.shape), order.dtype) == (shape, dtype)
+    with pytest.raises(ValueError, match="lists must be 'own' or 'transposed', got 'both'"):
+        backend.build_schedule(layout, "both")
+
+
+def test_products_derive_only_the_lists_that_they_walk():
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
+    values = torch.randn(layout.values_shape, device=DEVICE, requires_grad=True)
+    y = sk.sparse_linear(torch.randn(3, 64, device=DEVICE), values, layout, backend="triton")
+    y.sum().backward()
+    assert layout._transposed is None
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    sk.sparse_linear(x, values, layout, backend="triton").sum().backward()
+    assert set(layout.cache) == {"triton.own", "triton.transposed"}
+
+
+# ---- the public functions
+
+
+@both_ways
+@given(layouts(max_features=100, blocks=BLOCKS), tokens(70), st.booleans(), seeds())
+def test_gradients_match_dense(transpose, layout, rows, with_bias, seed):
+    x, grad_output, values = make(layout, rows, torch.float32, seed, exact=True)
+    if transpose:
+        x, grad_output = grad_output, x
+    bias = random((grad_output.shape[1],), torch.float32, torch.Generator().manual_seed(seed), True)
+
+    def leaves(convert):
+        made = [x, values, bias] if with_bias else [x, values]
+        return [convert(t).detach().clone().requires_grad_() for t in made]
+
+    mine = leaves(lambda t: t.to(DEVICE))
+    y = sk.sparse_linear(
+        mine[0], mine[1], layout.to(DEVICE), *mine[2:], backend="triton", transpose=transpose
+    )
+    grads = torch.autograd.grad(y, mine, grad_output.to(DEVICE))
+    theirs = leaves(torch.Tensor.double)
+    weight = to_dense(theirs[1], layout)
+    truth = torch.nn.functional.linear(theirs[0], weight.t() if transpose else weight, *theirs[2:])
+    want = torch.autograd.grad(truth, theirs, grad_output.double())
+    assert torch.equal(y.cpu().double(), truth)
+    for mine_grad, their_grad in zip(grads, want, strict=True):
+        assert torch.equal(mine_grad.cpu().double(), their_grad)
+
+
+def test_second_derivatives_match_the_reference():
+    layout = sk.FanInLayout.random(32, 48, 32, (16, 16), device=DEVICE)
+    results = []
+    for name in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        x = random((9, 48), torch.float32, generator, True).to(DEVICE).requires_grad_()
+        values = random(layout.values_shape, torch.float32, generator, True)
+        values = values.to(DEVICE).requires_grad_()
+        y = sk.sparse_linear(x, values, layout, backend=name)
+        first = torch.autograd.grad(y.square().sum() / 1024, (x, values), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.sum() for g in first), (x, values)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [0, 9])
+def test_opcheck(dtype, rows):
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
+    x, grad_output, values = (t.to(DEVICE) for t in make(layout.to("cpu"), rows, dtype, 0))
+    bias = torch.ones(32, dtype=dtype, device=DEVICE)
+    own = ops._layout_arguments(layout, "triton", "forward")
+    transposed = ops._layout_arguments(layout, "triton", "grad_input")
+    z = torch.randn(rows, 33, device=DEVICE).to(dtype)
+    calls = [
+        ("forward", (x, values, bias, *own, "triton")),
+        ("forward", (x, values, None, *own, "triton")),
+        ("grad_input", (grad_output, values, None, *transposed, "triton")),
+        ("grad_weight", (grad_output, x, *own, "triton")),
+        ("schedule", (own[0], own[1], *own[3:], "triton")),
+        ("schedule", (own[0], transposed[1], *own[3:], "triton")),
+        ("abs_topk", (z, 7, "triton")),
+        ("abs_topk_backward", (z, z, "triton")),
+    ]
+    for name, arguments in calls:
+        torch.library.opcheck(getattr(torch.ops.sparse_kernels, name).default, arguments)
+
+
+@both_ways
+def test_compile_fullgraph_matches_eager(transpose):
+    """The very first use of the layout is under the compiler."""
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
+    x = torch.randn(9, 32 if transpose else 64, device=DEVICE, requires_grad=True)
+    values = torch.randn(layout.values_shape, device=DEVICE, requires_grad=True)
+
+    def step(x, values):
+        y = sk.sparse_linear(x, values, layout, backend="triton", transpose=transpose)
+        return sk.abs_topk(y, 5, "triton").square()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, step):
+        y = function(x, values)
+        results.append((y, *torch.autograd.grad(y.sum(), (x, values))))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ---- AbsTopK
+
+
+def topk_by_op(x, k):
+    return ops.abs_topk(x.to(DEVICE), k, "triton").cpu()
+
+
+@every_dtype
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(0, 4),
+    cols=st.integers(1, 200),
+    share=st.floats(0, 1),
+    seed=seeds(),
+)
+def test_abs_topk_keeps_what_a_stable_sort_keeps(dtype, kind, rows, cols, share, seed):
+    x = draw(kind, rows, cols, dtype, seed)
+    k = max(1, min(cols, round(share * cols)))
+    assert same_bits(topk_by_op(x, k), expected(x, k))
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_abs_topk_of_rows_in_several_chunks(monkeypatch, dtype, kind):
+    monkeypatch.setattr(topk, "_CHUNK", 64)
+    x = draw(kind, 2, 300, dtype, 7)
+    for k in (1, 75, 299):
+        assert same_bits(topk_by_op(x, k), expected(x, k)), k
+
+
+@every_dtype
+def test_abs_topk_of_long_rows(dtype):
+    for cols in (16384, 40001):
+        x = draw("ties", 1, cols, dtype, 3)
+        for k in (1, cols // 4):
+            assert same_bits(topk_by_op(x, k), expected(x, k)), (cols, k)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["transposed", "row_gap", "col_step", "one_row", "one_column"])
+def test_abs_topk_and_its_gradient_take_any_strides(dtype, kind):
+    generator = torch.Generator().manual_seed(0)
+    x = strided(5, 70, kind, dtype, generator)
+    y = topk_by_op(x, 20)
+    assert y.is_contiguous()
+    assert same_bits(y, expected(x, 20))
+    grad = strided(5, 70, kind, dtype, generator)
+    kept_y = strided(5, 70, "col_step", dtype, generator).mul_(torch.rand(5, 70) < 0.5)
+    kept_y[0, :3] = torch.tensor([torch.nan, -0.0, 0.0]).to(dtype)
+    mine = ops.abs_topk_backward(grad.to(DEVICE), kept_y.to(DEVICE), "triton").cpu()
+    assert mine.is_contiguous()
+    assert same_bits(mine, reference.abs_topk_backward(grad, kept_y))
+
+
+# ---- what is refused, and how
+
+
+def problem(**changes):
+    good = {
+        "device": DEVICE,
+        "dtype": torch.float32,
+        "product": "forward",
+        "out_features": 64,
+        "in_features": 64,
+        "fan_in": 32,
+        "block": (16, 32),
+    }
+    return Problem(**{**good, **changes})
+
+
+def test_every_block_and_dtype_that_is_promised_can_run():
+    sides = (16, 32, 64, 128)
+    for block in [(out, into) for out in sides for into in sides]:
+        for dtype in DTYPES:
+            for product in PRODUCTS:
+                made = problem(block=block, dtype=dtype, product=product)
+                assert backend.why_not(made) is None, made
+    topk_problem = Problem(DEVICE, torch.bfloat16, "abs_topk")
+    assert backend.why_not(topk_problem) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "meta"}, ["cuda", "meta"]),
+        ({"device": "mps"}, ["cuda", "mps"]),
+        ({"dtype": torch.float64}, ["float32, bfloat16 and float16", "torch.float64"]),
+        ({"block": (1, 1)}, ["16, 32, 64, 128", "(1, 1)"]),
+        ({"block": (16, 1)}, ["16, 32, 64, 128", "(16, 1)"]),
+        ({"block": (24, 16)}, ["16, 32, 64, 128", "(24, 16)"]),
+        ({"block": (16, 256)}, ["16, 32, 64, 128", "(16, 256)"]),
+        ({"in_features": 2**31}, ["1073741824", "2147483648"]),
+        ({"product": "abs_topk", "dtype": torch.float64}, ["float16", "torch.float64"]),
+    ],
+)
+def test_why_not_names_what_it_got_and_needs(changes, words):
+    reason = backend.why_not(problem(**changes))
+    assert reason is not None
+    for word in words:
+        assert word in reason
+
+
+def test_the_launchers_check_their_own_arguments():
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
+    x, dy = torch.ones(5, 64, device=DEVICE), torch.ones(5, 32, device=DEVICE)
+    values = torch.ones(layout.values_shape, device=DEVICE)
+    narrow = sk.FanInLayout.random(32, 64, 32, (16, 8), device=DEVICE)
+    narrow_values = torch.ones(narrow.values_shape, device=DEVICE)
+    bias = torch.ones(32, device=DEVICE)
+    refused = [
+        (lambda: backend.forward(x[:, 1:], values, layout), "x must have shape"),
+        (lambda: backend.forward(x[0], values, layout), "x must have shape"),
+        (lambda: backend.forward(x, values[1:], layout), "values must have shape"),
+        (lambda: backend.forward(x, values.half(), layout), "values must be torch.float32"),
+        (lambda: backend.forward(x.double(), values.double(), layout), "x must be float32, bf"),
+        (lambda: backend.forward(x, values, layout, bias[1:]), "bias must have shape"),
+        (lambda: backend.forward(x, values, layout, bias.half()), "bias must be torch.float32"),
+        (lambda: backend.forward(x.to("meta"), values, layout), "x must be on a cuda device"),
+        (lambda: backend.forward(x, values.to("meta"), layout), "values must be on"),
+        (lambda: backend.forward(x, narrow_values, narrow), r"layout cannot run.*\(16, 8\)"),
+        (lambda: backend.grad_input(dy[:, 1:], values, layout), "grad_output must have shape"),
+        (lambda: backend.grad_input(dy, values, layout, bias), "bias must have shape"),
+        (lambda: backend.grad_weight(dy, x[1:], layout), "x must have shape"),
+        (lambda: backend.grad_weight(dy, x.half(), layout), "x must be torch.float32"),
+        (lambda: backend.grad_weight(dy[:, 1:], x, layout), "grad_output must have shape"),
+        (lambda: backend.abs_topk(x[0], 1), "x must have shape"),
+        (lambda: backend.abs_topk(x, 0), "k must be from 1 to 64"),
+        (lambda: backend.abs_topk(x, 65), "k must be from 1 to 64.*got 65"),
+        (lambda: backend.abs_topk_backward(dy, x), "y must have shape"),
+        (lambda: backend.abs_topk_backward(x.half(), x), "y must be torch.float16"),
+    ]
+    for call, message in refused:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+class Failing:
+    """A kernel whose launch fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            raise self.error
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (OutOfResources(300000, 232448, "shared memory"), RuntimeError),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_failures_name_the_product_and_the_problem(monkeypatch, error, becomes):
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
+    tensors = make(layout, 5, torch.float32, 0)
+    monkeypatch.setattr(gather, "gather_kernel", Failing(error))
+    monkeypatch.setattr(sampled, "sampled_kernel", Failing(error))
+    monkeypatch.setattr(topk, "topk_kernel", Failing(error))
+    for product in PRODUCTS:
+        with pytest.raises(becomes, match=f"triton {product} of .*torch.float32") as caught:
+            run(product, *tensors, layout)
+        assert type(caught.value) is becomes
+        assert "block=(16, 16)" in str(caught.value)
+        assert str(error) in str(caught.value)
+    with pytest.raises(becomes, match=r"triton abs_topk of \(5, 64\) in torch.float32"):
+        topk_by_op(tensors[0], 3)
+
+
+def test_a_mistake_in_a_launcher_is_not_dressed_up(monkeypatch):
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
+    monkeypatch.setattr(gather, "gather_kernel", Failing(AttributeError("a mistake")))
+    with pytest.raises(AttributeError, match=r"^a mistake$"):
+        run("forward", *make(layout, 5, torch.float32, 0), layout)
+
+
+def test_too_many_programs_are_refused(monkeypatch):
+    from sparse_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "_MAX_PROGRAMS", 3)
+    layout = sk.FanInLayout.random(64, 64, 32, (16, 16))
+    with pytest.raises(ValueError, match="x has too many rows: 4 programs, the limit is 3"):
+        run("forward", *make(layout, 5, torch.float32, 0), layout)
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0 or more.*7\.5"):
+        tiles.family(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [
+        ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"), ((12, 0), "sm_80"),
+    ],
+)  # fmt: skip
+def test_every_gpu_has_a_family(monkeypatch, capability, family):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles.family(torch.device("cuda", 0)) == family
+
+
+def test_cpu_tensors_take_triton_only_by_name():
+    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
+    x = torch.ones(3, 64)
+    if DEVICE == "cpu":
+        assert dict(sk.available_backends(x, layout))["triton"] is None
+        with pytest.raises(RuntimeError, match=r"triton: .*only when asked for by name"):
+            backends.choose(backends.problem_of(x.half(), layout, "forward"))
+    assert backends.choose(backends.problem_of(x, layout, "forward")) == "cpu"
+
+
+def outside(program, **changes):
+    """What a fresh process prints, by default without TRITON_INTERPRET."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**env, **changes}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_cpu_tensors_need_the_interpreter():
+    program = """
+import sys, torch, sparse_kernels as sk
+layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
+print(dict(sk.available_backends(torch.ones(3, 64), layout))["triton"], "triton" in sys.modules)
+"""
+    assert outside(program) == "it runs on cuda tensors, and the device is cpu False"
+    assert outside(program, TRITON_INTERPRET="1") == "None False"
+
+
+@pytest.mark.parametrize(
+    "missing", ["sys.modules['triton'] = None", "sys.meta_path.insert(0, Nothing())"]
+)
+def test_a_missing_triton_is_named(missing):
+    program = f"""
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+{missing}
+import torch, sparse_kernels as sk
+from sparse_kernels.layout import Problem
+print(sk.triton.why_not(Problem("cuda", torch.float32, "abs_topk")))
+try:
+    sk.triton.abs_topk(torch.ones(2, 3), 1)
+except RuntimeError as error:
+    print(error)
+"""
+    first, second = outside(program, TRITON_INTERPRET="1").splitlines()
+    assert first == second
+    assert "triton is not installed" in first
+
+
+# ---- tiles
+
+
+def test_float32_is_exact_unless_tf32_is_allowed():
+    from sparse_kernels.triton.launch import precision
+
+    assert precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
+        assert tiles.numbers(torch.bfloat16) == "half"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert tiles.numbers(torch.float32) == "ieee"
+
+
+def test_a_search_takes_the_fastest_that_fits(monkeypatch):
+    first = tiles.frozen("gather", "sm_80", "half", 32)
+    candidates = tiles.candidates(first)
+    assert candidates[0] == first
+    best = candidates[3]
+    launched = []
+
+    def launch(tile):
+        if tile.block_m == 256:
+            raise OutOfResources(1, 0, "shared memory")
+        launched.append(tile)
+
+    def bench(function):
+        function()
+        return 1.0 if launched[-1] == best else 2.0
+
+    monkeypatch.setattr(tiles.triton.testing, "do_bench", bench)
+    assert tiles._fastest(launch, first) == best
+    assert launched == [tile for tile in candidates if tile.block_m != 256]

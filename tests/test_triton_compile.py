@@ -1,0 +1,124 @@
+"""Every tile of the Triton backend is compiled ahead of time for its GPUs, which need not be there.
+
+The compiler says what a launch would use: registers that it had to spill to memory, shared memory,
+and the instructions that multiply. tile_report.py does the compiling, in one process for all,
+because a process that interprets cannot compile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sparse_kernels.triton import tiles
+
+REPORT = Path(__file__).parent / "tile_report.py"
+KIB = 1024
+# What a program may have. The sm_80 column also serves the GPUs of its generation that have least.
+SHARED = {80: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+TENSOR_CORE = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+PRODUCTS = ("gather_kernel", "sampled_kernel")
+
+
+def compile_all(which, cache):
+    hidden = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "PYTHONPATH")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    # The package that the tests import is the one that is compiled, from wherever they run.
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, str(REPORT), which],
+        env={**env, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return compile_all("table", tmp_path_factory.mktemp("triton"))
+
+
+def name(made):
+    return f"{made['kernel']} sm_{made['capability']} {made['numbers']} {made['what']}"
+
+
+def bad(report, wrong):
+    """The names of what is wrong, for a message that tells all of them."""
+    return [(name(made), made["tile"]) for made in report if wrong(made)]
+
+
+def test_every_tile_of_the_table_is_compiled(report):
+    compiled = {
+        (made["kernel"].removesuffix("_kernel"), made["numbers"], made["capability"], out)
+        for made in report
+        if made["kernel"] in PRODUCTS
+        for out in [int(made["what"].split()[-1])]
+        if made["tile"]
+        == list(
+            tiles.frozen(
+                made["kernel"].removesuffix("_kernel"),
+                f"sm_{made['capability']}",
+                made["numbers"],
+                out,
+            )
+        )
+    }
+    table = {
+        (kernel, numbers, int(family.removeprefix("sm_")), out)
+        for kernel, _, numbers in tiles.TABLE
+        for family in tiles.FAMILIES
+        for out in (16, 32, 64, 128)
+    }
+    assert compiled == table
+    assert len(table) == 2 * 3 * 3 * 4
+
+
+def test_no_register_is_spilled(report):
+    assert bad(report, lambda made: made["stack"] != 0) == []
+    assert all(made["registers"] > 0 for made in report)
+
+
+def test_shared_memory_fits(report):
+    assert bad(report, lambda made: made["shared"] > SHARED[made["capability"]]) == []
+    assert bad(report, lambda made: made["kernel"] in PRODUCTS and made["shared"] == 0) == []
+
+
+def test_tensor_cores_multiply(report):
+    """The instruction of the generation and no other, except in exact float32, which has none."""
+
+    def wrong(made):
+        if made["kernel"] not in PRODUCTS:
+            return False
+        used = {key for key in ("mma", "wgmma", "tcgen05") if made[key]}
+        if made["numbers"] == "ieee":
+            return bool(used) or not made["fma"]
+        return used != {TENSOR_CORE[made["capability"]]}
+
+    assert bad(report, wrong) == []
+
+
+def test_tiles_are_copied_ahead_in_16_bytes(report):
+    """Gathered tiles arrive by asynchronous wide copies: the compiler knows that runs are aligned.
+
+    Not so the tokens of `sampled` in TF32 on newer GPUs, which are transposed on their way.
+    """
+
+    def wrong(made):
+        transposes = made["kernel"] == "sampled_kernel" and made["numbers"] == "tf32"
+        if made["kernel"] not in PRODUCTS or (transposes and made["capability"] > 80):
+            return False
+        return made["async_copy_16"] < made["tile"][3] - 2
+
+    assert bad(report, wrong) == []
+
+
+def test_a_tile_that_is_too_large_is_noticed(tmp_path):
+    (made,) = compile_all("spilling", tmp_path)
+    assert made["stack"] > 0

@@ -1,0 +1,180 @@
+"""Compiles the Triton kernels ahead of time and prints what the compiler made of them, as JSON.
+
+It needs no GPU, but a process that does not interpret: test_triton_compile.py runs it as a program,
+`python tile_report.py table` for every choice of the tile table and `... spilling` for a tile that
+is known to be too large. Each kernel is specialised as its launcher specialises it for aligned,
+row-major tensors.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_kernels.triton import gather, sampled, tiles, topk
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+# Integers of which 16 is a divisor in sizes that people use, and those of which it may not be.
+ALIGNED = {"stride_xm", "stride_gm", "stride_ym", "cols", "tokens_per_piece", "size"}
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "fma": r"\bfma\.rn\.f32",
+    "async_copy_16": r"\bcp\.async\.cg[^;]*\b0x10\b",
+}
+
+
+def compile_one(case: dict) -> dict:
+    """`case` with registers, stack, shared memory in bytes, and counts of instructions added."""
+    kernel = getattr(MODULES[case["module"]], case["kernel"])
+    constants = case["constants"]
+    signature, values, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(position,)] = constants[name]
+            continue
+        pointer = name.endswith("_ptr")
+        signature[name] = case["pointers"].get(name, case["pointer"]) if pointer else "i32"
+        if pointer or name in ALIGNED:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", case["capability"], 32),
+        options={"num_warps": case["tile"][2], "num_stages": case["tile"][3]},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    counts = {
+        name: len(re.findall(pattern, compiled.asm["ptx"]))
+        for name, pattern in INSTRUCTIONS.items()
+    }
+    return {
+        **{key: case[key] for key in ("kernel", "capability", "numbers", "dtype", "tile", "what")},
+        "registers": int(found[1]),
+        "stack": int(found[2]) + int(found[3]),
+        "shared": compiled.metadata.shared,
+        **counts,
+    }
+
+
+MODULES = {"gather": gather, "sampled": sampled, "topk": topk}
+INTEGERS = {
+    "sources_ptr": "*i32",
+    "slots_ptr": "*i32",
+    "order_ptr": "*i32",
+    "offsets_ptr": "*i64",
+    "indices_ptr": "*i32",
+    "pieces_ptr": "*fp32",
+}
+
+
+def make(module, kernel, family, numbers, dtype, tile, what, constants, pointers=None) -> dict:
+    return {
+        "module": module,
+        "kernel": kernel,
+        "capability": int(family.removeprefix("sm_")),
+        "numbers": numbers,
+        "dtype": dtype,
+        "tile": tuple(tile),
+        "what": what,
+        "constants": constants,
+        "pointer": POINTERS[dtype],
+        "pointers": {**INTEGERS, **(pointers or {})},
+    }
+
+
+def gather_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
+    constants = {
+        "stride_xk": 1,
+        "OUT": out,
+        "IN": into,
+        "TRANSPOSED": transposed,
+        "HAS_BIAS": True,
+        "EVEN_K": not transposed or into % tile.block_k == 0,
+        "PRECISION": "tf32" if numbers == "tf32" else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+    }
+    if not transposed:
+        constants |= {"slots_ptr": None, "offsets_ptr": None, "order_ptr": None}
+    what = f"{'transposed' if transposed else 'own'} {into} to {out}"
+    return make("gather", "gather_kernel", family, numbers, dtype, tile, what, constants)
+
+
+def sampled_case(family, numbers, dtype, out, into, tile) -> dict:
+    constants = {
+        "stride_gn": 1,
+        "stride_xk": 1,
+        "OUT": out,
+        "IN": into,
+        "PRECISION": "tf32" if numbers == "tf32" else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+    }
+    what, parts = f"{into} to {out}", {"out_ptr": "*fp32"}
+    return make("sampled", "sampled_kernel", family, numbers, dtype, tile, what, constants, parts)
+
+
+def topk_cases(family, dtype):
+    for cols in (256, 4096, 16384, 100000):
+        size, warps = topk.chunk(cols)
+        constants = {
+            "stride_xn": 1,
+            "BITS": 31 if dtype == "float32" else 15,
+            "INFINITY": 0x7F800000 if dtype == "float32" else 0x7F80,
+            "ONE_CHUNK": cols <= size,
+            "CHUNK": size,
+        }
+        tile = (size, 0, warps, 3)
+        yield make("topk", "topk_kernel", family, "none", dtype, tile, str(cols), constants)
+    constants = {"stride_gn": 1, "stride_yn": 1, "BLOCK": 1024}
+    tile = (1024, 0, 4, 3)
+    yield make("topk", "topk_backward_kernel", family, "none", dtype, tile, "", constants)
+    yield make("sampled", "sum_kernel", family, "none", dtype, tile, "", {"BLOCK": 1024})
+
+
+def table_cases():
+    sides = (16, 32, 64, 128)
+    for family in tiles.FAMILIES:
+        for numbers in ("half", "tf32", "ieee"):
+            dtype = "bfloat16" if numbers == "half" else "float32"
+            for out in sides:
+                for into in sides:
+                    tile = tiles.frozen("gather", family, numbers, out)
+                    for transposed in (False, True):
+                        yield gather_case(family, numbers, dtype, out, into, transposed, tile)
+                    tile = tiles.frozen("sampled", family, numbers, out)
+                    yield sampled_case(family, numbers, dtype, out, into, tile)
+        tile = tiles.frozen("gather", family, "half", 32)
+        yield gather_case(family, "half", "float16", 32, 16, False, tile)
+        tile = tiles.frozen("sampled", family, "half", 32)
+        yield sampled_case(family, "half", "float16", 32, 16, tile)
+        for dtype in ("bfloat16", "float32"):
+            yield from topk_cases(family, dtype)
+
+
+def spilling_cases():
+    tile = tiles.Tile(256, 32, 4, 2)
+    yield gather_case("sm_80", "ieee", "float32", 128, 128, False, tile)
+
+
+if __name__ == "__main__":
+    cases = list({"table": table_cases, "spilling": spilling_cases}[sys.argv[1]]())
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("fork")) as pool:
+        json.dump(list(pool.map(compile_one, cases, chunksize=4)), sys.stdout)
