@@ -27,7 +27,7 @@ def compiler() -> str:
 
 
 def build(name: str, sources: list[Path], flags: list[str]) -> Path:
-    """The path of the extension module `name`; built again only if a source or a flag changed.
+    """The path of the library `name`; built again only if a source or a flag changed.
 
     Raises:
         AssertionError: it does not compile; the message is the compiler's.
