@@ -7,6 +7,7 @@ public functions are held against dense PyTorch further down.
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,15 +204,15 @@ def test_a_bad_element_reaches_only_what_reads_it(dtype, product, layout, rows, 
 
 @every_product
 def test_offsets_pass_32_bits(product):
-    """Rows that lie 2^31 elements apart; memory that is never touched takes no room."""
+    """The third row lies 2^31 elements in; memory that is never touched takes no room."""
     if DEVICE != "cpu":
         pytest.skip("the memory would be real on a GPU")
     layout = sk.FanInLayout.random(16, 16, 16, (16, 16))
-    small = make(layout, 2, torch.float16, 0, exact=True)
+    small = make(layout, 3, torch.float16, 0, exact=True)
     far = []
     for tensor in small[:2]:
         memory = torch.from_numpy(np.zeros(2**31 + 16, dtype=np.float16))
-        wide = memory.as_strided((2, 16), (2**31, 1))
+        wide = memory.as_strided((3, 16), (2**30, 1))
         far.append(wide.copy_(tensor))
     check(product, (*far, small[2]), layout, exact=True)
 
@@ -646,3 +647,21 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     monkeypatch.setattr(tiles.triton.testing, "do_bench", bench)
     assert tiles._fastest(launch, first) == best
     assert launched == [tile for tile in candidates if tile.block_m != 256]
+
+
+def test_a_search_runs_once_for_each_problem_and_only_on_request(monkeypatch, capsys):
+    monkeypatch.setattr(tiles, "family", lambda device: "sm_80")
+    monkeypatch.setattr(tiles, "_tuned", {})
+    first, other = tiles.candidates(tiles.frozen("gather", "sm_80", "half", 32))[:2]
+    monkeypatch.setattr(tiles, "_fastest", lambda launch, tile: searched.append(tile) or other)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16, is_cuda=True)
+    searched, launched = [], []
+    tiles.run(launched.append, "gather", x, 32, ("forward",))
+    assert (searched, launched) == ([], [first])
+    monkeypatch.setattr(tiles, "_TUNE", True)
+    for _ in range(2):
+        tiles.run(launched.append, "gather", x, 32, ("forward",))
+    assert (searched, launched) == ([first], [first, other, other])
+    assert str(other) in capsys.readouterr().err
+    tiles.run(launched.append, "gather", x, 32, ("grad_input",))
+    assert searched == [first, first]

@@ -4,6 +4,9 @@ Blocks have both sides a power of two from 16 to 128, so that a block is a tile 
 Sums are float32; float32 inputs are multiplied exactly (IEEE) unless PyTorch is told to allow TF32.
 Nothing is added atomically: the same inputs give the same bits.
 
+`gather.py` serves `forward` and `grad_input`, `sampled.py` `grad_weight`, `topk.py` `abs_topk`. (A
+file of the same name as a function would take its place in this package once it is imported.)
+
 triton itself is imported when a kernel runs for the first time, never by `import sparse_kernels`.
 With TRITON_INTERPRET=1 in the environment the kernels are interpreted, slowly, on cpu tensors.
 """
