@@ -163,22 +163,33 @@ inline void run_block(Block& b, const std::vector<unsigned>& order) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main, 0);
     }
+    // Warp by warp, and within a warp in the same order. Each runs as far as it gets on its own, so
+    // that a warp that no barrier holds back overtakes the others by as much as it can.
+    std::vector<std::vector<unsigned>> warps((threads + kWarpLanes - 1) / kWarpLanes);
+    std::vector<unsigned> warp_order;
+    for (const unsigned rank : order) {
+        std::vector<unsigned>& warp = warps[rank / kWarpLanes];
+        if (warp.empty()) warp_order.push_back(rank / kWarpLanes);
+        warp.push_back(rank);
+    }
     for (;;) {
         bool moved = false;
-        for (const unsigned rank : order) {
-            Fiber& fiber = b.fibers[rank];
-            if (fiber.state != Fiber::kRuns) continue;
-            run(fiber);
-            moved = true;
-            if (!b.error.empty()) throw std::runtime_error(b.error);
-        }
-        // A warp goes on when all of its lanes have come to the operation.
-        for (unsigned first = 0; first < threads; first += kWarpLanes) {
-            const unsigned end = std::min(threads, first + kWarpLanes);
-            const auto waits = [&](Fiber& f) { return f.state == Fiber::kAtWarp; };
-            if (std::all_of(&b.fibers[first], &b.fibers[0] + end, waits)) {
-                for (unsigned i = first; i < end; ++i) b.fibers[i].state = Fiber::kRuns;
-                moved = true;
+        for (const unsigned warp : warp_order) {
+            const auto state_is = [&](int state) {
+                return [&b, state](unsigned rank) { return b.fibers[rank].state == state; };
+            };
+            const std::vector<unsigned>& lanes = warps[warp];
+            while (std::any_of(lanes.begin(), lanes.end(), state_is(Fiber::kRuns))) {
+                for (const unsigned rank : lanes) {
+                    if (b.fibers[rank].state != Fiber::kRuns) continue;
+                    run(b.fibers[rank]);
+                    moved = true;
+                    if (!b.error.empty()) throw std::runtime_error(b.error);
+                }
+                // The warp goes on when all of its lanes have come to the operation.
+                if (std::all_of(lanes.begin(), lanes.end(), state_is(Fiber::kAtWarp))) {
+                    for (const unsigned rank : lanes) b.fibers[rank].state = Fiber::kRuns;
+                }
             }
         }
         const auto count = [&](int state) {
