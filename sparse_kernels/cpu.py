@@ -13,7 +13,7 @@ from types import ModuleType
 import torch  # before the extension, so that both share one OpenMP runtime
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Problem, check_tensor
 
 _missing: str | None = None
 try:
@@ -187,13 +187,7 @@ def _check_device(name: str, tensor: Tensor) -> None:
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
     _check_device(name, tensor)
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+    check_tensor(name, tensor, shape, dtype)
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:

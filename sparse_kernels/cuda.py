@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Problem, check_tensor
 
 _missing: str | None = None
 try:
@@ -160,14 +160,7 @@ def _check(
     device: torch.device,
 ) -> None:
     _check_device(name, tensor, device)
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
-        wanted += "," if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+    check_tensor(name, tensor, shape, dtype)
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:

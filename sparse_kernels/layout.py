@@ -71,6 +71,20 @@ def check_int(name: str, value: object, minimum: int = 1) -> int:
     return value
 
 
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    """Raises TypeError or ValueError unless `tensor` has this dtype and shape; None is any size."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        wanted += "," if len(shape) == 1 else ""
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+
+
 def check_block(block: object) -> tuple[int, int]:
     """Returns `block` as a pair of positive ints, or raises TypeError or ValueError."""
     if not isinstance(block, (tuple, list)) or len(block) != 2:

@@ -4,9 +4,6 @@ The launchers are reached through the registered ops, which take float16 on the 
 public functions are held against dense PyTorch further down.
 """
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,15 +27,14 @@ from oracle import (
 from test_abs_topk import KINDS, draw, expected, same_bits
 
 import sparse_kernels as sk
-from sparse_kernels import backends, ops, reference
+from sparse_kernels import ops, reference
 from sparse_kernels import triton as backend
-from sparse_kernels.layout import Problem
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.errors import OutOfResources
 
-from sparse_kernels.triton import gather, sampled, tiles, topk
+from sparse_kernels.triton import sampled, tiles, topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -400,213 +396,6 @@ def test_abs_topk_and_its_gradient_take_any_strides(dtype, kind):
     mine = ops.abs_topk_backward(grad.to(DEVICE), kept_y.to(DEVICE), "triton").cpu()
     assert mine.is_contiguous()
     assert same_bits(mine, reference.abs_topk_backward(grad, kept_y))
-
-
-# ---- what is refused, and how
-
-
-def problem(**changes):
-    good = {
-        "device": DEVICE,
-        "dtype": torch.float32,
-        "product": "forward",
-        "out_features": 64,
-        "in_features": 64,
-        "fan_in": 32,
-        "block": (16, 32),
-    }
-    return Problem(**{**good, **changes})
-
-
-def test_every_block_and_dtype_that_is_promised_can_run():
-    sides = (16, 32, 64, 128)
-    for block in [(out, into) for out in sides for into in sides]:
-        for dtype in DTYPES:
-            for product in PRODUCTS:
-                made = problem(block=block, dtype=dtype, product=product)
-                assert backend.why_not(made) is None, made
-    topk_problem = Problem(DEVICE, torch.bfloat16, "abs_topk")
-    assert backend.why_not(topk_problem) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"device": "meta"}, ["cuda", "meta"]),
-        ({"device": "mps"}, ["cuda", "mps"]),
-        ({"dtype": torch.float64}, ["float32, bfloat16 and float16", "torch.float64"]),
-        ({"block": (1, 1)}, ["16, 32, 64, 128", "(1, 1)"]),
-        ({"block": (16, 1)}, ["16, 32, 64, 128", "(16, 1)"]),
-        ({"block": (24, 16)}, ["16, 32, 64, 128", "(24, 16)"]),
-        ({"block": (16, 256)}, ["16, 32, 64, 128", "(16, 256)"]),
-        ({"in_features": 2**31}, ["1073741824", "2147483648"]),
-        ({"product": "abs_topk", "dtype": torch.float64}, ["float16", "torch.float64"]),
-    ],
-)
-def test_why_not_names_what_it_got_and_needs(changes, words):
-    reason = backend.why_not(problem(**changes))
-    assert reason is not None
-    for word in words:
-        assert word in reason
-
-
-def test_the_launchers_check_their_own_arguments():
-    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
-    x, dy = torch.ones(5, 64, device=DEVICE), torch.ones(5, 32, device=DEVICE)
-    values = torch.ones(layout.values_shape, device=DEVICE)
-    narrow = sk.FanInLayout.random(32, 64, 32, (16, 8), device=DEVICE)
-    narrow_values = torch.ones(narrow.values_shape, device=DEVICE)
-    bias = torch.ones(32, device=DEVICE)
-    refused = [
-        (lambda: backend.forward(x[:, 1:], values, layout), "x must have shape"),
-        (lambda: backend.forward(x[0], values, layout), "x must have shape"),
-        (lambda: backend.forward(x, values[1:], layout), "values must have shape"),
-        (lambda: backend.forward(x, values.half(), layout), "values must be torch.float32"),
-        (lambda: backend.forward(x.double(), values.double(), layout), "x must be float32, bf"),
-        (lambda: backend.forward(x, values, layout, bias[1:]), "bias must have shape"),
-        (lambda: backend.forward(x, values, layout, bias.half()), "bias must be torch.float32"),
-        (lambda: backend.forward(x.to("meta"), values, layout), "x must be on a cuda device"),
-        (lambda: backend.forward(x, values.to("meta"), layout), "values must be on"),
-        (lambda: backend.forward(x, narrow_values, narrow), r"layout cannot run.*\(16, 8\)"),
-        (lambda: backend.grad_input(dy[:, 1:], values, layout), "grad_output must have shape"),
-        (lambda: backend.grad_input(dy, values, layout, bias), "bias must have shape"),
-        (lambda: backend.grad_weight(dy, x[1:], layout), "x must have shape"),
-        (lambda: backend.grad_weight(dy, x.half(), layout), "x must be torch.float32"),
-        (lambda: backend.grad_weight(dy[:, 1:], x, layout), "grad_output must have shape"),
-        (lambda: backend.abs_topk(x[0], 1), "x must have shape"),
-        (lambda: backend.abs_topk(x, 0), "k must be from 1 to 64"),
-        (lambda: backend.abs_topk(x, 65), "k must be from 1 to 64.*got 65"),
-        (lambda: backend.abs_topk_backward(dy, x), "y must have shape"),
-        (lambda: backend.abs_topk_backward(x.half(), x), "y must be torch.float16"),
-    ]
-    for call, message in refused:
-        with pytest.raises((TypeError, ValueError), match=message):
-            call()
-
-
-class Failing:
-    """A kernel whose launch fails."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            raise self.error
-
-        return launch
-
-
-@pytest.mark.parametrize(
-    ("error", "becomes"),
-    [
-        (OutOfResources(300000, 232448, "shared memory"), RuntimeError),
-        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), RuntimeError),
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
-    ],
-)
-def test_failures_name_the_product_and_the_problem(monkeypatch, error, becomes):
-    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-    tensors = make(layout, 5, torch.float32, 0)
-    monkeypatch.setattr(gather, "gather_kernel", Failing(error))
-    monkeypatch.setattr(sampled, "sampled_kernel", Failing(error))
-    monkeypatch.setattr(topk, "topk_kernel", Failing(error))
-    for product in PRODUCTS:
-        with pytest.raises(becomes, match=f"triton {product} of .*torch.float32") as caught:
-            run(product, *tensors, layout)
-        assert type(caught.value) is becomes
-        assert "block=(16, 16)" in str(caught.value)
-        assert str(error) in str(caught.value)
-    with pytest.raises(becomes, match=r"triton abs_topk of \(5, 64\) in torch.float32"):
-        topk_by_op(tensors[0], 3)
-
-
-def test_a_mistake_in_a_launcher_is_not_dressed_up(monkeypatch):
-    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-    monkeypatch.setattr(gather, "gather_kernel", Failing(AttributeError("a mistake")))
-    with pytest.raises(AttributeError, match=r"^a mistake$"):
-        run("forward", *make(layout, 5, torch.float32, 0), layout)
-
-
-def test_too_many_programs_are_refused(monkeypatch):
-    from sparse_kernels.triton import launch
-
-    monkeypatch.setattr(launch, "_MAX_PROGRAMS", 3)
-    layout = sk.FanInLayout.random(64, 64, 32, (16, 16))
-    with pytest.raises(ValueError, match="x has too many rows: 4 programs, the limit is 3"):
-        run("forward", *make(layout, 5, torch.float32, 0), layout)
-
-
-def test_old_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0 or more.*7\.5"):
-        tiles.family(torch.device("cuda", 0))
-
-
-@pytest.mark.parametrize(
-    ("capability", "family"),
-    [
-        ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
-        ((10, 3), "sm_100"), ((12, 0), "sm_80"),
-    ],
-)  # fmt: skip
-def test_every_gpu_has_a_family(monkeypatch, capability, family):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert tiles.family(torch.device("cuda", 0)) == family
-
-
-def test_cpu_tensors_take_triton_only_by_name():
-    layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-    x = torch.ones(3, 64)
-    if DEVICE == "cpu":
-        assert dict(sk.available_backends(x, layout))["triton"] is None
-        with pytest.raises(RuntimeError, match=r"triton: .*only when asked for by name"):
-            backends.choose(backends.problem_of(x.half(), layout, "forward"))
-    assert backends.choose(backends.problem_of(x, layout, "forward")) == "cpu"
-
-
-def outside(program, **changes):
-    """What a fresh process prints, by default without TRITON_INTERPRET."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**env, **changes}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_cpu_tensors_need_the_interpreter():
-    program = """
-import sys, torch, sparse_kernels as sk
-layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-print(dict(sk.available_backends(torch.ones(3, 64), layout))["triton"], "triton" in sys.modules)
-"""
-    assert outside(program) == "it runs on cuda tensors, and the device is cpu False"
-    assert outside(program, TRITON_INTERPRET="1") == "None False"
-
-
-@pytest.mark.parametrize(
-    "missing", ["sys.modules['triton'] = None", "sys.meta_path.insert(0, Nothing())"]
-)
-def test_a_missing_triton_is_named(missing):
-    program = f"""
-import sys
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-{missing}
-import torch, sparse_kernels as sk
-from sparse_kernels.layout import Problem
-print(sk.triton.why_not(Problem("cuda", torch.float32, "abs_topk")))
-try:
-    sk.triton.abs_topk(torch.ones(2, 3), 1)
-except RuntimeError as error:
-    print(error)
-"""
-    first, second = outside(program, TRITON_INTERPRET="1").splitlines()
-    assert first == second
-    assert "triton is not installed" in first
 
 
 # ---- tiles

@@ -23,7 +23,7 @@ constexpr int64_t kChunkBytes = 32 << 10;
 constexpr int64_t kTileBytes = int64_t{5} << 17;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
 constexpr int64_t kDotTokens = 1;
-// The same for rows whose weights lie in a row and share nothing.
+// The same for blocks of one weight.
 constexpr int64_t kDotTokensUnshared = 2;
 
 // A sum is taken in stretches that are added up at the end, so that its rounding error grows with

@@ -19,7 +19,7 @@ import os
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Problem, check_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIDES = (16, 32, 64, 128)
@@ -105,13 +105,7 @@ def _check(
 ) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+    check_tensor(name, tensor, shape, dtype)
 
 
 def _check_first(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
