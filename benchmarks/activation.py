@@ -2,6 +2,7 @@
 
     python -m benchmarks.activation                  in about two minutes
     python -m benchmarks.activation --smoke          tiny shapes, in seconds
+    python -m benchmarks.activation --device cuda    on a GPU, from a cold second-level cache
 
 The baseline keeps the entries as users do: the indices of `x.abs().topk(k)`, gather, scatter into
 zeros; with and without `sorted`, and the faster one counts. Its backward is autograd's. Correctness
@@ -23,17 +24,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import report, roofline, timing
-from benchmarks.problems import DTYPES
-from sparse_kernels import cpu, reference
+from benchmarks import devices, report, roofline
+from benchmarks.machine import Machine
+from benchmarks.problems import CPU_DTYPES, DTYPES
+from sparse_kernels import backends, cpu, reference
 from sparse_kernels.activation import abs_topk
+from sparse_kernels.layout import Problem
 
 BUDGET_S = 1.5
 SMOKE_BUDGET_S = 0.01
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
 TOKENS = 2048
-# M, D, D / k, and the speed-up that the forward must reach there in float32.
-GOAL = (2048, 8192, 4, 12.0)
+GPU_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The speed-up that the forward must reach at `(tokens, width)`, k = width / share."""
+
+    tokens: int
+    width: int
+    share: int
+    dtype: str
+    speedup: float
+
+
+GOALS = {
+    "cpu": Goal(TOKENS, 8192, 4, "float32", 12.0),
+    "cuda": Goal(GPU_TOKENS, 8192, 4, "bfloat16", 20.0),
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +69,13 @@ class Case:
         return self.width // self.share
 
 
-def list_cases(*, smoke: bool) -> list[Case]:
+def list_cases(*, smoke: bool, device: str = "cpu") -> list[Case]:
     """The cases to run."""
-    tokens, widths = (33, (64, 300)) if smoke else (TOKENS, WIDTHS)
+    many = TOKENS if device == "cpu" else GPU_TOKENS
+    tokens, widths = (33, (64, 300)) if smoke else (many, WIDTHS)
     return [
         Case(tokens, width, share, dtype)
-        for dtype in ("float32", "bfloat16")
+        for dtype in (CPU_DTYPES if device == "cpu" else DTYPES)
         for share in (4, 16)
         for width in widths
     ]
@@ -68,13 +88,15 @@ def torch_abs_topk(x: Tensor, k: int, *, is_sorted: bool) -> Tensor:
 
 
 def measure_case(
-    case: Case, ceilings: roofline.Ceilings | None, budget_s: float, repeats: int | None
+    case: Case, machine: Machine, budget_s: float, repeats: int | None
 ) -> list[dict[str, Any]]:
     """The rows of a case: forward and backward."""
     generator = torch.Generator().manual_seed(case.width + case.share)
     shape = (case.tokens, case.width)
-    x = torch.randn(shape, generator=generator).to(DTYPES[case.dtype])
-    grad = torch.randn(shape, generator=generator).to(DTYPES[case.dtype])
+    x, grad = (
+        torch.randn(shape, generator=generator).to(machine.name, DTYPES[case.dtype])
+        for _ in range(2)
+    )
     k = case.k
     leaf = x.clone().requires_grad_()
     ours = abs_topk(leaf, k)
@@ -82,6 +104,7 @@ def measure_case(
         name: torch_abs_topk(leaf, k, is_sorted=name == "sorted") for name in ("sorted", "unsorted")
     }
     want = reference.abs_topk(x, k)
+    backend = backends.choose(Problem(machine.name, x.dtype, "abs_topk"))
 
     def gradient(y: Tensor) -> Tensor:
         return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
@@ -101,13 +124,15 @@ def measure_case(
     rows = []
     for product, candidates in calls.items():
         truth = want if product == "forward" else reference.abs_topk_backward(grad, want)
-        row = describe_row(case, product)
+        row = describe_row(case, product, machine.name, backend)
         row["error"] = int((candidates["ours"]() != truth).sum())
         row["correct"] = row["error"] == 0
-        if ceilings is not None:
-            row["bound_ms"] = bound_ms(case, product, x.element_size(), ceilings)
+        bound = machine.bound(count_work(case, product, x.element_size()), case.dtype)
+        row["bound_ms"] = None if bound is None else bound.ms
         if row["correct"]:
-            timings = timing.interleave(candidates, budget_s=budget_s, repeats=repeats)
+            timings, row["timed"] = machine.interleave(
+                candidates, budget_s=budget_s, repeats=repeats
+            )
             best = min(("sorted", "unsorted"), key=lambda name: timings[name].median_ms)
             row |= {
                 "time_ms": timings["ours"].median_ms,
@@ -121,35 +146,34 @@ def measure_case(
     return rows
 
 
-def describe_row(case: Case, product: str) -> dict[str, Any]:
+def describe_row(case: Case, product: str, device: str, backend: str) -> dict[str, Any]:
     """A row with nothing measured yet; `error` counts the elements that differ."""
     measured = (
         "error", "time_ms", "spread_ms", "samples", "torch_ms", "torch_kind", "torch_spread_ms",
-        "bound_ms",
+        "bound_ms", "timed",
     )  # fmt: skip
     return {
-        "device": "cpu",
+        "device": device,
         "dtype": case.dtype,
         "M": case.tokens,
         "D": case.width,
         "k": case.k,
         "product": f"abs_topk {product}",
-        "backend": "cpu",
+        "backend": backend,
         "threads": torch.get_num_threads(),
         **dict.fromkeys(measured),
     }
 
 
-def bound_ms(case: Case, product: str, element_bytes: int, ceilings: roofline.Ceilings) -> float:
+def count_work(case: Case, product: str, element_bytes: int) -> roofline.Work:
     """Forward reads x and writes y; backward reads dY and Y and writes dX."""
     size = case.tokens * case.width * element_bytes
-    work = roofline.Work(
+    return roofline.Work(
         flops=0,
         operand_bytes=0,
         read_bytes=size if product == "forward" else 2 * size,
         write_bytes=size,
     )
-    return roofline.bound(work, ceilings, is_bf16=False).ms
 
 
 HEADER = (
@@ -176,17 +200,17 @@ def row_line(row: dict[str, Any]) -> str:
 
 def summary_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Whether the goal is met."""
-    tokens, width, share, goal = GOAL
     lines = []
     for row in rows:
+        goal = GOALS[row["device"]]
         where = (row["M"], row["D"], row["k"], row["dtype"], row["product"])
-        wanted = (tokens, width, width // share, "float32", "abs_topk forward")
+        wanted = (goal.tokens, goal.width, goal.width // goal.share, goal.dtype, "abs_topk forward")
         if where == wanted and row["time_ms"] is not None:
             ratio = row["torch_ms"] / row["time_ms"]
-            verdict = "met" if ratio >= goal else "MISSED"
+            verdict = "met" if ratio >= goal.speedup else "MISSED"
             lines.append(
-                f"goal: ({tokens}, {width}), k = D/{share}, float32: {ratio:.1f}x over torch.topk "
-                f"+ scatter, wanted {goal:.0f}x: {verdict}"
+                f"goal: ({goal.tokens}, {goal.width}), k = D/{goal.share}, {goal.dtype}: "
+                f"{ratio:.1f}x over torch.topk + scatter, wanted {goal.speedup:.0f}x: {verdict}"
             )
     return lines
 
@@ -203,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--repeats", type=int, metavar="COUNT", help="samples of each call")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where (default: cpu)")
     options = parser.parse_args(words)
     for name in ("threads", "repeats"):
         value = getattr(options, name)
@@ -212,30 +237,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = report.why_not_writable(options.json)
         if reason is not None:
             parser.error(f"--json: {reason}")
-    if not cpu.isas():
+    reason = devices.why_not(options.device)
+    if reason is not None:
+        parser.error(f"--device {options.device}: {reason}")
+    if options.device == "cpu" and not cpu.isas():
         parser.error("the C++ extension is missing: build it with `pip install .`")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    command = ["-m", "benchmarks.activation", *words]
-    # For every candidate alike: otherwise each large result starts with page faults.
-    keeps = cpu.keep_freed_memory()
-    sizes = roofline.SMOKE_SIZES if options.smoke else roofline.SIZES
-    ceilings = roofline.measure(cpu.isa(), torch.get_num_threads(), sizes)
-    machine = report.describe_machine(
-        command, isa=cpu.isa(), ceilings=None if ceilings is None else ceilings.as_dict()
-    )
-    machine["keeps_freed_memory"] = keeps
-    print(report.machine_line(machine), "", HEADER, sep="\n", flush=True)
+    machine = devices.connect(options.device)
+    machine.prepare(smoke=options.smoke)
+    description = machine.describe(["-m", "benchmarks.activation", *words])
+    print(report.machine_line(description), "", HEADER, sep="\n", flush=True)
     rows: list[dict[str, Any]] = []
-    for case in list_cases(smoke=options.smoke):
+    for case in list_cases(smoke=options.smoke, device=options.device):
         budget_s = SMOKE_BUDGET_S if options.smoke else BUDGET_S
-        case_rows = measure_case(case, ceilings, budget_s, options.repeats)
+        case_rows = measure_case(case, machine, budget_s, options.repeats)
         rows += case_rows
         print(*map(row_line, case_rows), sep="\n", flush=True)
         if options.json is not None:
-            report.write_json(options.json, machine, rows, complete=False)
+            report.write_json(options.json, description, rows, complete=False)
     if options.json is not None:
-        report.write_json(options.json, machine, rows, complete=True)
+        report.write_json(options.json, description, rows, complete=True)
     print("", *summary_lines(rows), sep="\n", flush=True)
     return 0 if all(row["correct"] for row in rows) else 1
 

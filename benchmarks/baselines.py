@@ -42,8 +42,8 @@ class Operands:
     mask: Tensor  # (N, K), 0 or 1 in the weight's dtype
 
     @classmethod
-    def draw(cls, case: Case, seed: int = 0) -> Operands:
-        """The seeded operands of a case."""
+    def draw(cls, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Operands:
+        """The seeded operands of a case, the same on every device."""
         problem = make_problem(
             seed,
             case.tokens,
@@ -53,6 +53,7 @@ class Operands:
             case.block,
             case.torch_dtype,
             bias=False,
+            device=device,
         )
         pattern = replace(problem, values=torch.ones_like(problem.values))
         return cls(case, problem, problem.dense_weight(), pattern.dense_weight())

@@ -4,28 +4,33 @@
     python -m benchmarks.matmul --smoke              everything once, on tiny shapes, in seconds
     python -m benchmarks.matmul --full               every layer of every published width; hours
     python -m benchmarks.matmul --filter 2048,8192   one matrix only
+    python -m benchmarks.matmul --device cuda        the cases of a GPU, against cuBLAS, compiled
+                                                     masked dense and torch's CSR and BSR
 
 Each row is one product of one case, or `step`, the sum of the three. Correctness comes first: the
 call is compared with float64, beside torch's own product in the same dtype, and a row that is wrong
 prints FAIL instead of a speed and makes the exit status 1. Ctrl-C ends the run and keeps the rows.
+On a GPU every call starts from a cold second-level cache and is timed by the GPU's own clock; short
+ones are replayed from CUDA graphs. Each row says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sparse_kernels as sk
-from benchmarks import baselines, problems, report, roofline, timing
+from benchmarks import baselines, devices, problems, report, roofline
 from benchmarks.baselines import Operands
+from benchmarks.machine import Machine
 from benchmarks.problems import PRODUCTS, Case
 from benchmarks.timing import Candidate, Timing
-from sparse_kernels import cpu
+from sparse_kernels import backends
+from sparse_kernels.layout import Problem
 
 # Seconds of measuring for each product of a case, once everything is warm.
 BUDGET_S = 0.6
@@ -37,16 +42,16 @@ INTERRUPTED = 130
 
 def measure_case(
     case: Case,
-    backend: str,
-    ceilings: roofline.Ceilings | None,
+    backend: str | None,
+    machine: Machine,
     *,
     budget_s: float,
     repeats: int | None,
 ) -> list[dict[str, Any]]:
     """The four rows of a case: forward, grad_input, grad_weight and step."""
-    operands = Operands.draw(case)
+    operands = Operands.draw(case, device=machine.name)
     rows = [
-        measure_product(operands, product, backend, ceilings, budget_s=budget_s, repeats=repeats)
+        measure_product(operands, product, backend, machine, budget_s=budget_s, repeats=repeats)
         for product in PRODUCTS
     ]
     return [*rows, sum_rows(rows)]
@@ -55,75 +60,75 @@ def measure_case(
 def measure_product(
     operands: Operands,
     product: str,
-    backend: str,
-    ceilings: roofline.Ceilings | None,
+    backend: str | None,
+    machine: Machine,
     *,
     budget_s: float,
     repeats: int | None,
 ) -> dict[str, Any]:
-    """Checks one product, then times it in turns with its baselines."""
+    """Checks one product, then times it in turns with its rivals."""
     case = operands.case
+    backend = backends.choose(
+        backends.problem_of(operands.x, operands.problem.layout, product), backend
+    )
     ours = baselines.ours(operands, product, backend)
     accuracy = baselines.check(operands, product, ours)
-    row = describe_row(case, product, backend)
+    row = describe_row(case, product, backend, machine.name)
     row |= {
         "error": accuracy.error,
         "torch_error": accuracy.torch_error,
         "correct": accuracy.is_good,
         "checked": accuracy.checked,
     }
-    if ceilings is not None:
-        work = count_work(operands, product)
-        bound = roofline.bound(work, ceilings, is_bf16=case.dtype == "bfloat16")
+    bound = machine.bound(count_work(operands, product), case.dtype)
+    if bound is not None:
         row |= {"bound_ms": bound.ms, "bound_limit": bound.limit, "peak_bound_ms": bound.peak_ms}
     if not accuracy.is_good:
         return row
-    why_no_bf16 = baselines.why_no_bf16_dense(operands, product)
-    dense = baselines.dense_candidates(operands, product, bf16=why_no_bf16 is None)
-    why_no_csr = baselines.why_no_csr(case)
-    csr = baselines.csr_candidates(operands, product) if why_no_csr is None else {}
-    is_bf16 = case.dtype == "bfloat16"
-    masked = {"masked": baselines.masked_dense(operands, product)}
-    if is_bf16 and why_no_bf16:
-        masked = {}
-    alone = {}
-    if case.is_target and not is_bf16 and torch.get_num_threads() > 1:
-        alone = {"one thread": baselines.on_one_thread(ours)}
-    # Not next to ours, which would find its operands in the caches.
-    everything = {"ours": ours, **masked, **alone, **dense, **csr}
-    estimates = timing.estimate_s(everything)
-    same_dtype = "torch bf16" if is_bf16 else "torch fp32"
-    kept = {
-        "ours",
-        "masked",
-        "one thread",
-        same_dtype,
-        *_contenders(dense, estimates),
-        *_fastest(csr, estimates),
+    rivals = machine.rivals(operands, product, ours)
+    forms = {
+        f"{kind} {name}": call
+        for kind, calls in rivals.sparse.items()
+        for name, call in calls.items()
     }
-    timings = timing.interleave(
+    # What is alone is not next to ours, which would find its operands in the caches.
+    everything = {"ours": ours, **rivals.masked, **rivals.alone, **rivals.dense, **forms}
+    estimates = machine.estimate_s(everything)
+    kept = {"ours", *rivals.masked, *rivals.alone, *_contenders(rivals.dense, estimates)}
+    if rivals.same_dtype in rivals.dense:
+        kept.add(rivals.same_dtype)
+    for kind, calls in rivals.sparse.items():
+        kept |= _fastest([f"{kind} {name}" for name in calls], estimates)
+    timings, timed = machine.interleave(
         {name: call for name, call in everything.items() if name in kept},
         budget_s=budget_s,
         repeats=repeats,
         estimates=estimates,
     )
-    row |= _best("best_dense", {name: timings[name] for name in dense if name in kept})
-    fp32 = {name: timings[name] for name in dense if name in kept and name.endswith(" fp32")}
-    row |= _best("best_fp32_dense", fp32)
+
+    def time_of(prefix: str) -> float | None:
+        found = (timing.median_ms for name, timing in timings.items() if name.startswith(prefix))
+        return next(found, None)
+
+    dense = {name: timings[name] for name in rivals.dense if name in kept}
+    row |= _best("best_dense", dense)
+    row |= _best("best_fp32_dense", {k: v for k, v in dense.items() if k.endswith(" fp32")})
     row |= {
         "time_ms": timings["ours"].median_ms,
         "spread_ms": timings["ours"].spread_ms,
         "samples": timings["ours"].samples,
-        "one_thread_ms": timings["one thread"].median_ms if alone else None,
-        "masked_dense_ms": timings["masked"].median_ms if masked else None,
-        "dense_ms": timings[same_dtype].median_ms if same_dtype in timings else None,
-        "bf16_dense_note": why_no_bf16,
-        "torch_csr_ms": next((timings[name].median_ms for name in csr if name in kept), None),
-        "torch_csr_note": why_no_csr,
+        "timed": timed,
+        "one_thread_ms": time_of("one thread"),
+        "masked_dense_ms": time_of("masked dense"),
+        "compiled_masked_ms": time_of("compiled masked"),
+        "dense_ms": time_of(rivals.same_dtype),
+        "torch_csr_ms": time_of("csr "),
+        "torch_bsr_ms": time_of("bsr "),
+        **rivals.notes,
         "baselines": {
             name: {"time_ms": t.median_ms, "spread_ms": t.spread_ms, "samples": t.samples}
             for name, t in timings.items()
-            if name not in ("ours", "one thread")
+            if name != "ours" and name not in rivals.alone
         },
     }
     return row
@@ -132,7 +137,8 @@ def measure_product(
 def _contenders(dense: Mapping[str, Candidate], estimates: Mapping[str, float]) -> set[str]:
     """The dense ways that may turn out the best, or the best of those in fp32."""
     fastest = min(estimates[name] for name in dense)
-    fastest_fp32 = min(estimates[name] for name in dense if name.endswith(" fp32"))
+    fp32 = [estimates[name] for name in dense if name.endswith(" fp32")]
+    fastest_fp32 = min(fp32, default=0.0)
     return {
         name
         for name in dense
@@ -141,26 +147,36 @@ def _contenders(dense: Mapping[str, Candidate], estimates: Mapping[str, float]) 
     }
 
 
-def _fastest(candidates: Mapping[str, Candidate], estimates: Mapping[str, float]) -> set[str]:
-    return {min(candidates, key=lambda name: estimates[name])} if candidates else set()
+def _fastest(names: Sequence[str], estimates: Mapping[str, float]) -> set[str]:
+    return {min(names, key=lambda name: estimates[name])} if names else set()
 
 
 def _best(prefix: str, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    if not timings:
+        return {}
     name = min(timings, key=lambda name: timings[name].median_ms)
     return {f"{prefix}_ms": timings[name].median_ms, f"{prefix}_kind": name}
 
 
-def describe_row(case: Case, product: str, backend: str) -> dict[str, Any]:
+def why_not(backend: str, case: Case, device: str) -> str | None:
+    """None if the backend can run every product of the case on that device, else a sentence."""
+    sizes = (case.out_features, case.in_features, case.fan_in, case.block)
+    problems_of_case = (Problem(device, case.torch_dtype, product, *sizes) for product in PRODUCTS)
+    return next(filter(None, (backends.why_not(backend, p) for p in problems_of_case)), None)
+
+
+def describe_row(case: Case, product: str, backend: str, device: str) -> dict[str, Any]:
     """A row with nothing measured yet."""
     is_decode = case.tokens == 1 and (case.in_features, case.out_features) == (2048, 8192)
     measured = (
         "time_ms", "spread_ms", "samples", "masked_dense_ms", "dense_ms", "best_dense_ms",
         "best_dense_kind", "best_fp32_dense_ms", "best_fp32_dense_kind", "torch_csr_ms",
         "torch_csr_note", "bf16_dense_note", "bound_ms", "bound_limit", "peak_bound_ms",
-        "one_thread_ms", "error", "torch_error",
+        "one_thread_ms", "error", "torch_error", "compiled_masked_ms", "compiled_masked_note",
+        "torch_bsr_ms", "torch_bsr_note", "timed",
     )  # fmt: skip
     return {
-        "device": "cpu",
+        "device": device,
         "dtype": case.dtype,
         "M": case.tokens,
         "K": case.in_features,
@@ -197,13 +213,14 @@ def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     step["product"] = "step"
     for name in (
         "time_ms", "masked_dense_ms", "dense_ms", "best_dense_ms", "best_fp32_dense_ms",
-        "torch_csr_ms", "bound_ms", "peak_bound_ms", "one_thread_ms",
+        "torch_csr_ms", "torch_bsr_ms", "compiled_masked_ms", "bound_ms", "peak_bound_ms",
+        "one_thread_ms",
     ):  # fmt: skip
         parts = [row[name] for row in rows]
         step[name] = None if None in parts else sum(parts)
     spreads = [row["spread_ms"] for row in rows]
     step["spread_ms"] = None if None in spreads else sum(s * s for s in spreads) ** 0.5
-    for name in ("best_dense_kind", "best_fp32_dense_kind", "bound_limit"):
+    for name in ("best_dense_kind", "best_fp32_dense_kind", "bound_limit", "backend", "timed"):
         kinds = list(dict.fromkeys(row[name] for row in rows))
         step[name] = None if None in kinds else kinds[0] if len(kinds) == 1 else "mixed"
     step["error"] = max(row["error"] for row in rows)
@@ -254,6 +271,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=parse_positive, metavar="M", help="one M only")
     parser.add_argument("--block", type=parse_block, metavar="OUTxIN", help="one block only")
     parser.add_argument("--dtype", choices=sorted(problems.DTYPES), help="one dtype only")
+    parser.add_argument(
+        "--part", choices=("targets", "others"), help="the promised cases only, or all but these"
+    )
     parser.add_argument("--threads", type=parse_positive, help="torch.set_num_threads")
     parser.add_argument(
         "--repeats",
@@ -261,15 +281,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="COUNT",
         help="samples of each call (default: what fits a time budget, at least 5, or 3 if slow)",
     )
-    parser.add_argument("--device", default="cpu", help="only cpu in this release")
-    parser.add_argument("--backend", default="cpu", help="which backend is ours (default: cpu)")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where (default: cpu)")
+    parser.add_argument(
+        "--backend", help="which backend is ours (default: the fastest that runs on the device)"
+    )
     return parser
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
     """The cases to run. Ends the program with a message if an option cannot be met."""
-    if options.device != "cpu":
-        parser.error(f"--device must be cpu, got {options.device!r}: this release has CPU kernels")
+    reason = devices.why_not(options.device)
+    if reason is not None:
+        parser.error(f"--device {options.device}: {reason}")
     if options.json is not None:
         reason = report.why_not_writable(options.json)
         if reason is not None:
@@ -278,18 +301,14 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         reason = report.why_no_plot(options.plot)
         if reason is not None:
             parser.error(f"--plot: {reason}")
-    layout = sk.FanInLayout.random(1, 1, 1)
-    backends = dict(sk.available_backends(torch.empty(1, 1), layout))
-    if options.backend not in backends:
-        parser.error(f"--backend must be one of {', '.join(backends)}, got {options.backend!r}")
-    reason = backends[options.backend]
-    if reason is not None:
-        parser.error(f"the backend {options.backend} cannot run here: {reason}")
-    build: Callable[[], list[Case]] = problems.default_cases
-    if options.smoke:
-        build = problems.smoke_cases
-    elif options.full:
-        build = problems.full_cases
+    if options.device == "cpu" and options.dtype not in (None, *problems.CPU_DTYPES):
+        parser.error(f"--dtype {options.dtype}: the processor's kernels have no {options.dtype}")
+    sizes = {
+        "cpu": (problems.default_cases, problems.smoke_cases, problems.full_cases),
+        "cuda": (problems.gpu_cases, problems.gpu_smoke_cases, problems.gpu_full_cases),
+    }
+    default, smoke, full = sizes[options.device]
+    build = smoke if options.smoke else full if options.full else default
     cases = problems.select(
         build(),
         shape=options.filter,
@@ -297,8 +316,17 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         block=options.block,
         dtype=options.dtype,
     )
+    if options.part is not None:
+        cases = [case for case in cases if case.is_target == (options.part == "targets")]
     if not cases:
-        parser.error("no case is left: --filter, --tokens, --block and --dtype exclude all of them")
+        parser.error("no case is left: --filter, --tokens, --block, --dtype, --part exclude all")
+    if options.backend is not None:
+        if options.backend not in backends.NAMES:
+            names = ", ".join(backends.NAMES)
+            parser.error(f"--backend must be one of {names}, got {options.backend!r}")
+        reasons = [why_not(options.backend, case, options.device) for case in cases]
+        if None not in reasons:
+            parser.error(f"the backend {options.backend} cannot run here: {reasons[0]}")
     return cases
 
 
@@ -306,38 +334,53 @@ def run(options: argparse.Namespace, cases: Sequence[Case], command: Sequence[st
     """Measures the cases, prints as it goes, and returns the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    isa = cpu.isa() if options.backend == "cpu" else None
+    machine = devices.connect(options.device)
+    backend = machine.backend if options.backend is None else options.backend
     progress = report.Progress(len(cases))
     rows: list[dict[str, Any]] = []
-    machine = report.describe_machine(command, isa=isa, ceilings=None)
-    # For every candidate alike: otherwise each large result starts with page faults, which can take
-    # longer than the product.
-    machine["keeps_freed_memory"] = cpu.keep_freed_memory()
+    progress.show("measuring what the machine can do")
+    interrupted = False
+    group = ""
+    description: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    if backend is not None:
+        reasons = {case: why_not(backend, case, machine.name) for case in cases}
+        cases = [case for case in cases if reasons[case] is None]
+        left_out = {str(case): reason for case, reason in reasons.items() if reason is not None}
 
     def save(*, complete: bool) -> None:
         if options.json is not None:
-            report.write_json(options.json, machine, rows, complete=complete)
+            extra = {"failed": failed} if failed else {}
+            report.write_json(options.json, description, rows, complete=complete, **extra)
 
-    interrupted = False
-    group = ""
-    print(report.machine_line(machine), "", *report.table_header(), sep="\n", flush=True)
     try:
-        progress.show("measuring what the machine can do")
-        ceilings = None
-        if isa is not None:
-            sizes = roofline.SMOKE_SIZES if options.smoke else roofline.SIZES
-            ceilings = roofline.measure(isa, torch.get_num_threads(), sizes)
-            machine["ceilings"] = None if ceilings is None else ceilings.as_dict()
+        machine.prepare(smoke=options.smoke)
+        description = machine.describe(command)
+        progress.clear()
+        line = report.machine_line(description)
+        print(line, "", *report.table_header(machine.name), sep="\n", flush=True)
+        if left_out:
+            print("", f"left out, because the backend {backend} cannot run them:", sep="\n")
+            print(*(f"  {case}: {reason}" for case, reason in left_out.items()), sep="\n")
         for case in cases:
             progress.show(str(case))
-            with torch.no_grad():
-                case_rows = measure_case(
-                    case,
-                    options.backend,
-                    ceilings,
-                    budget_s=SMOKE_BUDGET_S if options.smoke else BUDGET_S,
-                    repeats=options.repeats,
-                )
+            try:
+                with torch.no_grad():
+                    case_rows = measure_case(
+                        case,
+                        backend,
+                        machine,
+                        budget_s=SMOKE_BUDGET_S if options.smoke else BUDGET_S,
+                        repeats=options.repeats,
+                    )
+            except RuntimeError as error:
+                # Out of memory, or a launch that was refused: the other cases may still run.
+                failed[str(case)] = str(error).splitlines()[0]
+                progress.advance()
+                progress.clear()
+                print(f"\n{case}: FAIL, {failed[str(case)]}", flush=True)
+                continue
             rows += case_rows
             progress.advance()
             progress.clear()
@@ -349,17 +392,20 @@ def run(options: argparse.Namespace, cases: Sequence[Case], command: Sequence[st
     except KeyboardInterrupt:
         interrupted = True
     progress.clear()
-    save(complete=not interrupted)
+    if description:
+        save(complete=not interrupted)
     print(*report.summary_lines(rows), sep="\n", flush=True)
     if options.plot is not None and rows:
-        report.draw(rows, options.plot, report.machine_line(machine))
+        report.draw(rows, options.plot, report.machine_line(description))
     wrong = [row for row in rows if not row["correct"]]
+    if failed:
+        print(f"\n{len(failed)} of {len(cases)} cases did not run: see FAIL above", flush=True)
     if wrong:
         print(f"\n{len(wrong)} of {len(rows)} rows are WRONG: see FAIL above", flush=True)
     if interrupted:
         print(f"\ninterrupted after {len(rows) // 4} of {len(cases)} cases", flush=True)
         return INTERRUPTED
-    return 1 if wrong else 0
+    return 1 if wrong or failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 
 PRODUCTS = ("forward", "grad_input", "grad_weight")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+CPU_DTYPES = ("float32", "bfloat16")
 TOKENS = (1, 64, 2048)
 WIDTHS = (256, 512, 1024, 2048, 4096)
 DENSITY_INVERSES = (16, 32, 64, 128, 256, 512, 1024)
@@ -23,6 +28,17 @@ MIN_FAN_IN = 4
 # The cases that the project has promised a speed for: in_features, out_features, fan_in.
 TARGETS = ((1024, 1024, 64), (1024, 4096, 32), (4096, 1024, 128), (2048, 8192, 8))
 TARGET_TOKENS = 2048
+# The same for a GPU, in bfloat16, with the block. A share that no fan-in meets is rounded up to the
+# next block: 10% of 4096 in blocks of 32 is 416, 5% in blocks of 64 is 256, 10% of 8192 in blocks
+# of 128 is 896.
+GPU_TARGETS = (
+    (4096, 4096, 4, (1, 1)),
+    (2048, 8192, 8, (1, 1)),
+    (4096, 4096, 416, (32, 32)),
+    (4096, 4096, 256, (64, 64)),
+    (8192, 8192, 896, (128, 128)),
+)
+GPU_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,8 @@ class Case:
     def is_target(self) -> bool:
         """Whether this is one of the cases that a speed was promised for."""
         shape = (self.in_features, self.out_features, self.fan_in)
+        if self.tokens == GPU_TOKENS:
+            return (*shape, self.block) in GPU_TARGETS and self.dtype == "bfloat16"
         return shape in TARGETS and self.block == (1, 1) and self.tokens == TARGET_TOKENS
 
     @property
@@ -86,13 +104,13 @@ def layer_name(in_features: int, out_features: int) -> str:
 
 def default_cases() -> list[Case]:
     """The subset that takes minutes: what was promised, every block, the spread of densities."""
-    cases = [Case(TARGET_TOKENS, *shape, dtype=dtype) for shape in TARGETS for dtype in DTYPES]
+    cases = [Case(TARGET_TOKENS, *shape, dtype=dtype) for shape in TARGETS for dtype in CPU_DTYPES]
     # Blocks that share an index list, at one fan-in: what sharing is worth.
     blocks = ((1, 1), (4, 1), (16, 1), (16, 16), (32, 32))
     cases += [
         Case(2048, 1024, 1024, 128, block, dtype)
         for block in blocks
-        for dtype in (DTYPES if block in ((1, 1), (16, 1)) else ("float32",))
+        for dtype in (CPU_DTYPES if block in ((1, 1), (16, 1)) else ("float32",))
     ]
     # One shape over the densities, for the curve of each block (a 16x16 block keeps 16 inputs).
     for fan_in in (64, 16, 4):
@@ -112,7 +130,7 @@ def default_cases() -> list[Case]:
         cases += [
             Case(tokens, *shape, dtype=dtype)
             for shape in ((2048, 8192, 8), (1024, 4096, 32))
-            for dtype in DTYPES
+            for dtype in CPU_DTYPES
         ]
     return _unique(cases)
 
@@ -127,7 +145,7 @@ def full_cases() -> list[Case]:
                 if fan_in < MIN_FAN_IN:
                     continue
                 for tokens in TOKENS:
-                    for dtype in DTYPES:
+                    for dtype in CPU_DTYPES:
                         for block in _blocks(width, tokens):
                             if fan_in % block[1] == 0:
                                 shape = (in_features, out_features, fan_in)
@@ -143,9 +161,64 @@ def _blocks(width: int, tokens: int) -> tuple[tuple[int, int], ...]:
 
 def smoke_cases() -> list[Case]:
     """Tiny: every kind of case in seconds."""
-    cases = [Case(tokens, 64, 128, 8, dtype=dtype) for tokens in (1, 33) for dtype in DTYPES]
+    cases = [Case(tokens, 64, 128, 8, dtype=dtype) for tokens in (1, 33) for dtype in CPU_DTYPES]
     cases += [Case(33, 64, 128, 16, block) for block in ((16, 1), (16, 16))]
     cases.append(Case(2048, 64, 48, 4))
+    return cases
+
+
+def gpu_cases() -> list[Case]:
+    """For a GPU, in some minutes: what was promised, every block over the densities, decoding."""
+    cases = [Case(GPU_TOKENS, *target, dtype="bfloat16") for target in GPU_TARGETS]
+    # The curve of each block at one shape, from a share that pays to one that does not.
+    for side, fan_ins in (
+        (1, (4, 16, 64, 128)),
+        (16, (64, 128, 256, 512)),
+        (32, (128, 256, 512, 1024)),
+        (64, (128, 512, 1024)),
+        (128, (128, 512, 1024)),
+    ):
+        cases += [
+            Case(GPU_TOKENS, 4096, 4096, fan_in, (side, side), "bfloat16") for fan_in in fan_ins
+        ]
+    cases += [Case(GPU_TOKENS, 4096, 4096, fan_in, (16, 1), "bfloat16") for fan_in in (16, 64)]
+    # The other dtypes.
+    for dtype in ("float32", "float16"):
+        cases += [
+            Case(GPU_TOKENS, 2048, 8192, 8, dtype=dtype),
+            Case(GPU_TOKENS, 4096, 4096, 416, (32, 32), dtype),
+        ]
+    # The layers of a published model, d_model 2048 at 1/64 and 1/1024.
+    cases += [Case(GPU_TOKENS, 2048, 6144, 32, dtype="bfloat16")]
+    cases += [Case(GPU_TOKENS, 8192, 2048, fan_in, dtype="bfloat16") for fan_in in (8, 128)]
+    # Decoding.
+    cases += [Case(tokens, 2048, 8192, 8, dtype="bfloat16") for tokens in (1, 64)]
+    cases += [Case(tokens, 4096, 4096, 416, (32, 32), "bfloat16") for tokens in (1, 64)]
+    return _unique(cases)
+
+
+def gpu_full_cases() -> list[Case]:
+    """Every layer of every width at every density, 16384 tokens and one, in bfloat16."""
+    cases = gpu_cases()
+    for width in WIDTHS:
+        for in_features, out_features in layer_shapes(width).values():
+            for inverse in DENSITY_INVERSES:
+                fan_in = in_features // inverse
+                for side in (1, 16, 32, 64, 128):
+                    if fan_in >= MIN_FAN_IN and fan_in % side == 0:
+                        shape = (in_features, out_features, fan_in)
+                        cases += [
+                            Case(tokens, *shape, (side, side), "bfloat16")
+                            for tokens in (1, GPU_TOKENS)
+                        ]
+    return _unique(cases)
+
+
+def gpu_smoke_cases() -> list[Case]:
+    """Tiny: every kind of case on a GPU in seconds."""
+    cases = [Case(33, 64, 128, 8, dtype=dtype) for dtype in DTYPES]
+    cases += [Case(33, 64, 128, 32, block, "bfloat16") for block in ((16, 1), (16, 16), (32, 32))]
+    cases.append(Case(1, 64, 128, 8, dtype="bfloat16"))
     return cases
 
 

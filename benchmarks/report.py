@@ -8,6 +8,7 @@ A row is a dict as it stands in the JSON file; every ratio is computed here from
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -16,14 +17,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from benchmarks.problems import TARGET_TOKENS, TARGETS, layer_name
+from benchmarks.problems import GPU_TARGETS, GPU_TOKENS, TARGET_TOKENS, TARGETS, layer_name
 from benchmarks.roofline import geometric_mean
 
 Row = Mapping[str, Any]
@@ -35,14 +37,26 @@ _FLAGS = (
 )  # fmt: skip
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = ("OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_")
-MEASURED_BEGIN = "<!-- measured:begin -->"
-MEASURED_END = "<!-- measured:end -->"
+# The README's marks around what was measured on a device.
+MARKS = {
+    "cpu": ("<!-- measured:begin -->", "<!-- measured:end -->"),
+    "cuda": ("<!-- measured-cuda:begin -->", "<!-- measured-cuda:end -->"),
+}
 # The least speed-ups of a step in float32, 1x1: over masked dense, over the best dense.
 GOALS = {
     (1024, 1024, 64): (12.0, 2.5),
     (1024, 4096, 32): (25.0, 5.0),
     (4096, 1024, 128): (20.0, 4.0),
     (2048, 8192, 8): (100.0, 20.0),
+}
+
+# Over dense cuBLAS in bfloat16, 16384 tokens, on an H200.
+GPU_GOALS = {
+    (4096, 4096, 4, (1, 1)): {"forward": 6.0, "step": 4.0},
+    (2048, 8192, 8, (1, 1)): {"forward": 3.0, "step": 2.0},
+    (4096, 4096, 416, (32, 32)): {"forward": 3.0, "step": 2.5},
+    (4096, 4096, 256, (64, 64)): {"forward": 6.0, "step": 5.0},
+    (8192, 8192, 896, (128, 128)): {"forward": 5.0, "step": 5.0},
 }
 
 
@@ -77,7 +91,7 @@ def describe_machine(
             for name, value in sorted(os.environ.items())
             if name.startswith(_ENVIRONMENT) or name == "LD_PRELOAD"
         },
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["python", *command]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ceilings": ceilings,
@@ -89,7 +103,7 @@ def _cpu_info() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        found = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        found = output_of("sysctl", "-n", "machdep.cpu.brand_string")
         return {"model name": found} if found else {}
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): value.strip() for name, _, value in pairs}
@@ -102,7 +116,16 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _output_of(*command: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, without the space around it; None if it fails or is not there."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent
@@ -112,15 +135,27 @@ def _output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _commit() -> str | None:
-    """The commit that these files are from, with "-dirty" if files differ; None outside git."""
-    commit = _output_of("git", "rev-parse", "--short=12", "HEAD")
-    changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return None if commit is None else commit + ("-dirty" if changes else "")
+def commit() -> str | None:
+    """The commit that these files are from, with "-dirty" if files differ.
+
+    Outside git what BENCHMARK_COMMIT says, as for a copy on another machine; else None.
+    """
+    commit = output_of("git", "rev-parse", "--short=12", "HEAD")
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    if commit is None:
+        return os.environ.get("BENCHMARK_COMMIT")
+    return commit + ("-dirty" if changes else "")
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line of prose."""
+    gpu = machine.get("gpu")
+    if gpu is not None:
+        return (
+            f"{gpu['name']} ({gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors, "
+            f"driver {gpu['driver']}), CUDA {gpu['cuda']}, torch {machine['torch']}, "
+            f"Triton {gpu['triton']}, Python {machine['python']}, commit {machine['commit']}"
+        )
     return (
         f"{machine['cpu'] or machine['architecture']}, {machine['threads']} of {machine['cores']} "
         f"cores, {machine['isa'] or 'no C++ extension'}, torch {machine['torch']}, "
@@ -153,10 +188,10 @@ def why_no_plot(path: Path) -> str | None:
 
 
 def write_json(
-    path: Path, machine: Mapping[str, Any], rows: Sequence[Row], *, complete: bool
+    path: Path, machine: Mapping[str, Any], rows: Sequence[Row], *, complete: bool, **extra: object
 ) -> None:
-    """Writes the result file; a reader never sees half of one."""
-    content = {"complete": complete, "machine": machine, "rows": rows}
+    """Writes the result file, with `extra` beside the rows; a reader never sees half of one."""
+    content = {"complete": complete, "machine": machine, **extra, "rows": rows}
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
@@ -224,30 +259,85 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%"
 
 
-# Heading, width, left-aligned or not.
-_COLUMNS = (
-    ("dtype", 8, "<"), ("block", 6, "<"), ("fan_in", 6, ">"), ("density", 7, ">"),
-    ("product", 11, "<"), ("ms", 8, ">"), ("+-iqr", 7, ">"), ("masked", 7, ">"),
-    ("dense", 7, ">"), ("best", 7, ">"), ("best dense", 14, "<"), ("fp32", 7, ">"),
-    ("CSR", 6, ">"), ("bound", 5, ">"), ("error", 7, ">"), ("torch's", 7, ">"),
-)  # fmt: skip
+@dataclass(frozen=True)
+class _Column:
+    """One column of the table; what it says of a row, which is empty where the row is wrong."""
+
+    heading: str
+    width: int
+    align: str
+    cell: Callable[[Row], str]
 
 
-def _line(cells: Iterable[str]) -> str:
-    formatted = (
-        f"{cell:{align}{width}}" for cell, (_, width, align) in zip(cells, _COLUMNS, strict=True)
-    )
-    return " ".join(formatted).rstrip()
+def _ratio(heading: str, baseline: str, width: int = 7) -> _Column:
+    return _Column(heading, width, ">", lambda row: _times(speedup(row, baseline)))
 
 
-def table_header() -> list[str]:
+_CASE = (
+    _Column("dtype", 8, "<", lambda row: row["dtype"]),
+    _Column("block", 7, "<", lambda row: row["block"]),
+    _Column("fan_in", 6, ">", lambda row: str(row["fan_in"])),
+    _Column("density", 7, ">", lambda row: f"{row['density']:.3%}"),
+)
+_PRODUCT = _Column("product", 11, "<", lambda row: row["product"])
+_MEASURED = (
+    _Column("ms", 8, ">", lambda row: _milliseconds(row["time_ms"])),
+    _Column("+-iqr", 7, ">", lambda row: _milliseconds(row["spread_ms"])),
+    _ratio("masked", "masked_dense_ms"),
+)
+_ERRORS = (
+    _Column("error", 7, ">", lambda row: f"{row['error']:.0e}"),
+    _Column("torch's", 7, ">", lambda row: f"{row['torch_error']:.0e}"),
+)
+_BOUND = _Column("bound", 5, ">", lambda row: _percent(fraction(row)))
+_BEST = (
+    _ratio("best", "best_dense_ms"),
+    _Column("best dense", 14, "<", lambda row: row["best_dense_kind"]),
+)
+_SPEEDS = {
+    "cpu": (
+        *_MEASURED,
+        _ratio("dense", "dense_ms"),
+        *_BEST,
+        _ratio("fp32", "best_fp32_dense_ms"),
+        _ratio("CSR", "torch_csr_ms", 6),
+        _BOUND,
+    ),
+    "cuda": (
+        *_MEASURED,
+        _ratio("compil.", "compiled_masked_ms"),
+        _ratio("dense", "dense_ms"),
+        *_BEST,
+        _ratio("CSR", "torch_csr_ms", 6),
+        _ratio("BSR", "torch_bsr_ms", 6),
+        _BOUND,
+    ),
+}
+_LEGENDS = {
+    "cpu": (
+        "  best   = the fastest dense of this process  fp32  = the fastest that multiplies in fp32",
+        "  CSR    = torch's sparse CSR",
+    ),
+    "cuda": (
+        "  compil. = masked dense, compiled and tuned  best  = the fastest dense in any precision",
+        "  CSR, BSR = torch's sparse matrices; every call starts from a cold second-level cache",
+    ),
+}
+
+
+def _line(columns: Iterable[_Column], cells: Iterable[str]) -> str:
+    pairs = zip(cells, columns, strict=True)
+    return " ".join(f"{cell:{column.align}{column.width}}" for cell, column in pairs).rstrip()
+
+
+def table_header(device: str) -> list[str]:
     """What the columns mean, and their headings."""
-    heading = _line(name for name, _, _ in _COLUMNS)
+    columns = (*_CASE, _PRODUCT, *_SPEEDS[device], *_ERRORS)
+    heading = _line(columns, (column.heading for column in columns))
     return [
         "ms: median and interquartile range. Then how many times faster ours is than",
         "  masked = masked dense as users run it     dense = torch's dense in the same dtype",
-        "  best   = the fastest dense of this process  fp32  = the fastest that multiplies in fp32",
-        "  CSR    = torch's sparse CSR",
+        *_LEGENDS[device],
         "bound: fraction of the roofline bound that is reached. error: against float64, relative",
         "to the largest element, beside that of torch's own dense product in the same dtype.",
         "",
@@ -268,28 +358,15 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _row_line(row: Row, *, is_first: bool) -> str:
-    case = ["", "", "", ""]
-    if is_first:
-        case = [row["dtype"], row["block"], str(row["fan_in"]), f"{row['density']:.3%}"]
-    errors = [f"{row['error']:.0e}", f"{row['torch_error']:.0e}"]
-    if not row["correct"]:
-        return _line([*case, row["product"], "FAIL", *[""] * 8, *errors])
-    return _line(
-        [
-            *case,
-            row["product"],
-            _milliseconds(row["time_ms"]),
-            _milliseconds(row["spread_ms"]),
-            _times(speedup(row, "masked_dense_ms")),
-            _times(speedup(row, "dense_ms")),
-            _times(speedup(row, "best_dense_ms")),
-            row["best_dense_kind"],
-            _times(speedup(row, "best_fp32_dense_ms")),
-            _times(speedup(row, "torch_csr_ms")),
-            _percent(fraction(row)),
-            *errors,
-        ]
-    )
+    speeds = _SPEEDS[row["device"]]
+    cells = [column.cell(row) if is_first else "" for column in _CASE]
+    cells.append(row["product"])
+    if row["correct"]:
+        cells += [column.cell(row) for column in speeds]
+    else:
+        cells += ["FAIL", *[""] * (len(speeds) - 1)]
+    cells += [column.cell(row) for column in _ERRORS]
+    return _line((*_CASE, _PRODUCT, *speeds, *_ERRORS), cells)
 
 
 # --- the summary -------------------------------------------------------------------------------
@@ -330,30 +407,42 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
             "  (over 100% somewhere: another process was in the way when the machine was measured.",
             "  The bounds are wrong; run again when it is idle.)",
         ]
+    most = max((row["M"] for row in single), default=0)
+    many = [row for row in single if row["M"] == most]
     for label, chosen in (
-        (f"M = {TARGET_TOKENS}", [r for r in single if r["M"] == TARGET_TOKENS]),
-        (
-            "  of these 1x1 blocks",
-            [r for r in single if r["M"] == TARGET_TOKENS and r["block"] == "1x1"],
-        ),
-        (
-            "  of these larger blocks",
-            [r for r in single if r["M"] == TARGET_TOKENS and r["block"] != "1x1"],
-        ),
+        (f"M = {most}", many),
+        ("  of these 1x1 blocks", [row for row in many if row["block"] == "1x1"]),
+        ("  of these larger blocks", [row for row in many if row["block"] != "1x1"]),
         ("all M", single),
     ):
         if chosen:
             mean = geometric_mean(fraction(row) or math.nan for row in chosen)
             lines.append(f"  {label:<30} {100 * mean:5.1f}%  ({len(chosen)} rows)")
     if not single:
-        lines.append("  no row has a bound (none was measured with the C++ extension)")
-    goals = [*_dense_goals(rows), *_relative_goals(rows), *_thread_goals(rows)]
+        lines.append("  no row has a bound: the machine's peaks were not measured")
+    goals = [*_dense_goals(rows), *_relative_goals(rows), *_thread_goals(rows), *_gpu_goals(rows)]
     if goals:
         lines += [
             "",
-            f"Goals (a step is the three products; M = {TARGET_TOKENS} unless it says otherwise)",
+            f"Goals (a step is the three products; M = {most} unless it says otherwise)",
             *goals,
         ]
+    return lines
+
+
+def _gpu_goals(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for (*shape, block), goals in GPU_GOALS.items():
+        sizes = dict(zip(("K", "N", "fan_in"), shape, strict=True))
+        name = "K={} N={} fan_in={} bf16 ".format(*shape) + f"{block[0]}x{block[1]}"
+        where = {"M": GPU_TOKENS, "dtype": "bfloat16", "device": "cuda", **sizes}
+        for row in rows:
+            goal = goals.get(row["product"])
+            if goal is None or row["block"] != f"{block[0]}x{block[1]}" or not row["correct"]:
+                continue
+            ratio = speedup(row, "dense_ms")
+            if ratio is not None and all(row[key] == value for key, value in where.items()):
+                lines.append(_goal(f"{name} {row['product']} over cuBLAS", ratio, goal))
     return lines
 
 
@@ -442,7 +531,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         strict=True,
     ):
         for color, block in enumerate(blocks):
-            for dtype, style in (("float32", "-"), ("bfloat16", "--")):
+            for dtype, style in (("float32", "-"), ("bfloat16", "--"), ("float16", ":")):
                 points: dict[float, list[float]] = {}
                 for row in steps:
                     ratio = speedup(row, baseline)
@@ -479,62 +568,126 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 def markdown(content: Mapping[str, Any]) -> str:
     """The README's measured table: a line for each case with a promised speed, a block or M = 1."""
     machine, rows = content["machine"], content["rows"]
+    device = device_of(rows)
+    columns = _README_COLUMNS[device]
     lines = [
         f"Measured on {machine_line(machine)}, {machine['date'][:10]}:",
         "",
         f"    {machine['command']}",
         "",
-        "| M | K, N, fan_in | block | dtype | forward | grad_input | grad_weight | step, ms "
-        "| over masked dense | over dense | over the best dense | over the best fp32 dense "
-        "| over torch CSR | of the bound |",
-        "|" + "---|" * 14,
+        *_markdown_table(
+            columns,
+            [
+                [column.cell(products) for column in columns]
+                for products in _cases(rows)
+                if products["step"]["headline"] and products["step"]["correct"]
+            ],
+        ),
     ]
-    for step in _steps(rows):
-        if not step["headline"]:
-            continue
-        same = ("M", "K", "N", "fan_in", "block", "dtype")
-        products = {
-            row["product"]: row for row in rows if all(row[name] == step[name] for name in same)
-        }
-        times = [
-            _milliseconds(products[name]["time_ms"])
-            for name in ("forward", "grad_input", "grad_weight", "step")
-        ]
-        ratios = [
-            _times(speedup(step, baseline))
-            for baseline in (
-                "masked_dense_ms",
-                "dense_ms",
-                "best_dense_ms",
-                "best_fp32_dense_ms",
-                "torch_csr_ms",
-            )
-        ]
-        ratios[2] += f" ({step['best_dense_kind']})"
-        cells = [
-            str(step["M"]),
-            f"{step['K']}, {step['N']}, {step['fan_in']}",
-            step["block"],
-            step["dtype"],
-            *times,
-            *ratios,
-            _percent(fraction(step)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def update_readme(path: Path, table: str) -> None:
-    """Replaces what stands between the two measured marks of the file.
+def not_measured() -> str:
+    """The GPU's table of the README while no GPU was to be had: the cases, and nothing measured."""
+    wanted = ("M", "K, N, fan_in", "block", "dtype", "forward over cuBLAS", "step over cuBLAS")
+    columns = [column for column in _README_COLUMNS["cuda"] if column.heading in wanted]
+    lines = [
+        [
+            str(GPU_TOKENS),
+            f"{in_features}, {out_features}, {fan_in}",
+            f"{block[0]}x{block[1]}",
+            "bfloat16",
+            "not measured",
+            "not measured",
+        ]
+        for in_features, out_features, fan_in, block in GPU_TARGETS
+    ]
+    return "\n".join(_markdown_table(columns, lines)) + "\n"
+
+
+def device_of(rows: Sequence[Row]) -> str:
+    """The device that the rows were measured on; "cpu" if there are none."""
+    return str(rows[0]["device"]) if rows else "cpu"
+
+
+def _markdown_table(columns: Sequence[_ReadmeColumn], lines: Iterable[Sequence[str]]) -> list[str]:
+    rows = [[column.heading for column in columns], ["---"] * len(columns), *lines]
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def _cases(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """The rows of each case, by product."""
+    same = ("M", "K", "N", "fan_in", "block", "dtype")
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[name] for name in same), {})[row["product"]] = row
+    return list(cases.values())
+
+
+@dataclass(frozen=True)
+class _ReadmeColumn:
+    """One column of the README's table; what it says of the rows of a case, by product."""
+
+    heading: str
+    cell: Callable[[Mapping[str, Row]], str]
+
+
+def _step_ratio(heading: str, baseline: str, product: str = "step") -> _ReadmeColumn:
+    return _ReadmeColumn(heading, lambda rows: _times(speedup(rows[product], baseline)))
+
+
+_README_START = (
+    _ReadmeColumn("M", lambda rows: str(rows["step"]["M"])),
+    _ReadmeColumn("K, N, fan_in", lambda rows: "{K}, {N}, {fan_in}".format(**rows["step"])),
+    _ReadmeColumn("block", lambda rows: rows["step"]["block"]),
+    _ReadmeColumn("dtype", lambda rows: rows["step"]["dtype"]),
+    _ReadmeColumn("forward", lambda rows: _milliseconds(rows["forward"]["time_ms"])),
+    _ReadmeColumn("grad_input", lambda rows: _milliseconds(rows["grad_input"]["time_ms"])),
+    _ReadmeColumn("grad_weight", lambda rows: _milliseconds(rows["grad_weight"]["time_ms"])),
+    _ReadmeColumn("step, ms", lambda rows: _milliseconds(rows["step"]["time_ms"])),
+)
+_OF_THE_BOUND = _ReadmeColumn("of the bound", lambda rows: _percent(fraction(rows["step"])))
+_README_COLUMNS = {
+    "cpu": (
+        *_README_START,
+        _step_ratio("over masked dense", "masked_dense_ms"),
+        _step_ratio("over dense", "dense_ms"),
+        _ReadmeColumn(
+            "over the best dense",
+            lambda rows: (
+                _times(speedup(rows["step"], "best_dense_ms"))
+                + f" ({rows['step']['best_dense_kind']})"
+            ),
+        ),
+        _step_ratio("over the best fp32 dense", "best_fp32_dense_ms"),
+        _step_ratio("over torch CSR", "torch_csr_ms"),
+        _OF_THE_BOUND,
+    ),
+    "cuda": (
+        *_README_START,
+        _step_ratio("forward over cuBLAS", "dense_ms", "forward"),
+        _step_ratio("step over cuBLAS", "dense_ms"),
+        _step_ratio("over masked dense", "masked_dense_ms"),
+        _step_ratio("over compiled masked dense", "compiled_masked_ms"),
+        _step_ratio("over torch CSR", "torch_csr_ms"),
+        _step_ratio("over torch BSR", "torch_bsr_ms"),
+        _OF_THE_BOUND,
+    ),
+}
+
+
+def update_readme(path: Path, table: str, device: str) -> None:
+    """Replaces what stands between the two marks of the device in the file.
 
     Raises:
         ValueError: the file does not have each mark once, in order.
     """
+    begin, end = MARKS[device]
     text = path.read_text()
-    before, begin, rest = text.partition(MEASURED_BEGIN)
-    _, end, after = rest.partition(MEASURED_END)
-    if not begin or not end or MEASURED_BEGIN in rest:
-        raise ValueError(f"{path} must have one {MEASURED_BEGIN} and, after it, one {MEASURED_END}")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in rest:
+        raise ValueError(f"{path} must have one {begin} and, after it, one {end}")
     path.write_text(f"{before}{begin}\n{table}{end}{after}")
 
 
@@ -560,7 +713,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(content["rows"], options.plot, machine_line(content["machine"]))
     if options.update_readme is not None:
         try:
-            update_readme(options.update_readme, markdown(content))
+            update_readme(options.update_readme, markdown(content), device_of(content["rows"]))
         except (OSError, ValueError) as error:
             parser.error(f"--update-readme: {error}")
     if options.markdown:
@@ -572,7 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def full_table(rows: Sequence[Row]) -> list[str]:
     """The whole table with its headings, and the summary."""
-    lines = table_header()
+    lines = table_header(rows[0]["device"]) if rows else []
     group = ""
     for start in range(0, len(rows), 4):
         case = rows[start : start + 4]

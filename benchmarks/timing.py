@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 Candidate = Callable[[], object]
+# Seconds per call, over so many calls in a row.
+Sampler = Callable[[Candidate, int], float]
 
 # A sample lasts at least this long: 1000 times what two readings of the clock take.
 MIN_SAMPLE_S = 2e-4
@@ -53,16 +55,18 @@ def sample_s(call: Candidate, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def estimate_s(candidates: Mapping[str, Candidate]) -> dict[str, float]:
+def estimate_s(
+    candidates: Mapping[str, Candidate], sampler: Sampler = sample_s
+) -> dict[str, float]:
     """Warms each candidate up and returns a first guess of its time: the better of two calls.
 
     The first call pays for pages, threads, packed copies and lazily built schedules.
     """
     estimates = {}
     for name, call in candidates.items():
-        first = sample_s(call)
+        first = sampler(call, 1)
         more = 2 if first < SLOW_S else 1 if first < VERY_SLOW_S else 0
-        estimates[name] = min((sample_s(call) for _ in range(more)), default=first)
+        estimates[name] = min((sampler(call, 1) for _ in range(more)), default=first)
     return estimates
 
 
@@ -72,6 +76,7 @@ def interleave(
     budget_s: float = 0.5,
     repeats: int | None = None,
     estimates: Mapping[str, float] | None = None,
+    sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
     """Times the candidates in turns and returns the Timing of each.
 
@@ -83,8 +88,9 @@ def interleave(
             equal share of the time.
         repeats: take exactly so many samples of each instead.
         estimates: what `estimate_s` said about these candidates, to not warm them up again.
+        sampler: takes one sample; by default with the processor's clock.
     """
-    guesses = estimate_s(candidates) if estimates is None else estimates
+    guesses = estimate_s(candidates, sampler) if estimates is None else estimates
     once = {name for name in candidates if guesses[name] > VERY_SLOW_S and not repeats}
     calls = {
         name: max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9))) for name in candidates
@@ -108,7 +114,7 @@ def interleave(
             for name, call in turns.items():
                 if len(samples[name]) >= wanted[name] and (repeats or spent[name] > share_s):
                     continue
-                seconds = sample_s(call, calls[name])
+                seconds = sampler(call, calls[name])
                 samples[name].append(seconds)
                 spent[name] += seconds * calls[name]
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import baselines, matmul, problems, report, roofline, timing
+from benchmarks.processor import Processor
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = (
@@ -82,12 +83,13 @@ def test_report_fills_the_readme_section(smoke: tuple[Path, str], tmp_path: Path
     content["rows"] = [{**row, "headline": True} for row in content["rows"]]
     (tmp_path / "rows.json").write_text(json.dumps(content))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MEASURED_BEGIN}\nold\n{report.MEASURED_END}\nafter\n")
+    begin, end = report.MARKS["cpu"]
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     words = [str(tmp_path / "rows.json"), "--update-readme", str(readme)]
     assert report.main(words) == 0
     text = readme.read_text()
     assert text.startswith("before\n")
-    assert text.endswith(f"{report.MEASURED_END}\nafter\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     assert "| 33 | 64, 128, 16 | 16x1 | float32 |" in text
     assert content["machine"]["command"] in text
@@ -97,21 +99,22 @@ def test_report_refuses_a_readme_without_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing here\n")
     with pytest.raises(ValueError, match="measured:begin"):
-        report.update_readme(readme, "table\n")
+        report.update_readme(readme, "table\n", "cpu")
     assert readme.read_text() == "nothing here\n"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "cuda"], "--device must be cpu"),
+        (["--device", "tpu"], "it must be one of cpu, cuda, got 'tpu'"),
         (["--json", "no/such/folder/rows.json"], "does not exist"),
         (["--json", "."], "is a directory"),
         (["--plot", "plot.pdf"], "does not end in .png"),
         (["--filter", "1024"], "a shape looks like K,N"),
         (["--filter", "3,5"], "no case is left"),
         (["--block", "16"], "a block looks like 16x1"),
-        (["--dtype", "float16"], "invalid choice"),
+        (["--dtype", "float16"], "have no float16"),
+        (["--dtype", "int8"], "invalid choice"),
         (["--threads", "0"], "needs a positive whole number"),
         (["--repeats", "-1"], "expected one argument|needs a positive whole number"),
         (["--backend", "cuda"], "cannot run here"),
@@ -235,7 +238,9 @@ def test_work_and_bound_by_hand() -> None:
 
 def test_a_fraction_over_100_percent_is_called_wrong() -> None:
     operands = baselines.Operands.draw(problems.Case(33, 64, 32, 8))
-    row = matmul.measure_product(operands, "forward", "cpu", CEILINGS, budget_s=0.0, repeats=1)
+    machine = Processor()
+    machine._ceilings = CEILINGS
+    row = matmul.measure_product(operands, "forward", "cpu", machine, budget_s=0.0, repeats=1)
     for share, is_wrong in ((0.5, False), (1.2, True)):
         row["bound_ms"] = share * row["time_ms"]
         assert any("run again" in line for line in report.summary_lines([row])) is is_wrong
@@ -281,7 +286,7 @@ def test_bf16_dense_is_left_out_only_where_it_is_slow(
     monkeypatch.setattr(baselines, "BF16_SLOWER", 1e9)
     assert baselines.why_no_bf16_dense(operands, "forward") is None
     monkeypatch.setattr(baselines, "BF16_SLOWER", 0.0)
-    row = matmul.measure_product(operands, "forward", "cpu", None, budget_s=0.0, repeats=1)
+    row = matmul.measure_product(operands, "forward", "cpu", Processor(), budget_s=0.0, repeats=1)
     assert "not timed" in row["bf16_dense_note"]
     assert "torch bf16" not in row["baselines"]
     assert (row["dense_ms"] is None) == (row["masked_dense_ms"] is None) == (dtype == "bfloat16")
@@ -300,7 +305,7 @@ def test_default_cases_hold_every_promise_once() -> None:
     cases = problems.default_cases()
     assert len(set(cases)) == len(cases)
     for shape in problems.TARGETS:
-        for dtype in problems.DTYPES:
+        for dtype in problems.CPU_DTYPES:
             assert problems.Case(2048, *shape, dtype=dtype) in cases
     assert {case.tokens for case in cases} == set(problems.TOKENS)
     assert {case.block for case in cases} >= {(1, 1), (4, 1), (16, 1), (16, 16), (32, 32)}

@@ -20,6 +20,8 @@ from triton.runtime.errors import OutOfResources
 
 from sparse_kernels.triton import gather, sampled, tiles, topk
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 
 def problem(**changes):
     good = {
