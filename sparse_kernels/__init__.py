@@ -1,7 +1,7 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels.activation import abs_topk
-from sparse_kernels.backends import available_backends
+from sparse_kernels.backends import available_backends, explain_backend
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear
@@ -15,6 +15,7 @@ __all__ = [
     "abs_topk",
     "available_backends",
     "densify_",
+    "explain_backend",
     "from_dense",
     "rewire_",
     "sparse_linear",
