@@ -153,10 +153,10 @@ def why_no_plot(path: Path) -> str | None:
 
 
 def write_json(
-    path: Path, machine: Mapping[str, Any], rows: Sequence[Row], *, complete: bool
+    path: Path, machine: Mapping[str, Any], rows: Sequence[Row], *, complete: bool, **more: object
 ) -> None:
-    """Writes the result file; a reader never sees half of one."""
-    content = {"complete": complete, "machine": machine, "rows": rows}
+    """Writes the result file, with `more` sections if there are; a reader never sees half of it."""
+    content = {"complete": complete, "machine": machine, **more, "rows": rows}
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)

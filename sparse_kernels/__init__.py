@@ -2,6 +2,7 @@
 
 from sparse_kernels.activation import abs_topk
 from sparse_kernels.backends import available_backends, explain_backend
+from sparse_kernels.break_even import advise_dense, break_even_density
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear
@@ -13,7 +14,9 @@ __all__ = [
     "FanInLayout",
     "SparseLinear",
     "abs_topk",
+    "advise_dense",
     "available_backends",
+    "break_even_density",
     "densify_",
     "explain_backend",
     "from_dense",

@@ -1,0 +1,328 @@
+"""Finds the density at which a sparse step takes as long as a dense one.
+
+    python -m benchmarks.break_even                  every block and dtype, in some minutes
+    python -m benchmarks.break_even --smoke          everything once, on tiny shapes, in seconds
+    python -m benchmarks.break_even --device cuda    on the GPU
+
+A step is forward, grad_input and grad_weight, each of which takes turns with torch's dense product
+in the same dtype: what `to_dense()` would give. Correctness comes first, as in benchmarks.matmul.
+The results belong in the table of sparse_kernels/break_even.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import baselines, problems, report, timing
+from benchmarks.baselines import Operands
+from benchmarks.problems import PRODUCTS, Case
+from benchmarks.timing import Candidate
+from sparse_kernels import backends, break_even, cpu
+
+BLOCKS = ((1, 1), (4, 1), (16, 1), (16, 16), (32, 32))
+FEATURES, TOKENS = 1024, 2048
+SMOKE_FEATURES, SMOKE_TOKENS = 64, 33
+# Densities from 1/64 to 1, so many times as large each time.
+LOWEST_INVERSE = 64
+FACTOR, SMOKE_FACTOR = math.sqrt(2), 4.0
+# Seconds of measuring for each product at each density, once everything is warm.
+BUDGET_S = 0.5
+SMOKE_BUDGET_S = 0.005
+INTERRUPTED = 130
+
+
+def fan_ins(in_features: int, block_in: int, factor: float) -> list[int]:
+    """The fan-ins to measure, ascending: multiples of `block_in` near the wanted densities."""
+    steps = round(math.log(LOWEST_INVERSE, factor))
+    wanted = (in_features * factor**-step for step in range(steps + 1))
+    return sorted({max(1, round(fan_in / block_in)) * block_in for fan_in in wanted})
+
+
+def find(points: Sequence[tuple[float, float]]) -> tuple[float | None, str]:
+    """The break-even density, and how it was found.
+
+    Args:
+        points: `(density, sparse time / dense time)`, ascending in density.
+
+    Returns:
+        Where the line between two neighbouring points, in logarithms, crosses 1, and "crossed".
+        Where it does so several times the last counts: dense was as fast at each density measured
+        above. Else None with "never" if sparse is faster at the highest density, or "at once" if
+        dense is as fast at every one.
+    """
+    if points[-1][1] < 1:
+        return None, "never"
+    above = len(points) - 1
+    while above > 0 and points[above - 1][1] >= 1:
+        above -= 1
+    if above == 0:
+        return None, "at once"
+    (d0, r0), (d1, r1) = ((math.log(d), math.log(r)) for d, r in points[above - 1 : above + 1])
+    return math.exp(d0 + (d1 - d0) * -r0 / (r1 - r0)), "crossed"
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A result for each block and dtype whose rows are all correct; `density` to three digits."""
+    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = (row["device"], row["family"], row["dtype"], row["block"])
+        groups.setdefault(key, []).append(row)
+    results = []
+    for (device, family, dtype, block), group in groups.items():
+        if not all(row["correct"] for row in group):
+            continue
+        points = [(row["density"], row["time_ms"] / row["dense_ms"]) for row in group]
+        density, found = find(points)
+        results.append(
+            {
+                "device": device,
+                "family": family,
+                "dtype": dtype,
+                "block": block,
+                "density": None if density is None else float(f"{density:.3g}"),
+                "found": found,
+                "lowest": points[0][0],
+                "highest": points[-1][0],
+            }
+        )
+    return results
+
+
+def draw(case: Case, device: torch.device) -> Operands:
+    """The seeded operands of a case, on `device`."""
+    operands = Operands.draw(case)
+    if operands.x.device.type == device.type:
+        return operands
+    problem = replace(
+        operands.problem,
+        layout=operands.problem.layout.to(device),
+        x=operands.x.to(device),
+        values=operands.problem.values.to(device),
+        grad_output=operands.grad_output.to(device),
+    )
+    weight, mask = operands.weight.to(device), operands.mask.to(device)
+    return replace(operands, problem=problem, weight=weight, mask=mask)
+
+
+def finished(call: Candidate, device: torch.device) -> Candidate:
+    """The call, and on a GPU the wait for what it has launched."""
+    if device.type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
+
+
+def measure_point(
+    case: Case, device: torch.device, *, budget_s: float, repeats: int | None
+) -> dict[str, Any]:
+    """Checks the three products of a case, then times each in turns with the dense one."""
+    operands = draw(case, device)
+    layout = operands.problem.layout
+    backend = backends.choose(backends.problem_of(operands.x, layout, "forward"))
+    row: dict[str, Any] = {
+        "device": device.type,
+        "family": break_even.family(device),
+        "dtype": case.dtype,
+        "M": case.tokens,
+        "K": case.in_features,
+        "N": case.out_features,
+        "fan_in": case.fan_in,
+        "block": case.block_name,
+        "density": case.density,
+        "product": "step",
+        "backend": backend,
+    }
+    ours = {product: baselines.ours(operands, product, backend) for product in PRODUCTS}
+    accuracies = [baselines.check(operands, product, call) for product, call in ours.items()]
+    row["error"] = max(accuracy.error for accuracy in accuracies)
+    row["torch_error"] = max(accuracy.torch_error for accuracy in accuracies)
+    row["correct"] = all(accuracy.is_good for accuracy in accuracies)
+    if not row["correct"]:
+        return row
+    products = {}
+    for product, call in ours.items():
+        timings = timing.interleave(
+            {
+                "sparse": finished(call, device),
+                "dense": finished(baselines.dense(operands, product, case.torch_dtype), device),
+            },
+            budget_s=budget_s,
+            repeats=repeats,
+        )
+        sparse, dense = timings["sparse"], timings["dense"]
+        products[product] = {
+            "time_ms": sparse.median_ms,
+            "spread_ms": sparse.spread_ms,
+            "samples": sparse.samples,
+            "dense_ms": dense.median_ms,
+            "dense_spread_ms": dense.spread_ms,
+            "dense_samples": dense.samples,
+        }
+    for name in ("time_ms", "dense_ms"):
+        row[name] = sum(times[name] for times in products.values())
+    for name in ("spread_ms", "dense_spread_ms"):
+        row[name] = math.hypot(*(times[name] for times in products.values()))
+    return row | {"products": products}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.break_even",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [f"{block_out}x{block_in}" for block_out, block_in in BLOCKS]
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and results there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--block", choices=names, help="one block only")
+    parser.add_argument("--dtype", choices=sorted(problems.DTYPES), help="one dtype only")
+    parser.add_argument("--threads", type=parse_positive, help="torch.set_num_threads")
+    parser.add_argument(
+        "--repeats",
+        type=parse_positive,
+        metavar="COUNT",
+        help="samples of each call (default: what fits a time budget)",
+    )
+    return parser
+
+
+def parse_positive(text: str) -> int:
+    """A positive int."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a positive whole number, got {text!r}")
+    return int(text)
+
+
+def build_cases(options: argparse.Namespace) -> list[Case]:
+    """Every density of every block and dtype that the options leave."""
+    features, tokens, factor = FEATURES, TOKENS, FACTOR
+    if options.smoke:
+        features, tokens, factor = SMOKE_FEATURES, SMOKE_TOKENS, SMOKE_FACTOR
+    cases = [
+        Case(tokens, features, features, fan_in, block, dtype)
+        for dtype in problems.DTYPES
+        for block in BLOCKS
+        for fan_in in fan_ins(features, block[1], factor)
+    ]
+    return [
+        case
+        for case in cases
+        if options.block in (None, case.block_name) and options.dtype in (None, case.dtype)
+    ]
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """The cases to run. Ends the program with a message if an option cannot be met."""
+    if options.json is not None:
+        reason = report.why_not_writable(options.json)
+        if reason is not None:
+            parser.error(f"--json: {reason}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU (torch.cuda.is_available() is False)")
+    cases = build_cases(options)
+    for case in cases:
+        geometry = (case.out_features, case.in_features, case.fan_in, case.block)
+        problem = backends.Problem(options.device, case.torch_dtype, "forward", *geometry)
+        try:
+            backends.choose(problem)
+        except RuntimeError as error:
+            parser.error(str(error))
+    return cases
+
+
+def table_line(row: Mapping[str, Any]) -> str:
+    """A measured point for people to read."""
+    start = f"{row['dtype']:9} {row['block']:6} {row['fan_in']:6} {row['density']:8.4f}"
+    if not row["correct"]:
+        return f"{start}  FAIL: error {row['error']:.1e}, torch's {row['torch_error']:.1e}"
+    ratio = row["time_ms"] / row["dense_ms"]
+    return f"{start} {row['time_ms']:9.3f} {row['dense_ms']:9.3f} {ratio:8.3f}"
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """A result for people to read."""
+    density, lowest = result["density"], result["lowest"]
+    said = {
+        "crossed": f"{density}",
+        "never": f"none: sparse is faster up to density {result['highest']:g}",
+        "at once": f"none: dense is as fast from density {lowest:g}, the lowest measured",
+    }
+    return f"{result['dtype']:9} {result['block']:6} {said[result['found']]}"
+
+
+def run(options: argparse.Namespace, cases: Sequence[Case], command: Sequence[str]) -> int:
+    """Measures the cases, prints as it goes, and returns the exit status."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    progress = report.Progress(len(cases))
+    rows: list[dict[str, Any]] = []
+    isa = cpu.isa() if device.type == "cpu" else None
+    machine = report.describe_machine(command, isa=isa, ceilings=None)
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    # For sparse and dense alike, as benchmarks.matmul does.
+    machine["keeps_freed_memory"] = cpu.keep_freed_memory()
+
+    def save(*, complete: bool) -> None:
+        if options.json is not None:
+            results = summarize(rows) if complete else []
+            report.write_json(options.json, machine, rows, complete=complete, results=results)
+
+    interrupted = False
+    heading = f"{'dtype':9} {'block':6} fan_in  density sparse ms  dense ms    ratio"
+    print(report.machine_line(machine), "", heading, sep="\n", flush=True)
+    try:
+        for case in cases:
+            progress.show(str(case))
+            with torch.no_grad():
+                row = measure_point(
+                    case,
+                    device,
+                    budget_s=SMOKE_BUDGET_S if options.smoke else BUDGET_S,
+                    repeats=options.repeats,
+                )
+            rows.append(row)
+            progress.advance()
+            progress.clear()
+            print(table_line(row), flush=True)
+            save(complete=False)
+    except KeyboardInterrupt:
+        interrupted = True
+    progress.clear()
+    save(complete=not interrupted)
+    if interrupted:
+        print(f"\ninterrupted after {len(rows)} of {len(cases)} densities", flush=True)
+        return INTERRUPTED
+    print("\nbreak-even density", *map(result_line, summarize(rows)), sep="\n", flush=True)
+    wrong = sum(not row["correct"] for row in rows)
+    if wrong:
+        print(f"\n{wrong} of {len(rows)} rows are WRONG: see FAIL above", flush=True)
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; `arguments` are the words after the module's name."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options = parser.parse_args(words)
+    cases = check_options(parser, options)
+    return run(options, cases, ["-m", "benchmarks.break_even", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
