@@ -39,7 +39,18 @@ class Measured(NamedTuple):
 
 _ZEN5 = "benchmarks/results/break-even-cpu-zen5.json"
 # Filled by hand from the `results` of `python -m benchmarks.break_even`; a test compares the two.
-TABLE: dict[Key, Measured] = {}
+TABLE = {
+    Key("cpu", "avx512_bf16", "float32", (1, 1)): Measured(0.624, _ZEN5),
+    Key("cpu", "avx512_bf16", "float32", (4, 1)): Measured(math.inf, _ZEN5),
+    Key("cpu", "avx512_bf16", "float32", (16, 1)): Measured(math.inf, _ZEN5),
+    Key("cpu", "avx512_bf16", "float32", (16, 16)): Measured(math.inf, _ZEN5),
+    Key("cpu", "avx512_bf16", "float32", (32, 32)): Measured(math.inf, _ZEN5),
+    Key("cpu", "avx512_bf16", "bfloat16", (1, 1)): Measured(0.313, _ZEN5),
+    Key("cpu", "avx512_bf16", "bfloat16", (4, 1)): Measured(0.561, _ZEN5),
+    Key("cpu", "avx512_bf16", "bfloat16", (16, 1)): Measured(0.68, _ZEN5),
+    Key("cpu", "avx512_bf16", "bfloat16", (16, 16)): Measured(0.618, _ZEN5),
+    Key("cpu", "avx512_bf16", "bfloat16", (32, 32)): Measured(0.673, _ZEN5),
+}
 
 
 def family(device: torch.device) -> str:
@@ -84,8 +95,9 @@ def break_even_density(x: Tensor, layout: FanInLayout) -> float | None:
     """The density from which a dense training step was measured to be faster than a sparse one.
 
     A step is forward, gradient of the input and gradient of the weight, of a 1024 by 1024 layer
-    with 2048 tokens; dense is PyTorch's own product in the same dtype. Other sizes, other numbers
-    of tokens or threads, and inference alone, break even elsewhere. Of the measured blocks the
+    with 2048 tokens; dense is PyTorch's own product in the same dtype, as `to_dense` gives it, not
+    the fastest there is. Other sizes, other numbers of tokens or threads, inference alone, and
+    other processors of the same instruction set break even elsewhere. Of the measured blocks the
     nearest counts: the fewest doublings and halvings of its sides make it that of `layout`; of two
     equally near the smaller one.
 
