@@ -1,7 +1,8 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels.activation import abs_topk
-from sparse_kernels.backends import available_backends
+from sparse_kernels.backends import available_backends, explain_backend
+from sparse_kernels.break_even import advise_dense, break_even_density
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear
@@ -13,8 +14,11 @@ __all__ = [
     "FanInLayout",
     "SparseLinear",
     "abs_topk",
+    "advise_dense",
     "available_backends",
+    "break_even_density",
     "densify_",
+    "explain_backend",
     "from_dense",
     "rewire_",
     "sparse_linear",

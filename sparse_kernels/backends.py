@@ -1,8 +1,9 @@
-"""Which backend can run a problem, and a sentence why each other one cannot."""
+"""Which backend runs a problem, by one table of rules, and a sentence why each other does not."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,19 +17,79 @@ _MODULES: dict[str, ModuleType] = {
     "cuda": cuda,
 }
 NAMES = ("reference", "cpu", "triton", "cuda")
+PRODUCTS = ("forward", "grad_input", "grad_weight")
+
+
+class Rule(NamedTuple):
+    """A row of the table below."""
+
+    # The backends to try, fastest first; one that is not here runs only when asked for by name.
+    order: tuple[str, ...]
+    # Of the first in `order` why it is taken, of each other why it is not though it could run.
+    reasons: dict[str, str]
+    # The result file behind the order, or "not measured"; None if it is no matter of speed.
+    source: str | None
+
+
+_SPECIFICATION = {
+    "reference": "it is the specification, slow, and runs only when asked for by name"
+}
+
+RULES = {
+    "cpu tensors": Rule(
+        ("cpu",),
+        {
+            "cpu": "its kernels are those for cpu tensors",
+            "triton": "it interprets its kernels on cpu tensors only when asked for by name",
+            "cuda": "its kernels run on cpu tensors only in tests, emulated",
+            **_SPECIFICATION,
+        },
+        None,
+    ),
+    "abs_topk": Rule(
+        ("cuda", "triton"),
+        {
+            "cuda": "it keeps a row in shared memory while it selects, if the row fits",
+            "triton": "it reads a row of more than 16384 entries again for each bit of a number",
+            **_SPECIFICATION,
+        },
+        "not measured",
+    ),
+    "both sides of the block at least 16": Rule(
+        ("triton", "cuda"),
+        {
+            "triton": "a block with both sides at least 16 fills the operands of a tensor core",
+            "cuda": "it uses no tensor core, and a block with both sides at least 16 fills one",
+            **_SPECIFICATION,
+        },
+        "not measured",
+    ),
+    "smaller blocks": Rule(
+        ("cuda", "triton"),
+        {
+            "cuda": "a block with a side below 16 does not fill a tensor core, and it needs none",
+            "triton": "a block with a side below 16 does not fill the operands of a tensor core",
+            **_SPECIFICATION,
+        },
+        "not measured",
+    ),
+}
+
+
+def _rule(problem: Problem) -> Rule:
+    """The rule for `problem`. Plain comparisons: `choose` comes here at every call."""
+    if problem.device == "cpu":
+        return RULES["cpu tensors"]
+    if problem.product == "abs_topk":
+        return RULES["abs_topk"]
+    if problem.block[0] >= 16 and problem.block[1] >= 16:
+        return RULES["both sides of the block at least 16"]
+    return RULES["smaller blocks"]
 
 
 def order(problem: Problem) -> tuple[str, ...]:
-    """The backends to try for `problem`, fastest first.
-
-    | block                        | first  | because                                            |
-    |------------------------------|--------|----------------------------------------------------|
-    | both sides at least 16       | triton | such a block fills the operands of a tensor core   |
-    | smaller, and no block at all | cuda   | each weight is one multiply-add for each token     |
-
-    `reference` is a specification and runs only when it is asked for by name.
-    """
-    return ("triton", "cuda", "cpu") if min(problem.block) >= 16 else ("cuda", "triton", "cpu")
+    """The backends to try for `problem`, fastest first, by `RULES`."""
+    return _rule(problem).order
 
 
 def module(name: str) -> ModuleType:
@@ -38,10 +99,8 @@ def module(name: str) -> ModuleType:
 
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
-    if name in _MODULES:
-        reason: str | None = _MODULES[name].why_not(problem)
-        return reason
-    return f"not built yet: this release has no {name} backend, which will need an NVIDIA GPU"
+    reason: str | None = _MODULES[name].why_not(problem)
+    return reason
 
 
 def check_name(backend: object) -> None:
@@ -62,24 +121,54 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         RuntimeError: the backend asked for, or every one but `reference`, cannot run the problem.
             The message says why. Nothing falls back silently.
     """
-    check_name(backend)
     if backend is not None:
+        check_name(backend)
         reason = why_not(backend, problem)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {problem.product}: {reason}")
         return backend
-    reasons = []
-    for name in order(problem):
-        reason = why_not(name, problem)
-        if reason is None and name == "triton" and problem.device == "cpu":
-            reason = "it interprets its kernels on cpu tensors only when asked for by name"
-        if reason is None:
+    rule = _rule(problem)
+    for name in rule.order:
+        if _MODULES[name].why_not(problem) is None:
             return name
-        reasons.append(f"{name}: {reason}")
+    reasons = [
+        f"{name}: {why_not(name, problem) or rule.reasons[name]}"
+        for name in NAMES
+        if name != "reference"
+    ]
     raise RuntimeError(
         f"no backend can run {problem.product} on {problem.device} in {problem.dtype}; "
         f"backend='reference' is slow but always there. " + "; ".join(reasons)
     )
+
+
+def explain(problem: Problem, backend: str | None = None) -> list[tuple[str, str]]:
+    """Every backend by name, with why `choose(problem, backend)` takes it, or why it does not.
+
+    The sentence of the one that is taken begins with "taken: ". Where `choose` would raise, none
+    does.
+    """
+    check_name(backend)
+    rule = _rule(problem)
+    asked = (backend,) if backend is not None else rule.order
+    cannot = {name: why_not(name, problem) for name in NAMES}
+    chosen = next((name for name in asked if cannot[name] is None), None)
+    source = "" if rule.source is None else f" ({rule.source})"
+
+    def sentence(name: str) -> str:
+        reason = cannot[name]
+        if reason is not None:
+            return reason
+        if backend is not None:
+            asked_for = f"backend={backend!r} was asked for"
+            return f"taken: {asked_for}" if name == chosen else f"it could run this; {asked_for}"
+        if name != chosen:
+            return rule.reasons[name] + source
+        if name != rule.order[0]:
+            return f"taken: the first of {', '.join(rule.order)} that can run this" + source
+        return f"taken: {rule.reasons[name]}" + source
+
+    return [(name, sentence(name)) for name in NAMES]
 
 
 def problem_of(x: Tensor, layout: FanInLayout, product: str) -> Problem:
@@ -109,9 +198,45 @@ def available_backends(x: Tensor, layout: FanInLayout) -> list[tuple[str, str | 
     Raises:
         TypeError: `x` is not a Tensor or `layout` not a FanInLayout.
     """
+    check_arguments(x, layout)
+    problem = problem_of(x, layout, "forward")
+    return [(name, why_not(name, problem)) for name in NAMES]
+
+
+def explain_backend(
+    x: Tensor, layout: FanInLayout, product: str = "forward"
+) -> list[tuple[str, str]]:
+    """Every backend by name, with a sentence why it is taken by default, or why it is not.
+
+    `sparse_linear` chooses once, for "forward" (for "grad_input" if `transpose`), and its
+    derivatives stay on that backend.
+
+    Args:
+        x: a tensor of the device and dtype in question.
+        layout: the pattern in question.
+        product: "forward", "grad_input" or "grad_weight".
+
+    Returns:
+        `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the one that
+        is taken begins with "taken: "; none does where no backend runs this by default. Each other
+        says why that backend cannot run the problem, or why it is not preferred and what that was
+        measured by, if it was.
+
+    Raises:
+        TypeError: `x` is not a Tensor, `layout` not a FanInLayout or `product` not a str.
+        ValueError: `product` is not one of the three.
+    """
+    check_arguments(x, layout)
+    if not isinstance(product, str):
+        raise TypeError(f"product must be a str, got {type(product).__name__}")
+    if product not in PRODUCTS:
+        raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+    return explain(problem_of(x, layout, product))
+
+
+def check_arguments(x: object, layout: object) -> None:
+    """Raises TypeError unless `x` is a Tensor and `layout` a FanInLayout."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if not isinstance(layout, FanInLayout):
         raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
-    problem = problem_of(x, layout, "forward")
-    return [(name, why_not(name, problem)) for name in NAMES]

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from sparse_kernels import backends
 from sparse_kernels.layout import FanInLayout, Transposed
 
-PRODUCTS = ("forward", "grad_input", "grad_weight")
+PRODUCTS = backends.PRODUCTS
 
 _LAYOUT = "Tensor indices, Tensor[] transposed, Tensor[] schedule, int in_features, int[2] block"
 _library = torch.library.Library("sparse_kernels", "DEF")

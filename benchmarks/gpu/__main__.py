@@ -15,6 +15,7 @@ log, gpu-NAME-DAY.log. A step that fails does not stop those that do not need it
     targets     python -m benchmarks.matmul --device cuda --part targets: the promised cases
     others      python -m benchmarks.matmul --device cuda --part others
     activation  python -m benchmarks.activation --device cuda
+    break_even  python -m benchmarks.break_even --device cuda
     tune        the promised cases of Triton again, with the tiles that a search finds
 """
 
@@ -39,7 +40,7 @@ from benchmarks.gpu.machine import why_no_gpu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-STEPS = ("build", "test", "sanitize", "targets", "others", "activation", "tune")
+STEPS = ("build", "test", "sanitize", "targets", "others", "activation", "break_even", "tune")
 INTERRUPTED = 130
 
 
@@ -103,6 +104,7 @@ def plan(*, gpu_name: str, day: str, out: Path, smoke: bool, steps: Sequence[str
         "targets": [benchmark("targets", "matmul", "--part", "targets")],
         "others": [benchmark("others", "matmul", "--part", "others")],
         "activation": [benchmark("activation", "activation")],
+        "break_even": [benchmark("break_even", "break_even")],
         "tune": [
             benchmark(
                 "tune", "matmul", "--part", "targets", "--backend", "triton",
