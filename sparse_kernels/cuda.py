@@ -75,6 +75,11 @@ def why_not(problem: Problem) -> str | None:
             f"the sides of its blocks are at most {_MAX_BLOCK_SIDE}, and the block is "
             f"({block_out}, {block_in})"
         )
+    if max(problem.out_features, problem.in_features) > _MAX_BLOCKS:
+        return (
+            f"it counts at most {_MAX_BLOCKS} features, and the layout has "
+            f"{max(problem.out_features, problem.in_features)}"
+        )
     blocks = problem.out_features // block_out * (problem.fan_in // block_in)
     if blocks > _MAX_BLOCKS:
         return f"it counts at most {_MAX_BLOCKS} blocks, and the layout has {blocks}"
@@ -106,7 +111,7 @@ def schedule_shapes(
     """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
     block_rows, block_cols = out_features // block[0], in_features // block[1]
     blocks = block_rows * blocks_per_row
-    shapes = []
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
     if lists == "transposed":
         shapes += [((blocks,), torch.int32), ((_units(block_cols, block[1]),), torch.int32)]
         if block == (1, 1):
@@ -213,6 +218,11 @@ def _check_row(name: str, tensor: Tensor) -> None:
 
 
 def _check_block(layout: FanInLayout) -> None:
+    if max(layout.in_features, layout.out_features) > _MAX_BLOCKS:
+        raise ValueError(
+            f"layout must have at most {_MAX_BLOCKS} features, got {layout.out_features} x "
+            f"{layout.in_features}"
+        )
     if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
         raise ValueError(
             f"layout must have at most {_MAX_BLOCKS} blocks, with sides of at most "
