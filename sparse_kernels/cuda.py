@@ -37,6 +37,8 @@ _device_type = "cuda"
 _MAX_BLOCK_SIDE = 128
 _MAX_BLOCKS = 2**31 - 1
 _MAX_ROW = 2**30
+# Units that the order of the transposed lists keeps together: see csrc/cuda/gather.cu.
+_RUN = 32
 # At most this many features of a tile are in shared memory at a time, and no more than fit; for
 # `grad_weight`, whose tiles have more tokens. Tests lower them.
 _SLICE_FEATURES = 2**20
@@ -73,6 +75,11 @@ def why_not(problem: Problem) -> str | None:
             f"the sides of its blocks are at most {_MAX_BLOCK_SIDE}, and the block is "
             f"({block_out}, {block_in})"
         )
+    if max(problem.out_features, problem.in_features) > _MAX_BLOCKS:
+        return (
+            f"it counts at most {_MAX_BLOCKS} features, and the layout has "
+            f"{max(problem.out_features, problem.in_features)}"
+        )
     blocks = problem.out_features // block_out * (problem.fan_in // block_in)
     if blocks > _MAX_BLOCKS:
         return f"it counts at most {_MAX_BLOCKS} blocks, and the layout has {blocks}"
@@ -89,6 +96,11 @@ def _is_narrow(columns: int) -> bool:
     return columns <= 2**16
 
 
+def _units(rows: int, size: int) -> int:
+    """What the kernels count: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
+    return rows * size // (4 if size % 4 == 0 else 2 if size % 2 == 0 else 1)
+
+
 def schedule_shapes(
     out_features: int,
     in_features: int,
@@ -98,19 +110,44 @@ def schedule_shapes(
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
     block_rows, block_cols = out_features // block[0], in_features // block[1]
-    blocks = (block_rows * blocks_per_row,)
-    transposed = lists == "transposed"
-    dtypes = [torch.int32] if transposed else []
-    if _is_narrow(block_rows if transposed else block_cols):
-        dtypes.append(torch.int16)
-    return [(blocks, dtype) for dtype in dtypes]
+    blocks = block_rows * blocks_per_row
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
+    if lists == "transposed":
+        shapes += [((blocks,), torch.int32), ((_units(block_cols, block[1]),), torch.int32)]
+        if block == (1, 1):
+            shapes.append(((block_cols + 1,), torch.int32))
+    if _is_narrow(block_rows if lists == "transposed" else block_cols):
+        shapes.append(((blocks,), torch.int16))
+    return shapes
+
+
+def _order(lengths: Tensor, block_in: int) -> Tensor:
+    """The units of rows of those lengths (block_cols) in the order in which they are taken.
+
+    Runs of 32 stay together, so that results leave in whole pieces; the run with the longest list
+    comes first, and so does the longest list of each run, where units are single outputs. Equals
+    stay in order. A last run that is not full stays the last.
+    """
+    count = _units(lengths.shape[0], block_in)
+    units = torch.arange(count, device=lengths.device)
+    full = count - count % _RUN
+    of_units = lengths.repeat_interleave(count // lengths.shape[0])
+    runs = units[:full].view(-1, _RUN)
+    if block_in == 1:
+        inside = of_units[:full].view(-1, _RUN).sort(dim=1, descending=True, stable=True).indices
+        runs = runs.gather(1, inside)
+        units[full:] = full + of_units[full:].sort(descending=True, stable=True).indices
+    longest = of_units[:full].view(-1, _RUN).amax(1).sort(descending=True, stable=True).indices
+    units[:full] = runs[longest].flatten()
+    return units.to(torch.int32)
 
 
 def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
     """What the kernels want of "own" or "transposed" lists beyond the lists themselves.
 
-    For the transposed lists the stored block of each entry, int32; for either the columns in 16
-    bits, unsigned, where these hold them.
+    For the transposed lists the stored block of each entry and the order of the units (see
+    `_order`), for 1 x 1 blocks also where each list begins in that order, in fours of entries,
+    rounded up; int32. For either the columns in 16 bits, unsigned, where these hold them.
     """
     if lists not in ("own", "transposed"):
         raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
@@ -121,6 +158,11 @@ def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
         transposed = layout.transposed
         columns, count = transposed.rows, layout.block_rows
         parts.append(transposed.rows * layout.blocks_per_row + transposed.slots)
+        lengths = transposed.offsets.diff()
+        parts.append(_order(lengths, layout.block[1]))
+        if layout.block == (1, 1):
+            fours = ((lengths + 3) // 4)[parts[-1]].cumsum(0)
+            parts.append(torch.nn.functional.pad(fours, (1, 0)).to(torch.int32))
     if _is_narrow(count):
         # The upper half of the unsigned numbers wraps to negative ones, with the same bits.
         parts.append((columns - (columns >= 2**15).int() * 2**16).to(torch.int16))
@@ -132,17 +174,16 @@ def _scheduled(layout: FanInLayout, lists: str) -> tuple[_extension.Lists, tuple
     assert _extension is not None, _missing
     tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
     geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
-    if lists == "transposed":
-        narrow = _is_narrow(layout.block_rows)
-        columns = tensors[-1] if narrow else layout.transposed.rows
-        offsets = layout.transposed.offsets
-        pointed = _extension.Lists.fan_out(
-            *geometry, offsets.data_ptr(), columns.data_ptr(), narrow
-        )
-        return pointed, tensors
-    narrow = _is_narrow(layout.block_cols)
-    columns = tensors[-1] if narrow else layout.indices
-    return _extension.Lists.fan_in(*geometry, columns.data_ptr(), narrow), tensors
+    transposed = lists == "transposed"
+    narrow = _is_narrow(layout.block_rows if transposed else layout.block_cols)
+    wide = layout.transposed.rows if transposed else layout.indices
+    columns = (tensors[-1] if narrow else wide).data_ptr(), narrow, wide.data_ptr()
+    if not transposed:
+        return _extension.Lists.fan_in(*geometry, *columns), tensors
+    offsets, (ids, order) = layout.transposed.offsets, tensors[:2]
+    starts = tensors[2].data_ptr() if layout.block == (1, 1) else 0
+    pointers = ids.data_ptr(), order.data_ptr(), starts
+    return _extension.Lists.fan_out(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -177,6 +218,11 @@ def _check_row(name: str, tensor: Tensor) -> None:
 
 
 def _check_block(layout: FanInLayout) -> None:
+    if max(layout.in_features, layout.out_features) > _MAX_BLOCKS:
+        raise ValueError(
+            f"layout must have at most {_MAX_BLOCKS} features, got {layout.out_features} x "
+            f"{layout.in_features}"
+        )
     if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
         raise ValueError(
             f"layout must have at most {_MAX_BLOCKS} blocks, with sides of at most "
@@ -225,9 +271,12 @@ def _gather(
             return out
         queue = _queue(x)
         pointed, schedule = _scheduled(layout, walked)
-        if walked == "transposed":
+        size = values.element_size()
+        # Single weights that fit are brought into words together with their indices.
+        count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
+        words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
+        if walked == "transposed" and not count:
             # Each tile of tokens reads all values in the order of the lists: bring them into it.
-            size = values.element_size()
             ordered = torch.empty_like(values)
             _extension.pack_blocks(
                 schedule[0].data_ptr(),
@@ -248,6 +297,7 @@ def _gather(
             x.stride(1),
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            words.data_ptr() if count else 0,
             out.data_ptr(),
             x.shape[0],
             _SLICE_FEATURES,
@@ -273,7 +323,8 @@ def grad_input(
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
 
-    Dtypes and errors are those of `forward`. Needs working memory of the size of `values`.
+    Dtypes and errors are those of `forward`. Needs working memory of the size of `values`, for
+    single weights also of their indices.
     """
     return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
 

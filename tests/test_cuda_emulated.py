@@ -86,13 +86,13 @@ def bias_for(product, layout, dtype, generator, exact=False):
 
 def check_product(product, x, grad_output, values, layout, bias=None, exact=False):
     actual = sparse_product(product, x, grad_output, values, layout, bias, "cuda")
-    assert actual.dtype == x.dtype
+    assert actual.dtype == values.dtype
     assert actual.is_contiguous()
 
     def dense(convert):
         result = dense_product(
             product,
-            convert(x),
+            convert(x) if x is not None else x,
             convert(grad_output),
             convert(to_dense(values, layout)),
             None if bias is None else convert(bias),
@@ -101,7 +101,7 @@ def check_product(product, x, grad_output, values, layout, bias=None, exact=Fals
 
     truth = dense(torch.Tensor.double)
     if exact:
-        assert torch.equal(actual, truth.to(x.dtype))
+        assert torch.equal(actual, truth.to(values.dtype))
     else:
         assert_accurate(actual, dense(lambda t: t), truth, dense(lambda t: t.double().abs()))
     return actual
@@ -249,6 +249,66 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(
     assert same_bits(y, expected(x, k))
 
 
+@given(st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8]), seeds())
+def test_the_order_takes_the_longest_lists_first(rows, block_in, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 9, (rows,), generator=generator)
+    order = cuda._order(lengths, block_in).long()
+    count = cuda._units(rows, block_in)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    length = lengths.repeat_interleave(count // rows)[order]
+    full = count - count % 32
+    runs = order[:full].view(-1, 32)
+    # Results of a run are neighbours in memory.
+    assert torch.equal(runs.sort(1).values, runs.amin(1, True) // 32 * 32 + torch.arange(32))
+    longest = length[:full].view(-1, 32).amax(1)
+    for some in (longest, *([*length[:full].view(-1, 32), length[full:]] if block_in == 1 else [])):
+        assert (some.diff() <= 0).all()
+    for some, where in ((longest, runs[:, 0] // 32), (length[full:], order[full:])):
+        if some is longest or block_in == 1:
+            assert (where.diff()[some.diff() == 0] > 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(48, 70, 7, (1, 1)), (64, 160, 16, (2, 4)), (32, 45, 9, (4, 3))])
+@pytest.mark.parametrize("lists", ["own", "transposed"])
+def test_schedules_have_the_shapes_that_are_announced(sizes, lists):
+    out_features, in_features, fan_in, block = sizes
+    layout = sk.FanInLayout.random(*sizes)
+    announced = cuda.schedule_shapes(out_features, in_features, fan_in // block[1], block, lists)
+    built = cuda.build_schedule(layout, lists)
+    assert [(tuple(part.shape), part.dtype) for part in built] == announced
+
+
+def skewed(rows, columns, fan_in, block, generator):
+    """A layout in which a few inputs have most of the readers, and most have none or few."""
+    weights = torch.arange(1, columns + 1).double() ** -2
+    shuffled = weights[torch.randperm(columns, generator=generator)]
+    indices = shuffled.expand(rows, -1).multinomial(fan_in, generator=generator).sort(1).values
+    return sk.FanInLayout(indices.int(), columns * block[1], rows * block[0], block)
+
+
+@every_dtype
+@pytest.mark.parametrize("block", [(1, 1), (16, 1), (2, 2), (3, 4)])
+def test_the_order_changes_no_bits(dtype, block, monkeypatch):
+    def grad_input():
+        generator = torch.Generator().manual_seed(0)
+        layout = skewed(150, 100, 5, block, generator)
+        _, grad_output, values = make(layout, 37, dtype, generator)
+        bias = bias_for("grad_input", layout, dtype, generator)
+        check_product("grad_input", None, grad_output, values, layout, bias)
+        return sparse_product("grad_input", None, grad_output, values, layout, bias, "cuda")
+
+    def unsorted(lengths, block_in):
+        return torch.arange(cuda._units(lengths.shape[0], block_in), dtype=torch.int32)
+
+    for slices in (2**20, 40):
+        with monkeypatch.context() as patch:
+            use_slices(patch, slices)
+            ordered = grad_input()
+            patch.setattr(cuda, "_order", unsorted)
+            assert torch.equal(grad_input(), ordered)
+
+
 @every_dtype
 @pytest.mark.parametrize("kind", KINDS)
 def test_abs_topk_on_long_rows(dtype, kind):
@@ -261,8 +321,9 @@ def test_abs_topk_on_long_rows(dtype, kind):
 @pytest.mark.parametrize("order", ORDERS)
 def test_abs_topk_of_more_rows_than_blocks_in_every_order(dtype, order, monkeypatch):
     use_order(monkeypatch, order)
-    x = draw("ties", 200, 530, dtype, 3)
-    assert same_bits(abs_topk(x, 100, "cuda"), expected(x, 100))
+    for kind, rows, cols in [("ties", 200, 530), ("normal", 250, 300)]:
+        x = draw(kind, rows, cols, dtype, 3)
+        assert same_bits(abs_topk(x, 100, "cuda"), expected(x, 100))
 
 
 @every_dtype
@@ -323,7 +384,7 @@ def test_a_launch_that_fails_names_kernel_and_problem(extension):
     layout = sk.FanInLayout.random(8, 6, 2)
     x, values = torch.randn(3, 6), torch.randn(layout.values_shape)
     lists, _ = cuda._scheduled(layout, "own")
-    arguments = ["forward", "float32", lists, x.data_ptr(), 6, 1, values.data_ptr(), 0]
+    arguments = ["forward", "float32", lists, x.data_ptr(), 6, 1, values.data_ptr(), 0, 0]
     with pytest.raises(RuntimeError, match="choosing device 7 failed: invalid device ordinal"):
         extension.gather(*arguments, torch.empty(3, 8).data_ptr(), 3, 2**20, 7, 0)
 
@@ -335,7 +396,8 @@ def test_why_not_says_what_it_lacks(extension):
         ({"device": "cuda"}, "it runs on cpu tensors, and the device is cuda"),
         ({"dtype": torch.float64}, "the dtype is torch.float64"),
         ({"block": (1, 256)}, r"at most 128, and the block is \(1, 256\)"),
-        ({"out_features": 2**31, "fan_in": 256}, "it counts at most 2147483647 blocks"),
+        ({"out_features": 2**31}, "it counts at most 2147483647 features, .*has 2147483648"),
+        ({"out_features": 2**30, "fan_in": 256}, "it counts at most 2147483647 blocks"),
     ]:
         assert re.search(reason, cuda.why_not(Problem(**{**vars(problem), **change})))
 
@@ -383,25 +445,47 @@ __global__ void diverge() {
     if (threadIdx.x < blockDim.x / 2) __syncthreads();
 }
 
+__global__ void nothing() {}
+__global__ void nothing_unasked() {}
+__global__ void vector(const char* from) { load_vector(from); }
+
 }}
 
 #define SK_EXPORT extern "C" __attribute__((visibility("default")))
 using namespace sk::cuda;
 
 SK_EXPORT void run_neighbour(float* out, bool barrier, int reach) {
-    SK_LAUNCH(neighbour, 1, kThreads, 4 * kThreads, nullptr, out, barrier, reach);
+    launch("neighbour", neighbour, 1, kThreads, 4 * kThreads, Queue{}, out, barrier, reach);
 }
 SK_EXPORT void run_overtake(float* out, bool barrier) {
-    SK_LAUNCH(overtake, 1, kThreads, 16, nullptr, out, barrier);
+    launch("overtake", overtake, 1, kThreads, 16, Queue{}, out, barrier);
 }
-SK_EXPORT const char* run_diverge() {
+template <class Run>
+const char* message_of(Run run) {
     static std::string message;
+    message = "it ran";
     try {
-        SK_LAUNCH(diverge, 1, kThreads, 0, nullptr);
+        run();
     } catch (const std::exception& error) {
         message = error.what();
     }
     return message.c_str();
+}
+SK_EXPORT const char* run_diverge() {
+    return message_of([] { launch("diverge", diverge, 1, kThreads, 0, Queue{}); });
+}
+SK_EXPORT const char* run_sizes(unsigned x, unsigned y, unsigned z, unsigned threads,
+                                int shared_bytes) {
+    return message_of(
+        [=] { launch("nothing", nothing, dim3(x, y, z), threads, shared_bytes, Queue{}); });
+}
+SK_EXPORT const char* run_unasked(int shared_bytes) {
+    return message_of([=] {
+        check(launch_kernel(nothing_unasked, 1, kThreads, shared_bytes, nullptr), "unasked");
+    });
+}
+SK_EXPORT const char* run_vector(const char* from) {
+    return message_of([=] { launch("vector", vector, 1, 32, 0, Queue{}, from); });
 }
 """
 SANITIZED = "SK_SANITIZED_EMULATION" in os.environ
@@ -414,7 +498,9 @@ def build_broken(folder, sanitize):
     library = ctypes.CDLL(str(cuda_emulation.build("broken", [source], flags)))
     library.run_neighbour.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
     library.run_overtake.argtypes = [ctypes.c_void_p, ctypes.c_bool]
-    library.run_diverge.restype = ctypes.c_char_p
+    for name in ("run_diverge", "run_sizes", "run_unasked", "run_vector"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.run_vector.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -442,6 +528,33 @@ def test_the_emulation_finds_a_missing_barrier(broken, monkeypatch):
 
 def test_the_emulation_finds_threads_that_miss_a_barrier(broken):
     assert b"wait at different barriers: 32 at the block's" in broken.run_diverge()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((1, 1, 1, 1024, 227 << 10), b"it ran"),
+        ((0, 1, 1, 32, 0), b"nothing with 0 bytes .* failed: invalid configuration argument"),
+        ((2**31, 1, 1, 32, 0), b"invalid configuration argument"),
+        ((1, 65536, 1, 32, 0), b"invalid configuration argument"),
+        ((1, 1, 65536, 32, 0), b"invalid configuration argument"),
+        ((1, 1, 1, 1056, 0), b"invalid configuration argument"),
+        ((1, 1, 1, 32, (227 << 10) + 1), b"nothing with 232449 bytes .* failed: invalid argument"),
+    ],
+)
+def test_the_emulation_refuses_what_a_device_refuses(broken, sizes, reason):
+    assert re.search(reason, broken.run_sizes(*sizes))
+
+
+def test_the_emulation_refuses_shared_memory_that_was_not_asked_for(broken):
+    assert broken.run_unasked(48 << 10) == b"it ran"
+    assert b"unasked failed: invalid argument" in broken.run_unasked((48 << 10) + 1)
+
+
+def test_the_emulation_refuses_misaligned_vectors(broken):
+    vectors = torch.zeros(64, dtype=torch.uint8)
+    assert broken.run_vector(vectors.data_ptr()) == b"it ran"
+    assert b"no multiple of 16" in broken.run_vector(vectors.data_ptr() + 8)
 
 
 def run_sanitized(arguments, **more):

@@ -50,6 +50,9 @@ __global__ void __launch_bounds__(kThreads) abs_topk_kernel(const AbsTopkProblem
     const Bits nan = static_cast<Bits>(p.infinity + 1);
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
+    // The counts that the next sum uses. It alternates from row to row as well: who writes counts
+    // has passed the barrier of the sum in between, and so has everybody who read them before.
+    int turn = 0;
 
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const Bits* const x = static_cast<const Bits*>(p.x.data) + row * p.x.row_stride;
@@ -70,7 +73,6 @@ __global__ void __launch_bounds__(kThreads) abs_topk_kernel(const AbsTopkProblem
         // At least k keys reach `low` (low_count of them), fewer than k reach `high` (high_count).
         uint32_t low = 0, high = static_cast<uint32_t>(nan) + 1;
         int low_count = cols, high_count = 0;
-        int turn = 0;
         while (low_count != k && high - low > 1) {
             const uint32_t middle = low + (high - low) / 2;
             int count = 0;
@@ -109,7 +111,6 @@ __global__ void __launch_bounds__(kThreads) abs_topk_kernel(const AbsTopkProblem
                 left -= all;
             }
         }
-        __syncthreads();  // before the next row's counts are written
     }
 }
 
@@ -158,7 +159,7 @@ std::string describe(const char* name, int64_t rows, int64_t cols) {
 }
 
 template <class Bits>
-void launch(AbsTopkProblem p, int64_t staged_bytes, const Queue& queue) {
+void launch_abs_topk(AbsTopkProblem p, int64_t staged_bytes, const Queue& queue) {
     const std::string what = describe("abs_topk", p.rows, p.cols);
     const auto bytes = [&](int64_t entries) {
         return 4 * 2 * kWarps + ceil_div(entries * static_cast<int64_t>(sizeof(Bits)), 16) * 16;
@@ -166,11 +167,8 @@ void launch(AbsTopkProblem p, int64_t staged_bytes, const Queue& queue) {
     const bool fits = p.cols * static_cast<int64_t>(sizeof(Bits)) <= staged_bytes &&
                       bytes(p.cols) <= shared_limit(queue.device);
     p.staged = fits ? static_cast<int>(p.cols) : 0;
-    const auto kernel = abs_topk_kernel<Bits>;
-    allow_shared(kernel, bytes(p.staged), what);
-    SK_LAUNCH(kernel, blocks_for(p.rows, queue.device), threads_for(p.cols),
-              static_cast<size_t>(bytes(p.staged)), static_cast<cudaStream_t>(queue.stream), p);
-    check(cudaGetLastError(), what);
+    launch(what, abs_topk_kernel<Bits>, blocks_for(p.rows, queue.device), threads_for(p.cols),
+           bytes(p.staged), queue, p);
 }
 
 }  // namespace
@@ -181,9 +179,9 @@ void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols
     const DeviceGuard guard(queue.device);
     const AbsTopkProblem p{x, y, rows, cols, k, infinity_of(dtype), 0};
     if (dtype == DType::kFloat32) {
-        launch<uint32_t>(p, staged_bytes, queue);
+        launch_abs_topk<uint32_t>(p, staged_bytes, queue);
     } else {
-        launch<uint16_t>(p, staged_bytes, queue);
+        launch_abs_topk<uint16_t>(p, staged_bytes, queue);
     }
 }
 
@@ -192,15 +190,13 @@ void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y
     if (rows == 0 || cols == 0) return;
     const DeviceGuard guard(queue.device);
     const AbsTopkBackwardProblem p{grad_output, y, grad_input, rows, cols};
-    const auto stream = static_cast<cudaStream_t>(queue.stream);
+    const std::string what = describe("abs_topk_backward", rows, cols);
+    const unsigned blocks = blocks_for(rows, queue.device), threads = threads_for(cols);
     if (dtype == DType::kFloat32) {
-        SK_LAUNCH(abs_topk_backward_kernel<uint32_t>, blocks_for(rows, queue.device),
-                  threads_for(cols), 0, stream, p);
+        launch(what, abs_topk_backward_kernel<uint32_t>, blocks, threads, 0, queue, p);
     } else {
-        SK_LAUNCH(abs_topk_backward_kernel<uint16_t>, blocks_for(rows, queue.device),
-                  threads_for(cols), 0, stream, p);
+        launch(what, abs_topk_backward_kernel<uint16_t>, blocks, threads, 0, queue, p);
     }
-    check(cudaGetLastError(), describe("abs_topk_backward", rows, cols));
 }
 
 }  // namespace cuda

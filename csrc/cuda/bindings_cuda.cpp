@@ -35,25 +35,42 @@ DType dtype_from(const std::string& name) {
 
 // Lists of the layout itself: outputs gather from inputs.
 Lists fan_in(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
-             uintptr_t columns, bool narrow) {
-    return {rows,   cols,      rows * per_row, per_row,  nullptr, pointer<const void>(columns),
-            narrow, block_out, block_in,       block_in, 1};
+             uintptr_t columns, bool narrow, uintptr_t wide_columns) {
+    Lists lists{};
+    lists.rows = rows;
+    lists.cols = cols;
+    lists.blocks = rows * per_row;
+    lists.per_row = per_row;
+    lists.columns = pointer<const void>(columns);
+    lists.narrow = narrow;
+    lists.wide_columns = pointer<const int32_t>(wide_columns);
+    lists.out_block = block_out;
+    lists.in_block = block_in;
+    lists.out_stride = block_in;
+    lists.in_stride = 1;
+    return lists;
 }
 
 // The transposed lists: inputs gather from the outputs that read them.
 Lists fan_out(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
-              uintptr_t offsets, uintptr_t source_rows, bool narrow) {
-    return {cols,
-            rows,
-            rows * per_row,
-            0,
-            pointer<const int64_t>(offsets),
-            pointer<const void>(source_rows),
-            narrow,
-            block_in,
-            block_out,
-            1,
-            block_in};
+              uintptr_t offsets, uintptr_t source_rows, bool narrow, uintptr_t wide_source_rows,
+              uintptr_t ids, uintptr_t order, uintptr_t starts) {
+    Lists lists{};
+    lists.rows = cols;
+    lists.cols = rows;
+    lists.blocks = rows * per_row;
+    lists.offsets = pointer<const int64_t>(offsets);
+    lists.columns = pointer<const void>(source_rows);
+    lists.narrow = narrow;
+    lists.wide_columns = pointer<const int32_t>(wide_source_rows);
+    lists.ids = pointer<const int32_t>(ids);
+    lists.order = pointer<const int32_t>(order);
+    lists.starts = pointer<const int32_t>(starts);
+    lists.out_block = block_in;
+    lists.in_block = block_out;
+    lists.out_stride = 1;
+    lists.in_stride = block_in;
+    return lists;
 }
 
 }  // namespace
@@ -67,15 +84,19 @@ PYBIND11_MODULE(SK_MODULE, module) {
         .def_static("fan_in", fan_in)
         .def_static("fan_out", fan_out);
 
+    module.def("gather_words", [](const std::string& dtype, const Lists& lists,
+                                  int64_t slice_features, int device) {
+        return sk::cuda::gather_words(dtype_from(dtype), lists, slice_features, device);
+    });
     module.def("gather", [](const std::string& product, const std::string& dtype,
                             const Lists& lists, uintptr_t x, int64_t row_stride, int64_t col_stride,
-                            uintptr_t values, uintptr_t bias, uintptr_t out, int64_t tokens,
-                            int64_t slice_features, int device, uintptr_t stream) {
+                            uintptr_t values, uintptr_t bias, uintptr_t words, uintptr_t out,
+                            int64_t tokens, int64_t slice_features, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
         sk::cuda::gather(product.c_str(), type, lists, {pointer(x), row_stride, col_stride},
-                         pointer(values), pointer(bias), pointer(out), tokens, slice_features,
-                         {device, pointer(stream)});
+                         pointer(values), pointer(bias), pointer(words), pointer(out), tokens,
+                         slice_features, {device, pointer(stream)});
     });
     module.def(
         "pack_blocks", [](uintptr_t ids, int64_t blocks, int64_t block_bytes, int element_bytes,

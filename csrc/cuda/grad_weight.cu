@@ -24,8 +24,9 @@ struct GradWeightProblem {
     int64_t tokens;
     int64_t part_tokens;  // a multiple of the tile
     int64_t slices;
-    int slice_cols;         // block-columns of a slice
-    int64_t split_outputs;  // outputs that blockIdx.y counts, a multiple of kChunkOutputs
+    int slice_cols;          // block-columns of a slice
+    int64_t split_outputs;   // outputs that blockIdx.y counts, a multiple of kChunkOutputs
+    bool wide_x, wide_grad;  // load_tile
 };
 
 // A part is at least this many tiles, and there are at most this many parts: they cost memory.
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_weight_kernel(const GradWeig
             __syncthreads();  // nobody reads the tile before any more
             load_tile(inputs, kLogVectors,
                       x + token * p.x.row_stride + first_col * in_block * p.x.col_stride,
-                      p.x.row_stride, p.x.col_stride, end_token - token, cols * in_block);
+                      p.x.row_stride, p.x.col_stride, end_token - token, cols * in_block, p.wide_x);
             for (int64_t chunk = first_output; chunk < end_output; chunk += kChunkOutputs) {
                 const int outputs = end_output - chunk < kChunkOutputs
                                         ? static_cast<int>(end_output - chunk)
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_weight_kernel(const GradWeig
                           grad_output + token * p.grad_output.row_stride +
                               chunk * p.grad_output.col_stride,
                           p.grad_output.row_stride, p.grad_output.col_stride, end_token - token,
-                          outputs);
+                          outputs, p.wide_grad);
                 __syncthreads();
                 // A warp's groups step together, past the last unit as well: they shuffle.
                 for (int base = 0; base * kShared < outputs; base += groups) {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_weight_kernel(const GradWeig
                                                 slice, p.slices, p.slice_cols);
 #pragma unroll
                         for (int a = 0; a < kShared; ++a) {
-                            unpack(grads[tile_slot(local + a, vector, kLogVectors)], grad[a], T{});
+                            unpack(grads[tile_base(local + a, kLogVectors) ^ vector], grad[a], T{});
                         }
                     }
                     const int64_t features = (range.end - range.begin) * in_block;
@@ -134,14 +135,15 @@ __global__ void __launch_bounds__(kThreads, 1) grad_weight_kernel(const GradWeig
                         const bool valid = own < features;
                         const int64_t block = valid ? range.begin + own / in_block : 0;
                         const int b = valid ? static_cast<int>(own % in_block) : 0;
-                        const int place =
+                        const int feature =
                             valid ? static_cast<int>(columns[block] - first_col) * in_block + b : 0;
+                        const unsigned place = tile_base(feature, kLogVectors);
                         float acc[kShared][kVectors] = {};
 #pragma unroll
                         for (int i = 0; i < kVectors; ++i) {
-                            const int feature = __shfl_sync(kAllLanes, place, i, kVectors);
+                            const unsigned from = __shfl_sync(kAllLanes, place, i, kVectors);
                             float input[kTokens<T>];
-                            unpack(inputs[tile_slot(feature, vector, kLogVectors)], input, T{});
+                            unpack(inputs[from ^ vector], input, T{});
 #pragma unroll
                             for (int a = 0; a < kShared; ++a) {
 #pragma unroll
@@ -191,6 +193,10 @@ void launch_products(GradWeightProblem p, int64_t parts, int64_t slice_features,
     const int64_t bytes = slice_cols * p.lists.in_block * 16 * kVectors + kGradBytes;
     p.slices = ceil_div(p.lists.cols, slice_cols);
     p.slice_cols = static_cast<int>(slice_cols);
+    const int64_t features = slice_cols * p.lists.in_block;
+    p.wide_x = wide_loads(p.x, p.lists.cols * p.lists.in_block, features, sizeof(T));
+    p.wide_grad =
+        wide_loads(p.grad_output, p.lists.rows * p.lists.out_block, kChunkOutputs, sizeof(T));
     p.part_tokens = ceil_div(ceil_div(p.tokens, kTileTokens), parts) * kTileTokens;
 
     const int64_t slice_blocks = std::min<int64_t>(p.slices, 65535);
@@ -201,11 +207,7 @@ void launch_products(GradWeightProblem p, int64_t parts, int64_t slice_features,
         static_cast<unsigned>(parts),
         static_cast<unsigned>(ceil_div(p.lists.rows * p.lists.out_block, p.split_outputs)),
         static_cast<unsigned>(slice_blocks));
-    const auto kernel = grad_weight_kernel<T, Index, kShared>;
-    allow_shared(kernel, bytes, what);
-    SK_LAUNCH(kernel, grid, kThreads, static_cast<size_t>(bytes),
-              static_cast<cudaStream_t>(queue.stream), p);
-    check(cudaGetLastError(), what);
+    launch(what, grad_weight_kernel<T, Index, kShared>, grid, kThreads, bytes, queue, p);
 }
 
 template <class T, int kShared>
@@ -236,9 +238,9 @@ void run(const GradWeightProblem& p, void* grad_values, int64_t parts, int64_t s
     const int64_t elements = p.lists.blocks * p.lists.out_block * p.lists.in_block;
     const auto grid = static_cast<unsigned>(
         std::min(ceil_div(elements, kThreads), 16 * multiprocessors(queue.device)));
-    SK_LAUNCH(add_parts_kernel<T>, grid, kThreads, 0, static_cast<cudaStream_t>(queue.stream),
-              static_cast<const float*>(p.partial), parts, elements, static_cast<T*>(grad_values));
-    check(cudaGetLastError(), describe("grad_weight", p.lists, p.tokens) + ", second pass,");
+    launch(describe("grad_weight", p.lists, p.tokens) + ", second pass,", add_parts_kernel<T>, grid,
+           kThreads, 0, queue, static_cast<const float*>(p.partial), parts, elements,
+           static_cast<T*>(grad_values));
 }
 
 }  // namespace
@@ -255,7 +257,7 @@ void grad_weight(DType dtype, const Lists& lists, const Operand& grad_output, co
                  const Queue& queue) {
     const DeviceGuard guard(queue.device);
     const int64_t parts = grad_weight_parts(dtype, tokens);
-    const GradWeightProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0};
+    const GradWeightProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
     switch (dtype) {
         case DType::kFloat32:
             return run<float>(p, grad_values, parts, slice_features, queue);

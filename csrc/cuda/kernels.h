@@ -24,7 +24,7 @@ struct Operand {
 };
 
 // For each output block-row the input blocks that it gathers, ascending. The blocks of the values
-// lie in the order of the lists.
+// lie in the order of the lists, except where gather_words is not 0.
 struct Lists {
     int64_t rows;            // output block-rows
     int64_t cols;            // input block-columns
@@ -33,18 +33,26 @@ struct Lists {
     const int64_t* offsets;  // (rows + 1), or null
     const void* columns;     // (blocks) input block-column: uint16_t if `narrow`, else int32_t
     bool narrow;
-    int32_t out_block;   // outputs of a block, in the direction of this product
-    int32_t in_block;    // inputs of a block
-    int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
-    int32_t in_stride;   // ... and neighbouring inputs
+    const int32_t* wide_columns;  // (blocks) the same as int32_t
+    const int32_t* ids;           // (blocks) the stored block of each, or null: in that order
+    const int32_t* order;         // (units) in which units are taken (see gather.cu), or null
+    const int32_t* starts;        // (rows + 1) offsets in that order, in fours, rounded up, or null
+    int32_t out_block;            // outputs of a block, in the direction of this product
+    int32_t in_block;             // inputs of a block
+    int32_t out_stride;           // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;            // ... and neighbouring inputs
 };
+
+// Entries of working memory, of a float and an index if T is float, else of 4 bytes, that gather
+// wants: 0, or enough for all weights. Then it reads the values where `ids` says.
+int64_t gather_words(DType dtype, const Lists& lists, int64_t slice_features, int device);
 
 // out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
 // rows * out_block), contiguous. bias may be null. `product` is its name in messages.
 // `slice_features` bounds the inputs that lie in shared memory at a time (see gather.cu).
 void gather(const char* product, DType dtype, const Lists& lists, const Operand& x,
-            const void* values, const void* bias, void* out, int64_t tokens, int64_t slice_features,
-            const Queue& queue);
+            const void* values, const void* bias, void* words, void* out, int64_t tokens,
+            int64_t slice_features, const Queue& queue);
 
 // packed[i] = values[ids[i]] for blocks of `block_bytes`, which element_bytes (2 or 4) divides.
 void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int element_bytes,

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "kernels.h"
 #include "tile.cuh"
@@ -13,6 +15,7 @@ namespace cuda {
 
 inline void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // reported here: the next who asks must not find it again
     throw std::runtime_error("CUDA: " + what + " failed: " + cudaGetErrorString(error) + " (" +
                              cudaGetErrorName(error) +
                              "); the error may stem from earlier work on the same device");
@@ -52,15 +55,39 @@ inline int64_t multiprocessors(int device) {
     return device_attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
-// Lets a kernel be launched with that much dynamic shared memory; above 48 KiB it must be asked
-// for.
-template <class... Parameters>
-void allow_shared(void (*kernel)(Parameters...), int64_t bytes, const std::string& what) {
-    if (bytes <= 48 << 10) return;
-    check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        what + " with " + std::to_string(bytes) + " bytes of shared memory");
+#ifndef SK_EMULATION
+// What <<<>>> does; but the result is that of this launch alone, not an error left by an earlier
+// call of somebody else.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                          size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+    std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+    return std::apply(
+        [&](Parameters&... value) {
+            void* pointers[] = {&value...};
+            return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads),
+                                    pointers, shared_bytes, stream);
+        },
+        values);
+}
+#endif
+
+// Launches a kernel, which `what` describes, on the current device.
+template <class... Parameters, class... Arguments>
+void launch(const std::string& what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            int64_t shared_bytes, const Queue& queue, Arguments&&... arguments) {
+    if (shared_bytes > 48 << 10) {
+        // It must be asked for; all that there is, always, so that two threads of the host that
+        // launch the kernel with different sizes do not take it from each other.
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_limit(queue.device))),
+              what + ", asking for shared memory,");
+    }
+    check(launch_kernel(kernel, grid, threads, static_cast<size_t>(shared_bytes),
+                        static_cast<cudaStream_t>(queue.stream),
+                        std::forward<Arguments>(arguments)...),
+          what + " with " + std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -68,6 +95,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Outputs of a block that a thread computes together, from one read of their input.
 inline int shared_outputs(int out_block) {
     return out_block % 4 == 0 ? 4 : out_block % 2 == 0 ? 2 : 1;
+}
+
+// Whether load_tile may read 16 bytes at a time, in slices of `slice_features` (or all of them).
+inline bool wide_loads(const Operand& x, int64_t features, int64_t slice_features, int bytes) {
+    const auto is_multiple = [bytes](int64_t count) { return count * bytes % 16 == 0; };
+    return x.col_stride == 1 && is_multiple(x.row_stride) && is_multiple(features) &&
+           is_multiple(slice_features) && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 inline std::string describe(const char* product, const Lists& lists, int64_t tokens) {

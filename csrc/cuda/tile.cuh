@@ -1,6 +1,6 @@
 // What the kernels share on the device: element types, tiles of tokens in shared memory.
 //
-// Kernels and launchers are ordinary C++ but for SK_LAUNCH and SharedMemory, so that the tests
+// Kernels and launchers are ordinary C++ but for launch_kernel and SharedMemory, so that the tests
 // compile the same source for the CPU (SK_EMULATION) and run it under sanitizers.
 #pragma once
 
@@ -10,9 +10,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #endif
 
 #include <cstdint>
@@ -99,6 +96,20 @@ __device__ void unpack(const uint4& vector, float (&out)[8], T) {
     }
 }
 
+// 16 bytes at an address that is a multiple of 16.
+__device__ inline uint4 load_vector(const void* from) {
+#ifdef SK_EMULATION
+    emulation::check_alignment(from, sizeof(uint4));
+#endif
+    return *static_cast<const uint4*>(from);
+}
+__device__ inline void store_vector(void* to, const uint4& vector) {
+#ifdef SK_EMULATION
+    emulation::check_alignment(to, sizeof(uint4));
+#endif
+    *static_cast<uint4*>(to) = vector;
+}
+
 __device__ inline uint4 pack(const uint32_t (&bits)[4]) {
     return {bits[0], bits[1], bits[2], bits[3]};
 }
@@ -122,33 +133,83 @@ struct BitsOf<4> {
     using Type = uint32_t;
 };
 
-// A tile is feature-major: each feature owns 1 << log_vectors (1 to 8) neighbouring vectors. Which
-// of them holds which tokens turns with the feature: whoever reads all vectors of a feature meets
-// every bank once, and so does whoever writes one vector of eight neighbouring features.
-__device__ inline int tile_slot(int feature, int vector, int log_vectors) {
-    const int turn = (feature >> (3 - log_vectors)) & ((1 << log_vectors) - 1);
-    return (feature << log_vectors) + (vector ^ turn);
+// A tile is feature-major: each feature owns 1 << log_vectors (1 to 8) neighbouring vectors, and
+// its vector v lies at tile_base ^ v. The higher bits of a place turn the lowest three, which name
+// the banks: whoever reads all vectors of a feature meets every bank once, and so does whoever
+// writes one vector of eight features that are neighbours, or that begin neighbouring 16 bytes.
+__host__ __device__ inline unsigned tile_base(unsigned feature, int log_vectors) {
+    const unsigned place = feature << log_vectors;
+    return place ^ ((place >> 3 ^ place >> 6) & 7u);
+}
+
+// Vectors that a tile of that many features needs: they are turned within groups of eight.
+__host__ __device__ inline int tile_vectors(int features, int log_vectors) {
+    return ((features << log_vectors) + 7) & ~7;
+}
+
+// Column j of kCount tokens of kCount features each: the tokens of feature j.
+__device__ inline uint4 column(const uint4 (&rows)[4], int j) {
+    uint32_t words[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const uint32_t of_row[4] = {rows[t].x, rows[t].y, rows[t].z, rows[t].w};
+        words[t] = of_row[j];
+    }
+    return pack(words);
+}
+__device__ inline uint4 column(const uint4 (&rows)[8], int j) {
+    uint32_t words[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const uint32_t lower[4] = {rows[2 * t].x, rows[2 * t].y, rows[2 * t].z, rows[2 * t].w};
+        const uint32_t upper[4] = {rows[2 * t + 1].x, rows[2 * t + 1].y, rows[2 * t + 1].z,
+                                   rows[2 * t + 1].w};
+        const uint32_t a = lower[j / 2], b = upper[j / 2];
+        words[t] = j % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+    }
+    return pack(words);
 }
 
 // Fills a tile with `features` features of the tokens at `first` (element (0, 0) of the tile) on;
-// from `tokens` on they are zero. All threads of the block call it; barriers are the caller's.
+// from `tokens` on they are zero. `wide` promises that 16 bytes can be read at a time: features lie
+// side by side, their number, the rows' distance and `first` are multiples of 16 bytes. All threads
+// of the block call it; barriers are the caller's.
 template <class T>
 __device__ void load_tile(uint4* tile, int log_vectors, const T* first, int64_t row_stride,
-                          int64_t col_stride, int64_t tokens, int features) {
+                          int64_t col_stride, int64_t tokens, int features, bool wide) {
     using Bits = typename BitsOf<sizeof(T)>::Type;
     const Bits* const source = reinterpret_cast<const Bits*>(first);
-    const unsigned count = static_cast<unsigned>(features) << log_vectors;
     // Neighbouring threads take neighbouring features, which usually are neighbours in memory.
+    if (wide) {
+        const int pieces = features / kTokens<T>;
+        const unsigned count = static_cast<unsigned>(pieces) << log_vectors;
+        for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+            const int vector = static_cast<int>(i / pieces);
+            const int feature = (static_cast<int>(i) - vector * pieces) * kTokens<T>;
+            const Bits* from = source + vector * kTokens<T> * row_stride + feature;
+            uint4 rows[kTokens<T>];
+#pragma unroll
+            for (int t = 0; t < kTokens<T>; ++t, from += row_stride) {
+                rows[t] = vector * kTokens<T> + t < tokens ? load_vector(from) : uint4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int j = 0; j < kTokens<T>; ++j) {
+                tile[tile_base(feature + j, log_vectors) ^ vector] = column(rows, j);
+            }
+        }
+        return;
+    }
+    const unsigned count = static_cast<unsigned>(features) << log_vectors;
     for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
         const int vector = static_cast<int>(i / features);
         const int feature = static_cast<int>(i) - vector * features;
+        const Bits* from = source + vector * kTokens<T> * row_stride + feature * col_stride;
         Bits bits[kTokens<T>];
 #pragma unroll
-        for (int t = 0; t < kTokens<T>; ++t) {
-            const int64_t token = vector * kTokens<T> + t;
-            bits[t] = token < tokens ? source[token * row_stride + feature * col_stride] : Bits{0};
+        for (int t = 0; t < kTokens<T>; ++t, from += row_stride) {
+            bits[t] = vector * kTokens<T> + t < tokens ? *from : Bits{0};
         }
-        tile[tile_slot(feature, vector, log_vectors)] = pack(bits);
+        tile[tile_base(feature, log_vectors) ^ vector] = pack(bits);
     }
 }
 

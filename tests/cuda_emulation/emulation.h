@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -213,12 +214,7 @@ inline void run_block(Block& b, const std::vector<unsigned>& order) {
 
 inline void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> kernel) {
     static uint64_t launches = 0;
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-        throw std::runtime_error("emulation: a grid that CUDA refuses");
-    }
-    if (size.x == 0 || size.x > 1024 || size.x % kWarpLanes || size.y != 1 || size.z != 1) {
-        throw std::runtime_error("emulation: blocks are whole warps along x");
-    }
+    if (size.x % kWarpLanes) throw std::runtime_error("emulation: blocks are whole warps");
     Block running;
     running.size = size;
     running.grid = grid;
@@ -236,6 +232,14 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void
         }
     }
     block() = nullptr;
+}
+
+// CUDA refuses an access whose address is no multiple of its size.
+inline void check_alignment(const void* address, size_t size) {
+    if (reinterpret_cast<uintptr_t>(address) % size) {
+        throw std::runtime_error("emulation: an address that is no multiple of " +
+                                 std::to_string(size));
+    }
 }
 
 // All lanes of the warp show a value and see those of the others.
@@ -262,13 +266,6 @@ std::vector<T> exchange(unsigned mask, T value) {
 #define blockIdx (emulation::block()->index)
 #define blockDim (emulation::block()->size)
 #define gridDim (emulation::block()->grid)
-#define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                             \
-    do {                                                                                      \
-        (void)(stream);                                                                       \
-        auto arguments = std::make_tuple(__VA_ARGS__);                                        \
-        emulation::launch(grid, block, shared_bytes, [&] { std::apply(kernel, arguments); }); \
-    } while (false)
-
 inline void __syncthreads() { emulation::wait(emulation::Fiber::kAtBarrier); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::exchange(mask, 0); }
 template <class T>
@@ -330,7 +327,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidValue };
+enum cudaError_t {
+    cudaSuccess,
+    cudaErrorInvalidDevice,
+    cudaErrorInvalidValue,
+    cudaErrorInvalidConfiguration
+};
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
@@ -339,10 +341,14 @@ constexpr int kEmulatedShared = 227 << 10;
 constexpr int kEmulatedMultiprocessors = 3;
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue";
+    return error == cudaErrorInvalidDevice  ? "cudaErrorInvalidDevice"
+           : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
+                                            : "cudaErrorInvalidConfiguration";
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
+    return error == cudaErrorInvalidDevice  ? "invalid device ordinal"
+           : error == cudaErrorInvalidValue ? "invalid argument"
+                                            : "invalid configuration argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -357,12 +363,37 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
         attribute == cudaDevAttrMultiProcessorCount ? kEmulatedMultiprocessors : kEmulatedShared;
     return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-    return bytes <= kEmulatedShared ? cudaSuccess : cudaErrorInvalidValue;
+// The dynamic shared memory that a kernel may be launched with, once it was asked for.
+inline std::map<const void*, int>& allowed_shared() {
+    static std::map<const void*, int> allowed;
+    return allowed;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes > kEmulatedShared) return cudaErrorInvalidValue;
+    allowed_shared()[kernel] = bytes;
+    return cudaSuccess;
 }
 
 namespace sk {
 namespace cuda {
+
+// Refuses what a device refuses.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                          size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+    constexpr unsigned kMaxX = 0x7fffffffu, kMaxYZ = 0xffffu, kMaxThreads = 1024;
+    const auto outside = [](unsigned size, unsigned limit) { return size == 0 || size > limit; };
+    if (outside(grid.x, kMaxX) || outside(grid.y, kMaxYZ) || outside(grid.z, kMaxYZ) ||
+        outside(threads, kMaxThreads)) {
+        return cudaErrorInvalidConfiguration;
+    }
+    const auto asked = allowed_shared().find(reinterpret_cast<const void*>(kernel));
+    const int allowed = asked == allowed_shared().end() ? 48 << 10 : asked->second;
+    if (shared_bytes > static_cast<size_t>(allowed)) return cudaErrorInvalidValue;
+    std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+    emulation::launch(grid, threads, shared_bytes, [&] { std::apply(kernel, values); });
+    return cudaSuccess;
+}
 
 // Each piece is an allocation of its own. It begins as NaN: nothing may be read before it is set.
 class SharedMemory {
