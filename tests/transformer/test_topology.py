@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_kernels as sk
+from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.topology import (
     Topology,
     TopologyConfig,
@@ -294,6 +295,26 @@ def test_candidates_are_scored_with_the_dense_gradient(passes):
         measured = topology._gradients[name][:, :, 0, 0].double()
         assert candidates.blocks_per_row >= layer.layout.blocks_per_row // 2
         torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_candidates_that_exist_have_the_gradient_of_their_weight():
+    """In the real model, whose pieces have gradients of their own; every layer is seen."""
+    config = ModelConfig(vocab_size=64, n_layer=2, d_model=32, context=16, d_head=8)
+    model = Transformer(config, fan_multiple=4, generator=torch.Generator().manual_seed(0))
+    topology = Topology(model, None, TopologyConfig(candidates=0.5), 100)
+    batch = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))
+    assert topology.wants_gradients(20)
+    with topology.capture():
+        model.loss(batch[:, :-1], batch[:, 1:]).backward()
+    for name, layer in model.sparse_layers().items():
+        old, columns = layer.layout.indices, topology._candidates[name].indices
+        slots = torch.searchsorted(old, columns).clamp_(max=old.shape[1] - 1)
+        exists = old.gather(1, slots) == columns
+        assert 0 < exists.sum() < columns.numel(), name
+        gradient = layer.weight.grad[:, :, 0, 0].gather(1, slots)[exists]
+        measured = topology._gradients[name][:, :, 0, 0][exists]
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(measured, gradient, rtol=1e-4, atol=1e-8)
 
 
 def test_capture_changes_neither_loss_nor_gradients_and_leaves_no_hook():
