@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_transformer.errors import UserError
+from sparse_transformer.model import ModelConfig, Transformer
 
 _FORMAT = 1
 _TENSORS, _META = "tensors.safetensors", "meta.json"
@@ -147,6 +148,29 @@ def load(
     return Checkpoint(step, path, tensors, meta["content"])
 
 
+def load_model(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """The model of a checkpoint that `sparse_transformer.train` wrote; see `load`.
+
+    Its tokenizer is `tokenizer.json` in the folder of the run.
+
+    Raises:
+        UserError: as `load`; or it was written by a release with other models.
+    """
+    point = load(directory, step, device=device, prefix="model.")
+    try:
+        config = ModelConfig.from_dict(point.meta["settings"]["model"])
+        return Transformer.from_state(config, part(point.tensors, "model"), device=device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the model in {point.path} was written by another release ({error}): use that one"
+        ) from error
+
+
 def remove(directory: str | os.PathLike[str], step: int) -> None:
     """Removes a checkpoint; not even a process that dies leaves a part of it under its name."""
     path = folder_of(directory, step)
@@ -169,16 +193,25 @@ def set_aside(directory: str | os.PathLike[str], after: int) -> list[Path]:
     return moved
 
 
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix` and a dot, by what follows."""
+    return {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }
+
+
 def flatten(state: dict[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Splits a nested state dict into tensors, by dotted name below `prefix`, and the rest.
 
-    Keys must be strings without a dot. `unflatten` puts them together again.
+    Keys must not have a dot. `unflatten` puts them together again.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or "." in key:
-            raise ValueError(f"keys must be strings without a dot, got {key!r}")
+        if "." in key:
+            raise ValueError(f"keys must not have a dot, got {key!r}")
         name = f"{prefix}.{key}"
         if isinstance(value, Tensor):
             tensors[name] = value
@@ -261,7 +294,7 @@ def _remove_temporary(root: Path) -> None:
 
 
 def _cannot_write(root: Path, step: int, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = str(error.strerror if isinstance(error, OSError) else error)
     # safetensors has only its text.
     full = os.strerror(errno.ENOSPC) in reason
     advice = "free some space" if full else "make the folder writable"

@@ -151,5 +151,5 @@ def test_nested_state_goes_through_json():
     assert flat.keys() == {"topology.a", "topology.b.c"}
     back = checkpoint.unflatten({**flat, "model.x": torch.ones(1)}, rest, "topology")
     assert back == state
-    with pytest.raises(ValueError, match="without a dot"):
+    with pytest.raises(ValueError, match="must not have a dot"):
         checkpoint.flatten({"a.b": 1}, "x")
