@@ -42,7 +42,7 @@ class TopologyConfig:
     period: int = 20  # steps between changes
     stop_share: float = 0.75  # share of the run after which nothing changes any more
     drop_share: float = 0.3  # of each row's connections, replaced at a change; decays as a cosine
-    candidates: float = 0.06  # of a row's columns, sampled for growing; at least as many as its fan
+    candidates: float = 0.06  # of a row's columns, sampled; at least twice as many as are to grow
     grow: str = "gradient"  # or "random": any of the candidates, the control
     seed: int = 0
 
@@ -171,20 +171,27 @@ class Topology:
                 handle.remove()
 
     def _draw(self, name: str, index: int, step: int) -> sk.FanInLayout:
-        """Random candidates for every row of a layer, some of which exist already."""
+        """Random candidates for every row of a layer, some of which exist already.
+
+        A row's columns are cut into as many ranges as it has candidates, of equal widths up to one,
+        and one column is drawn from each: distinct and in order without a sort.
+        """
         layout = self._layers[name].layout
-        extent, columns = layout.block[1], layout.block_cols
-        count = max(layout.blocks_per_row, round(self.config.candidates * columns))
-        # Up to half of the columns are drawn in memory that follows the count.
-        count = max(min(count, columns // 2), 1)
-        return sk.FanInLayout.random(
-            layout.out_features,
-            layout.in_features,
-            count * extent,
-            layout.block,
-            generator=_generator(layout.device, self.config.seed, step, index),
-            device=layout.device,
-        )
+        rows, columns = layout.block_rows, layout.block_cols
+        _, replaced = self._blocks(name, step)
+        count = min(max(round(self.config.candidates * columns), 2 * replaced, 1), columns)
+        generator = _generator(layout.device, self.config.seed, step, index)
+        drawn = torch.rand(rows, count, generator=generator, device=layout.device)
+        bounds = torch.arange(count + 1, device=layout.device) * columns // count
+        indices = bounds[:-1] + (drawn * bounds.diff()).long()
+        # Rounding may lift the product to the width of its range.
+        indices = torch.minimum(indices, bounds[1:] - 1)
+        return sk.FanInLayout(indices, layout.in_features, layout.out_features, layout.block)
+
+    def _blocks(self, name: str, step: int) -> tuple[int, int]:
+        """Blocks of each row after a change at `step`, and how many of them are to be new."""
+        fan = self.fan(name, step) // self._layers[name].layout.block[1]
+        return fan, round(self.replaced_share(step) * fan)
 
     def _watcher(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def watch(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,9 +244,8 @@ class Topology:
             elif share > 0:
                 candidates = self._draw(name, index, step)
                 scores = torch.ones(candidates.values_shape, device=candidates.device)
-            extent = layer.layout.block[1]
-            fan = self.fan(name, step) // extent
-            new = rewired(layer.weight, layer.layout, fan, round(share * fan), candidates, scores)
+            fan, replaced = self._blocks(name, step)
+            new = rewired(layer.weight, layer.layout, fan, replaced, candidates, scores)
             sk.rewire_(layer, self._optimizer, new)
         self._armed, self._gradients, self._candidates = -1, {}, {}
         return True
@@ -299,32 +305,39 @@ def rewired(
             already cannot. A row with too few that can keeps more of its own.
         scores: `candidates.values_shape`, not negative; a block's score is its sum.
 
-    Equal scores are resolved alike on all ranks: the sort is stable, earlier columns win.
+    Among equals `torch.topk` chooses: alike on ranks that run the same software on the same device.
     """
     if fan > layout.blocks_per_row:
         raise ValueError(
             f"fans can only shrink: {layout} has {layout.blocks_per_row} blocks in a row, and the "
             f"schedule says {fan}; make the model with fan_multiple = start_multiple"
         )
-    own = layout.indices.long()
-    magnitude = weight.detach().abs().flatten(2).sum(2)  # (R, F)
-    # The rows' own columns, largest magnitude first.
-    own = own.gather(1, magnitude.sort(dim=1, descending=True, stable=True).indices)
-    chosen = own[:, :fan].clone()
-    if candidates is not None and scores is not None:
+    spare = 0
+    if candidates is None or scores is None:
+        replaced = 0
+    else:
         replaced = min(replaced, fan, candidates.blocks_per_row)
         columns = candidates.indices
         place = torch.searchsorted(layout.indices, columns).clamp_(max=layout.blocks_per_row - 1)
         exists = layout.indices.gather(1, place) == columns
-        score = scores.flatten(2).sum(2).masked_fill(exists, -1.0)  # (R, C)
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        score, order = score[:, :replaced], order[:, :replaced]
-        joins = score >= 0
-        # Where candidates run out, the next largest of the row's own.
-        own_place = fan - replaced + (~joins).cumsum(1).sub_(1).clamp_(min=0)
-        chosen[:, fan - replaced :] = torch.where(
-            joins, columns.long().gather(1, order), own.gather(1, own_place)
+        score, best = (
+            scores.flatten(2).sum(2).masked_fill_(exists, -1.0).topk(replaced, dim=1, sorted=False)
         )
+        fails = score < 0  # (R, replaced): a place for which a row has no candidate left
+        if replaced:
+            spare = int(fails.sum(1).max())
+    magnitude = weight.detach().abs().flatten(2).sum(2)  # (R, F)
+    # Where candidates run out, the next largest of the row's own stay: then the order matters.
+    kept = fan - replaced
+    largest = magnitude.topk(kept + spare, dim=1, sorted=spare > 0).indices
+    own = layout.indices.gather(1, largest)
+    chosen = own[:, :kept]
+    if replaced:
+        new = columns.gather(1, best)
+        if spare:
+            following = kept + fails.cumsum(1).sub_(1).clamp_(min=0)
+            new = torch.where(fails, own.gather(1, following), new)
+        chosen = torch.cat([chosen, new], 1)
     indices = chosen.sort(dim=1).values
     return sk.FanInLayout(indices, layout.in_features, layout.out_features, layout.block)
 

@@ -221,9 +221,8 @@ def test_change_of_a_layer_against_a_plain_loop(data, seed):
         return sk.FanInLayout.random(*shape, generator=g)
 
     layout, candidates = draw(before), draw(count)
-    # Few levels, so that many are equal.
-    weight = torch.randint(-3, 4, layout.values_shape, generator=g) / 4
-    scores = torch.randint(0, 4, candidates.values_shape, generator=g) / 4
+    weight = torch.randn(layout.values_shape, generator=g, dtype=torch.float64)
+    scores = torch.rand(candidates.values_shape, generator=g, dtype=torch.float64)
     new = rewired(weight, layout, fan, replaced, candidates, scores)
     assert new.blocks_per_row == fan
     expected = plain_choice(weight, layout, fan, replaced, candidates, scores)
@@ -293,7 +292,7 @@ def test_candidates_are_scored_with_the_dense_gradient(passes):
         candidates = topology._candidates[name]
         expected = gradient.gather(1, candidates.indices.long())
         measured = topology._gradients[name][:, :, 0, 0].double()
-        assert candidates.blocks_per_row >= layer.layout.blocks_per_row // 2
+        assert candidates.blocks_per_row == layer.layout.block_cols // 2
         torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -315,6 +314,18 @@ def test_candidates_that_exist_have_the_gradient_of_their_weight():
         measured = topology._gradients[name][:, :, 0, 0][exists]
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(measured, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_every_column_is_a_candidate_about_as_often():
+    _, _, topology = training(TopologyConfig(start_multiple=1, candidates=0.3), 100_000)
+    counts = torch.zeros(24)
+    for step in range(400):
+        candidates = topology._draw("up", 1, step)
+        assert candidates.blocks_per_row == 7
+        counts += candidates.indices.flatten().long().bincount(minlength=24)
+    # 32 rows x 400 draws: each is drawn from a range of 3 or 4 columns.
+    assert counts.min() > 12800 / 4 * 0.9
+    assert counts.max() < 12800 / 3 * 1.1
 
 
 def test_capture_changes_neither_loss_nor_gradients_and_leaves_no_hook():
