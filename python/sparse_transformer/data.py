@@ -24,10 +24,11 @@ from typing import IO
 import numpy as np
 import tokenizers
 import torch
-from sparse_transformer.errors import UserError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
+
+from sparse_transformer.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # Answers of the circuit tasks (RECIPE) that must be one token each. Quotes come out of any Python
