@@ -281,9 +281,16 @@ class SparseLinear(nn.Module):
         self._seen = (self.indices, _version(self.indices))
 
     def _replace_pattern(self, layout: FanInLayout) -> None:
-        """Writes `layout`, of the same geometry, over the pattern; the weights are left alone."""
-        with torch.no_grad():
-            self.indices.copy_(layout.indices)
+        """Takes over `layout`, of the same matrix and block; the weights are left alone."""
+        if layout.indices.shape == self.indices.shape:
+            with torch.no_grad():
+                self.indices.copy_(layout.indices)
+        else:
+            self.indices = layout.indices.clone()
+            if self.transpose:
+                self.fan_out = layout.fan_in
+            else:
+                self.fan_in = layout.fan_in
         self._adopt(layout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:

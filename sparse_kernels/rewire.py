@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_kernels.layout import FanInLayout
@@ -11,11 +11,12 @@ from sparse_kernels.linear import SparseLinear
 
 
 def survivors(old: FanInLayout, new: FanInLayout) -> tuple[Tensor, Tensor]:
-    """Where the blocks of `new` were in `old`, two layouts of the same geometry.
+    """Where the blocks of `new` were in `old`, two layouts of the same matrix and block.
 
     Returns:
-        `(slots, kept)`, int64 and bool `(R, F)`: where `kept[r, f]`, block `f` of row `r` of `new`
-        is block `slots[r, f]` of row `r` of `old`; elsewhere the block is new and the slot any.
+        `(slots, kept)`, int64 and bool, both `(R, F)` of `new`: where `kept[r, f]`, block `f` of
+        row `r` of `new` is block `slots[r, f]` of row `r` of `old`; elsewhere the block is new and
+        the slot any.
     """
     slots = torch.searchsorted(old.indices, new.indices).clamp_(max=old.blocks_per_row - 1)
     return slots, old.indices.gather(1, slots) == new.indices
@@ -24,31 +25,38 @@ def survivors(old: FanInLayout, new: FanInLayout) -> tuple[Tensor, Tensor]:
 def carry(tensor: Tensor, slots: Tensor, kept: Tensor) -> Tensor:
     """`tensor` of `values_shape` in the new order: survivors keep their values, new blocks are 0.
 
-    `(R, F, block_out, block_in)` to the same; `slots` and `kept` as `survivors` returns them. For
-    state that `rewire_` does not know of, such as an average of the weights.
+    `(R, F_old, block_out, block_in)` to `(R, F, block_out, block_in)`; `slots` and `kept` as
+    `survivors` returns them. For state that `rewire_` does not know of, such as an average of the
+    weights.
     """
-    moved = tensor.gather(1, slots[:, :, None, None].expand_as(tensor))
+    moved = tensor.gather(1, slots[:, :, None, None].expand(-1, -1, *tensor.shape[2:]))
     return moved.masked_fill_(~kept[:, :, None, None], 0)
 
 
 def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInLayout) -> None:
-    """Gives `layer` the pattern `new_layout`, in place.
+    """Gives `layer` the pattern `new_layout`, in place; its fan may be another one.
 
     Connections that both patterns have keep their weight, their gradient and their optimizer state;
-    new ones start with all of them zero. `layer.weight` stays the same Parameter. Of the optimizer,
-    every state tensor of this weight that has the weight's shape is carried (momenta, second
-    moments, float32 master copies); step counters and other parameters are not touched.
+    new ones start with all of them zero. `layer.weight` stays the same Parameter, with its hooks.
+    Of the optimizer, every state tensor of this weight that has the weight's shape is carried
+    (momenta, second moments, float32 master copies); step counters and other parameters are not
+    touched.
+
+    With another fan the weight, its gradient, its optimizer state, `layer.indices` and
+    `layer.fan_in` (or `fan_out`) get new shapes. A graph that was recorded before refuses to run
+    backward, and whoever keeps buffers of the old shapes must make new ones: wrap the model in
+    `DistributedDataParallel` again, load checkpoints into a layer of the new fan.
 
     Everything is validated and computed before anything is written.
 
     Args:
         layer: the layer to change.
         optimizer: the optimizer that trains `layer.weight`, or None.
-        new_layout: of the geometry of `layer.layout`: for a fan-out layer, that of `W^T`.
+        new_layout: of the same matrix and block as `layer.layout`: for a fan-out layer, of `W^T`.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: another geometry or device, or an optimizer that does not hold the weight.
+        ValueError: another matrix, block or device, or an optimizer that does not hold the weight.
     """
     if not isinstance(layer, SparseLinear):
         raise TypeError(f"layer must be a SparseLinear, got {type(layer).__name__}")
@@ -59,30 +67,69 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
     if not isinstance(new_layout, FanInLayout):
         raise TypeError(f"new_layout must be a FanInLayout, got {type(new_layout).__name__}")
     old_layout, weight = layer.layout, layer.weight
-    if _geometry(new_layout) != _geometry(old_layout):
-        raise ValueError(f"new_layout must have the geometry of {old_layout}, got {new_layout}")
+    if _matrix(new_layout) != _matrix(old_layout):
+        raise ValueError(
+            f"new_layout must be of the same matrix and block as {old_layout}, got {new_layout}"
+        )
     if new_layout.device != old_layout.device:
         raise ValueError(
             f"new_layout must be on the layer's device {old_layout.device}, got {new_layout.device}"
         )
-    carried = [weight.detach()]
-    if weight.grad is not None:
-        carried.append(weight.grad.detach())
+    state: dict[str, Tensor] = {}
     if optimizer is not None:
         if not any(held is weight for group in optimizer.param_groups for held in group["params"]):
             raise ValueError("optimizer must hold layer.weight, and none of its groups does")
-        carried += [
-            state
-            for state in optimizer.state.get(weight, {}).values()
-            if isinstance(state, Tensor) and state.shape == weight.shape
-        ]
-    with torch.no_grad():
+        state = {
+            key: tensor
+            for key, tensor in optimizer.state.get(weight, {}).items()
+            if isinstance(tensor, Tensor) and tensor.shape == weight.shape
+        }
+    # Normal tensors even in inference mode, so that training may follow.
+    with torch.inference_mode(False), torch.no_grad():
         slots, kept = survivors(old_layout, new_layout)
-        moved = [carry(tensor, slots, kept) for tensor in carried]
-        for tensor, value in zip(carried, moved, strict=True):
-            tensor.copy_(value)
-    layer._replace_pattern(new_layout)
+        values = carry(weight.detach(), slots, kept)
+        grad = None if weight.grad is None else carry(weight.grad.detach(), slots, kept)
+        moved = {key: carry(tensor, slots, kept) for key, tensor in state.items()}
+        if new_layout.values_shape == old_layout.values_shape:
+            weight.copy_(values)
+            if grad is not None:
+                weight.grad.copy_(grad)  # type: ignore[union-attr]
+            for key, tensor in moved.items():
+                state[key].copy_(tensor)
+        else:
+            _reshape_(weight, values, grad)
+            if optimizer is not None and moved:
+                optimizer.state[weight].update(moved)
+        layer._replace_pattern(new_layout)
 
 
-def _geometry(layout: FanInLayout) -> tuple[int, int, int, tuple[int, int]]:
-    return layout.out_features, layout.in_features, layout.fan_in, layout.block
+def _reshape_(weight: nn.Parameter, values: Tensor, grad: Tensor | None) -> None:
+    """Gives a Parameter values of another shape, and autograd a fresh place to accumulate.
+
+    The node of a graph that accumulates into `weight.grad` remembers the shape it was made for and
+    is shared by all graphs while one of them lives (`loss` of the last step, usually). Assigning
+    data of another dtype makes torch forget that node, and the next forward makes a new one, with
+    the Parameter's own hooks. The old one is made to refuse, as `torch.utils.swap_tensors` does.
+    """
+    if weight.requires_grad:
+        with torch.enable_grad():
+            torch.autograd.graph.get_gradient_edge(weight).node.register_prehook(_refuse)
+    weight.grad = None
+    other = torch.float64 if weight.dtype != torch.float64 else torch.float32
+    weight.data = torch.empty(0, dtype=other, device=weight.device)
+    weight.data = torch.empty_like(values)
+    # Not assigned but copied: the copy counts as a write, so that graphs that saved the weight for
+    # their backward find it changed.
+    weight.copy_(values)
+    weight.grad = grad
+
+
+def _refuse(grad_outputs: object) -> None:
+    raise RuntimeError(
+        "backward through a SparseLinear whose fan rewire_ has changed since the forward: "
+        "run the forward again"
+    )
+
+
+def _matrix(layout: FanInLayout) -> tuple[int, int, tuple[int, int]]:
+    return layout.out_features, layout.in_features, layout.block

@@ -22,6 +22,7 @@ OPTIMIZERS = {
 }
 every_optimizer = pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 DIRECTIONS = pytest.mark.parametrize("direction", ["fan_in", "fan_out"])
+FANS = pytest.mark.parametrize("fan", [6, 3, 1, 9, 12], ids=lambda fan: f"to{fan}")
 
 
 def trained(direction="fan_in", optimizer_name="adam", block=(1, 1), steps=3, fan=6):
@@ -38,9 +39,9 @@ def step(layer, optimizer):
     optimizer.step()
 
 
-def other_layout(layer):
+def other_layout(layer, fan=None):
     old = layer.layout
-    return sk.FanInLayout.random(old.out_features, old.in_features, old.fan_in, old.block)
+    return sk.FanInLayout.random(old.out_features, old.in_features, fan or old.fan_in, old.block)
 
 
 def masked(tensor, old, new):
@@ -51,9 +52,10 @@ def masked(tensor, old, new):
     return blocks[torch.arange(new.block_rows)[:, None], new.indices.long()]
 
 
+@FANS
 @DIRECTIONS
 @every_optimizer
-def test_carries_values_and_state(direction, optimizer_name):
+def test_carries_values_and_state(direction, optimizer_name, fan):
     layer, optimizer = trained(direction, optimizer_name)
     weight, old = layer.weight, layer.layout
     values = weight.detach().clone()
@@ -72,11 +74,12 @@ def test_carries_values_and_state(direction, optimizer_name):
         for k, v in optimizer.state[layer.bias].items()
         if v is not None
     }
-    new = other_layout(layer)
+    new = other_layout(layer, fan)
     assert new != old
     sk.rewire_(layer, optimizer, new)
 
     assert layer.layout == new
+    assert (layer.fan_in, layer.fan_out) == ((fan, None) if direction == "fan_in" else (None, fan))
     assert torch.equal(layer.indices, new.indices)
     assert layer.weight is weight
     assert weight.shape == new.values_shape
@@ -107,7 +110,7 @@ def test_survivors_keep_and_newcomers_are_zero(block, data, seed):
     """Against a plain loop over blocks."""
     torch.manual_seed(seed)
     rows, cols = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8))
-    fan_in = data.draw(st.integers(1, cols)) * block[1]
+    fan_in, new_fan_in = (data.draw(st.integers(1, cols)) * block[1] for _ in range(2))
     layer = sk.SparseLinear(cols * block[1], rows * block[0], fan_in=fan_in, block=block)
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.randn(7, cols * block[1])).sum().backward()
@@ -115,7 +118,7 @@ def test_survivors_keep_and_newcomers_are_zero(block, data, seed):
     old = layer.layout
     values = layer.weight.detach().clone()
     moments = optimizer.state[layer.weight]["exp_avg"].clone()
-    new = sk.FanInLayout.random(rows * block[0], cols * block[1], fan_in, block)
+    new = sk.FanInLayout.random(rows * block[0], cols * block[1], new_fan_in, block)
     sk.rewire_(layer, optimizer, new)
     assert layer.weight.shape == new.values_shape
     for r in range(rows):
@@ -140,45 +143,49 @@ def test_the_same_layout_changes_nothing():
     assert torch.equal(optimizer.state[layer.weight]["exp_avg"], before[1])
 
 
-def test_there_and_back_keeps_the_common_part():
+@FANS
+def test_there_and_back_keeps_the_common_part(fan):
     layer, optimizer = trained()
     old = layer.layout
     values = layer.weight.detach().clone()
-    new = other_layout(layer)
+    new = other_layout(layer, fan)
     sk.rewire_(layer, optimizer, new)
     sk.rewire_(layer, optimizer, old)
-    common = to_dense(torch.ones_like(layer.weight.detach()), new)
+    common = to_dense(torch.ones(new.values_shape), new)
     assert torch.equal(to_dense(layer.weight.detach(), old), to_dense(values, old) * common)
 
 
-def test_before_the_first_step():
+@FANS
+def test_before_the_first_step(fan):
     """No optimizer state yet, and no gradient: only the values are carried."""
     layer, optimizer = trained(steps=0)
     values, old = layer.weight.detach().clone(), layer.layout
-    new = other_layout(layer)
+    new = other_layout(layer, fan)
     sk.rewire_(layer, optimizer, new)
     assert torch.equal(layer.weight.detach(), masked(values, old, new))
     step(layer, optimizer)
 
 
-def test_an_old_gradient_is_not_taken_for_one_of_the_new_pattern():
+@FANS
+def test_an_old_gradient_is_not_taken_for_one_of_the_new_pattern(fan):
     layer, optimizer = trained()
     layer(torch.randn(5, 18)).sum().backward()
     gradient, old = layer.weight.grad.clone(), layer.layout
-    new = other_layout(layer)
+    new = other_layout(layer, fan)
     sk.rewire_(layer, optimizer, new)
     if layer.weight.grad is not None:
         assert torch.equal(layer.weight.grad, masked(gradient, old, new))
     optimizer.step()
 
 
-def test_an_old_graph_does_not_run_backward_over_the_new_pattern():
+@FANS
+def test_an_old_graph_does_not_run_backward_over_the_new_pattern(fan):
     """y was computed with the old weights: its backward uses them or fails, nothing in between."""
     layer, optimizer = trained()
     x = torch.randn(5, 18, requires_grad=True)
     y = layer(x)
     expected = torch.ones(5, 12) @ to_dense(layer.weight.detach(), layer.layout)
-    sk.rewire_(layer, optimizer, other_layout(layer))
+    sk.rewire_(layer, optimizer, other_layout(layer, fan))
     try:
         (grad,) = torch.autograd.grad(y.sum(), x)
     except RuntimeError:
@@ -186,17 +193,105 @@ def test_an_old_graph_does_not_run_backward_over_the_new_pattern():
     torch.testing.assert_close(grad, expected)
 
 
-def test_without_an_optimizer():
+@pytest.mark.parametrize("fan", [3, 9])
+def test_an_old_graph_does_not_leave_a_gradient_of_the_old_shape(fan):
+    """x needs no gradient, so that backward reads no weight that could be seen to have changed."""
+    layer, optimizer = trained()
+    loss = layer(torch.randn(5, 18)).sum()
+    optimizer.zero_grad()
+    sk.rewire_(layer, optimizer, other_layout(layer, fan))
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+    assert layer.weight.grad is None
+
+
+@FANS
+@DIRECTIONS
+@pytest.mark.parametrize("optimizer_name", ["adamw-foreach", "adamw-fused"])
+def test_training_goes_on_while_an_old_graph_lives(direction, optimizer_name, fan):
+    """The usual loop: `loss` holds the last step's graph until the next forward is done."""
+    layer, optimizer = trained(direction, optimizer_name)
+    seen = []
+    layer.weight.register_hook(lambda grad: seen.append(("hook", grad.shape)))
+    layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(("post", p.grad.shape)))
+    loss = layer(torch.randn(5, 18)).square().sum()
+    loss.backward()
+    old_shape = layer.weight.shape
+    sk.rewire_(layer, optimizer, other_layout(layer, fan))
+    optimizer.zero_grad()
+    before = layer.weight.detach().clone()
+    loss = layer(torch.randn(5, 18)).square().sum()
+    loss.backward()
+    assert layer.weight.grad.shape == layer.weight.shape == layer.layout.values_shape
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    new_shape = layer.weight.shape
+    assert seen == [
+        ("hook", old_shape),
+        ("post", old_shape),
+        ("hook", new_shape),
+        ("post", new_shape),
+    ]
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_fan_in_every_dtype(direction, dtype):
+    layer = sk.SparseLinear(18, 12, **{direction: 6}, dtype=dtype)
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    step(layer, optimizer)
+    values, old = layer.weight.detach().clone(), layer.layout
+    new = other_layout(layer, 9)
+    sk.rewire_(layer, optimizer, new)
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight.detach(), masked(values, old, new))
+    step(layer, optimizer)
+    assert torch.isfinite(layer.weight).all()
+
+
+@DIRECTIONS
+def test_state_of_another_fan_loads_into_a_fresh_layer_of_it(direction):
+    layer, optimizer = trained(direction)
+    sk.rewire_(layer, optimizer, other_layout(layer, 9))
+    fresh = sk.SparseLinear(18, 12, **{direction: 9})
+    fresh.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 18)
+    assert torch.equal(fresh(x), layer(x))
+    assert repr(fresh) == repr(layer)
+    with pytest.raises(ValueError, match="shape"):
+        sk.SparseLinear(18, 12, **{direction: 6}).load_state_dict(layer.state_dict())
+
+
+def test_in_inference_mode_training_may_follow():
+    layer, optimizer = trained()
+    with torch.inference_mode():
+        sk.rewire_(layer, optimizer, other_layout(layer, 9))
+    step(layer, optimizer)
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
+@pytest.mark.parametrize("fan", [6, 9])
+def test_a_frozen_weight_stays_frozen(fan):
+    layer = sk.SparseLinear(18, 12, fan_in=6).requires_grad_(False)
+    sk.rewire_(layer, None, other_layout(layer, fan))
+    assert not layer.weight.requires_grad
+    layer(torch.randn(5, 18, requires_grad=True)).sum().backward()
+    assert layer.weight.grad is None
+
+
+@FANS
+def test_without_an_optimizer(fan):
     layer, _ = trained()
     values, old = layer.weight.detach().clone(), layer.layout
-    new = other_layout(layer)
+    new = other_layout(layer, fan)
     sk.rewire_(layer, None, new)
     assert torch.equal(layer.weight.detach(), masked(values, old, new))
 
 
-def test_state_dict_of_the_optimizer_still_loads():
+@FANS
+def test_state_dict_of_the_optimizer_still_loads(fan):
     layer, optimizer = trained()
-    sk.rewire_(layer, optimizer, other_layout(layer))
+    sk.rewire_(layer, optimizer, other_layout(layer, fan))
     step(layer, optimizer)
     state = optimizer.state_dict()
     again = torch.optim.Adam(layer.parameters(), lr=0.1)
@@ -205,14 +300,15 @@ def test_state_dict_of_the_optimizer_still_loads():
     assert torch.isfinite(layer.weight).all()
 
 
-def test_other_parameters_of_the_optimizer_are_untouched():
+@FANS
+def test_other_parameters_of_the_optimizer_are_untouched(fan):
     layer, other = sk.SparseLinear(18, 12, fan_in=6), torch.nn.Linear(18, 12)
     optimizer = torch.optim.Adam([*layer.parameters(), *other.parameters()])
     x = torch.randn(5, 18)
     (layer(x) + other(x)).sum().backward()
     optimizer.step()
     before = {k: torch.as_tensor(v).clone() for k, v in optimizer.state[other.weight].items()}
-    sk.rewire_(layer, optimizer, other_layout(layer))
+    sk.rewire_(layer, optimizer, other_layout(layer, fan))
     for key, value in optimizer.state[other.weight].items():
         assert torch.equal(torch.as_tensor(value), before[key])
 
@@ -243,7 +339,8 @@ def test_refuses_and_leaves_everything_as_it_was():
         (lambda: sk.rewire_(layer, optimizer, random(13, 18, 6)), ["layout", "12", "13"]),
         (lambda: sk.rewire_(layer, optimizer, random(12, 18, 6, (2, 1))), ["block", "(2, 1)"]),
         (lambda: sk.rewire_(layer, optimizer, random(18, 12, 6)), ["layout"]),
-        (lambda: sk.rewire_(layer, optimizer, random(12, 18, 5)), ["layout", "fan_in=5"]),
+        (lambda: sk.rewire_(layer, optimizer, random(13, 18, 5)), ["layout", "12", "13"]),
+        (lambda: sk.rewire_(layer, optimizer, random(12, 18, 4, (1, 2))), ["block", "(1, 2)"]),
         (lambda: sk.rewire_(layer, optimizer, good.indices), ["layout", "FanInLayout", "Tensor"]),
         (lambda: sk.rewire_(layer, optimizer, None), ["layout", "FanInLayout"]),
         (lambda: sk.rewire_(torch.nn.Linear(18, 12), optimizer, good), ["layer", "SparseLinear"]),
@@ -262,3 +359,16 @@ def test_an_optimizer_of_something_else_is_refused():
         lambda: sk.rewire_(layer, stranger, other_layout(layer)),
         ["optimizer"],
     )
+
+
+def test_compiled_with_another_fan():
+    layer, optimizer = trained()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 18)
+    for fan in (6, 9, 3):
+        sk.rewire_(layer, optimizer, other_layout(layer, fan))
+        y = compiled(x)
+        assert torch.equal(y, layer(x))
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()

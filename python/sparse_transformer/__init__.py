@@ -1,0 +1,15 @@
+"""A small weight-sparse transformer on `sparse_kernels`: trains, generates, exchanges weights."""
+
+from sparse_transformer.attention import KVCache
+from sparse_transformer.errors import UserError
+from sparse_transformer.memory import keep_freed_memory
+from sparse_transformer.model import ModelConfig, SparseEmbedding, Transformer
+
+__all__ = [
+    "KVCache",
+    "ModelConfig",
+    "SparseEmbedding",
+    "Transformer",
+    "UserError",
+    "keep_freed_memory",
+]

@@ -1,0 +1,306 @@
+"""Checkpoints: safetensors and JSON in a folder per step, never pickle.
+
+    OUT/step-00001234/tensors.safetensors   parameters, optimizer state, topology, generators
+    OUT/step-00001234/meta.json             everything that is not a tensor; the size and hash of it
+
+A folder is written under a temporary name, flushed to the disk and then renamed, so `step-*` is
+always complete, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparse_transformer.errors import UserError
+from sparse_transformer.model import ModelConfig, Transformer
+
+_FORMAT = 1
+_TENSORS, _META = "tensors.safetensors", "meta.json"
+_STEP = re.compile(r"step-(\d{8,})")
+# Names of folders that a process which died may have left behind.
+_TEMPORARY = ".temporary-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, and where it lies."""
+
+    step: int
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def folder_of(directory: str | os.PathLike[str], step: int) -> Path:
+    """Where the checkpoint of `step` lies or would lie."""
+    return Path(directory, f"step-{step:08d}")
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps of which `directory` has a checkpoint, in order; [] if there is no directory."""
+    root = Path(directory)
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    keep: int | None = None,
+) -> Path:
+    """Writes the checkpoint of `step`, then removes all but the newest `keep`.
+
+    Args:
+        directory: made if it does not exist. One process at a time may write to it.
+        tensors: by name, of any device; tensors must not share memory.
+        meta: anything that JSON can hold.
+        keep: at least 1; None keeps all.
+
+    Raises:
+        UserError: the disk is full or cannot be written. What was there before is unharmed.
+        ValueError: there is a checkpoint of this step.
+    """
+    if keep is not None and keep < 1:
+        raise UserError(f"--keep must be at least 1, got {keep}")
+    root = Path(directory)
+    target = folder_of(root, step)
+    if target.exists():
+        # A folder cannot be replaced in one go, so this would not be safe.
+        raise ValueError(f"{target} exists already")
+    temporary = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_temporary(root)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
+        _write(temporary, step, tensors, meta)
+        temporary.rename(target)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(_cannot_write(root, step, error)) from error
+    _remove_temporary(root)
+    if keep is not None:
+        for old in steps(root)[:-keep]:
+            remove(root, old)
+    return target
+
+
+def load(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    prefix: str = "",
+) -> Checkpoint:
+    """Reads the checkpoint of `step`, by default the newest one.
+
+    Args:
+        directory: as for `save`, or the folder of one checkpoint itself.
+        device: where the tensors go.
+        prefix: only the tensors whose names begin with it.
+
+    Raises:
+        UserError: there is none, or it is truncated or altered; the sentence names the next older.
+    """
+    root = Path(directory)
+    if step is None and (match := _STEP.fullmatch(root.name)):
+        root, step = root.parent, int(match[1])
+    available = steps(root)
+    if not available:
+        raise UserError(f"there is no checkpoint in {root}: start a run with --out {root}")
+    if step is None:
+        step = available[-1]
+    if step not in available:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {root}: "
+            f"there are {', '.join(map(str, available))}"
+        )
+    path = folder_of(root, step)
+    try:
+        meta = _read_meta(path)
+        tensors = _read_tensors(path, meta, str(device), prefix)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        older = [other for other in available if other < step]
+        advice = (
+            f"use the older one of step {older[-1]} with --from-step {older[-1]}"
+            if older
+            else "there is no older one, so start a new run in another folder"
+        )
+        raise UserError(f"the checkpoint {path} cannot be read ({error}): {advice}") from error
+    return Checkpoint(step, path, tensors, meta["content"])
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """The model of a checkpoint that `sparse_transformer.train` wrote; see `load`.
+
+    Its tokenizer is `tokenizer.json` in the folder of the run.
+
+    Raises:
+        UserError: as `load`; or it was written by a release with other models.
+    """
+    point = load(directory, step, device=device, prefix="model.")
+    try:
+        config = ModelConfig.from_dict(point.meta["settings"]["model"])
+        return Transformer.from_state(config, part(point.tensors, "model"), device=device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the model in {point.path} was written by another release ({error}): use that one"
+        ) from error
+
+
+def remove(directory: str | os.PathLike[str], step: int) -> None:
+    """Removes a checkpoint; not even a process that dies leaves a part of it under its name."""
+    path = folder_of(directory, step)
+    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(directory: str | os.PathLike[str], after: int) -> list[Path]:
+    """Renames the checkpoints of later steps than `after`, so that they are no longer found.
+
+    For a run that goes on from an older one. Returns the new paths, `set-aside-*`.
+    """
+    moved = []
+    for step in steps(directory):
+        if step > after:
+            path = folder_of(directory, step)
+            aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=directory))
+            moved.append(path.rename(aside / path.name))
+    return moved
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix` and a dot, by what follows."""
+    return {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }
+
+
+def flatten(state: dict[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits a nested state dict into tensors, by dotted name below `prefix`, and the rest.
+
+    Keys must not have a dot. `unflatten` puts them together again.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for key, value in state.items():
+        if "." in key:
+            raise ValueError(f"keys must not have a dot, got {key!r}")
+        name = f"{prefix}.{key}"
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            inner, rest[key] = flatten(value, name)
+            tensors.update(inner)
+        else:
+            rest[key] = value
+    return tensors, rest
+
+
+def unflatten(tensors: dict[str, Tensor], rest: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The inverse of `flatten`; tensors outside `prefix` are left alone."""
+    state = json.loads(json.dumps(rest))
+    for name, tensor in tensors.items():
+        if name.startswith(f"{prefix}."):
+            *path, last = name[len(prefix) + 1 :].split(".")
+            inner = state
+            for key in path:
+                inner = inner[key]
+            inner[last] = tensor
+    return state
+
+
+def _write(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path = folder / _TENSORS
+    save_file(cpu, path)
+    record = {
+        "format": _FORMAT,
+        "step": step,
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "content": meta,
+    }
+    with open(folder / _META, "w", encoding="utf-8") as file:
+        # NaN and infinity are no JSON; nothing that is saved may be one.
+        json.dump(record, file, indent=1, allow_nan=False)
+    _sync(path)
+    _sync(folder / _META)
+    _sync(folder)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    record = json.loads((path / _META).read_text(encoding="utf-8"))
+    if record["format"] != _FORMAT:
+        raise ValueError(f"it has format {record['format']}, this release reads {_FORMAT}")
+    tensors = path / _TENSORS
+    if tensors.stat().st_size != record["bytes"]:
+        raise ValueError(f"{tensors.stat().st_size} of {record['bytes']} bytes are there")
+    if _sha256(tensors) != record["sha256"]:
+        raise ValueError("its bytes have changed since it was written")
+    return record
+
+
+def _read_tensors(path: Path, meta: dict[str, Any], device: str, prefix: str) -> dict[str, Tensor]:
+    with safe_open(path / _TENSORS, framework="pt", device=device) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_temporary(root: Path) -> None:
+    for path in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _cannot_write(root: Path, step: int, error: Exception) -> str:
+    reason = str(error.strerror if isinstance(error, OSError) else error)
+    # safetensors has only its text.
+    full = os.strerror(errno.ENOSPC) in reason
+    advice = "free some space" if full else "make the folder writable"
+    available = steps(root)
+    last = f"the one of step {available[-1]} is unharmed" if available else "there is none yet"
+    return (
+        f"the checkpoint of step {step} cannot be written to {root} ({reason}): "
+        f"{advice}, then go on with --resume; {last}"
+    )

@@ -1,0 +1,485 @@
+"""The corpus: source files, a byte-level BPE, and token ids in a memory-mapped file.
+
+`prepare` turns files into a `Corpus`, or finds the one that it made before. `Batches` and
+`validation_batches` cut windows out of it, and remember nothing: any step can be asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import tokenizers
+import torch
+from sparse_transformer.errors import UserError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+END_OF_TEXT = "<|endoftext|>"
+# Answers of the circuit tasks (RECIPE) that must be one token each. Quotes come out of any Python
+# code by themselves; `]]` is at the edge of 2048 tokens.
+TASK_TOKENS = ('("', "('", '")', "')", "]]")
+# The bytes, the task tokens, and end-of-text.
+MIN_VOCAB_SIZE = 256 + len(TASK_TOKENS) + 1
+
+# Part of the key of the cache: raise it when the same files would give other bytes.
+_VERSION = 1
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
+_VALIDATION_SHARE = 0.05
+_TOKENIZER_SHARE = 1 / 3
+# Less than this is not worth taking a third of.
+_SMALL_CORPUS_BYTES = 2_000_000
+# A single file or text is cut at line ends into this many parts, to have something to split.
+_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of a corpus, each file followed by the end-of-text token.
+
+    Attributes:
+        train, validation: uint16 memory maps; no file is in both.
+        tokenizer: its last id, `end_of_text`, stands between files and never inside one.
+        folder: where the cache keeps `train.bin`, `validation.bin` and `tokenizer.json`.
+        key: hash of the files, their contents and the vocabulary size.
+        files, skipped: how many files are in it, and how many were not UTF-8 text.
+    """
+
+    train: np.memmap
+    validation: np.memmap
+    tokenizer: Tokenizer
+    folder: Path
+    key: str
+    files: int
+    skipped: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def end_of_text(self) -> int:
+        return self.vocab_size - 1
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One file, or a part of the only one: `name` decides on which side of the split it falls."""
+
+    name: str
+    text: str
+
+    def share(self, purpose: str) -> float:
+        """A number in [0, 1) that depends on the name alone."""
+        digest = hashlib.sha256(f"{purpose}:{self.name}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def prepare(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    vocab_size: int = 2048,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Corpus:
+    """Reads or builds the corpus of `source`; the same files give the same bytes.
+
+    The byte-level BPE is trained on a third of the training files (on all, below 2 MB); each of
+    `TASK_TOKENS` is a single token. The split into training and validation goes by a hash of each
+    file's path inside its folder.
+
+    Args:
+        source: None for the standard library of the running interpreter; a folder (its `*.py`,
+            hidden folders and installed packages left out); a file; several of these; or a text,
+            which is a string with a line break in it.
+        vocab_size: of the tokenizer, end-of-text included.
+        cache_dir: by default `sparse_transformer` in `$XDG_CACHE_HOME` or `~/.cache`.
+        progress: show a progress bar; by default where stderr is a terminal.
+
+    Raises:
+        UserError: nothing to read, nothing but binary files, too little text for the vocabulary, or
+            a cache that cannot be written.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= 65536:
+        raise UserError(
+            f"--vocab-size must be between {MIN_VOCAB_SIZE} and 65536 (ids are uint16), "
+            f"got {vocab_size}"
+        )
+    disable = None if progress is None else not progress
+    documents, skipped = _read(source, disable)
+    key = _key(documents, vocab_size)
+    root = Path(cache_dir) if cache_dir is not None else _default_cache()
+    folder = root / key
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{key}.lock"):
+            if not _complete(folder):
+                _build(documents, skipped, vocab_size, folder, disable)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
+        raise UserError(
+            f"the token cache {root} cannot be written ({error.strerror}): "
+            f"{hint}, for example with --cache-dir"
+        ) from error
+    return _open(folder, key)
+
+
+class Batches:
+    """Random windows of the training tokens, a pure function of (seed, step, rank, world).
+
+    Step `s` has `batch` windows of `context` tokens, drawn uniformly with Philox(seed, s). Of those
+    rank `r` of `world` gets the `r`-th part, so that all ranks together see what one alone would.
+
+    Raises:
+        UserError: `batch` cannot be divided among the ranks, or there are too few tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        context: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch < 1 or batch % world:
+            raise UserError(
+                f"the {batch} windows of a step cannot be divided among {world} ranks: "
+                f"choose --batch-tokens as a multiple of {context * world}"
+            )
+        _check_length(tokens, context, "training")
+        self._tokens, self._context, self._batch = tokens, context, batch
+        self._seed, self._rank, self._world = seed, rank, world
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """`(tokens, targets)` of this rank, int64 `(batch / world, context)`; targets are next."""
+        # The raw words of a counter-based generator: the same on every platform and numpy.
+        words = np.random.Philox(key=self._seed, counter=step << 64).random_raw(self._batch)
+        starts = words % np.uint64(len(self._tokens) - self._context)
+        share = self._batch // self._world
+        return _windows(
+            self._tokens, starts[self._rank * share : (self._rank + 1) * share], self._context
+        )
+
+
+def validation_batches(
+    tokens: np.ndarray,
+    *,
+    context: int,
+    batch: int,
+    windows: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same windows each time: up to `windows` of them, evenly spaced, without overlap.
+
+    Yields `(tokens, targets)` as `Batches.at` does, at most `batch` windows at once; rank `r` gets
+    every `world`-th window.
+
+    Raises:
+        UserError: too few tokens for one window.
+    """
+    _check_length(tokens, context, "validation")
+    available = (len(tokens) - 1) // context
+    count = min(windows, available)
+    starts = (np.arange(count) * available // count * context)[rank::world]
+    for first in range(0, len(starts), batch):
+        yield _windows(tokens, starts[first : first + batch], context)
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
+    positions = starts.astype(np.int64)[:, None] + np.arange(context + 1)
+    ids = torch.from_numpy(tokens[positions].astype(np.int64))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def _check_length(tokens: np.ndarray, context: int, name: str) -> None:
+    if len(tokens) <= context:
+        raise UserError(
+            f"the corpus has {len(tokens)} {name} tokens, which is less than one window of "
+            f"{context} and its target: give more text with --data, or a smaller --context"
+        )
+
+
+def _read(source: object, disable: bool | None) -> tuple[list[_Document], int]:
+    """The documents, sorted by name, and how many files are not text."""
+    if isinstance(source, str) and "\n" in source:
+        return _parts("text", source), 0
+    files = _files(source)
+    documents, skipped = [], 0
+    for name, path in tqdm(files, "reading", unit=" files", disable=disable, leave=False):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): leave it out of --data, or make it "
+                f"readable"
+            ) from error
+        text = _decode(content)
+        if text is None:
+            skipped += 1
+        elif text:
+            documents.append(_Document(name, text))
+    if not documents:
+        found = f"{skipped} files that are not UTF-8 text" if skipped else "only empty files"
+        raise UserError(
+            f"the corpus is empty, there are {found}: give --data a file or folder with source code"
+        )
+    if len(documents) == 1:
+        documents = _parts(documents[0].name, documents[0].text)
+    return documents, skipped
+
+
+def _decode(content: bytes) -> str | None:
+    """The text, its line ends as `\\n`; None if this is not UTF-8 text."""
+    if b"\0" in content:
+        return None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _files(source: object) -> list[tuple[str, Path]]:
+    """`(name, path)` of all files of `source`, sorted by name."""
+    if source is None:
+        return _folder_files(Path(sysconfig.get_paths()["stdlib"]))
+    if isinstance(source, (str, os.PathLike)):
+        sources = [Path(source)]
+    elif isinstance(source, Sequence):
+        sources = [Path(entry) for entry in source]
+    else:
+        raise UserError(f"the corpus must be paths or a text, got {type(source).__name__}")
+    files: dict[str, Path] = {}
+    for index, path in enumerate(sources):
+        if path.is_dir():
+            found = _folder_files(path)
+        elif path.is_file():
+            found = [(path.name, path)]
+        else:
+            raise UserError(f"{path} does not exist: give --data files or folders that do")
+        for name, file in found:
+            # Several sources may hold the same name; the first keeps it.
+            files[name if name not in files else f"{index}/{name}"] = file
+    if not files:
+        raise UserError("the list of files is empty: give --data at least one file or folder")
+    return sorted(files.items())
+
+
+def _folder_files(root: Path) -> list[tuple[str, Path]]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name for name in subfolders if name not in _SKIPPED_FOLDERS and name[0] != "."
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if name.endswith(".py") and path.is_file():
+                files.append((path.relative_to(root).as_posix(), path))
+    if not files:
+        raise UserError(
+            f"{root} holds no .py file: give --data another folder, or name its files one by one"
+        )
+    return sorted(files)
+
+
+def _parts(name: str, text: str) -> list[_Document]:
+    """One text as `_PARTS` documents, cut at line ends."""
+    lines = text.splitlines(keepends=True)
+    count = min(_PARTS, len(lines))
+    bounds = [len(lines) * part // count for part in range(count + 1)] if count else []
+    parts = ["".join(lines[a:b]) for a, b in itertools.pairwise(bounds)]
+    if not "".join(parts).strip():
+        raise UserError("the corpus is empty: give --data a file or folder with source code")
+    return [_Document(f"{name}#{part:04d}", text) for part, text in enumerate(parts)]
+
+
+def _key(documents: list[_Document], vocab_size: int) -> str:
+    digest = hashlib.sha256(f"{_VERSION} {tokenizers.__version__} {vocab_size}".encode())
+    for document in documents:
+        content = document.text.encode()
+        digest.update(f"\0{document.name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:24]
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "sparse_transformer")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock of a process that dies is gone with it."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _complete(folder: Path) -> bool:
+    """True if everything that the manifest promises is there, in its size."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return all(
+            (folder / name).stat().st_size == size for name, size in manifest["sizes"].items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _build(
+    documents: list[_Document],
+    skipped: int,
+    vocab_size: int,
+    folder: Path,
+    disable: bool | None,
+) -> None:
+    """Writes `folder` under another name, then renames it: who finds it finds all of it."""
+    train, validation = _split(documents)
+    tokenizer = _train_tokenizer(train, vocab_size, disable)
+    for stale in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        with tqdm(total=len(documents), desc="tokens", unit=" files", disable=disable) as bar:
+            for name, side in (("train", train), ("validation", validation)):
+                with open(temporary / f"{name}.bin", "wb") as file:
+                    _encode(side, tokenizer, file, bar)
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        manifest = {"files": len(documents), "skipped": skipped, "sizes": sizes}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in temporary.iterdir():
+            with open(path, "rb") as written:
+                os.fsync(written.fileno())
+        # Here can only be what _complete refused: something truncated or altered.
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _split(documents: list[_Document]) -> tuple[list[_Document], list[_Document]]:
+    """Training and validation; each has at least one document if there are two."""
+    ordered = sorted(documents, key=lambda document: document.share("validation"))
+    count = sum(document.share("validation") < _VALIDATION_SHARE for document in documents)
+    count = min(max(count, 1), len(documents) - 1)
+    held_out = {document.name for document in ordered[:count]}
+    return (
+        [document for document in documents if document.name not in held_out],
+        [document for document in documents if document.name in held_out],
+    )
+
+
+def _train_tokenizer(train: list[_Document], vocab_size: int, disable: bool | None) -> Tokenizer:
+    """Byte-level BPE without the end-of-text token, which takes the last id afterwards."""
+    sample = train
+    if sum(len(document.text) for document in train) > _SMALL_CORPUS_BYTES:
+        sample = [document for document in train if document.share("bpe") < _TOKENIZER_SHARE]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (document.text for document in tqdm(sample, "tokenizer", disable=disable, leave=False))
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned != vocab_size - 1:
+        raise UserError(
+            f"the corpus is too small for a vocabulary of {vocab_size}, it gave {learned + 1}: "
+            f"give more text with --data, or --vocab-size {learned + 1}"
+        )
+    tokenizer = _with_task_tokens(tokenizer)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _with_task_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Puts the task tokens that were not learned in place of the rarest ones that were.
+
+    The new merges join two bytes and come last, so nothing else is encoded differently but what
+    the rarest merges had joined.
+    """
+    state = json.loads(tokenizer.to_str())
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    missing = [token for token in TASK_TOKENS if token not in vocab]
+    for first, second in merges[len(merges) - len(missing) :]:
+        del vocab[first + second]
+    merges[len(merges) - len(missing) :] = [list(token) for token in missing]
+    for token in missing:
+        vocab[token] = len(vocab)
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _encode(documents: list[_Document], tokenizer: Tokenizer, file: IO[bytes], bar: tqdm) -> None:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    # A file that contains the name of the end-of-text token contains ordinary characters.
+    tokenizer.encode_special_tokens = True
+    for first in range(0, len(documents), 64):
+        chunk = documents[first : first + 64]
+        for encoding in tokenizer.encode_batch_fast([document.text for document in chunk]):
+            file.write(np.array([*encoding.ids, end], dtype="<u2").tobytes())
+        bar.update(len(chunk))
+
+
+def _open(folder: Path, key: str) -> Corpus:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Corpus(
+        train=_map(folder / "train.bin"),
+        validation=_map(folder / "validation.bin"),
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        folder=folder,
+        key=key,
+        files=manifest["files"],
+        skipped=manifest["skipped"],
+    )
+
+
+def _map(path: Path) -> np.memmap:
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in `path`, which takes the end-of-text token's name for ordinary text.
+
+    Raises:
+        UserError: the file is missing or is not a tokenizer, or lacks one of `TASK_TOKENS`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # The library raises nothing more specific than Exception, so look first.
+        valid = "model" in json.loads(text)
+    except (OSError, ValueError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is missing or not a tokenizer: copy tokenizer.json there")
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = True
+    missing = [token for token in TASK_TOKENS if len(tokenizer.encode(token).ids) != 1]
+    if missing:
+        raise UserError(
+            f"the tokenizer {path} has no single token for {'  '.join(missing)}, which the circuit "
+            f"tasks need: use one that was made by sparse_transformer.data.prepare"
+        )
+    return tokenizer

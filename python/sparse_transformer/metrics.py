@@ -1,0 +1,127 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a plot of the losses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_transformer.errors import UserError
+
+
+class Metrics:
+    """Lines of `metrics.jsonl`, each with `step` and `loss`, and the same in TensorBoard.
+
+    Args:
+        folder: of the run.
+        position: bytes of `metrics.jsonl` that are kept, what follows is cut off; the position of
+            the checkpoint from which the run goes on.
+        step: the step of that checkpoint, 0 at the start.
+        tensorboard: whether to write events too.
+
+    Raises:
+        UserError: the file is shorter than `position`, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        try:
+            self._file = open(path, "ab")  # noqa: SIM115
+            size = self._file.tell()
+            if size < position:
+                raise UserError(
+                    f"{path} has {size} bytes and the checkpoint was written after {position}: "
+                    f"put the file back that belongs to it"
+                )
+            self._file.truncate(position)
+            self._file.seek(position)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        self._path = path
+        self._events: Any = None
+        if tensorboard:
+            # Slow to import.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1 if step else None
+            )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line; it is in the file, though not yet on the disk, when this returns.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        if self._events is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, line["step"])
+
+    def position(self) -> int:
+        """Bytes written, all of them on the disk when this returns."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last one that is not complete is left out."""
+    content = Path(path).read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws training loss (thin), its running mean, and validation loss over the steps.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    # Without pyplot, which would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = np.array([line["step"] for line in lines])
+    losses = np.array([line["loss"] for line in lines])
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+    width = max(1, len(losses) // 50)
+    if len(losses) >= width:
+        mean = np.convolve(losses, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], mean, color="tab:blue", label=f"training, mean of {width}")
+    checked = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    if checked:
+        axes.plot(*zip(*checked, strict=True), "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({error.strerror}): free some space or make the folder "
+        f"writable, then go on with --resume"
+    )

@@ -1,0 +1,576 @@
+"""The weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), in one file.
+
+A GPT-2-style decoder with RMSNorm, untied embedding and unembedding, and AbsTopK at eight places of
+every block; attention sinks; a bigram table added to the logits. Its matrices are `SparseLinear`s,
+whose time and memory follow the weights that exist, or (`ModelConfig.linear`) the published masked
+dense ones, or plain dense ones. Nothing else differs between the three.
+
+Shapes: B sequences of T tokens, D = d_model, H heads of d channels, W = H d, V tokens in the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparse_kernels as sk
+from sparse_transformer import functional
+from sparse_transformer.attention import KVCache, cached_attention, causal_attention
+from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
+
+# Where AbsTopK stands, by the names of the released configurations.
+PLACES = (
+    "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"
+)  # fmt: skip
+# Of the normal distribution that a dense matrix starts from, as released.
+_INITIAL_STD = 0.02
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model but its weights. The defaults are the small published recipe.
+
+    Raises:
+        ValueError: a value that does not fit; the message names it.
+    """
+
+    vocab_size: int = 2048
+    n_layer: int = 4
+    d_model: int = 256
+    context: int = 256
+    d_head: int = 16
+    n_head: int | None = None  # None: d_model / d_head
+    d_mlp: int | None = None  # None: 4 d_model
+    activation: str = "gelu"  # gelu (exact, as released) | gelu_tanh | relu
+    active: float | None = 0.25  # AbsTopK keeps this share, rounded down; None: no AbsTopK
+    active_places: tuple[str, ...] = PLACES
+    linear: str = "sparse"  # sparse | masked_dense | dense
+    density: float = 1 / 64  # of the four matrices of a block, at the end of training
+    embedding_density: float = 1 / 16  # of embedding and unembedding
+    min_nonzeros: int = 4  # least fan-in of what reads, least fan-out of what writes
+    fans: Mapping[str, int] | None = None  # final fans by layer, where density does not say it
+    sinks: bool = True
+    bigram: bool = True
+    bias: bool = True  # of all linears but the unembedding
+    positions: int = 0  # learned channels beside the residual stream, which blocks only read
+    added_positions: bool = False  # GPT-2's learned positions, added to the embedding
+    tied: bool = False  # the unembedding is the embedding
+    logits_bias: bool = False  # a constant (V,) added to the logits, which some releases have
+    abs_topk: str = "kernel"  # kernel (sparse_kernels.abs_topk) | torch (topk + scatter, released)
+    backend: str | None = None  # of sparse_kernels; None: the fastest that can run it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "active_places", tuple(self.active_places))
+        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head"):
+            _need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.n_head is None:
+            _need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
+        for name in ("n_head", "d_mlp"):
+            value = getattr(self, name)
+            _need(value is None or value >= 1, name, "at least 1 or None", value)
+        for name, known in (
+            ("activation", ("gelu", "gelu_tanh", "relu")),
+            ("linear", ("sparse", "masked_dense", "dense")),
+            ("abs_topk", ("kernel", "torch")),
+        ):
+            _need(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
+        for name in ("density", "embedding_density"):
+            _need(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
+        active = self.active
+        _need(active is None or 0 < active <= 1, "active", "None or in (0, 1]", active)
+        for place in self.active_places:
+            _need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
+        _need(self.positions >= 0, "positions", "at least 0", self.positions)
+        _need(self.min_nonzeros >= 1, "min_nonzeros", "at least 1", self.min_nonzeros)
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.d_model // self.d_head if self.n_head is None else self.n_head
+
+    @property
+    def neurons(self) -> int:
+        """Width of the MLP."""
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `dataclasses.asdict`, also through JSON; refuses names it does not know.
+
+        Raises:
+            ValueError: an unknown name, or a value that does not fit.
+        """
+        unknown = sorted(set(stored) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"the model's configuration has no field {', '.join(unknown)}")
+        return cls(**stored)
+
+
+def _need(holds: bool, name: str, needed: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {needed}, got {got!r}")
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, so that zero stays zero."""
+
+    def __init__(
+        self, width: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., width)` to the same."""
+        return functional.rms_norm(x, self.weight)
+
+
+class SparseEmbedding(sk.SparseLinear):
+    """An embedding whose every token keeps `fan_out` of D channels.
+
+    It is the `SparseLinear(V, D, fan_out=..., bias=False)` that one-hot vectors would be fed to:
+    weight `(V, F, 1, 1)`, indices `(V, F)`, layout that of the table itself. The lookup scatters
+    F values for each token; there is no `(V, D)` tensor, nor one for the gradient.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 `(...)` to `(..., D)`."""
+        columns = self.layout.indices
+        return functional.embed(tokens, self.weight.flatten(1), columns, self.out_features)
+
+    def set_layout(self, layout: sk.FanInLayout) -> None:
+        """Takes another pattern; what both have keeps its value, what is new starts at zero."""
+        sk.rewire_(self, None, layout)
+
+
+class Attention(nn.Module):
+    """RMSNorm, AbsTopK, q k v with AbsTopK each, attention with sinks, projection, AbsTopK."""
+
+    def __init__(self, config: ModelConfig, prefix: str, make: _Maker) -> None:
+        super().__init__()
+        W, D = config.heads * config.d_head, config.d_model
+        self.config = config
+        self.tap: Tap | None = None
+        self.norm = RMSNorm(D, make.device, make.dtype)
+        self.position_norm = _position_norm(config, make)
+        self.qkv = make.reader(f"{prefix}.qkv", D + config.positions, 3 * W)
+        self.out = make.writer(f"{prefix}.out", W, D)
+        self.sinks = (
+            nn.Parameter(torch.zeros(config.heads, device=make.device, dtype=make.dtype))
+            if config.sinks
+            else None
+        )
+        self.keep_in = _keeper(config, "attn_in", D + config.positions)
+        self.keep_qkv = [_keeper(config, f"attn_{name}", W) for name in "qkv"]
+        self.keep_alike = all(keep == self.keep_qkv[0] for keep in self.keep_qkv)
+        self.keep_out = _keeper(config, "attn_out", D)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """`(B, T, D)` to what is added to it."""
+        B, T, _ = x.shape
+        H, d = self.config.heads, self.config.d_head
+        x = self.keep_in(_beside(self.norm(x), self.position_norm, positions))
+        if self.tap is not None:
+            x = self.tap("act_in", x)
+        qkv = self.qkv(x).view(B, T, 3, H * d)
+        if self.tap is None and self.keep_alike:
+            qkv = self.keep_qkv[0](qkv)  # the three at once
+        else:
+            parts = [keep(part) for keep, part in zip(self.keep_qkv, qkv.unbind(2), strict=True)]
+            if self.tap is not None:
+                parts = [self.tap(name, part) for name, part in zip("qkv", parts, strict=True)]
+            qkv = torch.stack(parts, 2)
+        qkv = qkv.view(B, T, 3, H, d)
+        if cache is None:
+            y = causal_attention(qkv, self.sinks)
+        else:
+            q, k, v = qkv.unbind(2)
+            y = cached_attention(q, *cache.append(layer, k, v), self.sinks)
+        y = y.reshape(B, T, H * d)
+        if self.tap is not None:
+            y = self.tap("y", y)
+        y = self.keep_out(self.out(y))
+        return y if self.tap is None else self.tap("resid_delta", y)
+
+
+class MLP(nn.Module):
+    """RMSNorm, AbsTopK, neurons, GELU, AbsTopK, projection, AbsTopK."""
+
+    def __init__(self, config: ModelConfig, prefix: str, make: _Maker) -> None:
+        super().__init__()
+        D, neurons = config.d_model, config.neurons
+        self.tap: Tap | None = None
+        self.norm = RMSNorm(D, make.device, make.dtype)
+        self.position_norm = _position_norm(config, make)
+        self.up = make.reader(f"{prefix}.up", D + config.positions, neurons)
+        self.down = make.writer(f"{prefix}.down", neurons, D)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.keep_in = _keeper(config, "mlp_in", D + config.positions)
+        self.keep_neurons = _keeper(config, "mlp_neuron", neurons)
+        self.keep_out = _keeper(config, "mlp_out", D)
+
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """`(B, T, D)` to what is added to it."""
+        x = self.keep_in(_beside(self.norm(x), self.position_norm, positions))
+        if self.tap is not None:
+            x = self.tap("act_in", x)
+        x = self.keep_neurons(self.activation(self.up(x)))
+        if self.tap is not None:
+            x = self.tap("post_act", x)
+        x = self.keep_out(self.down(x))
+        return x if self.tap is None else self.tap("resid_delta", x)
+
+
+class Block(nn.Module):
+    """`x + attn(x)`, then `x + mlp(x)`."""
+
+    def __init__(self, config: ModelConfig, layer: int, make: _Maker) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn = Attention(config, f"blocks.{layer}.attn", make)
+        self.mlp = MLP(config, f"blocks.{layer}.mlp", make)
+
+    def forward(self, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+        """`(B, T, D)` to the same."""
+        x = x + self.attn(x, positions, cache, self.layer)
+        return x + self.mlp(x, positions)
+
+
+class Transformer(nn.Module):
+    """The model.
+
+    Args:
+        config: see `ModelConfig`.
+        fan_multiple: the sparse layers start with that multiple of their final fan, at most dense.
+        fans: fans to start with by layer name, for those that `fan_multiple` does not describe.
+        generator: draws patterns and weights; by default torch's global one.
+        device, dtype: as for `torch.nn.Linear`.
+
+    The weights that exist start normal with the variance that keeps every sum as large as the
+    released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
+    writes); biases, sinks and the bigram table start at zero.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        fan_multiple: float = 1.0,
+        fans: Mapping[str, int] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        make = _Maker(config, fan_multiple, fans or {}, generator, device, dtype)
+        V, D = config.vocab_size, config.d_model
+        self.config = config
+        self.tap: Tap | None = None
+        self._targets = make.targets
+        self.embed = make.embedding("embed")
+        channels = D if config.added_positions else config.positions
+        self.positions = (
+            nn.Parameter(make.normal(torch.empty(config.context, channels, **make.where)))
+            if channels
+            else None
+        )
+        self.blocks = nn.ModuleList(Block(config, layer, make) for layer in range(config.n_layer))
+        self.norm = RMSNorm(D, device, dtype)
+        self.unembed = None if config.tied else make.reader("unembed", D, V, bias=False)
+        self.bigram = nn.Parameter(torch.zeros(V, V, **make.where)) if config.bigram else None
+        self.register_buffer(
+            "logits_bias", torch.zeros(V, **make.where) if config.logits_bias else None
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        config: ModelConfig,
+        state: Mapping[str, Tensor],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Transformer:
+        """A model with the fans and values of a state dict, of whatever moment of a training.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: a state that is not one of such a model.
+        """
+        ending = ".indices"
+        fans = {
+            name.removesuffix(ending): tensor.shape[1]
+            for name, tensor in state.items()
+            if name.endswith(ending) and tensor.dim() == 2
+        }
+        model = cls(config, fans=fans, device=device, dtype=dtype)
+        model.load_state_dict(dict(state))
+        return model
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of each next token.
+
+        Args:
+            tokens: int64 `(B, T)`; T and what the cache holds together at most `config.context`.
+            cache: keys and values of the tokens before these; it takes up those of these. For
+                inference, without gradients.
+
+        Returns:
+            `(B, T, V)`.
+
+        Raises:
+            ValueError: tokens of another rank, dtype or number.
+        """
+        logits = self._logits(self._residual(tokens, cache))
+        if self.bigram is None:
+            return logits
+        return logits + nn.functional.embedding(tokens, self.bigram)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of `targets (B, T)` given `tokens (B, T)`, a scalar.
+
+        One `(B T, V)` tensor of logits is made; it becomes its own gradient.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets must have the shape of tokens {tuple(tokens.shape)}, "
+                f"got {tuple(targets.shape)}"
+            )
+        x = self._residual(tokens, None)
+        logits = self._logits(x.view(-1, x.shape[-1]))
+        return functional.cross_entropy_(
+            logits, targets.reshape(-1), self.bigram, tokens.reshape(-1)
+        )
+
+    def sparse_layers(self) -> dict[str, sk.SparseLinear]:
+        """The sparse layers by qualified name, in order; the `SparseEmbedding` is one of them."""
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, sk.SparseLinear)
+        }
+
+    def target_fan(self, name: str) -> int:
+        """Fan-in or fan-out of that sparse layer at the end of training.
+
+        Raises:
+            KeyError: no sparse layer has that name.
+        """
+        return self._targets[name]
+
+    def _residual(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """`(B, T)` to the residual stream after the last block, `(B, T, D)`."""
+        start = 0 if cache is None else cache.length
+        self._check(tokens, start)
+        positions = self.positions
+        if positions is not None:
+            positions = positions[start : start + tokens.shape[1]]
+        x = self.embed(tokens)
+        if positions is not None and self.config.added_positions:
+            x, positions = x + positions, None
+        for block in self.blocks:
+            x = block(x, positions, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return x if self.tap is None else self.tap("final_resid", x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """`(..., D)` to `(..., V)`, without the bigram table's part."""
+        x = self.norm(x)
+        if self.unembed is not None:
+            logits = self.unembed(x)
+        elif isinstance(self.embed, SparseEmbedding):
+            # The embedding's layout is that of the (V, D) table, which is what is wanted here.
+            logits = sk.sparse_linear(
+                x, self.embed.weight, self.embed.layout, backend=self.config.backend
+            )
+        else:
+            logits = nn.functional.linear(x, self.embed.weight)
+        return logits if self.logits_bias is None else logits + self.logits_bias
+
+    def _check(self, tokens: Tensor, start: int) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be int64 (B, T), got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        if start + tokens.shape[1] > self.config.context:
+            raise ValueError(
+                f"tokens must be at most context = {self.config.context} in all, "
+                f"got {start} before and {tokens.shape[1]} now"
+            )
+
+
+class _Maker:
+    """Makes the layers of the kind that the configuration asks for, and initialises them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fan_multiple: float,
+        fans: Mapping[str, int],
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if not fan_multiple > 0:
+            raise ValueError(f"fan_multiple must be above 0, got {fan_multiple}")
+        self.config = config
+        self.fan_multiple = fan_multiple
+        self.fans = fans
+        self.generator = generator
+        self.device = device
+        self.dtype = dtype
+        self.where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.targets: dict[str, int] = {}
+
+    def reader(self, name: str, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        """A matrix of which every output reads a fixed number of inputs."""
+        density, least = self._density(name)
+        bias = bias and self.config.bias
+        if self.config.linear == "sparse":
+            fan = self._fan(name, density, least, inputs)
+            return self._initialise(
+                sk.SparseLinear(
+                    inputs,
+                    outputs,
+                    fan_in=fan,
+                    bias=bias,
+                    generator=self.generator,
+                    backend=self.config.backend,
+                    **self.where,
+                ),
+                fan / inputs,
+            )
+        if self.config.linear == "masked_dense":
+            least = min(least, inputs) if name != "unembed" else 0
+            return self._initialise(
+                MaskedLinear(
+                    inputs, outputs, density=density, min_fan_in=least, bias=bias, **self.where
+                )
+            )
+        return self._initialise(nn.Linear(inputs, outputs, bias, **self.where))
+
+    def writer(self, name: str, inputs: int, outputs: int) -> nn.Module:
+        """A matrix of which every input feeds a fixed number of outputs."""
+        density, least = self._density(name)
+        bias = self.config.bias
+        shrink = (2 * self.config.n_layer) ** -0.5
+        if self.config.linear == "sparse":
+            fan = self._fan(name, density, least, outputs)
+            return self._initialise(
+                sk.SparseLinear(
+                    inputs,
+                    outputs,
+                    fan_out=fan,
+                    bias=bias,
+                    generator=self.generator,
+                    backend=self.config.backend,
+                    **self.where,
+                ),
+                fan / outputs,
+                shrink,
+            )
+        if self.config.linear == "masked_dense":
+            least = min(least, outputs)
+            layer: nn.Linear = MaskedLinear(
+                inputs, outputs, density=density, min_fan_out=least, bias=bias, **self.where
+            )
+        else:
+            layer = nn.Linear(inputs, outputs, bias, **self.where)
+        return self._initialise(layer, 1.0, shrink)
+
+    def embedding(self, name: str) -> nn.Module:
+        """The `(V, D)` table."""
+        V, D = self.config.vocab_size, self.config.d_model
+        density, least = self._density(name)
+        if self.config.linear == "sparse":
+            fan = self._fan(name, density, least, D)
+            layer = SparseEmbedding(
+                V, D, fan_out=fan, bias=False, generator=self.generator, **self.where
+            )
+            return self._initialise(layer, fan / D)
+        if self.config.linear == "masked_dense":
+            return self._initialise(MaskedEmbedding(V, D, density=density, **self.where))
+        return self._initialise(nn.Embedding(V, D, **self.where))
+
+    def normal(self, tensor: Tensor, std: float = _INITIAL_STD) -> Tensor:
+        """Fills `tensor`, drawing where the generator lives."""
+        generator = self.generator
+        with torch.no_grad():
+            if tensor.is_meta or generator is None or generator.device == tensor.device:
+                return tensor.normal_(0.0, std, generator=None if tensor.is_meta else generator)
+            drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
+            return tensor.copy_(drawn.normal_(0.0, std, generator=generator))
+
+    def _density(self, name: str) -> tuple[float, int]:
+        if name in ("embed", "unembed"):
+            return self.config.embedding_density, 1
+        return self.config.density, self.config.min_nonzeros
+
+    def _fan(self, name: str, density: float, least: int, width: int) -> int:
+        """The fan to start with; notes the final one."""
+        target = min(width, max(least, round(density * width)))
+        target = (self.config.fans or {}).get(name, target)
+        self.targets[name] = target
+        return self.fans.get(name, min(width, round(target * self.fan_multiple)))
+
+    def _initialise(self, layer: Any, kept: float = 1.0, shrink: float = 1.0) -> nn.Module:
+        """Normal weights whose variance makes up for the share that is not kept; zero biases."""
+        self.normal(layer.weight, _INITIAL_STD * shrink * kept**-0.5)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+        made: nn.Module = layer
+        return made
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": nn.GELU("tanh"),
+    "relu": nn.functional.relu,
+}
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """AbsTopK of the last axis, of which the `k` of largest magnitude stay."""
+
+    k: int
+    method: str
+    backend: str | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.method == "kernel":
+            return sk.abs_topk(x, self.k, self.backend)
+        places = x.abs().topk(self.k, -1, sorted=False).indices
+        return torch.zeros_like(x).scatter_(-1, places, x.gather(-1, places))
+
+
+def _keep_all(x: Tensor) -> Tensor:
+    return x
+
+
+def _keeper(config: ModelConfig, place: str, width: int) -> Callable[[Tensor], Tensor]:
+    if config.active is None or place not in config.active_places:
+        return _keep_all
+    k = max(1, int(config.active * width))
+    return _Keep(k, config.abs_topk, config.backend) if k < width else _keep_all
+
+
+def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:
+    return RMSNorm(config.positions, make.device, make.dtype) if config.positions else None
+
+
+def _beside(x: Tensor, norm: RMSNorm | None, positions: Tensor | None) -> Tensor:
+    """`x (B, T, D)` with the normalised positions `(T, P)` as more channels, if there are any."""
+    if norm is None or positions is None:
+        return x
+    beside = norm(positions).to(x.dtype).expand(x.shape[0], -1, -1)
+    return torch.cat([x, beside], -1)

@@ -1,0 +1,176 @@
+"""Settings of a training run, and presets from a minute on a laptop to 475M parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_transformer.errors import UserError
+from sparse_transformer.model import ModelConfig
+from sparse_transformer.optimizer import OptimizerConfig
+from sparse_transformer.topology import TopologyConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run goes, beside the model, its topology and its optimizer.
+
+    Raises:
+        ValueError: a value that does not fit; the message names it.
+    """
+
+    steps: int = 1000
+    """Optimizer steps in all, those before a --resume included."""
+    batch_tokens: int = 32768
+    """Tokens of one step, over all ranks and accumulated parts."""
+    accumulate: int = 1
+    """Parts into which each rank divides its share of a step, to save memory."""
+    data: tuple[Path, ...] = ()
+    """Files and folders to train on; none for the standard library of this Python."""
+    cache_dir: Path | None = None
+    """Where tokenized corpora are kept; by default sparse_transformer in the user's cache."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the activations, by autocast; parameters stay float32. float16 needs a GPU."""
+    seed: int = 0
+    """Draws the initial model and the batches."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    clip_only: bool = False
+    """Divide gradients by max(RMS, 1) as the paper says, not by the RMS as the released code."""
+    validate_every: int = 100
+    """Steps between validations; the last step always has one."""
+    validation_tokens: int = 131072
+    """How many tokens of the validation files to use, always the same ones."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    max_rise: float = 3.0
+    """Stop when the smoothed loss is this far, in nats, above the least it has been."""
+    rank_timeout: float = 600.0
+    """Seconds to wait for another rank before giving up."""
+    tensorboard: bool = True
+    """Write TensorBoard events too."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
+        for name in (
+            "steps", "batch_tokens", "accumulate", "validate_every", "validation_tokens",
+            "save_every", "keep",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
+        for name in ("max_rise", "rank_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that describes a run, but where it lies and whether it goes on."""
+
+    preset: str = "tiny"
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        settings = dataclasses.asdict(self)
+        train = settings["train"]
+        train["data"] = [str(path.resolve()) for path in self.train.data]
+        train["cache_dir"] = str(self.train.cache_dir) if self.train.cache_dir else None
+        return settings
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Settings:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was written by a release with other settings.
+        """
+        return cls(
+            preset=stored["preset"],
+            train=TrainConfig(**stored["train"]),
+            model=ModelConfig.from_dict(stored["model"]),
+            topology=TopologyConfig(**stored["topology"]),
+            optimizer=OptimizerConfig(**stored["optimizer"]),
+        )
+
+
+def _published(d_model: int, n_layer: int = 8) -> dict[str, Any]:
+    """The released script's densities: L0 of a layer is about the same at every width.
+
+    With EF = d_model / 256: blocks pfrac / EF^2, embeddings pfrac / EF; its example, 1/64 and 1/16
+    at d_model 1024, has pfrac = 1/4.
+    """
+    expansion = d_model / 256
+    density = 0.25 / expansion**2
+    return {
+        "model": ModelConfig(
+            d_model=d_model,
+            n_layer=n_layer,
+            density=density,
+            embedding_density=0.25 / expansion,
+        ),
+        # A fan cannot be more than dense.
+        "topology": TopologyConfig(start_multiple=min(8.0, 1 / density)),
+    }
+
+
+PRESETS: dict[str, Settings] = {
+    settings.preset: settings
+    for settings in (
+        Settings(
+            preset="tiny",
+            train=TrainConfig(
+                steps=500,
+                batch_tokens=4096,
+                validate_every=50,
+                validation_tokens=65536,
+                save_every=100,
+            ),
+            model=ModelConfig(
+                n_layer=2, d_model=128, context=128, density=1 / 16, embedding_density=1 / 8
+            ),
+        ),
+        Settings(preset="d256", **_published(256), train=TrainConfig(steps=4000)),
+        Settings(preset="d512", **_published(512), train=TrainConfig(steps=4000)),
+        Settings(
+            preset="d1024",
+            **_published(1024),
+            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=4),
+        ),
+        Settings(
+            preset="d2048",
+            **_published(2048),
+            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=8),
+        ),
+        Settings(
+            preset="475m",
+            **_published(1792, n_layer=12),
+            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=8),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Settings:
+    """The settings of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,730 @@
+"""Training: `python -m sparse_transformer.train --preset tiny --out DIR`.
+
+On several devices `torchrun --nproc-per-node 2 -m sparse_transformer.train ...`: each rank computes
+its part of the same global batch, gradients are averaged, and all ranks keep the same connections.
+
+A run lies in one folder: `config.json`, `tokenizer.json`, `metrics.jsonl` (a line per step),
+`step-*/` (checkpoints), `tensorboard/` and `loss.png`. Whatever ends it, `--resume` goes on from
+the newest checkpoint, and on the CPU computes the very losses that it would have computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_transformer import checkpoint, metrics
+from sparse_transformer.checkpoint import Checkpoint
+from sparse_transformer.data import Batches, Corpus, prepare, validation_batches
+from sparse_transformer.errors import UserError
+from sparse_transformer.masked import masked_layers, project_
+from sparse_transformer.memory import keep_freed_memory
+from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.optimizer import (
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    normalize_gradients_,
+)
+from sparse_transformer.parallel import Ranks, ranks
+from sparse_transformer.presets import PRESETS, Settings, TrainConfig, preset
+from sparse_transformer.topology import Topology, TopologyConfig, annealed_fraction
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Diverged(UserError):
+    """The run has gone wrong; the last checkpoint has not."""
+
+
+class Trainer:
+    """The state of a run, and one step of it. Writes nothing.
+
+    Args:
+        settings: of the run.
+        corpus: what it trains on.
+        here: this process among the ranks.
+        point: where to go on, or None to begin.
+
+    Attributes:
+        model, optimizer, topology: the last is None unless `settings.model.linear` is "sparse".
+        step: how many steps are done.
+
+    Raises:
+        UserError: settings that do not fit the device, the ranks or the corpus.
+    """
+
+    def __init__(
+        self, settings: Settings, corpus: Corpus, here: Ranks, point: Checkpoint | None = None
+    ) -> None:
+        config = settings.train
+        self.settings, self.ranks, self.corpus = settings, here, corpus
+        self.dtype = _dtype(config, here.device)
+        context = settings.model.context
+        windows = _windows(config, context, here.world)
+        self._batches = Batches(
+            corpus.train,
+            context=context,
+            batch=windows,
+            seed=config.seed,
+            rank=here.rank,
+            world=here.world,
+        )
+        self._micro_batch = windows // (here.world * config.accumulate)
+        self.step = point.step if point else 0
+        if point is None:
+            torch.manual_seed(config.seed)
+            self.model = Transformer(
+                settings.model,
+                fan_multiple=settings.topology.start_multiple,
+                generator=torch.Generator().manual_seed(config.seed),
+                device=here.device,
+            )
+            here.broadcast_(self.model.state_dict().values())
+        else:
+            self.model = Transformer.from_state(
+                settings.model, checkpoint.part(point.tensors, "model"), device=here.device
+            )
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
+        self.topology = (
+            Topology(self.model, self.optimizer, settings.topology, config.steps)
+            if settings.model.linear == "sparse"
+            else None
+        )
+        self._scale = _LossScale(enabled=self.dtype == torch.float16)
+        self._watch = _RiseWatch(config.max_rise)
+        if point is not None:
+            self._restore(point)
+        self._topology_hash = self.topology.hash() if self.topology else "0"
+        self._loss = torch.compile(self.model.loss) if settings.train.compile else self.model.loss
+
+    @property
+    def fraction(self) -> float:
+        """L0 now over L0 at the end, as scheduled; at least 1."""
+        settings = self.settings
+        if self.topology is not None:
+            return self.topology.fraction(self.step)
+        if settings.model.linear == "masked_dense":
+            # The published recipe starts dense.
+            sparsest = min(settings.model.density, settings.model.embedding_density)
+            return annealed_fraction(
+                self.step, settings.train.steps, 1 / sparsest, settings.topology.anneal_share
+            )
+        return 1.0
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step: loss, gradients, update, topology. Returns what there is to report.
+
+        Raises:
+            Diverged: a loss or gradient that is not finite, or a loss that rises and rises. Nothing
+                has been updated then.
+        """
+        config, fraction = self.settings.train, self.fraction
+        rate = learning_rate(
+            self.step, config.steps, self.settings.optimizer.learning_rate, fraction
+        )
+        loss, rms = self._gradients()
+        self._watch.look(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.topology is not None and self.topology.step(self.step):
+            self._topology_hash = self.topology.hash()
+        elif self.settings.model.linear == "masked_dense":
+            project_(self.model, fraction)
+        self.step += 1
+        return {
+            "loss": loss,
+            "lr": rate,
+            "l0": self.l0(),
+            "tokens": self.step * config.batch_tokens,
+            "gradient_rms": rms,
+        }
+
+    def agree(self, stop: int) -> int:
+        """See `Ranks.agree`."""
+        return self.ranks.agree(self._topology_hash, stop)
+
+    def validate(self) -> float:
+        """Mean loss over the validation windows, all ranks together."""
+        config, context = self.settings.train, self.settings.model.context
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        batches = validation_batches(
+            self.corpus.validation,
+            context=context,
+            batch=self._micro_batch,
+            windows=max(1, config.validation_tokens // context),
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        with torch.no_grad(), self._autocast():
+            for tokens, targets in batches:
+                loss = self.model.loss(*self._move(tokens, targets))
+                total += torch.stack([loss.double() * len(tokens), total.new_tensor(len(tokens))])
+        loss_sum, count = self.ranks.sum(total).tolist()
+        return float(loss_sum / count)
+
+    def l0(self) -> int:
+        """Nonzero weights of all matrices: for the sparse ones, those that exist."""
+        if self.topology is not None:
+            return sum(layer.weight.numel() for layer in self.model.sparse_layers().values())
+        masked = masked_layers(self.model).values()
+        if masked:
+            return sum(int(torch.count_nonzero(layer.weight)) for layer in masked)
+        return sum(
+            module.weight.numel()
+            for module in self.model.modules()
+            if isinstance(module, (nn.Linear, nn.Embedding))
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on: tensors, and what JSON can hold.
+
+        Raises:
+            Diverged: a parameter is not finite, so that this is no state to go back to.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise Diverged(f"{name} is no longer finite after step {self.step}")
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        tensors["generator.cpu"] = torch.get_rng_state()
+        if self.ranks.device.type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        meta: dict[str, Any] = {
+            "settings": self.settings.to_dict(),
+            "corpus": self.corpus.key,
+            "loss_scale": vars(self._scale),
+            "watch": vars(self._watch),
+        }
+        if self.topology is not None:
+            state = dict(self.topology.state_dict())
+            flat, meta["topology"] = checkpoint.flatten(state, "topology")
+            tensors.update(flat)
+        return tensors, meta
+
+    def _restore(self, point: Checkpoint) -> None:
+        """Optimizer, topology and generators; the model has its tensors already."""
+        tensors, meta = point.tensors, point.meta
+        numbers = {
+            parameter: number
+            for number, parameter in enumerate(
+                parameter for group in self.optimizer.param_groups for parameter in group["params"]
+            )
+        }
+        packed = self.optimizer.state_dict()
+        for name, parameter in self.model.named_parameters():
+            state = checkpoint.part(tensors, f"optimizer.{name}")
+            if state:
+                packed["state"][numbers[parameter]] = state
+        self.optimizer.load_state_dict(packed)
+        if self.topology is not None:
+            self.topology.load_state_dict(
+                checkpoint.unflatten(tensors, meta["topology"], "topology")
+            )
+        vars(self._scale).update(meta["loss_scale"])
+        # The limit is a setting, and may be another one now.
+        vars(self._watch).update({**meta["watch"], "limit": self._watch.limit})
+        torch.set_rng_state(tensors["generator.cpu"].cpu())
+        if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["generator.cuda"].cpu())
+
+    def _gradients(self) -> tuple[float, float]:
+        """Normalised gradients of this step over all ranks; its mean loss, and their RMS before."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        while True:
+            share = self._backward()
+            self.ranks.average_gradients_(parameters)
+            loss = float(self.ranks.sum(share)) / self.ranks.world
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss of step {self.step + 1} is {loss}")
+            self._scale.unscale_(parameters)
+            rms = normalize_gradients_(parameters, clip_only=self.settings.train.clip_only)
+            if self._scale.accepts(rms):
+                break
+        if not math.isfinite(rms):
+            raise Diverged(f"the gradients of step {self.step + 1} are not finite")
+        return loss, rms
+
+    def _backward(self) -> Tensor:
+        """Adds up the gradients of this rank's share; returns its mean loss, float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        accumulate = self.settings.train.accumulate
+        capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        compute = self._loss
+        if self.topology is not None and self.topology.wants_gradients(self.step):
+            # It listens at the modules, which a compiled model does not call.
+            capture, compute = self.topology.capture(), self.model.loss
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        tokens, targets = self._move(*self._batches.at(self.step))
+        with capture:
+            for part, goal in zip(
+                tokens.split(self._micro_batch), targets.split(self._micro_batch), strict=True
+            ):
+                with self._autocast():
+                    loss = compute(part, goal)
+                total += loss.detach().double() / accumulate
+                (loss * (self._scale.scale / accumulate)).backward()
+        return total
+
+    def _move(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ranks.device.type == "cpu":
+            return tokens, targets
+        device = self.ranks.device
+        return (
+            tokens.pin_memory().to(device, non_blocking=True),
+            targets.pin_memory().to(device, non_blocking=True),
+        )
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(
+            self.ranks.device.type, self.dtype if enabled else None, enabled=enabled
+        )
+
+
+@dataclass
+class _LossScale:
+    """Keeps float16 gradients in range: halves on overflow, doubles after `patience` good steps."""
+
+    enabled: bool
+    scale: float = field(init=False)
+    good: int = 0
+
+    def __post_init__(self) -> None:
+        self.scale = 65536.0 if self.enabled else 1.0
+
+    def unscale_(self, parameters: Sequence[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def accepts(self, rms: float, patience: int = 1000) -> bool:
+        """False if the step is to be computed again with the smaller scale."""
+        if not self.enabled:
+            return True
+        if math.isfinite(rms):
+            self.good += 1
+            if self.good % patience == 0:
+                self.scale *= 2
+            return True
+        self.good = 0
+        self.scale /= 2
+        return self.scale < 1
+
+
+@dataclass
+class _RiseWatch:
+    """Notices a loss that diverges: its running mean far above the least that it has been."""
+
+    limit: float
+    mean: float | None = None
+    least: float | None = None
+
+    def look(self, loss: float) -> None:
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
+        self.least = self.mean if self.least is None else min(self.least, self.mean)
+        if self.mean > self.least + self.limit:
+            raise Diverged(f"the loss has risen from {self.least:.3g} to {self.mean:.3g}")
+
+
+def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int:
+    """Trains from the newest checkpoint in `out`, or from the beginning if there is none.
+
+    Args:
+        settings: of the run; they must agree with the checkpoint's model and corpus.
+        out: the folder of the run.
+        from_step: go on from the checkpoint of that step instead; later ones are set aside.
+
+    Returns:
+        0, or 128 + the signal that ended it (after saving a checkpoint): 130 for Ctrl-C.
+
+    Raises:
+        UserError: see `main`; what was written before is unharmed.
+    """
+    config = settings.train
+    with ranks(config.device, config.rank_timeout) as here, contextlib.ExitStack() as stack:
+        if here.first:
+            stack.enter_context(_claim(out))
+        here.wait()
+        corpus = prepare(
+            config.data or None,
+            vocab_size=settings.model.vocab_size,
+            cache_dir=config.cache_dir,
+            progress=None if here.first else False,
+        )
+        point = None
+        if checkpoint.steps(out):
+            point = checkpoint.load(out, from_step)
+            _check_same(settings, corpus, point)
+        elif from_step is not None:
+            raise UserError(f"there is no checkpoint in {out}: leave out --from-step")
+        trainer = Trainer(settings, corpus, here, point)
+        here.wait()
+        signals = stack.enter_context(_Signals())
+        output = None
+        if here.first:
+            if point is not None:
+                checkpoint.set_aside(out, point.step)
+            _write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
+            tokenizer = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
+            _write_atomically(out / "tokenizer.json", tokenizer)
+            output = _Output(trainer, out, point)
+            stack.callback(output.close)
+        status = _loop(trainer, signals, out, output)
+        # Who leaves early takes the connection of the others with it.
+        here.wait()
+        return status
+
+
+def _loop(trainer: Trainer, signals: _Signals, out: Path, output: _Output | None) -> int:
+    """Steps until the end or until any rank is told to stop; `output` is that of the first rank."""
+    config = trainer.settings.train
+    while trainer.step < config.steps:
+        try:
+            line: dict[str, Any] = {"step": trainer.step + 1, **trainer.advance()}
+            last = trainer.step == config.steps
+            if last or trainer.step % config.validate_every == 0:
+                line["val_loss"] = trainer.validate()
+                if not math.isfinite(line["val_loss"]):
+                    raise Diverged(f"the validation loss of step {trainer.step} is not finite")
+            stop = trainer.agree(signals.received)
+            if output is not None:
+                output.write(line)
+                if last or stop or trainer.step % config.save_every == 0:
+                    output.save()
+        except Diverged as error:
+            raise Diverged(_way_back(error, out)) from error
+        if stop:
+            if output is not None:
+                output.note(f"stopped after step {trainer.step}, saved; go on with --resume")
+            return 128 + stop
+    if output is not None:
+        output.finish()
+    return 0
+
+
+class _Signals:
+    """Inside, Ctrl-C and SIGTERM are remembered; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class _Output:
+    """Files and progress bar of the first rank."""
+
+    def __init__(self, trainer: Trainer, out: Path, point: Checkpoint | None) -> None:
+        self._trainer, self._out = trainer, out
+        self._saved = point.step if point else 0
+        config = trainer.settings.train
+        self._metrics = metrics.Metrics(
+            out,
+            point.meta["metrics_position"] if point else 0,
+            self._saved,
+            tensorboard=config.tensorboard,
+        )
+        self._seconds_before = point.meta["seconds"] if point else 0.0
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=config.steps,
+            initial=trainer.step,
+            unit=" steps",
+            disable=None,
+            dynamic_ncols=True,
+        )
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        self.note(
+            f"{out}: {trainer.settings.model.linear}, {parameters:,} parameters now, "
+            f"{trainer.l0():,} weights in the matrices, "
+            f"{len(trainer.corpus.train):,} + {len(trainer.corpus.validation):,} tokens"
+            + (f", from step {point.step}" if point else "")
+        )
+
+    def note(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Reports a step."""
+        line["seconds"] = round(self._seconds(), 3)
+        self._metrics.write(line)
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+        self._bar.update()
+        if "val_loss" in line:
+            self.note(
+                f"step {line['step']}  loss {line['loss']:.4f}  val_loss {line['val_loss']:.4f}  "
+                f"L0 {line['l0']:,}  {line['tokens']:,} tokens  {line['seconds']:.0f} s"
+            )
+
+    def save(self) -> None:
+        """Writes a checkpoint of the step that is done, unless there is one."""
+        step = self._trainer.step
+        if step == self._saved:
+            return
+        tensors, meta = self._trainer.state()
+        meta["metrics_position"] = self._metrics.position()
+        meta["seconds"] = self._seconds()
+        checkpoint.save(self._out, step, tensors, meta, keep=self._trainer.settings.train.keep)
+        self._saved = step
+
+    def finish(self) -> None:
+        """The plot."""
+        lines = metrics.read(self._out / "metrics.jsonl")
+        name = f"{self._trainer.settings.preset}, {self._trainer.settings.model.linear}"
+        if lines:
+            metrics.plot(lines, self._out / "loss.png", name)
+            self.note(f"done: {self._out / 'loss.png'}, checkpoint of step {self._saved}")
+
+    def close(self) -> None:
+        self._bar.close()
+        self._metrics.close()
+
+    def _seconds(self) -> float:
+        return float(self._seconds_before + time.monotonic() - self._start)
+
+
+def _way_back(error: Diverged, out: Path) -> str:
+    available = checkpoint.steps(out)
+    if not available:
+        return (
+            f"{error}, and there is no checkpoint yet: start again in another folder with a lower "
+            f"--learning-rate"
+        )
+    return (
+        f"{error}: the last good checkpoint is {checkpoint.folder_of(out, available[-1])}, go on "
+        f"from it with --resume and a lower --learning-rate"
+    )
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "float16" and device.type == "cpu":
+        raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
+    return _DTYPES[config.dtype]
+
+
+def _windows(config: TrainConfig, context: int, world: int) -> int:
+    """Windows of a step, over all ranks."""
+    unit = context * world * config.accumulate
+    if config.batch_tokens % unit:
+        raise UserError(
+            f"--batch-tokens {config.batch_tokens} cannot be divided into windows of {context} "
+            f"tokens for {world} ranks of {config.accumulate} parts: choose a multiple of {unit}"
+        )
+    return config.batch_tokens // context
+
+
+def _check_same(settings: Settings, corpus: Corpus, point: Checkpoint) -> None:
+    """Refuses to go on with what another run has begun."""
+    try:
+        saved = Settings.from_dict(point.meta["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{point.path} was written by another release ({error}): go on with that one"
+        ) from error
+    # These say how something is computed, not what.
+    model = replace(settings.model, backend=saved.model.backend, abs_topk=saved.model.abs_topk)
+    _refuse_changes(point, "model", saved.model, model)
+    _refuse_changes(point, "topology", saved.topology, settings.topology)
+    if point.meta["corpus"] != corpus.key:
+        raise UserError(
+            f"{point.path} was trained on other files: give --data what it began with, or start "
+            f"a new run with another --out"
+        )
+    steps = (saved.train.steps, settings.train.steps)
+    annealing = point.step < settings.topology.anneal_share * max(steps)
+    if steps[0] != steps[1] and annealing and settings.model.linear != "dense":
+        raise UserError(
+            f"{point.path} is still annealing towards {steps[0]} steps: leave out --steps, and "
+            f"change it when annealing is over"
+        )
+
+
+def _refuse_changes(point: Checkpoint, kind: str, saved: Any, now: Any) -> None:
+    changed = [name for name in vars(saved) if getattr(saved, name) != getattr(now, name)]
+    if changed:
+        was = ", ".join(f"{name} {getattr(saved, name)}" for name in changed)
+        wanted = ", ".join(f"{name} {getattr(now, name)}" for name in changed)
+        raise UserError(
+            f"{point.path} has another {kind}, {was} and not {wanted}: leave those options out, or "
+            f"start a new run with another --out"
+        )
+
+
+@contextlib.contextmanager
+def _claim(out: Path) -> Iterator[IO[str]]:
+    """Makes the folder, and keeps other runs out of it for as long as this process lives."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {out}: wait for it or choose another --out"
+                ) from error
+            yield file
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): choose another --out"
+        ) from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.temporary")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space or choose another --out"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains a weight-sparse transformer on Python code."""
+
+    out: Path | None = None
+    """Folder of the run; it must be new or empty, or go on with --resume."""
+    preset: str = "tiny"
+    """Where all other settings start from."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out; settings that are not given stay as they were."""
+    from_step: int | None = None
+    """Go on from the checkpoint of this step; later ones are set aside, not deleted."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=OptimizerConfig
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int | None]:
+    """The command line: settings, the folder of the run, and the step to go on from.
+
+    Raises:
+        UserError: options that do not fit together, or the folder. SystemExit: `--help`, or an
+            option that does not exist.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # The defaults of all other options depend on these.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset")
+    first.add_argument("--out", type=Path)
+    first.add_argument("--from-step", "--from_step")
+    first.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    try:
+        known, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        # The real parser will say it better.
+        known = first.parse_args([])
+    stored = None
+    if known.out is not None and (known.resume or known.from_step):
+        stored = _stored(known.out)
+    if stored is not None and known.preset not in (None, stored.preset):
+        raise UserError(
+            f"the run in {known.out} began with --preset {stored.preset}, not {known.preset}: "
+            f"leave --preset out, or start a new run with another --out"
+        )
+    default = stored or preset(known.preset or "tiny")
+    given = tyro.cli(
+        Arguments,
+        args=arguments,
+        prog="python -m sparse_transformer.train",
+        default=Arguments(
+            preset=default.preset,
+            train=default.train,
+            model=default.model,
+            topology=default.topology,
+            optimizer=default.optimizer,
+        ),
+        description=f"{Arguments.__doc__} Presets: {', '.join(PRESETS)}.",
+    )
+    if given.out is None:
+        raise UserError("--out is missing: name a folder for the run, for example --out runs/first")
+    resume = given.resume or given.from_step is not None
+    if given.out.exists() and not given.out.is_dir():
+        raise UserError(f"{given.out} is a file: choose another --out")
+    if not resume and given.out.is_dir() and any(given.out.iterdir()):
+        raise UserError(
+            f"{given.out} is not empty: go on with the run in it with --resume, or choose another "
+            f"--out"
+        )
+    if resume and not checkpoint.steps(given.out):
+        print(f"{given.out} has no checkpoint yet: beginning at step 1", file=sys.stderr)
+    settings = Settings(given.preset, given.train, given.model, given.topology, given.optimizer)
+    return settings, given.out, given.from_step
+
+
+def _stored(out: Path) -> Settings | None:
+    """The settings of the run in `out`; None if it died before it wrote them."""
+    path = out / "config.json"
+    try:
+        return Settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): put the file back, or start a new run with another "
+            f"--out"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C, which saves."""
+    try:
+        try:
+            settings, out, from_step = parse(arguments)
+        except ValueError as error:
+            raise UserError(f"{error}: change that option") from error
+        return train(settings, out, from_step=from_step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: go on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""Runs: never lost, whatever ends them; the same on two ranks; errors in one sentence."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_transformer import checkpoint, metrics, train
+from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.presets import PRESETS, Settings
+from sparse_transformer.train import main
+
+# One thread: the models are so small that two would wait for each other.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+STEPS = 40
+# A topology change every 3 steps, annealing until step 20, a checkpoint every 7.
+OPTIONS = (
+    f"--steps {STEPS} --d-model 32 --n-layer 1 --context 32 --vocab-size 300 --batch-tokens 256 "
+    "--density 0.25 --embedding-density 0.25 --topology.period 3 --save-every 7 "
+    "--validate-every 10 --validation-tokens 512 --no-tensorboard"
+).split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    source = Path(checkpoint.__file__).parent
+    for file in source.glob("*.py"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(corpus, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return [*OPTIONS, "--data", str(corpus), "--cache-dir", str(cache)]
+
+
+def command(options, out):
+    return [sys.executable, "-m", "sparse_transformer.train", *options, "--out", str(out)]
+
+
+def run_here(options, out):
+    torch.set_num_threads(1)
+    return main([*options, "--out", str(out)])
+
+
+def lines_of(out):
+    """The metrics, but for what depends on the clock."""
+    lines = metrics.read(out / "metrics.jsonl")
+    for line in lines:
+        assert line.pop("seconds") >= 0
+    return lines
+
+
+@pytest.fixture(scope="module")
+def reference(options, tmp_path_factory):
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    subprocess.run(command(options, out), env=ENVIRONMENT, check=True)
+    return out
+
+
+def test_run_leaves_what_it_promises(reference):
+    lines = lines_of(reference)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 30, 40]
+    for line in lines:
+        assert line.keys() >= {"step", "loss", "lr", "l0", "tokens"}
+        assert line["tokens"] == 256 * line["step"]
+    # Dense at the start (8 times the target is more than there is), a quarter at the end.
+    assert lines[0]["l0"] > 3.9 * lines[-1]["l0"]
+    assert lines[-1]["val_loss"] < lines[0]["loss"] - 0.5
+    assert checkpoint.steps(reference) == [28, 35, 40]
+    assert (reference / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    stored = json.loads((reference / "config.json").read_text())
+    assert Settings.from_dict(stored).model.d_model == 32
+    assert not list(reference.glob(".*temporary*"))
+
+
+def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
+    """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end."""
+    seed = random.randrange(2**32)
+    print("moments drawn from seed", seed)
+    draw = random.Random(seed)
+    out = tmp_path / "run"
+    moments = [
+        (signal.SIGKILL, draw.randrange(0, 7)),
+        (signal.SIGKILL, draw.randrange(8, 25)),
+        (signal.SIGINT, draw.randrange(8, 35)),
+        (signal.SIGKILL, draw.randrange(8, 40)),
+    ]
+    for number, after in moments:
+        path = out / "metrics.jsonl"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = subprocess.Popen(
+            [*command(options, out), "--resume"], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            changed = path.exists() and path.stat().st_mtime_ns > before
+            if changed and path.read_bytes().count(b"\n") > after:
+                break
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.02)
+        process.send_signal(number)
+        status = process.wait(60)
+        # It may have come to its end before.
+        assert status in (0, 130 if number == signal.SIGINT else -signal.SIGKILL)
+        if status == 130:
+            assert checkpoint.steps(out)[-1] == lines_of(out)[-1]["step"]
+    subprocess.run([*command(options, out), "--resume"], env=ENVIRONMENT, check=True)
+    assert lines_of(out) == lines_of(reference)
+    expected, actual = checkpoint.load(reference), checkpoint.load(out)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(actual.tensors[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_resume_of_a_finished_run_changes_nothing(reference, tmp_path, capsys):
+    out = shutil.copytree(reference, tmp_path / "run")
+    before = (out / "metrics.jsonl").read_bytes()
+    assert run_here(["--resume"], out) == 0
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert "from step 40" in capsys.readouterr().err
+
+
+def test_older_checkpoint_on_request(reference, tmp_path, capsys):
+    """The newest one is truncated: an error that names the older one, which then gives the same."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    tensors = out / "step-00000040" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    assert run_here(["--resume"], out) == 2
+    error = capsys.readouterr().err
+    assert "--from-step 35" in error
+    assert error.count("\n") == 1
+    # In a process like the reference's, for the same bits.
+    subprocess.run([*command(["--from-step", "35"], out)], env=ENVIRONMENT, check=True)
+    assert lines_of(out) == lines_of(reference)
+    assert list(out.glob("set-aside-*/step-00000040"))
+
+
+def test_model_of_a_checkpoint(reference):
+    model = checkpoint.load_model(reference)
+    # Below its final fans, in the middle of annealing, as well.
+    assert isinstance(checkpoint.load_model(reference, 28), Transformer)
+    tokens = torch.randint(300, (2, 32))
+    assert torch.isfinite(model(tokens)).all()
+    for name, layer in model.sparse_layers().items():
+        assert layer.weight.shape[1] == model.target_fan(name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        (["--d-model", "64"], "another model, d_model 32 and not d_model 64"),
+        (["--linear", "dense"], "another model, linear sparse and not linear dense"),
+        (["--topology.period", "5"], "another topology, period 3 and not period 5"),
+        (["--preset", "d256"], "began with --preset tiny, not d256"),
+        (["--from-step", "3"], "no checkpoint of step 3"),
+        (["--data", str(Path(train.__file__))], "trained on other files"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(reference, tmp_path, capsys, changed, match):
+    out = shutil.copytree(reference, tmp_path / "run")
+    assert run_here(["--resume", *changed], out) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+    assert checkpoint.steps(out) == [28, 35, 40]
+    assert (out / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ([], "--out is missing"),
+        (["--preset", "huge", "--out", "x"], "choose one of tiny, d256"),
+        (["--batch-tokens", "100", "--out", "x"], "choose a multiple of 128"),
+        (["--steps", "0", "--out", "x"], "steps must be at least 1"),
+        (["--d-model", "17", "--out", "x"], "d_head must be a divisor of d_model"),
+        (["--dtype", "float16", "--device", "cpu", "--out", "x"], "float16 needs a GPU"),
+        (["--data", "nowhere", "--out", "x"], "nowhere does not exist"),
+        (["--out", "file"], "file is a file"),
+        (["--out", "full"], "full is not empty: go on with the run in it with --resume"),
+        (["--out", "x", "--from-step", "3"], "there is no checkpoint in x"),
+    ],
+)
+def test_bad_options_end_in_a_sentence(tmp_path, monkeypatch, capsys, corpus, given, match):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    if "--data" not in given:
+        given = [*given, "--data", str(corpus), "--vocab-size", "300"]
+    assert main([*given, "--cache-dir", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert match in error[-1]
+    assert [line for line in error if "no checkpoint yet" not in line] == error[-1:]
+
+
+def test_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--widht", "3"])
+    assert caught.value.code == 2
+    assert "--widht" in capsys.readouterr().err
+
+
+def test_only_one_run_in_a_folder(options, tmp_path, capsys):
+    with train._claim(tmp_path / "run"):
+        assert run_here([*options, "--resume"], tmp_path / "run") == 2
+    assert "another process is training in" in capsys.readouterr().err
+
+
+def test_loss_that_is_nan_stops(options, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    original, calls = Transformer.loss, []
+
+    def loss(self, tokens, targets):
+        calls.append(1)
+        return original(self, tokens, targets) * (math.nan if len(calls) == 18 else 1)
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+    assert run_here(options, out) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss of step" in error
+    assert f"the last good checkpoint is {out}/step-00000014" in error
+    assert "--learning-rate" in error
+    assert all(math.isfinite(line["loss"]) for line in lines_of(out))
+    assert run_here(["--resume", "--learning-rate", "0.001"], out) == 0
+    assert len(lines_of(out)) == STEPS
+
+
+def test_weights_that_are_nan_are_not_saved(options, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    original = train.Trainer.advance
+
+    def advance(self):
+        line = original(self)
+        if self.step == 7:
+            with torch.no_grad():
+                self.model.norm.weight[0] = math.inf
+        return line
+
+    monkeypatch.setattr(train.Trainer, "advance", advance)
+    assert run_here(options, out) == 2
+    assert "norm.weight is no longer finite after step 7, and there is no checkpoint yet" in (
+        capsys.readouterr().err
+    )
+    assert checkpoint.steps(out) == []
+
+
+def test_diverging_loss_stops(options, tmp_path, capsys):
+    status = run_here([*options, "--learning-rate", "30", "--max-rise", "1"], tmp_path / "run")
+    assert status == 2
+    assert "the loss has risen from" in capsys.readouterr().err
+
+
+def test_full_disk_stops_and_harms_nothing(options, tmp_path, capsys):
+    """A limit on the size of a file stands for the disk that is full."""
+    out = tmp_path / "run"
+    assert run_here([*options, "--steps", "8"], out) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert run_here(["--resume", "--steps", "8", "--from-step", "7"], out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 8 cannot be written" in error
+    assert "step 7 is unharmed" in error
+    assert run_here(["--resume"], out) == 0
+    assert checkpoint.steps(out) == [7, 8]
+
+
+@pytest.mark.parametrize("linear", ["masked_dense", "dense"])
+def test_other_linears_train_too(options, reference, tmp_path, linear):
+    assert run_here([*options, "--linear", linear], tmp_path / "run") == 0
+    lines, sparse = lines_of(tmp_path / "run"), lines_of(reference)
+    assert lines[-1]["val_loss"] < lines[0]["loss"] - 0.5
+    assert lines[0]["l0"] == pytest.approx(sparse[0]["l0"], rel=0.05)
+    if linear == "masked_dense":
+        assert lines[-1]["l0"] == pytest.approx(sparse[-1]["l0"], rel=0.05)
+    else:
+        assert lines[-1]["l0"] == lines[0]["l0"]
+
+
+def losses_of(out):
+    return torch.tensor(
+        [[line["loss"], line.get("val_loss", 0.0)] for line in lines_of(out)], dtype=torch.float64
+    )
+
+
+def test_accumulated_parts_give_the_same_losses(options, reference, tmp_path):
+    assert run_here([*options, "--accumulate", "4"], tmp_path / "run") == 0
+    torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(reference), rtol=1e-5, atol=0)
+
+
+def test_bfloat16_trains_to_about_the_same(options, reference, tmp_path):
+    assert run_here([*options, "--dtype", "bfloat16"], tmp_path / "run") == 0
+    torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(reference), rtol=0.02, atol=0)
+
+
+def test_two_ranks_give_the_losses_of_one(options, reference, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    out = tmp_path / "run"
+    subprocess.run([*torchrun, *command(options, out)[1:]], env=ENVIRONMENT, check=True)
+    torch.testing.assert_close(losses_of(out), losses_of(reference), rtol=1e-5, atol=0)
+    ours, theirs = checkpoint.load(out).meta, checkpoint.load(reference).meta
+    assert ours["topology"] == theirs["topology"]
+
+
+def start_ranks(arguments, **streams):
+    """Two ranks without torchrun, which would end the second when the first dies."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        subprocess.Popen(
+            arguments,
+            env={
+                **ENVIRONMENT,
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
+    out = tmp_path / "run"
+    ranks = start_ranks([*command(options, out), "--steps", "4000", "--validate-every", "4000"])
+    while not (out / "step-00000007").exists():
+        assert [process.poll() for process in ranks] == [None, None]
+        time.sleep(0.01)
+    ranks[victim].kill()
+    _, error = ranks[1 - victim].communicate(timeout=60)
+    ranks[victim].communicate()
+    assert ranks[1 - victim].returncode == 2
+    sentence = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(sentence) == 1
+    assert "lost the others" in sentence[0]
+    assert "--resume" in sentence[0]
+    assert "Traceback" not in error
+    assert checkpoint.load(out).step % 7 == 0
+
+
+DISAGREE = """
+import os, sys
+from sparse_transformer.parallel import ranks
+from sparse_transformer.errors import UserError
+with ranks("cpu", 30) as here:
+    assert here.agree("a" * 64, here.rank * 15) == 15
+    try:
+        here.agree("a" * 63 + "ab"[here.rank], 0)
+        here.agree("ab"[here.rank] + "a" * 63, 0)
+    except UserError as error:
+        print(error, file=sys.stderr)
+"""
+
+
+def test_ranks_whose_topologies_differ_stop():
+    for process in start_ranks([sys.executable, "-c", DISAGREE]):
+        _, error = process.communicate(timeout=60)
+        assert error.startswith("the connections of rank 1 are not those of rank 0")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_together(name):
+    settings = PRESETS[name]
+    assert settings.preset == name
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    unit = settings.model.context * settings.train.accumulate
+    assert settings.train.batch_tokens % unit == 0
+
+
+def test_largest_preset_has_475_million_parameters():
+    """In all: what a dense model of its widths has."""
+    config = PRESETS["475m"].model
+    dense = ModelConfig(**{**vars(config), "linear": "dense"})
+    model = Transformer(dense, device="meta")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == pytest.approx(475e6, rel=0.005)
+
+
+def test_tensorboard_gets_the_same(options, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert run_here([*options, "--tensorboard", "--steps", "3"], out) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    expected = [(line["step"], pytest.approx(line["loss"])) for line in lines_of(out)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
