@@ -4,6 +4,7 @@ from sparse_transformer.attention import KVCache
 from sparse_transformer.errors import UserError
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import ModelConfig, SparseEmbedding, Transformer
+from sparse_transformer.released import load_released, save_released
 
 __all__ = [
     "KVCache",
@@ -12,4 +13,6 @@ __all__ = [
     "Transformer",
     "UserError",
     "keep_freed_memory",
+    "load_released",
+    "save_released",
 ]

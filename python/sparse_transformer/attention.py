@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Queries in a block: the keys of half a block are computed in vain, on average.
 _QUERIES = 64
-# Scores held at once: 2 MiB of float32, in each of two buffers.
-_SCORES = 2**19
+# Scores held at once: 4 MiB of float32, in each of two buffers.
+_SCORES = 2**20
 
 
 def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -217,7 +217,6 @@ def _forward(qkv: Tensor, sinks: Tensor | None) -> Tensor:
     q, k, v = qkv.unbind(2)
     queries, keys = _queries(q, dtype, sinks), _keys(k, dtype, sinks)
     values = _values(v, dtype, sinks, ones=False)
-    y = torch.empty(B, T, H, d, dtype=qkv.dtype)
     heads_first = torch.empty(B * H, T, d, dtype=dtype)
     memory = torch.empty(_buffer_size(B * H, T, first), dtype=dtype)
     mask = _causal_mask(dtype)
@@ -225,8 +224,8 @@ def _forward(qkv: Tensor, sinks: Tensor | None) -> Tensor:
         scores = memory[: (m - n) * (b - a) * s].view(m - n, b - a, s)
         p = _probabilities(scores, queries[n:m, a:b], keys[n:m, :s], mask)
         heads_first[n:m, a:b] = torch.bmm(p, values[n:m, :s])
-    y.copy_(heads_first.view(B, H, T, d).transpose(1, 2))
-    return y
+    y = torch.empty(B, T, H, d, dtype=qkv.dtype)
+    return y.copy_(heads_first.view(B, H, T, d).transpose(1, 2))
 
 
 def _backward(

@@ -246,7 +246,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model.
+    """The model: embedding, blocks, norm, unembedding, bigram table.
 
     Args:
         config: see `ModelConfig`.
@@ -254,6 +254,10 @@ class Transformer(nn.Module):
         fans: fans to start with by layer name, for those that `fan_multiple` does not describe.
         generator: draws patterns and weights; by default torch's global one.
         device, dtype: as for `torch.nn.Linear`.
+
+    Attributes:
+        tap: None, or a function of the name and value of each tapped activation that returns the
+            value to go on with; `Attention` and `MLP` have one too. See taps.py.
 
     The weights that exist start normal with the variance that keeps every sum as large as the
     released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
@@ -278,7 +282,7 @@ class Transformer(nn.Module):
         self._targets = make.targets
         self.embed = make.embedding("embed")
         channels = D if config.added_positions else config.positions
-        self.positions = (
+        self.positions: nn.Parameter | None = (
             nn.Parameter(make.normal(torch.empty(config.context, channels, **make.where)))
             if channels
             else None
@@ -287,6 +291,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(D, device, dtype)
         self.unembed = None if config.tied else make.reader("unembed", D, V, bias=False)
         self.bigram = nn.Parameter(torch.zeros(V, V, **make.where)) if config.bigram else None
+        self.logits_bias: Tensor | None
         self.register_buffer(
             "logits_bias", torch.zeros(V, **make.where) if config.logits_bias else None
         )
@@ -370,9 +375,9 @@ class Transformer(nn.Module):
         """`(B, T)` to the residual stream after the last block, `(B, T, D)`."""
         start = 0 if cache is None else cache.length
         self._check(tokens, start)
-        positions = self.positions
-        if positions is not None:
-            positions = positions[start : start + tokens.shape[1]]
+        positions = None
+        if self.positions is not None:
+            positions = self.positions[start : start + tokens.shape[1]]
         x = self.embed(tokens)
         if positions is not None and self.config.added_positions:
             x, positions = x + positions, None
@@ -393,7 +398,7 @@ class Transformer(nn.Module):
                 x, self.embed.weight, self.embed.layout, backend=self.config.backend
             )
         else:
-            logits = nn.functional.linear(x, self.embed.weight)
+            logits = nn.functional.linear(x, self.embed.get_parameter("weight"))
         return logits if self.logits_bias is None else logits + self.logits_bias
 
     def _check(self, tokens: Tensor, start: int) -> None:

@@ -1,0 +1,342 @@
+"""Checkpoints in the released format: `beeg_config.json` and `final_model.pt`.
+
+`final_model.pt` is a state dict of dense tensors with zeros, whose rows hold varying numbers of
+nonzeros, since the published top-k is global. Here every row of a reading matrix (every column of a
+writing one) gets the fan of the fullest one; what a fuller fan holds beyond its nonzeros is zeros.
+The model computes the same, to float32 rounding.
+
+The format is that of the public repository openai/circuit_sparsity, `inference/gpt.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparse_kernels as sk
+from sparse_transformer.errors import UserError
+from sparse_transformer.model import PLACES, ModelConfig, SparseEmbedding, Transformer
+
+_CONFIG, _WEIGHTS = "beeg_config.json", "final_model.pt"
+
+# The released dataclass's own defaults, for fields that a file leaves out. Fields of the file that
+# are not here do not change what a forward computes.
+_DEFAULTS: dict[str, Any] = {
+    "block_size": 1024,
+    "vocab_size": 50304,
+    "n_layer": 12,
+    "n_head": 12,
+    "d_head": None,
+    "d_model": 768,
+    "bias": True,
+    "rms_norm": False,
+    "residual_activation_type": "identity",
+    "activation_type": "gelu",
+    "afrac": None,
+    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out",
+    "tied_unembed": True,
+    "d_mlp": None,
+    "enable_bigram_table": False,
+    "learnable_bigram_table": False,
+    "d_pos_emb": None,
+    "sink": False,
+}
+
+
+def load_released(directory: str | os.PathLike[str], *, linear: str = "sparse") -> Transformer:
+    """Reads a released checkpoint into a model with the same logits, to float32 rounding.
+
+    Args:
+        directory: holds `beeg_config.json` and `final_model.pt`. The latter is read by
+            `torch.load(weights_only=True)`, which runs no code of the file.
+        linear: "sparse", or "dense" for a model that keeps the zeros.
+
+    Returns:
+        The model in float32 on the CPU; `model.config.fans` has the fans that were found.
+
+    Raises:
+        UserError: a file that is missing or not of this format, or a model with parts that
+            `Transformer` has not (LayerNorm, a rectified or sparsified residual stream).
+    """
+    if linear not in ("sparse", "dense"):
+        raise UserError(f'linear must be "sparse" or "dense" to load a release, got {linear!r}.')
+    folder = Path(directory)
+    config = _config(_read_json(folder / _CONFIG), linear)
+    dense = _rename(_read_weights(folder / _WEIGHTS), config)
+    config = replace(
+        config,
+        added_positions="positions" in dense and not config.positions,
+        logits_bias="logits_bias" in dense,
+    )
+    _check_shapes(dense, config)
+    if linear == "dense":
+        model = Transformer(config)
+        model.load_state_dict(dense)
+        return model
+    state: dict[str, Tensor] = {}
+    fans: dict[str, int] = {}
+    for name, tensor in dense.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or "norm" in layer.rsplit(".", 1)[-1]:
+            state[name] = tensor
+            continue
+        # Rows of W hold a fan-in, rows of W^T a fan-out; the table of the embedding is W^T.
+        matrix = tensor.t() if layer.endswith((".out", ".down")) else tensor
+        fans[layer] = max(1, int((matrix != 0).sum(1).max()))
+        layout, values = sk.from_dense(matrix.contiguous(), fans[layer])
+        state[name], state[f"{layer}.indices"] = values, layout.indices
+    nonzeros = sum(int((t != 0).sum()) for n, t in dense.items() if _is_block_matrix(n))
+    entries = sum(t.numel() for n, t in dense.items() if _is_block_matrix(n))
+    embeddings = [dense[n] for n in ("embed.weight", "unembed.weight") if n in dense]
+    config = replace(
+        config,
+        fans=fans,
+        density=max(nonzeros, 1) / entries,
+        embedding_density=max(sum(int((t != 0).sum()) for t in embeddings), 1)
+        / sum(t.numel() for t in embeddings),
+    )
+    return Transformer.from_state(config, state)
+
+
+def save_released(model: Transformer, directory: str | os.PathLike[str]) -> None:
+    """Writes `model` in the released format: dense tensors with zeros, in float32.
+
+    Reading a released checkpoint and writing it again gives the same tensors, bit for bit.
+
+    Args:
+        model: of any `linear`.
+        directory: is made if need be; its `beeg_config.json` and `final_model.pt` are replaced.
+
+    Raises:
+        UserError: a model that the format cannot express (`gelu_tanh`), or a directory that cannot
+            be written.
+    """
+    config = model.config
+    if config.activation == "gelu_tanh":
+        raise UserError(
+            "The released format has no tanh GELU; only models with activation gelu or relu can "
+            "be written in it."
+        )
+    weights = {_released_name(name): tensor for name, tensor in _dense_state(model).items()}
+    if "transformer.wpe.weight" not in weights:
+        # The released forward adds this table unless it is concatenated.
+        weights["transformer.wpe.weight"] = torch.zeros(config.context, config.d_model)
+    if config.tied:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    weights.setdefault("final_logits_bias", torch.zeros(config.vocab_size))
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / _WEIGHTS, lambda path: torch.save(weights, path))
+        text = json.dumps(_released_config(config), indent=2) + "\n"
+        _replace(folder / _CONFIG, lambda path: path.write_text(text))
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download it again.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} must hold a JSON object, got a {type(stored).__name__}.")
+    return stored
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with file:
+        try:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+        # What torch raises for a file that is cut short depends on where it is cut.
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.PickleError) as error:
+            raise UserError(
+                f"{path} is damaged or holds more than tensors, and was not read; "
+                "download it again."
+            ) from error
+    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise UserError(f"{path} must hold a state dict of tensors, and does not.")
+    return stored
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"Cannot read {path} ({error.strerror or error}); "
+        f"name a folder with {_CONFIG} and {_WEIGHTS}."
+    )
+
+
+def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
+    stored = {**_DEFAULTS, **stored}
+    if "n_mlp" in stored:
+        stored["d_mlp"] = stored["n_mlp"]
+    for name, needed in (("rms_norm", True), ("residual_activation_type", "identity")):
+        if stored[name] != needed:
+            raise UserError(
+                f"{_CONFIG} has {name} = {stored[name]!r}, and only {needed!r} is supported."
+            )
+    if stored.get("use_tied_aux_matrix"):
+        raise UserError(f"{_CONFIG} has use_tied_aux_matrix, which is not supported.")
+    places = tuple(place for place in stored["afrac_loctypes"].split(",") if place)
+    unknown = [place for place in places if place not in PLACES]
+    if stored["afrac"] is not None and unknown:
+        raise UserError(
+            f"{_CONFIG} has AbsTopK at {', '.join(unknown)}, and only {', '.join(PLACES)} are "
+            "supported."
+        )
+    try:
+        return ModelConfig(
+            vocab_size=stored["vocab_size"],
+            n_layer=stored["n_layer"],
+            d_model=stored["d_model"],
+            context=stored["block_size"],
+            n_head=stored["n_head"],
+            d_head=stored["d_head"] or stored["d_model"] // stored["n_head"],
+            d_mlp=stored["d_mlp"],
+            activation=stored["activation_type"],
+            active=stored["afrac"],
+            active_places=tuple(place for place in places if place in PLACES),
+            linear=linear,
+            sinks=stored["sink"],
+            bigram=stored["enable_bigram_table"],
+            bias=stored["bias"],
+            positions=stored["d_pos_emb"] or 0,
+            tied=stored["tied_unembed"],
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_CONFIG} does not describe a model: {error}.") from error
+
+
+def _released_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "block_size": config.context,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.heads,
+        "d_head": config.d_head,
+        "d_model": config.d_model,
+        "d_mlp": config.neurons,
+        "bias": config.bias,
+        "ln_bias": False,
+        "rms_norm": True,
+        "activation_type": config.activation,
+        "afrac": config.active,
+        "afrac_loctypes": ",".join(config.active_places),
+        "tied_unembed": config.tied,
+        "enable_bigram_table": config.bigram,
+        "learnable_bigram_table": config.bigram,
+        "d_pos_emb": config.positions or None,
+        "sink": config.sinks,
+    }
+
+
+# Ours to theirs, inside a block and outside.
+_IN_BLOCK = {
+    "attn.norm": "ln_1",
+    "mlp.norm": "ln_2",
+    "attn.position_norm": "ln_p1",
+    "mlp.position_norm": "ln_p2",
+    "attn.qkv": "attn.c_attn",
+    "attn.out": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+_OUTSIDE = {
+    "embed.weight": "transformer.wte.weight",
+    "positions": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "unembed.weight": "lm_head.weight",
+    "bigram": "bigram_table",
+    "logits_bias": "final_logits_bias",
+}
+
+
+def _released_name(name: str) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, layer, rest = name.split(".", 2)
+    if rest == "attn.sinks":
+        return f"transformer.h.{layer}.attn.attn_imp.sink_logit"
+    module, _, kind = rest.rpartition(".")
+    return f"transformer.h.{layer}.{_IN_BLOCK[module]}.{kind}"
+
+
+def _is_block_matrix(name: str) -> bool:
+    return name.endswith((".qkv.weight", ".out.weight", ".up.weight", ".down.weight"))
+
+
+def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The dense state of our model, in float32; parts that are zero or not used are left out."""
+    ends = [stored[name] for name in ("transformer.wte.weight", "lm_head.weight") if name in stored]
+    if config.tied and len(ends) == 2 and not torch.equal(*ends):
+        raise UserError(
+            f"{_CONFIG} says tied_unembed, but embedding and unembedding of {_WEIGHTS} differ."
+        )
+    probe = replace(config, linear="dense", logits_bias=True, added_positions=True)
+    if config.positions:
+        probe = replace(probe, added_positions=False)
+    with torch.device("meta"):
+        wanted = Transformer(probe).state_dict()
+    # Zero where a release leaves them out.
+    optional = {"logits_bias"} | (set() if config.positions else {"positions"})
+    found: dict[str, Tensor] = {}
+    for name in wanted:
+        theirs = _released_name(name)
+        if theirs not in stored and config.tied and name == "embed.weight":
+            theirs = "lm_head.weight"
+        if theirs in stored:
+            tensor = stored[theirs].to(torch.float32)
+            if name not in optional or bool((tensor != 0).any()):
+                found[name] = tensor
+        elif name not in optional:
+            raise UserError(f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for.")
+    return found
+
+
+def _check_shapes(dense: Mapping[str, Tensor], config: ModelConfig) -> None:
+    with torch.device("meta"):
+        wanted = Transformer(replace(config, linear="dense")).state_dict()
+    for name, tensor in wanted.items():
+        if dense[name].shape != tensor.shape:
+            raise UserError(
+                f"{_released_name(name)} of {_WEIGHTS} has shape "
+                f"{tuple(dense[name].shape)}, and {_CONFIG} asks for {tuple(tensor.shape)}."
+            )
+
+
+def _dense_state(model: Transformer) -> dict[str, Tensor]:
+    """The state dict with every sparse layer as its dense matrix, in float32 on the CPU."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, layer in model.sparse_layers().items():
+        del state[f"{name}.indices"]
+        dense = sk.to_dense(layer.weight.detach(), layer.layout)
+        is_table = isinstance(layer, SparseEmbedding)
+        state[f"{name}.weight"] = dense.t() if layer.transpose and not is_table else dense
+    return {
+        name: tensor.to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside `path` and renames, so that what is there stays whole until then."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,241 @@
+"""The released format: loaded models compute the same, written ones hold the same tensors."""
+
+import dataclasses
+import json
+
+import plain
+import pytest
+import torch
+
+from sparse_transformer import Transformer, UserError, load_released, save_released
+
+BASE = {
+    "block_size": 24,
+    "vocab_size": 60,
+    "n_layer": 2,
+    "n_head": 4,
+    "d_head": 8,
+    "d_model": 32,
+    "d_mlp": 80,
+    "bias": True,
+    "ln_bias": True,
+    "rms_norm": True,
+    "activation_type": "gelu",
+    "afrac": 0.25,
+    "afrac_loctypes": "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out",
+    "tied_unembed": False,
+    "enable_bigram_table": True,
+    "learnable_bigram_table": True,
+    "sink": True,
+    "dropout": 0.0,
+    "tokenizer_name": "tinypython_2k",
+}
+VARIANTS = {
+    "sinks": {},
+    "no sinks": {"sink": False},
+    "concatenated positions": {"d_pos_emb": 8},
+    "added positions": {"added": True},
+    "tied": {"tied_unembed": True},
+    "tied, positions, no sinks": {"tied_unembed": True, "d_pos_emb": 4, "sink": False},
+    "no bigram": {"enable_bigram_table": False},
+    "logits bias": {"final_logits_bias": True},
+    "no bias": {"bias": False},
+    "no AbsTopK": {"afrac": None},
+    "old name of d_mlp": {"d_mlp": None, "n_mlp": 80},
+}
+
+
+def write(folder, variant, seed=0, **changes):
+    """A checkpoint as a release has it; returns its tensors."""
+    config = {**BASE, **VARIANTS[variant], **changes}
+    added, bias = config.pop("added", False), config.pop("final_logits_bias", False)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def sparse(rows, columns, share=0.1):
+        # The largest of the whole matrix, so that rows differ; one row is empty.
+        weight = draw(rows, columns)
+        weight[3] = 0
+        threshold = weight.abs().flatten().quantile(1 - share)
+        return weight * (weight.abs() > threshold)
+
+    V, D, P = config["vocab_size"], config["d_model"], config.get("d_pos_emb") or 0
+    W, neurons = config["n_head"] * config["d_head"], config["d_mlp"] or config["n_mlp"]
+    wide = P or D
+    state = {
+        "transformer.wte.weight": sparse(V, D, 0.3),
+        "transformer.wpe.weight": draw(config["block_size"], wide) * (added or P > 0),
+    }
+    for layer in range(config["n_layer"]):
+        here = f"transformer.h.{layer}"
+        for name, rows, columns in (
+            ("attn.c_attn", 3 * W, D + P),
+            ("attn.c_proj", D, W),
+            ("mlp.c_fc", neurons, D + P),
+            ("mlp.c_proj", D, neurons),
+        ):
+            state[f"{here}.{name}.weight"] = sparse(rows, columns)
+            if config["bias"]:
+                state[f"{here}.{name}.bias"] = draw(rows)
+        for name in ("ln_1", "ln_2"):
+            state[f"{here}.{name}.weight"] = 1 + 0.1 * draw(D)
+        if P:
+            for name in ("ln_p1", "ln_p2"):
+                state[f"{here}.{name}.weight"] = 1 + 0.1 * draw(P)
+        if config["sink"]:
+            state[f"{here}.attn.attn_imp.sink_logit"] = draw(config["n_head"])
+    state["transformer.ln_f.weight"] = 1 + 0.1 * draw(D)
+    tied = config["tied_unembed"]
+    state["lm_head.weight"] = state["transformer.wte.weight"] if tied else sparse(V, D, 0.3)
+    if config["enable_bigram_table"]:
+        state["bigram_table"] = draw(V, V)
+    state["final_logits_bias"] = draw(V) * bias
+    (folder / "beeg_config.json").write_text(json.dumps(config))
+    torch.save(state, folder / "final_model.pt")
+    return state
+
+
+OURS = {
+    "attn.c_attn": "attn.qkv",
+    "attn.c_proj": "attn.out",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+    "ln_1": "attn.norm",
+    "ln_2": "mlp.norm",
+    "ln_p1": "attn.position_norm",
+    "ln_p2": "mlp.position_norm",
+}
+
+
+def plain_weights(state):
+    """The file's tensors under the names of plain.py, in float64."""
+    found = {
+        "embed.weight": state["transformer.wte.weight"],
+        "unembed.weight": state["lm_head.weight"],
+        "norm.weight": state["transformer.ln_f.weight"],
+        "logits_bias": state["final_logits_bias"],
+        "positions": state["transformer.wpe.weight"],
+    }
+    if "bigram_table" in state:
+        found["bigram"] = state["bigram_table"]
+    for name, tensor in state.items():
+        if not name.startswith("transformer.h."):
+            continue
+        layer, rest = name.removeprefix("transformer.h.").split(".", 1)
+        module, _, kind = rest.rpartition(".")
+        ours = f"{OURS[module]}.{kind}" if module in OURS else "attn.sinks"
+        found[f"blocks.{layer}.{ours}"] = tensor
+    return {name: tensor.double() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("linear", ["sparse", "dense"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loaded_model_has_the_logits_of_the_file(tmp_path, variant, linear):
+    state = write(tmp_path, variant)
+    model = load_released(tmp_path, linear=linear)
+    tokens = torch.randint(60, (3, 24), generator=torch.Generator().manual_seed(1))
+    # The formula knows nothing of what was left out because it is zero.
+    config = dataclasses.replace(model.config, added_positions=not model.config.positions)
+    wanted = plain.logits(config, plain_weights(state), tokens)
+    got = model(tokens)
+    assert got.dtype == torch.float32
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(got.double() / scale, wanted / scale, rtol=0, atol=1e-5)
+    assert model.config.added_positions == (variant == "added positions")
+    assert model.config.logits_bias == (variant == "logits bias")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_writing_gives_the_same_tensors_back(tmp_path, variant):
+    (tmp_path / "in").mkdir()
+    state = write(tmp_path / "in", variant)
+    model = load_released(tmp_path / "in")
+    save_released(model, tmp_path / "out")
+    written = torch.load(tmp_path / "out" / "final_model.pt", weights_only=True)
+    assert written.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(written[name], tensor), name
+    again = load_released(tmp_path / "out")
+    tokens = torch.randint(60, (2, 24))
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.config == model.config
+
+
+def test_fans_are_those_of_the_fullest_rows_and_columns(tmp_path):
+    state = write(tmp_path, "sinks")
+    model = load_released(tmp_path)
+    fullest = {
+        "embed": (state["transformer.wte.weight"] != 0).sum(1).max(),
+        "blocks.1.attn.qkv": (state["transformer.h.1.attn.c_attn.weight"] != 0).sum(1).max(),
+        "blocks.1.attn.out": (state["transformer.h.1.attn.c_proj.weight"] != 0).sum(0).max(),
+        "blocks.0.mlp.down": (state["transformer.h.0.mlp.c_proj.weight"] != 0).sum(0).max(),
+        "unembed": (state["lm_head.weight"] != 0).sum(1).max(),
+    }
+    for name, count in fullest.items():
+        layer = model.sparse_layers()[name]
+        assert layer.layout.blocks_per_row == model.target_fan(name) == int(count)
+    assert model.config.density == pytest.approx(0.1, abs=0.01)
+
+
+def test_trained_models_of_every_kind_can_be_written(tmp_path):
+    tokens = torch.randint(60, (2, 24))
+    for linear in ("sparse", "masked_dense", "dense"):
+        (tmp_path / linear).mkdir()
+        write(tmp_path / linear, "sinks")
+        config = dataclasses.replace(load_released(tmp_path / linear).config, fans=None)
+        model = Transformer(dataclasses.replace(config, linear=linear))
+        save_released(model, tmp_path / linear)
+        torch.testing.assert_close(load_released(tmp_path / linear)(tokens), model(tokens))
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_refusals(tmp_path, capsys):
+    def refused(message, folder=tmp_path):
+        with pytest.raises(UserError, match=message) as caught:
+            load_released(folder)
+        assert "\n" not in str(caught.value)
+
+    refused("Cannot read .*absent", tmp_path / "absent")
+    state = write(tmp_path, "sinks")
+    torch.save({"x": Harmful()}, tmp_path / "final_model.pt")
+    refused("damaged or holds more than tensors")
+    assert capsys.readouterr().out == ""
+    torch.save([1, 2], tmp_path / "final_model.pt")
+    refused("must hold a state dict of tensors")
+    torch.save(state, tmp_path / "final_model.pt")
+    data = (tmp_path / "final_model.pt").read_bytes()
+    (tmp_path / "final_model.pt").write_bytes(data[: len(data) // 2])
+    refused("damaged")
+    torch.save({n: t for n, t in state.items() if "ln_f" not in n}, tmp_path / "final_model.pt")
+    refused(r"lacks transformer\.ln_f\.weight")
+    torch.save({**state, "lm_head.weight": torch.zeros(2, 2)}, tmp_path / "final_model.pt")
+    refused(r"lm_head\.weight of .* has shape \(2, 2\), and .* asks for \(60, 32\)")
+    for change, message in (
+        ({"rms_norm": False}, "rms_norm = False"),
+        ({"residual_activation_type": "relu"}, "residual_activation_type"),
+        ({"afrac_loctypes": "attn_in,resid_post_mlp"}, "AbsTopK at resid_post_mlp"),
+        ({"use_tied_aux_matrix": True}, "use_tied_aux_matrix"),
+        ({"n_layer": "two"}, "does not describe a model"),
+        ({"tied_unembed": True}, "embedding and unembedding"),
+    ):
+        write(tmp_path, "sinks")
+        stored = {**json.loads((tmp_path / "beeg_config.json").read_text()), **change}
+        (tmp_path / "beeg_config.json").write_text(json.dumps(stored))
+        refused(message)
+    (tmp_path / "beeg_config.json").write_text("{")
+    refused("is not JSON")
+    (tmp_path / "beeg_config.json").write_text("[]")
+    refused("must hold a JSON object")
+    with pytest.raises(UserError, match="linear must be"):
+        load_released(tmp_path, linear="masked_dense")
+    write(tmp_path, "sinks")
+    model = load_released(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write to"):
+        save_released(model, tmp_path / "file")
