@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sparse_kernels as sk
 from benchmarks.transformer.variants import MASKED_DENSE_KERNEL, Shape, config_of
-from sparse_transformer.model import SparseEmbedding, Transformer
+from sparse_transformer import KVCache, SparseEmbedding, Transformer
 
 # Enough for every place of the model to matter, few enough for float64.
 WINDOWS, TOKENS = 4, 16
@@ -45,8 +45,11 @@ def _dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
     return matrix.t() if turned else matrix
 
 
-def check(model: Transformer, shape: Shape) -> Verdict:
+def check(model: Transformer, shape: Shape, *, inference: bool = False) -> Verdict:
     """Compares logits and gradients with those of `densified(model)`.
+
+    With `inference`, in place of gradients, the logits of a last token that is fed on its own, with
+    the keys and values of those before it from the cache.
 
     In float64 both must agree to 1e-10 of the largest: same connections, same AbsTopK, same sums.
     In float32 the logits are compared with those in float64: half of them must have an error of
@@ -74,11 +77,24 @@ def check(model: Transformer, shape: Shape) -> Verdict:
         failure = f"logits in float64 are {apart:.1e} of the largest apart from masked dense"
     elif not error <= 2 * dense_error + torch.finfo(torch.float32).eps:
         failure = f"error of the logits {error:.1e}, that of masked dense {dense_error:.1e}"
+    elif inference:
+        failure = _compare_cached(exact, tokens, truth)
     else:
         exact.loss(tokens, targets).backward()
         dense.loss(tokens, targets).backward()
         failure = _compare_gradients(exact, dense)
     return Verdict(error, dense_error, failure)
+
+
+def _compare_cached(model: Transformer, tokens: Tensor, truth: Tensor) -> str | None:
+    cache = KVCache(model.config, len(tokens), device=tokens.device, dtype=truth.dtype)
+    with torch.no_grad():
+        model(tokens[:, :-1], cache)
+        last = model(tokens[:, -1:], cache)[:, 0]
+    apart = float((last - truth[:, -1]).abs().max() / truth.abs().max())
+    if not apart <= _EXACT:
+        return f"logits from the cache in float64 are {apart:.1e} of the largest apart"
+    return None
 
 
 def _compare_gradients(model: Transformer, dense: Transformer) -> str | None:
