@@ -320,21 +320,27 @@ class Transformer(nn.Module):
         model.load_state_dict(dict(state))
         return model
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """Logits of each next token.
 
         Args:
             tokens: int64 `(B, T)`; T and what the cache holds together at most `config.context`.
             cache: keys and values of the tokens before these; it takes up those of these. For
                 inference, without gradients.
+            last_only: only the logits of the last position are made.
 
         Returns:
-            `(B, T, V)`.
+            `(B, T, V)`, or `(B, 1, V)`.
 
         Raises:
             ValueError: tokens of another rank, dtype or number.
         """
-        logits = self._logits(self._residual(tokens, cache))
+        x = self._residual(tokens, cache)
+        if last_only:
+            x, tokens = x[:, -1:], tokens[:, -1:]
+        logits = self._logits(x)
         if self.bigram is None:
             return logits
         return logits + nn.functional.embedding(tokens, self.bigram)

@@ -39,7 +39,7 @@ class TrainConfig:
     seed: int = 0
     """Draws the initial model and the batches."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile, a sparse one when its fans have stopped shrinking."""
     clip_only: bool = False
     """Divide gradients by max(RMS, 1) as the paper says, not by the RMS as the released code."""
     validate_every: int = 100
@@ -134,7 +134,7 @@ PRESETS: dict[str, Settings] = {
         Settings(
             preset="tiny",
             train=TrainConfig(
-                steps=500,
+                steps=400,
                 batch_tokens=4096,
                 validate_every=50,
                 validation_tokens=65536,
@@ -143,6 +143,8 @@ PRESETS: dict[str, Settings] = {
             model=ModelConfig(
                 n_layer=2, d_model=128, context=128, density=1 / 16, embedding_density=1 / 8
             ),
+            # Of 0.0128, 0.03, 0.08 and 0.2 the best, at 500 steps.
+            optimizer=OptimizerConfig(learning_rate=0.08),
         ),
         Settings(preset="d256", **_published(256), train=TrainConfig(steps=4000)),
         Settings(preset="d512", **_published(512), train=TrainConfig(steps=4000)),

@@ -67,7 +67,7 @@ def load_released(directory: str | os.PathLike[str], *, linear: str = "sparse") 
             `Transformer` has not (LayerNorm, a rectified or sparsified residual stream).
     """
     if linear not in ("sparse", "dense"):
-        raise UserError(f'linear must be "sparse" or "dense" to load a release, got {linear!r}.')
+        raise UserError(f'linear must be "sparse" or "dense" to load a release, got {linear!r}')
     folder = Path(directory)
     config = _config(_read_json(folder / _CONFIG), linear)
     dense = _rename(_read_weights(folder / _WEIGHTS), config)
@@ -122,8 +122,8 @@ def save_released(model: Transformer, directory: str | os.PathLike[str]) -> None
     config = model.config
     if config.activation == "gelu_tanh":
         raise UserError(
-            "The released format has no tanh GELU; only models with activation gelu or relu can "
-            "be written in it."
+            "the released format has no tanh GELU: only models with activation gelu or relu can "
+            "be written in it"
         )
     weights = {_released_name(name): tensor for name, tensor in _dense_state(model).items()}
     if "transformer.wpe.weight" not in weights:
@@ -139,7 +139,9 @@ def save_released(model: Transformer, directory: str | os.PathLike[str]) -> None
         text = json.dumps(_released_config(config), indent=2) + "\n"
         _replace(folder / _CONFIG, lambda path: path.write_text(text))
     except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror or error}): choose another folder"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -148,9 +150,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again.") from error
+        raise UserError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(stored, dict):
-        raise UserError(f"{path} must hold a JSON object, got a {type(stored).__name__}.")
+        raise UserError(
+            f"{path} must hold a JSON object, got a {type(stored).__name__}: download it again"
+        )
     return stored
 
 
@@ -165,18 +169,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # What torch raises for a file that is cut short depends on where it is cut.
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.PickleError) as error:
             raise UserError(
-                f"{path} is damaged or holds more than tensors, and was not read; "
-                "download it again."
+                f"{path} is damaged or holds more than tensors, and was not read: download it again"
             ) from error
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UserError(f"{path} must hold a state dict of tensors, and does not.")
+        raise UserError(
+            f"{path} must hold a state dict of tensors, and does not: download it again"
+        )
     return stored
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"Cannot read {path} ({error.strerror or error}); "
-        f"name a folder with {_CONFIG} and {_WEIGHTS}."
+        f"cannot read {path} ({error.strerror or error}): "
+        f"name a folder with {_CONFIG} and {_WEIGHTS}"
     )
 
 
@@ -187,16 +192,19 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
     for name, needed in (("rms_norm", True), ("residual_activation_type", "identity")):
         if stored[name] != needed:
             raise UserError(
-                f"{_CONFIG} has {name} = {stored[name]!r}, and only {needed!r} is supported."
+                f"{_CONFIG} has {name} = {stored[name]!r}, and only {needed!r} is supported: "
+                "choose another release"
             )
     if stored.get("use_tied_aux_matrix"):
-        raise UserError(f"{_CONFIG} has use_tied_aux_matrix, which is not supported.")
+        raise UserError(
+            f"{_CONFIG} has use_tied_aux_matrix, which is not supported: choose another release"
+        )
     places = tuple(place for place in stored["afrac_loctypes"].split(",") if place)
     unknown = [place for place in places if place not in PLACES]
     if stored["afrac"] is not None and unknown:
         raise UserError(
             f"{_CONFIG} has AbsTopK at {', '.join(unknown)}, and only {', '.join(PLACES)} are "
-            "supported."
+            "supported: choose another release"
         )
     try:
         return ModelConfig(
@@ -218,7 +226,9 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
             tied=stored["tied_unembed"],
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"{_CONFIG} does not describe a model: {error}.") from error
+        raise UserError(
+            f"{_CONFIG} does not describe a model ({error}): download it again"
+        ) from error
 
 
 def _released_config(config: ModelConfig) -> dict[str, Any]:
@@ -284,7 +294,8 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
     ends = [stored[name] for name in ("transformer.wte.weight", "lm_head.weight") if name in stored]
     if config.tied and len(ends) == 2 and not torch.equal(*ends):
         raise UserError(
-            f"{_CONFIG} says tied_unembed, but embedding and unembedding of {_WEIGHTS} differ."
+            f"{_CONFIG} says tied_unembed, but embedding and unembedding of {_WEIGHTS} differ: "
+            "download both again"
         )
     probe = replace(config, linear="dense", logits_bias=True, added_positions=True)
     if config.positions:
@@ -303,7 +314,9 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
             if name not in optional or bool((tensor != 0).any()):
                 found[name] = tensor
         elif name not in optional:
-            raise UserError(f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for.")
+            raise UserError(
+                f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for: download both again"
+            )
     return found
 
 
@@ -314,7 +327,8 @@ def _check_shapes(dense: Mapping[str, Tensor], config: ModelConfig) -> None:
         if dense[name].shape != tensor.shape:
             raise UserError(
                 f"{_released_name(name)} of {_WEIGHTS} has shape "
-                f"{tuple(dense[name].shape)}, and {_CONFIG} asks for {tuple(tensor.shape)}."
+                f"{tuple(dense[name].shape)}, and {_CONFIG} asks for {tuple(tensor.shape)}: "
+                "download both again"
             )
 
 

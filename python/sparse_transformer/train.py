@@ -112,7 +112,7 @@ class Trainer:
         if point is not None:
             self._restore(point)
         self._topology_hash = self.topology.hash() if self.topology else "0"
-        self._loss = torch.compile(self.model.loss) if settings.train.compile else self.model.loss
+        self._compiled = torch.compile(self.model.loss) if config.compile else None
 
     @property
     def fraction(self) -> float:
@@ -270,10 +270,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         accumulate = self.settings.train.accumulate
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        compute = self._loss
-        if self.topology is not None and self.topology.wants_gradients(self.step):
-            # It listens at the modules, which a compiled model does not call.
-            capture, compute = self.topology.capture(), self.model.loss
+        compute = self._compiled or self.model.loss
+        if self.topology is not None:
+            if self.fraction > 1:
+                # Every fan on the way would be compiled anew.
+                compute = self.model.loss
+            if self.topology.wants_gradients(self.step):
+                # It listens at the modules, which a compiled model does not call.
+                capture, compute = self.topology.capture(), self.model.loss
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
         with capture:

@@ -201,7 +201,7 @@ def test_refusals(tmp_path, capsys):
             load_released(folder)
         assert "\n" not in str(caught.value)
 
-    refused("Cannot read .*absent", tmp_path / "absent")
+    refused("cannot read .*absent", tmp_path / "absent")
     state = write(tmp_path, "sinks")
     torch.save({"x": Harmful()}, tmp_path / "final_model.pt")
     refused("damaged or holds more than tensors")
@@ -237,5 +237,5 @@ def test_refusals(tmp_path, capsys):
     write(tmp_path, "sinks")
     model = load_released(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write to"):
+    with pytest.raises(UserError, match="cannot write to"):
         save_released(model, tmp_path / "file")

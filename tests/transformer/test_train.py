@@ -28,7 +28,7 @@ STEPS = 40
 OPTIONS = (
     f"--steps {STEPS} --d-model 32 --n-layer 1 --context 32 --vocab-size 300 --batch-tokens 256 "
     "--density 0.25 --embedding-density 0.25 --topology.period 3 --save-every 7 "
-    "--validate-every 10 --validation-tokens 512 --no-tensorboard"
+    "--validate-every 10 --validation-tokens 512 --learning-rate 0.0128 --no-tensorboard"
 ).split()
 
 

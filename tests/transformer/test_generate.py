@@ -1,0 +1,188 @@
+"""Generation: the cache changes nothing, a seed gives a text, errors are one sentence."""
+
+import dataclasses
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import make
+
+from sparse_transformer import ModelConfig, Transformer, UserError, checkpoint, data
+from sparse_transformer.generate import GenerateConfig, _Text, generate, main, run
+
+
+def slowly(model, prompt, tokens):
+    """The likeliest tokens by whole forwards, over the last half context once it is full."""
+    context = model.config.context
+    window, found = prompt, []
+    for _ in range(tokens):
+        if window.shape[1] > context:
+            window = window[:, -(context // 2) :]
+        found.append(model(window)[:, -1].argmax(-1))
+        window = torch.cat([window, found[-1][:, None]], 1)
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("length", [1, 5, 80])
+@torch.no_grad()
+def test_cached_generation_is_that_of_whole_forwards(length):
+    model = make()
+    prompt = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
+    got = torch.stack(list(generate(model, prompt, 130, temperature=0)), 1)
+    assert torch.equal(got, slowly(model, prompt, 130))
+
+
+def test_a_seed_gives_a_text_and_another_another():
+    model = make(dtype=torch.float32)
+    prompt = torch.zeros(3, 4, dtype=torch.int64)
+
+    def draw(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(list(generate(model, prompt, 30, generator=generator, **options)), 1)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    assert not torch.equal(draw(0)[0], draw(0)[1])
+
+
+def test_top_k_and_temperature_limit_the_choice():
+    model = make(dtype=torch.float32)
+    prompt = torch.arange(6)[None]
+    greedy = torch.cat(list(generate(model, prompt, 20, temperature=0)))
+    for options in ({"top_k": 1}, {"temperature": 1e-6}):
+        assert torch.equal(torch.cat(list(generate(model, prompt, 20, **options))), greedy)
+    with torch.no_grad():
+        allowed = set(model(prompt)[0, -1].topk(3).indices.tolist())
+    many = prompt.expand(300, -1)
+    assert set(next(generate(model, many, 1, top_k=3)).tolist()) == allowed
+    assert len(set(next(generate(model, many, 1, top_k=50)).tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (81, {}, "the prompt has 81 tokens, and the model reads 1 to 80: shorten it"),
+        (0, {}, "give at least one"),
+        (3, {"temperature": -1.0}, "temperature must be 0 or more, got -1"),
+        (3, {"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        (3, {"top_k": 0}, "top-k must be at least 1, got 0"),
+        (3, {"tokens": -1}, "nothing can be generated"),
+    ],
+)
+def test_refusals(length, options, message):
+    options = {"tokens": 4, **options}
+    with pytest.raises(UserError, match=message):
+        list(generate(make(), torch.zeros(1, length, dtype=torch.int64), **options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder: an untrained model and a real tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    source = tmp_path_factory.mktemp("source")
+    for file in Path(data.__file__).parent.glob("*.py"):
+        shutil.copy(file, source)
+    cache = tmp_path_factory.mktemp("cache")
+    corpus = data.prepare(source, vocab_size=300, cache_dir=cache)
+    shutil.copy(corpus.folder / "tokenizer.json", folder)
+    config = ModelConfig(vocab_size=300, n_layer=1, d_model=32, context=24)
+    model = Transformer(config, generator=torch.Generator().manual_seed(0), fan_multiple=2)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    meta = {"settings": {"model": dataclasses.asdict(config)}}
+    checkpoint.save(folder, 7, tensors, meta)
+    return folder
+
+
+def test_the_program_streams_text(folder, capsys):
+    arguments = ["--checkpoint", str(folder), "--prompt", "def f(", "--tokens", "40"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f(")
+    assert len(first) > len("def f(") + 10
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--seed", "1"]) == 0
+    assert capsys.readouterr().out != first
+    # A checkpoint's own folder, and several texts; no prompt.
+    assert (
+        main(["--checkpoint", str(folder / "step-00000007"), "--batch", "3", "--top-k", "9"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "\n=== 2 of 3\n" in out
+    assert "\n=== 3 of 3\n" in out
+
+
+def test_text_comes_out_while_it_grows(folder):
+    class Watched(io.StringIO):
+        flushes = 0
+
+        def flush(self):
+            self.flushes += 1
+
+    out = Watched()
+    run(GenerateConfig(folder, prompt="x", tokens=20, temperature=0), out)
+    assert out.flushes >= 5
+
+
+def test_characters_wait_for_all_their_bytes(folder):
+    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
+    ids = tokenizer.encode("a€bé").ids
+    assert len(ids) > 4
+    text = _Text(tokenizer)
+    pieces = [text.add(token) for token in ids]
+    assert "".join(pieces) == "a€bé"
+    assert "" in pieces
+    cut = _Text(tokenizer)
+    assert cut.add(ids[0]) + cut.add(ids[1]) + cut.rest() == "a\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "absent"], "there is no checkpoint in absent"),
+        (["--checkpoint", "HERE", "--step", "3"], "there is no checkpoint of step 3"),
+        (["--checkpoint", "HERE", "--prompt", "x = 1\n" * 30], "shorten it"),
+        (["--checkpoint", "HERE", "--batch", "0"], "--batch must be at least 1"),
+        (["--checkpoint", "HERE", "--device", "abacus"], "there is no device 'abacus'"),
+        (["--checkpoint", "HERE", "--temperature", "-1"], "the temperature must be 0 or more"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_2(folder, capsys, arguments, message):
+    arguments = [str(folder) if argument == "HERE" else argument for argument in arguments]
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_size_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "run")
+    config = ModelConfig(vocab_size=299, n_layer=1, d_model=32, context=24)
+    tensors = {f"model.{name}": t for name, t in Transformer(config).state_dict().items()}
+    checkpoint.save(tmp_path / "run", 8, tensors, {"settings": {"model": vars(config)}})
+    assert main(["--checkpoint", str(tmp_path / "run")]) == 2
+    assert "the tokenizer has 300 tokens and the model 299" in capsys.readouterr().err
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    assert main(["--checkpoint", str(tmp_path / "run")]) == 2
+    assert "copy tokenizer.json there" in capsys.readouterr().err
+
+
+def test_the_module_runs_and_reads_a_prompt_from_standard_input(folder):
+    command = [sys.executable, "-m", "sparse_transformer.generate", "--checkpoint", str(folder)]
+    ran = subprocess.run(
+        [*command, "--prompt", "-", "--tokens", "3"],
+        input="import os",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("import os")
