@@ -65,7 +65,7 @@ ROUNDS = 3
 ROUND_S = 1.5
 MAX_STEPS = 6
 # One that takes longer than this has one sample.
-VERY_SLOW_S = 10.0
+VERY_SLOW_S = 15.0
 INTERRUPTED = 130
 
 _MODEL = Shape()

@@ -284,8 +284,20 @@ def row(**values: Any) -> dict[str, Any]:
 def test_goals_by_hand() -> None:
     rows = [
         row(variant="sparse", step_ms=100.0, state_mb=10.0),
-        row(variant="masked_dense", step_ms=700.0, state_mb=199.0),
-        row(variant="masked_dense_kernel", dtype="bfloat16", step_ms=399.0, state_mb=1.0),
+        row(
+            variant="masked_dense",
+            step_ms=700.0,
+            spread_ms=141.0,
+            state_mb=199.0,
+            parts_ms={"topology": 30.0},
+        ),
+        row(
+            variant="masked_dense_kernel",
+            dtype="bfloat16",
+            step_ms=399.0,
+            spread_ms=1.0,
+            parts_ms={"topology": 20.0},
+        ),
         row(variant="sparse", part="width", d_model=512, step_ms=50.0),
         row(variant="sparse", part="width", step_ms=110.0),
         row(variant="sparse", part="l0", parts_ms={"linears": 10.0}),
@@ -295,11 +307,13 @@ def test_goals_by_hand() -> None:
     ]
     lines = results.goals(rows)
     assert lines[0] == "Goals"
-    said = [(line.split("  goal")[0].split()[-1], line.split()[-1]) for line in lines[1:]]
+    said = [(line.split("  goal")[0].split()[-1], line.split()[-1]) for line in lines[1:-1]]
+    assert lines[-1].endswith("run again when it is idle: masked_dense float32 1/64)")
     assert said == [
         ("7.00x", "reached"),
         ("19.90x", "missed"),
         ("3.99x", "missed"),
+        ("4.09x", "reached"),
         ("2.20x", "reached"),
         ("2.01x", "missed"),
         ("10.10x", "reached"),
