@@ -37,10 +37,12 @@ _FLAGS = (
 )  # fmt: skip
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = ("OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_")
-# The README's marks around what was measured on a device.
+# The README's marks around what was measured: products on a device, or the transformer.
 MARKS = {
     "cpu": ("<!-- measured:begin -->", "<!-- measured:end -->"),
     "cuda": ("<!-- measured-cuda:begin -->", "<!-- measured-cuda:end -->"),
+    "training": ("<!-- measured-training:begin -->", "<!-- measured-training:end -->"),
+    "inference": ("<!-- measured-inference:begin -->", "<!-- measured-inference:end -->"),
 }
 # The least speed-ups of a step in float32, 1x1: over masked dense, over the best dense.
 GOALS = {
@@ -677,7 +679,7 @@ _README_COLUMNS = {
 
 
 def update_readme(path: Path, table: str, device: str) -> None:
-    """Replaces what stands between the two marks of the device in the file.
+    """Replaces what stands between two marks in the file; `device` is a key of MARKS.
 
     Raises:
         ValueError: the file does not have each mark once, in order.

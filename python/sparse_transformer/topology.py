@@ -83,6 +83,8 @@ class Topology:
         config: see `TopologyConfig`.
         total_steps: of the run.
 
+    Where the embedding is tied, its candidates are scored by the lookup's gradient alone.
+
     The layers are watched by forward hooks, which a compiled model does not call: run the steps
     with `wants_gradients` on the model itself.
     """

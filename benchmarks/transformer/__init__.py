@@ -1,0 +1,1 @@
+"""What benchmarks.training and benchmarks.inference share: variants, parts, proof, tables."""
