@@ -11,8 +11,10 @@ import contextlib
 import datetime
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -142,13 +144,28 @@ def ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
+        # The group stays as it is: see `leave`.
         raise UserError(
             f"rank {rank} lost the others, one of them has died or did not answer for "
             f"{timeout_s:g} s: look at what it printed, then go on with --resume"
         ) from error
-    finally:
+    except BaseException:
         if dist.is_initialized():
             dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process.
+
+    Where the others were lost, at once: taking down gloo's connections to them may abort.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_available() and dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
 
 
 def _messages(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

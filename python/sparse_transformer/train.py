@@ -42,7 +42,7 @@ from sparse_transformer.optimizer import (
     make_optimizer,
     normalize_gradients_,
 )
-from sparse_transformer.parallel import Ranks, ranks
+from sparse_transformer.parallel import Ranks, leave, ranks
 from sparse_transformer.presets import PRESETS, Settings, TrainConfig, preset
 from sparse_transformer.topology import Topology, TopologyConfig, annealed_fraction
 
@@ -731,4 +731,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    sys.exit(main())
+    leave(main())

@@ -353,7 +353,7 @@ def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
     ranks[victim].kill()
     _, error = ranks[1 - victim].communicate(timeout=60)
     ranks[victim].communicate()
-    assert ranks[1 - victim].returncode == 2
+    assert ranks[1 - victim].returncode == 2, error
     sentence = [line for line in error.splitlines() if line.startswith("error:")]
     assert len(sentence) == 1
     assert "lost the others" in sentence[0]
