@@ -196,7 +196,9 @@ def describe(call: Call, rival: Rival, device: str, peak_mb: float | None) -> di
     return row | dict.fromkeys(results.TIMED)
 
 
-def measured(call: Call, rival: Rival, taken: Timing, parts: Mapping[str, float]) -> dict[str, Any]:
+def measured(
+    call: Call, rival: Rival, taken: Timing, parts: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """The columns of a row that is correct; the state is the weights alone."""
     model = rival.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
