@@ -34,7 +34,7 @@ from benchmarks.problems import DTYPES
 from benchmarks.timing import Timing
 from benchmarks.transformer import memory, results
 from benchmarks.transformer.check import Verdict, check, densified
-from benchmarks.transformer.parts import PARTS, PartClock, split
+from benchmarks.transformer.parts import PartClock, scaled, split
 from benchmarks.transformer.variants import (
     DENSE,
     MASKED_DENSE_KERNEL,
@@ -127,8 +127,8 @@ def make_rivals(shape: Shape, device: str) -> tuple[dict[str, Rival], Verdict]:
     return rivals, verdict
 
 
-def measure_parts(rival: Rival, call: Call, device: str) -> dict[str, float]:
-    """Median milliseconds of each part of the call."""
+def measure_parts(rival: Rival, call: Call, device: str) -> list[dict[str, float]]:
+    """Milliseconds of each part of the call, so many times."""
     clock = PartClock(device)
     candidate = rival.candidate(call, device)
     samples = []
@@ -137,10 +137,7 @@ def measure_parts(rival: Rival, call: Call, device: str) -> dict[str, float]:
             clock.start()
             candidate()
             samples.append(clock.stop())
-    return {
-        name: timing.summarize(1e-3 * sample[name] for sample in samples).median_ms
-        for name in PARTS
-    }
+    return samples
 
 
 def measure(
@@ -199,19 +196,20 @@ def describe(call: Call, rival: Rival, device: str, peak_mb: float | None) -> di
     return row | dict.fromkeys(results.TIMED)
 
 
-def measured(call: Call, rival: Rival, taken: Timing, parts: Mapping[str, float]) -> dict[str, Any]:
+def measured(
+    call: Call, rival: Rival, taken: Timing, parts: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """The columns of a row that is correct; the state is the weights alone."""
     model = rival.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bigram = 0 if model.bigram is None else model.bigram.numel() * model.bigram.element_size()
-    named = sum(ms for name, ms in parts.items() if name != "rest")
     return {
         "step_ms": taken.median_ms,
         "spread_ms": taken.spread_ms,
         "samples": taken.samples,
         "tokens_per_s": 1e3 * call.batch * call.tokens / taken.median_ms,
-        "parts_ms": {**parts, "rest": taken.median_ms - named},
-        "instrumented_ms": sum(parts.values()),
+        "parts_ms": scaled(parts, taken.median_ms),
+        "instrumented_ms": min(sum(sample.values()) for sample in parts),
         "state_mb": (weights - bigram) / 1e6,
         "bigram_mb": bigram / 1e6,
         "patterns_mb": pattern_bytes(model) / 1e6,

@@ -44,7 +44,7 @@ from benchmarks import report
 from benchmarks.timing import summarize
 from benchmarks.transformer import memory, results
 from benchmarks.transformer.check import check
-from benchmarks.transformer.parts import PARTS, PartClock, split
+from benchmarks.transformer.parts import PartClock, scaled, split
 from benchmarks.transformer.variants import (
     COMPILED,
     DENSE,
@@ -62,7 +62,7 @@ from sparse_transformer import keep_freed_memory
 NAMES = ("default", "l0", "width")
 ROUNDS = 3
 # In each round a variant takes as many steps as fit into this, at least one.
-ROUND_S = 1.5
+ROUND_S = 3.0
 MAX_STEPS = 6
 # One that takes longer than this has one sample.
 VERY_SLOW_S = 15.0
@@ -154,7 +154,6 @@ class Measured:
         self.steps_s: list[float] = []
         self.rewiring_s: list[float] = []
         self.parts_ms: list[dict[str, float]] = []
-        self.instrumented_s: list[float] = []
         self.estimate_s = 0.0
 
     @property
@@ -168,10 +167,10 @@ class Measured:
         return None
 
     def warm_up(self) -> None:
-        """The first step pays for pages, optimizer state and lazily built schedules."""
-        kinds = (False, True) if self.training.changes_connections else (False,)
-        for rewires in kinds:
-            self.estimate_s = _seconds(partial(self.training.step, rewires=rewires))
+        """The first steps pay for pages, optimizer state and lazily built schedules."""
+        if self.training.changes_connections:
+            self.training.step(rewires=True)
+        self.estimate_s = _seconds(self.training.step)
 
     def take_turn(self, most: int) -> None:
         """The samples of a round, at most so many."""
@@ -194,10 +193,8 @@ class Measured:
         clock = PartClock(self.training.device)
         with split(self.training.model, clock):
             clock.start()
-            start = time.perf_counter()
             self.training.step(at=clock.switch)
             self.parts_ms.append(clock.stop())
-            self.instrumented_s.append(time.perf_counter() - start)
 
     def row(self, part: str, peak_mb: float | None) -> dict[str, Any]:
         """The row of the case."""
@@ -241,10 +238,9 @@ class Measured:
             "period": period if self.rewiring_s else None,
             "spread_ms": ordinary.spread_ms,
             "samples": ordinary.samples,
+            "samples_ms": [round(1e3 * seconds, 2) for seconds in self.steps_s],
             "parts_ms": self._parts(ordinary.median_ms, change_ms / period),
-            "instrumented_ms": (
-                summarize(self.instrumented_s).median_ms if self.instrumented_s else None
-            ),
+            "instrumented_ms": min((sum(p.values()) for p in self.parts_ms), default=None),
             "state_mb": sizes["state"] / 1e6,
             "bigram_mb": sizes["bigram"] / 1e6,
             "patterns_mb": sizes["patterns"] / 1e6,
@@ -253,15 +249,10 @@ class Measured:
         return row
 
     def _parts(self, ordinary_ms: float, change_ms: float) -> dict[str, float] | None:
-        """Medians of the parts; the rest is what is left of a step that nobody listens to."""
+        """An ordinary step in parts, and what the changes of the connections add to one."""
         if not self.parts_ms:
             return None
-        parts = {
-            name: summarize(1e-3 * sample[name] for sample in self.parts_ms).median_ms
-            for name in PARTS
-        }
-        named = sum(ms for name, ms in parts.items() if name != "rest")
-        parts["rest"] = ordinary_ms - named
+        parts = scaled(self.parts_ms, ordinary_ms)
         parts["topology"] += change_ms
         return parts
 

@@ -62,7 +62,7 @@ def _run(case: Case, device: str, phase: str) -> None:
         if training.changes_connections:
             training.step(rewires=True)
         return
-    model = make_model(case, device).to(DTYPES[case.dtype])
+    model = make_model(case, device, DTYPES[case.dtype])
     tokens, _ = draw_tokens(case.shape, device)
     with torch.inference_mode():
         for _ in range(STEPS):

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 # Columns that are empty where a row is not correct.
 TIMED = (
     "step_ms", "tokens_per_s", "ordinary_ms", "rewiring_ms", "period", "spread_ms", "samples",
-    "parts_ms", "instrumented_ms", "state_mb", "bigram_mb", "patterns_mb", "loss",
+    "samples_ms", "parts_ms", "instrumented_ms", "state_mb", "bigram_mb", "patterns_mb", "loss",
 )  # fmt: skip
 # Densities of the goals of the default case: over masked dense as released, state memory.
 _DEFAULT_GOALS = {64: (7.0, 20.0), 256: (9.0, 60.0)}

@@ -119,10 +119,11 @@ def config_of(shape: Shape, variant: Variant) -> ModelConfig:
     )
 
 
-def make_model(case: Case, device: str) -> Transformer:
-    """The seeded model of a case, in float32."""
+def make_model(case: Case, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The seeded model of a case, whose parameters are float32 when it is trained."""
+    config = config_of(case.shape, case.variant)
     generator = torch.Generator().manual_seed(0)
-    return Transformer(config_of(case.shape, case.variant), generator=generator, device=device)
+    return Transformer(config, generator=generator, device=device, dtype=dtype)
 
 
 def draw_tokens(shape: Shape, device: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:

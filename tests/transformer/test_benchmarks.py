@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import inference, report, training
 from benchmarks.transformer import check, results
-from benchmarks.transformer.parts import PARTS, PartClock, split
+from benchmarks.transformer.parts import PARTS, PartClock, scaled, split
 from benchmarks.transformer.variants import (
     DENSE,
     MASKED_DENSE,
@@ -336,3 +336,9 @@ def test_default_cases_are_those_of_the_goals() -> None:
     assert {s.d_model for s in wide} == set(training.WIDTHS)
     assert Case.from_dict(json.loads(json.dumps(cases[0].as_dict()))) == cases[0]
     assert replace(cases[0].shape, density=1 / 256) == Shape(density=1 / 256)
+
+
+def test_parts_are_scaled_from_the_quickest_sample() -> None:
+    quick = dict.fromkeys(PARTS, 1.0) | {"linears": 5.0}
+    slow = dict.fromkeys(PARTS, 1.0) | {"rest": 100.0}
+    assert scaled([slow, quick], 20.0) == dict.fromkeys(PARTS, 2.0) | {"linears": 10.0}
