@@ -273,7 +273,7 @@ def _training_table(rows: Sequence[Row]) -> list[str]:
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        ours = find(rows, variant="sparse", dtype="float32", density=row["density"])
+        ours = find(rows, variant="sparse", dtype=row["dtype"], density=row["density"])
         parts = row["parts_ms"] or {}
         cells = [
             _density(row),
