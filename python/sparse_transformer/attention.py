@@ -11,6 +11,7 @@ small enough to stay in the cache, and keys after the block's last query are nev
 heads of 16 channels that is twice as fast as PyTorch's flash kernel for CPUs, with 64 it is as fast
 (docs/experiments.md). The sink is one more key, a row of K, and its score and the subtraction of
 the row sums are one more channel of the products; so the softmax and the products do everything.
+On a GPU PyTorch's own fused kernel does the work, see `SinkAttention`.
 """
 
 from __future__ import annotations
@@ -40,22 +41,19 @@ def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
         sinks: `(H,)`, the score of a key whose value is zero and which every query sees; or None.
 
     Returns:
-        `(B, T, H, d)`, contiguous, in the dtype of qkv. Half precisions are computed in float32.
-        Differentiable once.
+        `(B, T, H, d)`, contiguous, in the dtype of qkv. On the CPU half precisions are computed in
+        float32. Differentiable once.
     """
     if qkv.device.type == "cpu":
         y: Tensor = CausalAttention.apply(qkv, sinks)
         return y
-    return attention_reference(qkv, sinks)
-
-
-def attention_reference(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """The same as `causal_attention` by PyTorch's own attention, which is handed a mask."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
     if sinks is None:
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif qkv.device.type == "cuda" and qkv.shape[4] % 8 == 0:
+        y = SinkAttention.apply(q, k, v, sinks)
     else:
-        y = _attend(q, k, v, sinks)
+        y = attend(q, k, v, sinks)
     return y.transpose(1, 2).contiguous()
 
 
@@ -70,11 +68,14 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = Non
     Returns:
         `(B, T, H, d)`.
     """
-    return _attend(q.transpose(1, 2), k, v, sinks).transpose(1, 2)
+    return attend(q.transpose(1, 2), k, v, sinks).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-    """`(B, H, T, d)`, `(B, H, S, d)` twice, to `(B, H, T, d)`: the formula, plainly."""
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    """`(B, H, T, d)`, `(B, H, S, d)` twice, to `(B, H, T, d)`: the formula, plainly.
+
+    The last T of S positions; any device, differentiable to any order, all T x S scores in memory.
+    """
     T, S = q.shape[2], k.shape[2]
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
     if T > 1:
@@ -104,7 +105,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = (config.n_layer, 2, batch, config.heads, config.context, config.d_head)
-        self._kept = torch.zeros(shape, device=device, dtype=dtype)
+        self._kept = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +129,7 @@ class CausalAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sinks: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            y = _forward(qkv, sinks)
+        y: Tensor = torch.ops.sparse_transformer.attention(qkv, sinks)
         ctx.save_for_backward(qkv, sinks, y)
         return y
 
@@ -137,8 +137,60 @@ class CausalAttention(Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         qkv, sinks, y = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
-            return _backward(qkv, sinks, y, grad_y)
+        grad, grad_sinks = torch.ops.sparse_transformer.attention_backward(qkv, sinks, y, grad_y)
+        return grad, None if sinks is None else grad_sinks
+
+
+class SinkAttention(Function):
+    """Attention with sinks by a fused kernel that knows of none; `(B, H, T, d)` each.
+
+    The kernel returns its result O and `L = log(sum(exp(scores)))`. With the sink in the sum,
+    `L' = log(exp(L) + exp(sink))` and `Y = O exp(L - L')`. The kernel's backward, given Y and L' in
+    place of O and L, makes the probabilities `exp(scores - L')` and is exact;
+    `d sink_h = -sum(exp(sink_h - L') rowsum(dY * Y))`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        y, lse, *rest = _fused(q, k, v)
+        # (B, H, at least T) in float32: the CUDA kernel pads T, with infinities.
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        y = y * torch.exp(lse - total)[..., : q.shape[2], None].to(y.dtype)
+        ctx.save_for_backward(q, k, v, sinks, y, total, *rest)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, sinks, y, total, *rest = ctx.saved_tensors
+        grads = _fused_backward(grad_y, q, k, v, y, total, rest)
+        delta = (grad_y.to(total.dtype) * y).sum(-1)
+        share = torch.exp(sinks.to(total.dtype)[:, None] - total[..., : q.shape[2]])
+        return *grads, -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """PyTorch's causal kernel: the result, the logarithms of the sums, what its backward needs."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        return tuple(flash)
+    efficient = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+    return tuple(efficient)
+
+
+def _fused_backward(
+    grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, rest: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_q, grad_k, grad_v = flash(grad_y, q, k, v, y, lse, 0.0, True)
+        return grad_q, grad_k, grad_v
+    efficient = aten._scaled_dot_product_efficient_attention_backward
+    wanted = [True, True, True, False]
+    found = efficient(grad_y, q, k, v, None, y, lse, *rest, 0.0, wanted, True)
+    return found[0], found[1], found[2]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -211,6 +263,7 @@ def _causal_mask(dtype: torch.dtype) -> Tensor:
     return torch.full((_QUERIES, _QUERIES), -torch.inf, dtype=dtype).triu_(1)
 
 
+@torch.autocast("cpu", enabled=False)
 def _forward(qkv: Tensor, sinks: Tensor | None) -> Tensor:
     B, T, _, H, d = qkv.shape
     dtype, first = _wide(qkv.dtype), int(sinks is not None)
@@ -228,9 +281,10 @@ def _forward(qkv: Tensor, sinks: Tensor | None) -> Tensor:
     return y.copy_(heads_first.view(B, H, T, d).transpose(1, 2))
 
 
+@torch.autocast("cpu", enabled=False)
 def _backward(
     qkv: Tensor, sinks: Tensor | None, y: Tensor, grad_y: Tensor
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     B, T, _, H, d = qkv.shape
     dtype, first = _wide(qkv.dtype), int(sinks is not None)
     q, k, v = qkv.unbind(2)
@@ -263,5 +317,33 @@ def _backward(
     for i, part in enumerate((grad_q, grad_k[:, first:], grad_v[:, first:])):
         grad[:, :, i] = part.view(B, H, T, d).transpose(1, 2)
     if grad_sinks is None or sinks is None:
-        return grad, None
+        return grad, grad.new_empty(0)
     return grad, grad_sinks.view(B, H).sum(0).to(sinks.dtype)
+
+
+def _fake_forward(qkv: Tensor, sinks: Tensor | None) -> Tensor:
+    B, T, _, H, d = qkv.shape
+    return qkv.new_empty(B, T, H, d)
+
+
+def _fake_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, grad_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_sinks = qkv.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return qkv.new_empty(qkv.shape), grad_sinks
+
+
+# As operations of their own: torch.compile then sees one node in place of all the blocks.
+_library = torch.library.Library("sparse_transformer", "DEF")
+for _name, _schema, _run, _fake in (
+    ("attention", "(Tensor qkv, Tensor? sinks) -> Tensor", _forward, _fake_forward),
+    (
+        "attention_backward",
+        "(Tensor qkv, Tensor? sinks, Tensor y, Tensor grad_y) -> (Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+    ),
+):
+    _library.define(_name + _schema)
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"sparse_transformer::{_name}", _fake, lib=_library)

@@ -141,8 +141,9 @@ class CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, tokens = ctx.saved_tensors
-        # Looking at the scalar is free on the CPU and would wait for a GPU.
-        if grad_loss.device.type != "cpu" or float(grad_loss) != 1.0:
+        # Looking at the scalar is free on the CPU; it would wait for a GPU, and break a graph.
+        can_look = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (can_look and float(grad_loss) == 1.0):
             grad = grad * grad_loss.to(grad.dtype)
         grad_bigram = None
         if ctx.needs_input_grad[2]:

@@ -48,8 +48,39 @@ def test_values_and_gradients_agree_with_the_formula(seed, B, T, H, d, sinks):
     for got, want in zip(torch.autograd.grad(y, leaves, grad), gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        attention.attention_reference(qkv, sink), wanted, rtol=1e-11, atol=1e-11
+        attention.attend(*qkv.permute(2, 0, 3, 1, 4), sink).transpose(1, 2),
+        wanted,
+        rtol=1e-11,
+        atol=1e-11,
     )
+
+
+@sizes
+def test_sinks_beside_a_fused_kernel_are_exact(seed, B, T, H, d, sinks):
+    # The algebra that GPUs use, on PyTorch's kernel for CPUs.
+    qkv, sink, grad = draw(seed, B, T, H, d, torch.float64, True)
+    wanted, gradients = plainly(qkv, sink, grad)
+    leaves = [qkv.requires_grad_(), sink.requires_grad_()]
+    y = attention.SinkAttention.apply(*qkv.permute(2, 0, 3, 1, 4), sink).transpose(1, 2)
+    torch.testing.assert_close(y, wanted, rtol=1e-11, atol=1e-11)
+    for got, want in zip(torch.autograd.grad(y, leaves, grad), gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_on_a_gpu(dtype, sinks):
+    qkv, sink, grad = draw(5, 2, 200, 4, 16, dtype, sinks)
+    wanted, gradients = plainly(qkv, sink, grad)
+    leaves = [tensor.cuda().requires_grad_() for tensor in (qkv, sink) if tensor is not None]
+    y = attention.causal_attention(*leaves)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    torch.testing.assert_close(y.double().cpu(), wanted, rtol=tolerance, atol=tolerance)
+    for got, want in zip(torch.autograd.grad(y, leaves, grad.cuda()), gradients, strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got.double().cpu() / scale, want / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])

@@ -300,3 +300,18 @@ def test_forward_refuses():
             model(tokens)
     with pytest.raises(ValueError, match="targets must have the shape of tokens"):
         model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_compiles_to_one_graph():
+    model = make(dtype=torch.float32)
+    tokens, targets = batch(T=66)
+    wanted = model.loss(tokens, targets)
+    wanted.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    loss = compiled(tokens, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
