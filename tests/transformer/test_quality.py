@@ -1,0 +1,77 @@
+"""The comparison of what the variants learn: runs, goes on where it stopped, says what it found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import quality
+from benchmarks.quality import SUITES, Run, difference, main
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    words = ["--smoke", "--json", str(path)]
+    assert main([*words, "--most", "1"]) == 0
+    assert "6 runs of smoke are still missing" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["complete"] is False
+    first = content["rows"]
+    assert len(first) == 1
+
+    assert main([*words, "--plot", str(plot)]) == 0
+    content = json.loads(path.read_text())
+    assert content["complete"] is True
+    assert content["machine"]["torch"] == torch.__version__
+    rows = content["rows"]
+    assert rows[0] == first[0]
+    assert {row["variant"] for row in rows} == set(quality.VARIANTS)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert [point["tokens"] for point in row["curve"]] == [128, 256]
+        assert row["val_loss"] == row["curve"][-1]["val_loss"]
+        assert 0 < row["curve"][0]["seconds"] < row["curve"][1]["seconds"]
+    # Equal L0 at the end, whatever the way there.
+    assert len({row["l0"] for row in rows if row["variant"] != "dense"}) == 1
+
+    capsys.readouterr()
+    assert main(["--from", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "sparse grow=random" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("masked_dense")]) == 1
+
+
+def test_runs_differ_in_what_they_say() -> None:
+    everything = [run for suite in SUITES.values() for run in suite]
+    assert len({run.key for run in everything}) == len(everything)
+    static = Run("static", seed=3).settings()
+    assert (static.topology.start_multiple, static.topology.drop_share) == (1, 0)
+    assert (static.topology.seed, static.train.seed) == (3, 3)
+    assert static.model == replace(Run("sparse"), seed=3).settings().model
+    assert Run("dense").settings().model.active is None
+
+
+def test_difference_compares_equal_seeds() -> None:
+    ours = [{"seed": 0, "val_loss": 1.1}, {"seed": 1, "val_loss": 5.0}]
+    assert difference(ours, [{"seed": 0, "val_loss": 1.0}]) == pytest.approx([0.1])
+
+
+def test_quality_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"machine": {}, "rows": [{}]}')
+    assert main(["--smoke", "--json", str(path)]) == 2
+    assert "another benchmark" in capsys.readouterr().err
+    assert path.read_text() == '{"machine": {}, "rows": [{}]}'
