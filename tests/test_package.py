@@ -70,13 +70,21 @@ def run_python(code: str, site: Path, cwd: Path) -> str:
     return done.stdout.strip()
 
 
+ROOTS = [(ROOT, "sparse_kernels"), (ROOT / "python", "sparse_transformer")]
+
+
+def package_files() -> set[Path]:
+    """The Python files of the packages in the checkout."""
+    return {path for root, package in ROOTS for path in (root / package).rglob("*.py")}
+
+
 def package_sources() -> set[str]:
-    """The Python files of the packages in the checkout, relative to their root."""
-    roots = [(ROOT, "sparse_kernels"), (ROOT / "python", "sparse_transformer")]
+    """Their names where they are installed."""
     return {
         path.relative_to(root).as_posix()
-        for root, package in roots
-        for path in (root / package).rglob("*.py")
+        for path in package_files()
+        for root, package in ROOTS
+        if path.is_relative_to(root / package)
     }
 
 
@@ -99,9 +107,9 @@ def test_sdist_holds_everything_that_a_build_needs(distributions):
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]*")}
-    needed = sources | package_sources()
+    needed = sources | {path.relative_to(ROOT).as_posix() for path in package_files()}
     needed |= {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "README.md"}
-    needed |= {"python/README.md", "tests/conftest.py", "benchmarks/matmul.py", ".ci/run"}
+    needed |= {"tests/conftest.py", "benchmarks/matmul.py", ".ci/run"}
     assert needed <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
