@@ -364,7 +364,7 @@ def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
 
 DISAGREE = """
 import os, sys
-from sparse_transformer.parallel import ranks
+from sparse_transformer.parallel import leave, ranks
 from sparse_transformer.errors import UserError
 with ranks("cpu", 30) as here:
     assert here.agree("a" * 64, here.rank * 15) == 15
@@ -373,6 +373,7 @@ with ranks("cpu", 30) as here:
         here.agree("ab"[here.rank] + "a" * 63, 0)
     except UserError as error:
         print(error, file=sys.stderr)
+leave(0)
 """
 
 
