@@ -66,8 +66,8 @@ class Run:
 
     Args:
         variant: one of `VARIANTS`.
-        d_model, n_layer, context, vocab_size, density, embedding_density, min_nonzeros: as in
-            `ModelConfig`.
+        d_model, n_layer, context, vocab_size, density, embedding_density, min_nonzeros, writers: as
+            in `ModelConfig`.
         seed: of the model, the batches and the topology.
         learning_rate: the peak.
         steps, batch_tokens: how long, and how many tokens each.
@@ -90,6 +90,7 @@ class Run:
     validate_every: int = 250
     validation_tokens: int = 65536
     topology: dict[str, Any] = field(default_factory=dict)
+    writers: str = "fan_out"
 
     @property
     def key(self) -> str:
@@ -99,7 +100,8 @@ class Run:
     @property
     def name(self) -> str:
         """Of the variant, with what differs from its defaults."""
-        options = (f"{name}={value}" for name, value in self.topology.items())
+        changed = self.topology | ({"writers": self.writers} if self.writers != "fan_out" else {})
+        options = (f"{name}={value}" for name, value in changed.items())
         return " ".join((self.variant, *options))
 
     def settings(self) -> Settings:
@@ -125,6 +127,7 @@ class Run:
                 density=self.density,
                 embedding_density=self.embedding_density,
                 min_nonzeros=self.min_nonzeros,
+                writers=self.writers,
             ),
             topology=TopologyConfig(**options, seed=self.seed),
             optimizer=OptimizerConfig(learning_rate=self.learning_rate),
@@ -166,6 +169,15 @@ SUITES: dict[str, list[Run]] = {
         _with(grow="random"),
         _with(period=50),
         _with(drop_share=0.0),
+        _with(candidates=0.25),
+        _with(candidates=0.01),
+        Run(writers="fan_in"),
+    ],
+    # Whether the learning rate that all share suits each: half of it, and twice.
+    "rates": [
+        Run(variant, learning_rate=rate)
+        for rate in (1e-2, 4e-2)
+        for variant in ("masked_dense", "sparse")
     ],
     "width": _each(_WIDE, "sparse", "static", "masked_dense"),
     "smoke": [
@@ -174,7 +186,7 @@ SUITES: dict[str, list[Run]] = {
         replace(_TINY, topology={"grow": "random"}),
     ],
 }
-_ALL = ("main", "densities", "ablations", "width")
+_ALL = ("main", "width", "densities", "rates", "ablations")
 
 
 def _work(run: Run, threads: int) -> dict[str, Any]:
@@ -266,8 +278,8 @@ def _density(density: float) -> str:
 def _group(row: Row) -> tuple[Any, ...]:
     """Rows that may be compared: all settings alike but for variant, topology and seed."""
     settings = dict(row["settings"])
-    for name in ("variant", "topology", "seed"):
-        del settings[name]
+    for name in ("variant", "topology", "writers", "seed"):
+        settings.pop(name, None)
     return tuple(settings.items())
 
 
@@ -331,7 +343,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn = groups(row for row in rows if not row["settings"]["topology"])
+    drawn = groups(row for row in rows if row["name"] in VARIANTS)
     colors = {name: f"C{number}" for number, name in enumerate(VARIANTS)}
     figure, axes = pyplot.subplots(
         max(1, len(drawn)), 2, figsize=(9, 0.6 + 2.9 * max(1, len(drawn))), squeeze=False,

@@ -55,6 +55,7 @@ class ModelConfig:
     density: float = 1 / 64  # of the four matrices of a block, at the end of training
     embedding_density: float = 1 / 16  # of embedding and unembedding
     min_nonzeros: int = 4  # least fan-in of what reads, least fan-out of what writes
+    writers: str = "fan_out"  # sparse: each input of attn.out and mlp.down feeds as many; fan_in
     fans: Mapping[str, int] | None = None  # final fans by layer, where density does not say it
     sinks: bool = True
     bigram: bool = True
@@ -78,6 +79,7 @@ class ModelConfig:
         for name, known in (
             ("activation", ("gelu", "gelu_tanh", "relu")),
             ("linear", ("sparse", "masked_dense", "dense")),
+            ("writers", ("fan_out", "fan_in")),
             ("abs_topk", ("kernel", "torch")),
         ):
             _need(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
@@ -470,23 +472,25 @@ class _Maker:
         return self._initialise(nn.Linear(inputs, outputs, bias, **self.where))
 
     def writer(self, name: str, inputs: int, outputs: int) -> nn.Module:
-        """A matrix of which every input feeds a fixed number of outputs."""
+        """A matrix of which every input feeds a fixed number of outputs (`ModelConfig.writers`)."""
         density, least = self._density(name)
         bias = self.config.bias
         shrink = (2 * self.config.n_layer) ** -0.5
         if self.config.linear == "sparse":
-            fan = self._fan(name, density, least, outputs)
+            side = self.config.writers
+            width = outputs if side == "fan_out" else inputs
+            fan = self._fan(name, density, least, width)
             return self._initialise(
                 sk.SparseLinear(
                     inputs,
                     outputs,
-                    fan_out=fan,
+                    **{side: fan},
                     bias=bias,
                     generator=self.generator,
                     backend=self.config.backend,
                     **self.where,
                 ),
-                fan / outputs,
+                fan / width,
                 shrink,
             )
         if self.config.linear == "masked_dense":

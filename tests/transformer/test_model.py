@@ -48,6 +48,7 @@ VARIANTS = {
     "all active": {"active": None},
     "some places": {"active_places": ("attn_in", "attn_q", "mlp_out")},
     "other heads": {"n_head": 3, "d_mlp": 40},
+    "writers by fan-in": {"writers": "fan_in"},
 }
 
 
@@ -92,6 +93,15 @@ def test_abs_topk_by_torch_is_the_same():
     other = Transformer.from_state(other.config, model.state_dict())
     tokens, _ = batch()
     torch.testing.assert_close(other(tokens), model(tokens))
+
+
+def test_writers_keep_a_fan_out_or_a_fan_in():
+    for writers in ("fan_out", "fan_in"):
+        model = Transformer(dataclasses.replace(SMALL, writers=writers))
+        for layer in (model.blocks[0].attn.out, model.blocks[0].mlp.down):
+            assert layer.transpose == (writers == "fan_out")
+            width = layer.out_features if layer.transpose else layer.in_features
+            assert layer.layout.fan_in == max(SMALL.min_nonzeros, round(SMALL.density * width))
 
 
 def test_later_tokens_do_not_matter():
@@ -278,6 +288,7 @@ def test_config_survives_json():
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"d_model": 40, "d_head": 16}, "d_head must be a divisor of d_model, got 16"),
         ({"linear": "conv"}, "linear must be sparse or masked_dense or dense, got 'conv'"),
+        ({"writers": "both"}, "writers must be fan_out or fan_in, got 'both'"),
         ({"density": 0.0}, "density must be above 0"),
         ({"active": 2.0}, "active must be"),
         ({"active_places": ("resid",)}, "active_places must be of attn_in"),
