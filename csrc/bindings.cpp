@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
@@ -23,6 +25,14 @@ sk::DType dtype_from(const std::string& name) {
     if (name == "bfloat16") return sk::DType::kBfloat16;
     if (name == "float64") return sk::DType::kFloat64;
     throw std::invalid_argument("dtype is '" + name + "'; needs float32, bfloat16 or float64");
+}
+
+using Shape = std::array<int64_t, 5>;
+using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+sk::HeadsPointer heads(const HeadsTuple& tensor) {
+    const auto [address, batch_stride, token_stride, head_stride] = tensor;
+    return {pointer<void>(address), batch_stride, token_stride, head_stride};
 }
 
 // A layout as the kernels see it, with the pointers of tensors that the Python side keeps alive.
@@ -138,6 +148,30 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
             py::gil_scoped_release release;
             kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
                     row_stride, col_stride, pointer<void>(grad_input), rows, cols, threads});
+        });
+    // Shapes are (batch, queries, keys, heads, channels); a tensor of heads is its address and its
+    // strides over batch, tokens and heads.
+    module.def("attention", [](const std::string& isa, const std::string& dtype, const Shape& shape,
+                               const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+                               uintptr_t sinks, uintptr_t y, uintptr_t lse, int threads) {
+        const auto kernel = sk::table_for(isa).attention[static_cast<int>(dtype_from(dtype))];
+        py::gil_scoped_release release;
+        kernel({shape[0], shape[1], shape[2], shape[3], shape[4], heads(q), heads(k), heads(v),
+                pointer<void>(sinks), pointer<void>(y), pointer<void>(lse), threads});
+    });
+    module.def(
+        "attention_backward",
+        [](const std::string& isa, const std::string& dtype, const Shape& shape,
+           const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t sinks,
+           const HeadsTuple& y, const HeadsTuple& grad_y, uintptr_t lse, const HeadsTuple& grad_q,
+           const HeadsTuple& grad_k, const HeadsTuple& grad_v, uintptr_t grad_sinks, int threads) {
+            const auto kernel =
+                sk::table_for(isa).attention_backward[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({shape[0], shape[1], shape[2], shape[3], shape[4], heads(q), heads(k), heads(v),
+                    pointer<void>(sinks), heads(y), heads(grad_y), pointer<void>(lse),
+                    heads(grad_q), heads(grad_k), heads(grad_v), pointer<void>(grad_sinks),
+                    threads});
         });
     module.def("keep_freed_memory", sk::keep_freed_memory);
 

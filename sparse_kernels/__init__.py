@@ -1,6 +1,7 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels.activation import abs_topk
+from sparse_kernels.attention import cached_attention, causal_attention
 from sparse_kernels.backends import available_backends, explain_backend
 from sparse_kernels.break_even import advise_dense, break_even_density
 from sparse_kernels.convert import densify_, sparsify_
@@ -17,6 +18,8 @@ __all__ = [
     "advise_dense",
     "available_backends",
     "break_even_density",
+    "cached_attention",
+    "causal_attention",
     "densify_",
     "explain_backend",
     "from_dense",

@@ -55,6 +55,7 @@ RULES = {
         },
         "not measured",
     ),
+    "attention": Rule((), dict(_SPECIFICATION), None),
     "both sides of the block at least 16": Rule(
         ("triton", "cuda"),
         {
@@ -82,6 +83,8 @@ def _rule(problem: Problem) -> Rule:
         return RULES["cpu tensors"]
     if problem.product == "abs_topk":
         return RULES["abs_topk"]
+    if problem.product == "attention":
+        return RULES["attention"]
     if problem.block[0] >= 16 and problem.block[1] >= 16:
         return RULES["both sides of the block at least 16"]
     return RULES["smaller blocks"]

@@ -316,3 +316,87 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def _heads(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`(B, T, H, d)` with neighbouring channels next to each other."""
+    _check(name, tensor, shape, dtype)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _heads_pointer(tensor: Tensor) -> tuple[int, int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _wide_sinks(sinks: Tensor | None, heads: int, wide: torch.dtype) -> Tensor | None:
+    if sinks is None:
+        return None
+    _check("sinks", sinks, (heads,), sinks.dtype)
+    return sinks.to(wide).contiguous()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q `(B, T, H, d)`, k and v `(B, S, H, d)`, any strides. See `reference.attention`."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("q", q)
+    B, T, H, d = q.shape
+    S = k.shape[1]
+    if T > S:
+        raise ValueError(f"q must have at most the {S} positions of k, got {T}")
+    q = _heads("q", q, (B, T, H, d), q.dtype)
+    k = _heads("k", k, (B, S, H, d), q.dtype)
+    v = _heads("v", v, (B, S, H, d), q.dtype)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sinks = _wide_sinks(sinks, H, wide)
+    y = torch.empty((B, T, H, d), dtype=q.dtype)
+    lse = torch.empty((B, H, T), dtype=wide)
+    _extension.attention(
+        _isa,
+        dtype,
+        (B, T, S, H, d),
+        _heads_pointer(q),
+        _heads_pointer(k),
+        _heads_pointer(v),
+        0 if sinks is None else sinks.data_ptr(),
+        y.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, lse
+
+
+def attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """qkv `(B, T, 3, H, d)`, any strides. See `reference.attention_backward`."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("qkv", qkv)
+    B, T, _, H, d = qkv.shape
+    shape = (B, T, H, d)
+    q, k, v = (_heads("qkv", part, shape, qkv.dtype) for part in qkv.unbind(2))
+    y = _heads("y", y, shape, qkv.dtype)
+    grad_y = _heads("grad_y", grad_y, shape, qkv.dtype)
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    _check("lse", lse, (B, H, T), wide)
+    lse = lse.contiguous()
+    wide_sinks = _wide_sinks(sinks, H, wide)
+    grad = torch.empty((B, T, 3, H, d), dtype=qkv.dtype)
+    grad_sinks = torch.zeros((B, H), dtype=wide)
+    _extension.attention_backward(
+        _isa,
+        dtype,
+        (B, T, T, H, d),
+        _heads_pointer(q),
+        _heads_pointer(k),
+        _heads_pointer(v),
+        0 if wide_sinks is None else wide_sinks.data_ptr(),
+        _heads_pointer(y),
+        _heads_pointer(grad_y),
+        lse.data_ptr(),
+        *(_heads_pointer(part) for part in grad.unbind(2)),
+        grad_sinks.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if sinks is None:
+        return grad, grad.new_empty(0)
+    return grad, grad_sinks.sum(0).to(sinks.dtype)

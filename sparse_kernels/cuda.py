@@ -69,6 +69,8 @@ def why_not(problem: Problem) -> str | None:
         return "PyTorch finds no GPU (torch.cuda.is_available() is False)"
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
+    if problem.product == "attention":
+        return "it has no attention: torch.nn.functional.scaled_dot_product_attention serves GPUs"
     block_out, block_in = problem.block
     if max(problem.block) > _MAX_BLOCK_SIDE:
         return (

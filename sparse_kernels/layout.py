@@ -24,8 +24,8 @@ _INT32_MAX = 2**31 - 1
 class Problem:
     """What a backend is asked to run; `why_not(problem)` of each backend answers from this alone.
 
-    `product` is "forward", "grad_input", "grad_weight" or "abs_topk". The geometry is that of the
-    layout and stays at its defaults for operations that have none.
+    `product` is "forward", "grad_input", "grad_weight", "abs_topk" or "attention". The geometry is
+    that of the layout and stays at its defaults for operations that have none.
     """
 
     device: str

@@ -165,6 +165,34 @@ def _abs_topk_backward_fake(grad_output: Tensor, y: Tensor, backend: str) -> Ten
     return grad_output.new_empty(grad_output.shape)
 
 
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    y, lse = backends.module(backend).attention(q, k, v, sinks)
+    return y, lse
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
+
+
+def _attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = backends.module(backend).attention_backward
+    grad, grad_sinks = run(qkv, sinks, y, lse, grad_y)
+    return grad, grad_sinks
+
+
+def _attention_backward_fake(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), qkv.new_empty(0 if sinks is None else sinks.shape)
+
+
 def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> OpOverload:
     """Defines one op; the backend is an argument, so every device enters through `run`."""
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -205,6 +233,17 @@ _abs_topk_backward_op = _register(
     "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
     _abs_topk_backward,
     _abs_topk_backward_fake,
+)
+_attention_op = _register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+_attention_backward_op = _register(
+    "attention_backward(Tensor qkv, Tensor? sinks, Tensor y, Tensor lse, Tensor grad_y,"
+    " str backend) -> (Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
 )
 
 
@@ -280,3 +319,19 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
     """The gradient of `abs_topk` from its result `y`; see `reference.abs_topk_backward`."""
     grad: Tensor = _abs_topk_backward_op(grad_output, y, backend)
     return grad
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`(B, T, H, d)`, `(B, S, H, d)` twice -> `(B, T, H, d)`, lse; see `reference.attention`."""
+    y, lse = _attention_op(q, k, v, sinks, backend)
+    return y, lse
+
+
+def attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv and of sinks, if any; see `reference.attention_backward`."""
+    grad, grad_sinks = _attention_backward_op(qkv, sinks, y, lse, grad_y, backend)
+    return grad, grad_sinks

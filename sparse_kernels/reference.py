@@ -158,6 +158,55 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     return torch.where(y != 0, grad_output, 0).contiguous()
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last T of S positions, and the logarithm of each row's sum.
+
+    With scores `z_ij = q_i k_j / sqrt(d)` for `j <= S - T + i` and a key of score `sinks[h]` and
+    value zero, `Y = softmax(z) V` and `lse_i = log(exp(sinks[h]) + sum_j exp(z_ij))`.
+
+    `(B, T, H, d)`, `(B, S, H, d)` twice, `(H,)` -> `(B, T, H, d)`, `(B, H, T)`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        z = _scores(q, k)
+        lse = z.logsumexp(-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.double()[:, None])
+        y = torch.exp(z - lse[..., None]) @ v.double().transpose(1, 2)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return y.transpose(1, 2).to(q.dtype).contiguous(), lse.to(wide)
+
+
+def attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv `(B, T, 3, H, d)` and of sinks from the results of `attention`.
+
+    With `P_ij = exp(z_ij - lse_i)` and `D_i = dY_i Y_i`: `dV = P^T dY`,
+    `dz = P * (dY V^T - D)`, `dQ = dz K / sqrt(d)`, `dK = dz^T Q / sqrt(d)`, and
+    `d sinks[h] = -sum over B and i of exp(sinks[h] - lse_i) D_i`. Empty where there are no sinks.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = qkv.double().permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
+        g = grad_y.double().transpose(1, 2)
+        p = torch.exp(_scores(*qkv.unbind(2)[:2]) - lse.double()[..., None])  # (B, H, T, T)
+        share = (g * y.double().transpose(1, 2)).sum(-1)  # (B, H, T)
+        grad_z = p * (g @ v.transpose(2, 3) - share[..., None]) * q.shape[3] ** -0.5
+        grads = (grad_z @ k, grad_z.transpose(2, 3) @ q, p.transpose(2, 3) @ g)
+        grad = torch.stack(grads, 2).permute(0, 3, 2, 1, 4).to(qkv.dtype).contiguous()
+        if sinks is None:
+            return grad, grad.new_empty(0)
+        at_sink = torch.exp(sinks.double()[:, None] - lse.double())
+        return grad, -(at_sink * share).sum((0, 2)).to(sinks.dtype)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """`(B, H, T, S)`, minus infinity where the last T of S positions may not look."""
+    T, S = q.shape[1], k.shape[1]
+    z = q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * q.shape[3] ** -0.5
+    hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    return z.masked_fill(hidden, -torch.inf)
+
+
 def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
     """Which lists `product` walks, "own" or "transposed": always the layout's own."""
     return "own"

@@ -54,12 +54,40 @@ struct AbsTopkBackwardArguments {
     int threads;
 };
 
+// A tensor of heads: neighbouring channels are next to each other.
+struct HeadsPointer {
+    void* data;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
+// Sinks, logarithms and their gradients are in the compute type.
+struct AttentionArguments {
+    int64_t batch, queries, keys, heads, channels;
+    HeadsPointer q, k, v;
+    const void* sinks;
+    void *y, *lse;
+    int threads;
+};
+
+struct AttentionBackwardArguments {
+    int64_t batch, queries, keys, heads, channels;
+    HeadsPointer q, k, v;
+    const void* sinks;
+    HeadsPointer y, grad_y;
+    const void* lse;
+    HeadsPointer grad_q, grad_k, grad_v;
+    void* grad_sinks;
+    int threads;
+};
+
 struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
     void (*scatter[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
+    void (*attention[kDTypes])(const AttentionArguments&);
+    void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
     double (*fma_gflops)(int threads);
     double (*bf16_gflops)(int threads);
     double (*read_gbs)(int threads, size_t bytes);

@@ -16,6 +16,7 @@
 #endif
 
 #include "abs_topk.h"
+#include "attention.h"
 #include "dispatch.h"
 #include "gather.h"
 #include "grad_weight.h"
@@ -76,6 +77,44 @@ void run_abs_topk_backward(const AbsTopkBackwardArguments& arguments) {
         static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
 }
 
+template <class T, class U = T>
+Heads<U> heads(const HeadsPointer& tensor) {
+    return {static_cast<U*>(tensor.data), tensor.batch_stride, tensor.token_stride,
+            tensor.head_stride};
+}
+
+template <class T>
+void run_attention(const AttentionArguments& a) {
+    using C = Compute<T>;
+    attention(AttentionProblem<T>{{a.batch, a.queries, a.keys, a.heads, a.channels},
+                                  heads<T, const T>(a.q),
+                                  heads<T, const T>(a.k),
+                                  heads<T, const T>(a.v),
+                                  static_cast<const C*>(a.sinks),
+                                  static_cast<T*>(a.y),
+                                  static_cast<C*>(a.lse),
+                                  a.threads});
+}
+
+template <class T>
+void run_attention_backward(const AttentionBackwardArguments& a) {
+    using C = Compute<T>;
+    attention_backward(
+        AttentionBackwardProblem<T>{{a.batch, a.queries, a.keys, a.heads, a.channels},
+                                    heads<T, const T>(a.q),
+                                    heads<T, const T>(a.k),
+                                    heads<T, const T>(a.v),
+                                    static_cast<const C*>(a.sinks),
+                                    heads<T, const T>(a.y),
+                                    heads<T, const T>(a.grad_y),
+                                    static_cast<const C*>(a.lse),
+                                    heads<T>(a.grad_q),
+                                    heads<T>(a.grad_k),
+                                    heads<T>(a.grad_v),
+                                    static_cast<C*>(a.grad_sinks),
+                                    a.threads});
+}
+
 }  // namespace
 
 const KernelTable& SK_ISA_TABLE() {
@@ -85,6 +124,9 @@ const KernelTable& SK_ISA_TABLE() {
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
         {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
+        {run_attention<float>, run_attention<Bf16>, run_attention<double>},
+        {run_attention_backward<float>, run_attention_backward<Bf16>,
+         run_attention_backward<double>},
         measure_fma_gflops,
         measure_bf16_gflops,
         measure_read_gbs,

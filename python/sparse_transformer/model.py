@@ -477,14 +477,15 @@ class _Maker:
         bias = self.config.bias
         shrink = (2 * self.config.n_layer) ** -0.5
         if self.config.linear == "sparse":
-            side = self.config.writers
-            width = outputs if side == "fan_out" else inputs
+            out = self.config.writers == "fan_out"
+            width = outputs if out else inputs
             fan = self._fan(name, density, least, width)
             return self._initialise(
                 sk.SparseLinear(
                     inputs,
                     outputs,
-                    **{side: fan},
+                    fan_in=None if out else fan,
+                    fan_out=fan if out else None,
                     bias=bias,
                     generator=self.generator,
                     backend=self.config.backend,

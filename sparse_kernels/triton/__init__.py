@@ -52,6 +52,8 @@ def why_not(problem: Problem) -> str | None:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
     if problem.product == "abs_topk":
         return None
+    if problem.product == "attention":
+        return "it has no attention: torch.nn.functional.scaled_dot_product_attention serves GPUs"
     return _why_not_geometry(problem)
 
 
