@@ -149,6 +149,27 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
             kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
                     row_stride, col_stride, pointer<void>(grad_input), rows, cols, threads});
         });
+    module.def("gelu_abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
+                                   int64_t row_stride, int64_t col_stride, uintptr_t y,
+                                   int64_t rows, int64_t cols, int64_t k, int threads) {
+        const auto kernel = sk::table_for(isa).gelu_abs_topk[static_cast<int>(dtype_from(dtype))];
+        py::gil_scoped_release release;
+        kernel(
+            {pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
+    });
+    module.def(
+        "gelu_abs_topk_backward",
+        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
+           int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t y, int64_t row_stride,
+           int64_t col_stride, uintptr_t x, int64_t x_row_stride, int64_t x_col_stride,
+           uintptr_t grad_input, int64_t rows, int64_t cols, int threads) {
+            const auto kernel =
+                sk::table_for(isa).gelu_abs_topk_backward[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
+                    row_stride, col_stride, pointer<void>(x), x_row_stride, x_col_stride,
+                    pointer<void>(grad_input), rows, cols, threads});
+        });
     // Shapes are (batch, queries, keys, heads, channels); a tensor of heads is its address and its
     // strides over batch, tokens and heads.
     module.def("attention", [](const std::string& isa, const std::string& dtype, const Shape& shape,

@@ -1,4 +1,8 @@
-"""The AbsTopK activation: of each row, the entries of largest magnitude stay as they are."""
+"""The AbsTopK activation: of each row, the entries of largest magnitude stay as they are.
+
+`gelu_abs_topk` is AbsTopK after GELU, in one pass over memory instead of two where there is a
+kernel for it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops
 from sparse_kernels.layout import Problem, check_int
@@ -15,6 +20,8 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
+# The backends with kernels for GELU and AbsTopK together.
+_FUSED = ("reference", "cpu")
 
 
 class AbsTopk(Function):
@@ -48,6 +55,23 @@ class KeptGradient(Function):
         return KeptGradient.apply(grads[0], y, ctx.backend), None, None
 
 
+class GeluAbsTopk(Function):
+    """`abs_topk(gelu(X))`; keeps x and the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
+        y = ops.gelu_abs_topk(x, k, backend)
+        ctx.save_for_backward(x, y)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        return ops.gelu_abs_topk_backward(grad_output, y, x, ctx.backend), None, None
+
+
 def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`y_i = x_i` if `|x_i|` is among the `k` largest of its row, else `0`.
 
@@ -74,6 +98,32 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     Source: Gao et al. 2025, "Weight-sparse transformers have interpretable circuits",
     arXiv:2511.13653 (AbsTopK).
     """
+    name = _chosen(x, k, backend)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = AbsTopk.apply(rows, k, name)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
+    """`abs_topk(gelu(x), k)` with the exact GELU, `gelu(x) = x P(X <= x)`, X standard normal.
+
+    With the `cpu` backend one pass over memory, and differentiable once; with the GPU backends
+    `torch.nn.functional.gelu` and then their `abs_topk`.
+
+    Args, Returns, Raises: as for `abs_topk`. The gradient is that of `abs_topk` times `gelu'(x)`.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU); Gao et al. 2025, arXiv:2511.13653.
+    """
+    name = _chosen(x, k, backend)
+    if name not in _FUSED:
+        return abs_topk(torch.nn.functional.gelu(x), k, name)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = GeluAbsTopk.apply(rows, k, name)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _chosen(x: Tensor, k: int, backend: str | None) -> str:
+    """The backend that runs this; raises what `abs_topk` says."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
@@ -85,7 +135,4 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
         raise ValueError("x must have at least one dimension, got shape ()")
     if check_int("k", k) > x.shape[-1]:
         raise ValueError(f"k must be at most {x.shape[-1]}, the last axis of x, got {k}")
-    name = backends.choose(Problem(device, x.dtype, "abs_topk"), backend)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = AbsTopk.apply(rows, k, name)
-    return y if x.dim() == 2 else y.view(x.shape)
+    return backends.choose(Problem(device, x.dtype, "abs_topk"), backend)

@@ -180,6 +180,15 @@ def _lists(layout: FanInLayout, product: str) -> str:
     return lists(layout.block_cols, layout.num_blocks, layout.block, product)
 
 
+def _scatters_one(layout: FanInLayout) -> bool:
+    """Whether `grad_input` of one token scatters over the layout's own lists.
+
+    It meets the values in order, where the transposed lists send it all over them; but each result
+    is a running sum, which must not get long.
+    """
+    return layout.block == (1, 1) and layout.num_blocks <= 256 * layout.block_cols
+
+
 def _check_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} must be on the cpu, got {tensor.device}")
@@ -216,13 +225,17 @@ def _gather(
         bias = bias.contiguous()
     values = values.contiguous()
     out = torch.empty((x.shape[0], out_width), dtype=x.dtype)
-    walked = _lists(layout, product)
-    scatters = product == "grad_input" and walked == "own"
-    kernel = _extension.scatter if scatters else _extension.gather
+    if product == "grad_input" and x.shape[0] == 1 and _scatters_one(layout):
+        kernel, pattern = _extension.scatter, _pattern(layout, "own")[0]
+    else:
+        walked = _lists(layout, product)
+        scatters = product == "grad_input" and walked == "own"
+        kernel = _extension.scatter if scatters else _extension.gather
+        pattern = _scheduled(layout, walked)
     kernel(
         _isa,
         dtype,
-        _scheduled(layout, walked),
+        pattern,
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
@@ -273,13 +286,22 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides."""
+    return _topk(x, k, "abs_topk")
+
+
+def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
+    """`abs_topk(gelu(x), k)` of x (M, D), any strides, without the tensor in between."""
+    return _topk(x, k, "gelu_abs_topk")
+
+
+def _topk(x: Tensor, k: int, kernel: str) -> Tensor:
     assert _extension is not None, _missing
     dtype = _dtype_name("x", x)
     _check("x", x, (None, None), x.dtype)
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
     out = torch.empty(x.shape, dtype=x.dtype)
-    _extension.abs_topk(
+    getattr(_extension, kernel)(
         _isa,
         dtype,
         x.data_ptr(),
@@ -313,6 +335,30 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
         out.data_ptr(),
         y.shape[0],
         y.shape[1],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`grad_output * gelu'(x)` where the kept `y` (M, D) is not zero, elsewhere 0; any strides."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, None), grad_output.dtype)
+    _check("y", y, tuple(grad_output.shape), grad_output.dtype)
+    _check("x", x, tuple(grad_output.shape), grad_output.dtype)
+    out = torch.empty(y.shape, dtype=y.dtype)
+    _extension.gelu_abs_topk_backward(
+        _isa,
+        dtype,
+        grad_output.data_ptr(),
+        *grad_output.stride(),
+        y.data_ptr(),
+        *y.stride(),
+        x.data_ptr(),
+        *x.stride(),
+        out.data_ptr(),
+        *y.shape,
         torch.get_num_threads(),
     )
     return out

@@ -165,6 +165,20 @@ def _abs_topk_backward_fake(grad_output: Tensor, y: Tensor, backend: str) -> Ten
     return grad_output.new_empty(grad_output.shape)
 
 
+def _gelu_abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
+    y: Tensor = backends.module(backend).gelu_abs_topk(x, k)
+    return y
+
+
+def _gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
+    grad: Tensor = backends.module(backend).gelu_abs_topk_backward(grad_output, y, x)
+    return grad
+
+
+def _gelu_abs_topk_backward_fake(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
+    return grad_output.new_empty(grad_output.shape)
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -233,6 +247,14 @@ _abs_topk_backward_op = _register(
     "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
     _abs_topk_backward,
     _abs_topk_backward_fake,
+)
+_gelu_abs_topk_op = _register(
+    "gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", _gelu_abs_topk, _abs_topk_fake
+)
+_gelu_abs_topk_backward_op = _register(
+    "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
+    _gelu_abs_topk_backward,
+    _gelu_abs_topk_backward_fake,
 )
 _attention_op = _register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
@@ -318,6 +340,18 @@ def abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
 def abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
     """The gradient of `abs_topk` from its result `y`; see `reference.abs_topk_backward`."""
     grad: Tensor = _abs_topk_backward_op(grad_output, y, backend)
+    return grad
+
+
+def gelu_abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
+    """`abs_topk(gelu(x), k)`: x `(M, D)` -> `(M, D)`; see `reference.gelu_abs_topk`."""
+    y: Tensor = _gelu_abs_topk_op(x, k, backend)
+    return y
+
+
+def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
+    """The gradient of `gelu_abs_topk` from its result y and x."""
+    grad: Tensor = _gelu_abs_topk_backward_op(grad_output, y, x, backend)
     return grad
 
 

@@ -6,6 +6,8 @@ takes two-dimensional inputs of any strides and returns a contiguous result in t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -156,6 +158,19 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`dX = dY` where the result `y` of `abs_topk` is not zero, zero elsewhere; all `(M, D)`."""
     return torch.where(y != 0, grad_output, 0).contiguous()
+
+
+def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
+    """`abs_topk(gelu(x), k)` of x `(M, D)`, `gelu(x) = x P(X <= x)`, X standard normal."""
+    gelu = torch.nn.functional.gelu(x.double()).to(x.dtype)
+    return abs_topk(gelu, k)
+
+
+def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`dX = dY (P(X <= x) + x p(x))` where the result `y` is not zero, zero elsewhere."""
+    wide = x.double()
+    slope = torch.special.ndtr(wide) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    return torch.where(y != 0, grad_output.double() * slope, 0).to(x.dtype).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

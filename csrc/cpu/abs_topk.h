@@ -202,7 +202,7 @@ template <class T>
 struct TopkBuffers {
     Digit *digits, *sample;
     int32_t* places;  // where the candidates are
-    T* row;           // a copy of the row, if it is strided
+    T* row;           // the row as it is selected from, if that is not the user's
     T* ordered;       // a copy of the row with one NaN
 };
 
@@ -313,9 +313,19 @@ void abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
     keep_reaching(keys + split, row + split, threshold.high, cols - split, to + split, stream);
 }
 
+// What a row is before it is selected from: itself, or a copy in `buffer` if it is strided.
 template <class T>
+struct AsItIs {
+    const T* operator()(const T* row, int64_t col_stride, int64_t cols, T* buffer) const {
+        if (col_stride == 1) return row;
+        for (int64_t i = 0; i < cols; ++i) buffer[i] = row[i * col_stride];
+        return buffer;
+    }
+};
+
+template <class T, class Prepare = AsItIs<T>>
 void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t rows, int64_t cols,
-              int64_t k, int threads) {
+              int64_t k, int threads, const Prepare& prepare = {}) {
     const int64_t padded = padded_digits(cols);
     Arena arena;
     const size_t digits_at = arena.reserve<Digit>(threads * padded);
@@ -338,11 +348,7 @@ void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t 
                                      arena.at<T>(row_at) + mine, arena.at<T>(ordered_at) + mine};
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const T* row = x + r * row_stride;
-            if (col_stride != 1) {
-                for (int64_t i = 0; i < cols; ++i) buffers.row[i] = row[i * col_stride];
-                row = buffers.row;
-            }
+            const T* row = prepare(x + r * row_stride, col_stride, cols, buffers.row);
             abs_topk_row(row, y + r * cols, cols, k, stream, buffers);
         }
         stream_fence();

@@ -12,7 +12,7 @@
 #include <limits>
 
 #include "scratch.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace sk {
 namespace {
@@ -59,35 +59,6 @@ constexpr int kQueries = 8;
 // Of those, the ones whose scores are summed at once, and vectors of keys that they are summed for.
 constexpr int kScoreQueries = 4;
 constexpr int kScoreVectors = kRegisters / 8;
-
-// exp(x) for x <= 0, of which those below -87 give 0: to about one unit in the last place.
-inline __attribute__((always_inline)) Vec<float> exp_negative(Vec<float> x) {
-    typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-    constexpr float kLeast = -87.0f;
-    const Int vanishes = x < kLeast;
-    // n = round(x / ln 2) by adding and subtracting a number whose last bit is worth 1.
-    const Vec<float> magic = splat(12582912.0f);
-    const Vec<float> shifted = x * 1.44269504f + magic;
-    const Vec<float> n = shifted - magic;
-    Vec<float> r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    // The polynomial of Cephes' expf (S. Moshier).
-    Vec<float> p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // The last bits of `shifted` are n. A product, so that a NaN stays one.
-    const Int power = (reinterpret_cast<Int>(shifted) << 23) + 0x3f800000;
-    p = p * reinterpret_cast<Vec<float>>(power);
-    return reinterpret_cast<Vec<float>>(reinterpret_cast<Int>(p) & ~vanishes);
-}
-inline Vec<double> exp_negative(Vec<double> x) {
-    for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
 
 template <class C>
 inline C largest_lane(Vec<C> value) {

@@ -54,6 +54,18 @@ struct AbsTopkBackwardArguments {
     int threads;
 };
 
+struct GeluAbsTopkBackwardArguments {
+    const void* grad_output;
+    int64_t grad_output_row_stride, grad_output_col_stride;
+    const void* y;
+    int64_t y_row_stride, y_col_stride;
+    const void* x;
+    int64_t x_row_stride, x_col_stride;
+    void* grad_input;
+    int64_t rows, cols;
+    int threads;
+};
+
 // A tensor of heads: neighbouring channels are next to each other.
 struct HeadsPointer {
     void* data;
@@ -86,6 +98,8 @@ struct KernelTable {
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
+    void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);
+    void (*gelu_abs_topk_backward[kDTypes])(const GeluAbsTopkBackwardArguments&);
     void (*attention[kDTypes])(const AttentionArguments&);
     void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
     double (*fma_gflops)(int threads);

@@ -15,10 +15,10 @@
 #include <immintrin.h>
 #endif
 
-#include "abs_topk.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "gather.h"
+#include "gelu_abs_topk.h"
 #include "grad_weight.h"
 #include "scatter.h"
 
@@ -77,6 +77,25 @@ void run_abs_topk_backward(const AbsTopkBackwardArguments& arguments) {
         static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
 }
 
+template <class T>
+void run_gelu_abs_topk(const AbsTopkArguments& arguments) {
+    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
+                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
+                arguments.threads, GeluOfRow<T>{});
+}
+
+template <class T>
+void run_gelu_abs_topk_backward(const GeluAbsTopkBackwardArguments& arguments) {
+    gelu_abs_topk_backward(
+        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
+                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
+        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_row_stride,
+                        arguments.y_col_stride},
+        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_row_stride,
+                        arguments.x_col_stride},
+        static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
+}
+
 template <class T, class U = T>
 Heads<U> heads(const HeadsPointer& tensor) {
     return {static_cast<U*>(tensor.data), tensor.batch_stride, tensor.token_stride,
@@ -124,6 +143,9 @@ const KernelTable& SK_ISA_TABLE() {
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
         {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
+        {run_gelu_abs_topk<float>, run_gelu_abs_topk<Bf16>, run_gelu_abs_topk<double>},
+        {run_gelu_abs_topk_backward<float>, run_gelu_abs_topk_backward<Bf16>,
+         run_gelu_abs_topk_backward<double>},
         {run_attention<float>, run_attention<Bf16>, run_attention<double>},
         {run_attention_backward<float>, run_attention_backward<Bf16>,
          run_attention_backward<double>},

@@ -191,6 +191,45 @@ void scatter_tiles(const GatherProblem<T>& problem) {
     }
 }
 
+// Adds one token's products to `out`: blocks of one weight.
+template <class T>
+void scatter_weights(const GatherProblem<T>& problem, int64_t m, Compute<T>* out) {
+    const Lists& lists = problem.lists;
+    const T* in = problem.in.data + m * problem.in.row_stride;
+    for (int64_t r = 0; r < lists.rows; ++r) {
+        const Compute<T> x = to_compute(in[r * problem.in.col_stride]);
+        const int64_t end = lists.end(r);
+        for (int64_t i = lists.begin(r); i < end; ++i) {
+            out[lists.columns[i]] += to_compute(problem.values[i]) * x;
+        }
+    }
+}
+
+// The same for other blocks; `row` is working memory for the outputs' values.
+template <class T>
+void scatter_blocks(const GatherProblem<T>& problem, int64_t m, Compute<T>* row, Compute<T>* out) {
+    using C = Compute<T>;
+    const Lists& lists = problem.lists;
+    const int64_t size = lists.out_block, width = lists.in_block;
+    for (int64_t r = 0; r < lists.rows; ++r) {
+        for (int64_t a = 0; a < size; ++a) {
+            row[a] = to_compute(problem.in.data[m * problem.in.row_stride +
+                                                (r * size + a) * problem.in.col_stride]);
+        }
+        for (int64_t i = lists.begin(r); i < lists.end(r); ++i) {
+            const T* block = problem.values + i * size * width;
+            C* to = out + lists.columns[i] * width;
+            for (int64_t b = 0; b < width; ++b) {
+                C sum = C(0);
+                for (int64_t a = 0; a < size; ++a) {
+                    sum += to_compute(block[a * lists.out_stride + b * lists.in_stride]) * row[a];
+                }
+                to[b] += sum;
+            }
+        }
+    }
+}
+
 // A few tokens: no tile, and one pass over the values for each token.
 template <class T>
 void scatter_dots(const GatherProblem<T>& problem) {
@@ -207,23 +246,10 @@ void scatter_dots(const GatherProblem<T>& problem) {
         C* out = arena.at<C>(out_at) + m * features;
         C* row = arena.at<C>(row_at) + m * size;
         copy_bias(problem.bias, features, out);
-        for (int64_t r = 0; r < lists.rows; ++r) {
-            for (int64_t a = 0; a < size; ++a) {
-                row[a] = to_compute(problem.in.data[m * problem.in.row_stride +
-                                                    (r * size + a) * problem.in.col_stride]);
-            }
-            for (int64_t i = lists.begin(r); i < lists.end(r); ++i) {
-                const T* block = problem.values + i * size * width;
-                C* to = out + lists.columns[i] * width;
-                for (int64_t b = 0; b < width; ++b) {
-                    C sum = C(0);
-                    for (int64_t a = 0; a < size; ++a) {
-                        sum +=
-                            to_compute(block[a * lists.out_stride + b * lists.in_stride]) * row[a];
-                    }
-                    to[b] += sum;
-                }
-            }
+        if (size * width == 1) {
+            scatter_weights(problem, m, out);
+        } else {
+            scatter_blocks(problem, m, row, out);
         }
         for (int64_t f = 0; f < features; ++f) {
             problem.out[m * features + f] = from_compute<T>(out[f]);

@@ -215,9 +215,8 @@ class MLP(nn.Module):
         self.position_norm = _position_norm(config, make)
         self.up = make.reader(f"{prefix}.up", D + config.positions, neurons)
         self.down = make.writer(f"{prefix}.down", neurons, D)
-        self.activation = _ACTIVATIONS[config.activation]
         self.keep_in = _keeper(config, "mlp_in", D + config.positions)
-        self.keep_neurons = _keeper(config, "mlp_neuron", neurons)
+        self.neurons = _neurons(config, neurons)
         self.keep_out = _keeper(config, "mlp_out", D)
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -225,7 +224,7 @@ class MLP(nn.Module):
         x = self.keep_in(_beside(self.norm(x), self.position_norm, positions))
         if self.tap is not None:
             x = self.tap("act_in", x)
-        x = self.keep_neurons(self.activation(self.up(x)))
+        x = self.neurons(self.up(x))
         if self.tap is not None:
             x = self.tap("post_act", x)
         x = self.keep_out(self.down(x))
@@ -569,6 +568,14 @@ class _Keep:
         return torch.zeros_like(x).scatter_(-1, places, x.gather(-1, places))
 
 
+@dataclass(frozen=True)
+class _KeepGelu(_Keep):
+    """AbsTopK of GELU."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return sk.gelu_abs_topk(x, self.k, self.backend)
+
+
 def _keep_all(x: Tensor) -> Tensor:
     return x
 
@@ -578,6 +585,14 @@ def _keeper(config: ModelConfig, place: str, width: int) -> Callable[[Tensor], T
         return _keep_all
     k = max(1, int(config.active * width))
     return _Keep(k, config.abs_topk, config.backend) if k < width else _keep_all
+
+
+def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:
+    """The activation function and the AbsTopK after it: in one kernel, if there is one."""
+    activate, keep = _ACTIVATIONS[config.activation], _keeper(config, "mlp_neuron", width)
+    if isinstance(keep, _Keep) and keep.method == "kernel" and config.activation == "gelu":
+        return _KeepGelu(keep.k, keep.method, keep.backend)
+    return lambda x: keep(activate(x))
 
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:

@@ -1,0 +1,127 @@
+"""abs_topk(gelu(x)) in one pass: GELU to rounding, AbsTopK of it exactly, the gradient of both."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparse_kernels as sk
+from sparse_kernels import cpu, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+every_isa = pytest.mark.parametrize("isa", cpu.isas())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+widths = st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 1000]))
+
+
+def draw(rows, cols, dtype, seed, size=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (size * torch.randn(rows, cols, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(2)
+    ]
+
+
+def slope(x):
+    x = x.double().requires_grad_()
+    return torch.autograd.grad(torch.nn.functional.gelu(x).sum(), x)[0]
+
+
+def bound(made, exact, peer):
+    """Twice PyTorch's own error, and a unit in the last place of float32 or of the dtype."""
+    wide = torch.promote_types(made.dtype, torch.float32)
+    # In float64 PyTorch's result is what is compared with: both round.
+    units = 8 if made.dtype == torch.float64 else 2
+    least = units * torch.finfo(wide).eps * (1 + exact.abs())
+    if made.dtype != wide:
+        least += torch.finfo(made.dtype).eps * exact.abs()
+    return 2 * (peer.double() - exact).abs().max() + least
+
+
+@every_isa
+@every_dtype
+@given(rows=st.integers(1, 9), cols=widths, seed=st.integers(0, 2**31), data=st.data())
+def test_it_is_abs_topk_of_gelu(isa, dtype, rows, cols, seed, data):
+    x, grad = draw(rows, cols, dtype, seed, data.draw(st.sampled_from([0.1, 2.0, 8.0])))
+    k = data.draw(st.integers(1, cols))
+    with cpu.use_isa(isa):
+        activated = cpu.gelu_abs_topk(x, cols)  # keeps all
+        y = cpu.gelu_abs_topk(x, k)
+        assert torch.equal(y, cpu.abs_topk(activated, k))
+        grad_x = cpu.gelu_abs_topk_backward(grad, y, x)
+    exact = torch.nn.functional.gelu(x.double())
+    peer = torch.nn.functional.gelu(x)
+    assert ((activated.double() - exact).abs() <= bound(activated, exact, peer)).all()
+    wanted = torch.where(y != 0, grad.double() * slope(x), 0)
+    leaf = x.clone().requires_grad_()
+    (peer,) = torch.autograd.grad(torch.nn.functional.gelu(leaf), leaf, grad)
+    peer = torch.where(y != 0, peer, 0)
+    assert torch.equal(grad_x == 0, (y == 0) | (grad_x == 0))
+    assert ((grad_x.double() - wanted).abs() <= bound(grad_x, wanted, peer)).all()
+
+
+@every_isa
+@every_dtype
+def test_special_values(isa, dtype):
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 30.0, -30.0, 1e-30]]).to(dtype)
+    with cpu.use_isa(isa):
+        y = cpu.gelu_abs_topk(x, 8)
+    # PyTorch's gelu(inf) is NaN in some dtypes; the limit is infinity.
+    wanted = torch.tensor([[torch.nan, torch.inf, torch.nan, 0, 0, 30, 0, 5e-31]]).to(dtype)
+    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-30, equal_nan=True)
+
+
+@every_isa
+@every_dtype
+def test_strides_threads_and_dimensions_do_not_matter(isa, dtype):
+    x, grad = draw(50, 77, dtype, 0)
+    with cpu.use_isa(isa):
+        wanted = cpu.gelu_abs_topk(x, 20)
+        gradient = cpu.gelu_abs_topk_backward(grad, wanted, x)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            turned = [tensor.t().contiguous().t() for tensor in (grad, wanted, x)]
+            assert torch.equal(cpu.gelu_abs_topk(turned[2], 20), wanted)
+            assert torch.equal(cpu.gelu_abs_topk_backward(*turned), gradient)
+        leaf = x.view(5, 10, 77).requires_grad_()
+        y = sk.gelu_abs_topk(leaf, 20)
+        assert torch.equal(y.view(50, 77), wanted)
+        (got,) = torch.autograd.grad(y, leaf, grad.view(5, 10, 77))
+        assert torch.equal(got.view(50, 77), gradient)
+    assert sk.gelu_abs_topk(torch.zeros(0, 5), 2).shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradcheck(backend):
+    x, _ = draw(3, 11, torch.float64, 1)
+    # Far enough apart in size that a small step changes no choice.
+    assert torch.autograd.gradcheck(
+        lambda x: sk.gelu_abs_topk(x, 4, backend), x.requires_grad_(), eps=1e-7, atol=1e-5
+    )
+
+
+@every_dtype
+def test_opcheck_and_compile(dtype):
+    x, grad = draw(4, 33, dtype, 2)
+    for name in ("reference", "cpu"):
+        torch.library.opcheck(torch.ops.sparse_kernels.gelu_abs_topk.default, (x, 7, name))
+        y = ops.gelu_abs_topk(x, 7, name)
+        torch.library.opcheck(
+            torch.ops.sparse_kernels.gelu_abs_topk_backward.default, (grad, y, x, name)
+        )
+    compiled = torch.compile(lambda x: sk.gelu_abs_topk(x, 7), fullgraph=True)
+    assert torch.equal(compiled(x), sk.gelu_abs_topk(x, 7))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "k"),
+    [
+        (TypeError, "x must be a torch.Tensor", [1.0], 1),
+        (TypeError, "got torch.int64", torch.zeros(3, dtype=torch.int64), 1),
+        (ValueError, "at least one dimension", torch.zeros(()), 1),
+        (ValueError, "k must be at most 3", torch.zeros(2, 3), 4),
+    ],
+)
+def test_refusals(error, message, x, k):
+    with pytest.raises(error, match=message):
+        sk.gelu_abs_topk(x, k)
