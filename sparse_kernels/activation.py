@@ -100,7 +100,8 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """
     name = _chosen(x, k, backend)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = AbsTopk.apply(rows, k, name)
+    learns = torch.is_grad_enabled() and x.requires_grad
+    y: Tensor = AbsTopk.apply(rows, k, name) if learns else ops.abs_topk(rows, k, name)
     return y if x.dim() == 2 else y.view(x.shape)
 
 
@@ -118,7 +119,8 @@ def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     if name not in _FUSED:
         return abs_topk(torch.nn.functional.gelu(x), k, name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = GeluAbsTopk.apply(rows, k, name)
+    learns = torch.is_grad_enabled() and x.requires_grad
+    y: Tensor = GeluAbsTopk.apply(rows, k, name) if learns else ops.gelu_abs_topk(rows, k, name)
     return y if x.dim() == 2 else y.view(x.shape)
 
 

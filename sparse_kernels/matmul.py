@@ -134,7 +134,13 @@ def sparse_linear(
         products = ops.PRODUCTS if torch.is_grad_enabled() else (product,)
         layout._while_tracing(ops.prepare, name, *products)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = SparseMatmul.apply(tokens, values, bias, layout, name, transpose)
+    learns = torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if learns:
+        y: Tensor = SparseMatmul.apply(tokens, values, bias, layout, name, transpose)
+    else:  # what autograd would record costs more than a product of few tokens
+        y = (ops.grad_input if transpose else ops.forward)(tokens, values, layout, bias, name)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -326,6 +326,7 @@ struct AsItIs {
 template <class T, class Prepare = AsItIs<T>>
 void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t rows, int64_t cols,
               int64_t k, int threads, const Prepare& prepare = {}) {
+    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
     const int64_t padded = padded_digits(cols);
     Arena arena;
     const size_t digits_at = arena.reserve<Digit>(threads * padded);

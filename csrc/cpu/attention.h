@@ -289,12 +289,80 @@ void attend_head(const AttentionShape& s, const C* q, const C* turned, const C* 
     }
 }
 
+// A head's only query, straight from the user's keys and values, whose rows are whole vectors.
+template <class T, class C = Compute<T>>
+C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C* scores, C* y) {
+    constexpr int kN = kLanes<C>;
+    const AttentionShape& s = problem.shape;
+    const C scale = C(1) / std::sqrt(static_cast<C>(s.channels));
+    const T* const q = problem.q.row(batch, 0, head);
+    for (int64_t t = 0; t < s.keys; t += kN) {
+        const T* rows[kN];  // past the end, the last one again
+        for (int i = 0; i < kN; ++i)
+            rows[i] = problem.k.row(batch, std::min(t + i, s.keys - 1), head);
+        Vec<C> sums = {};
+        for (int64_t c = 0; c < s.channels; c += kN) {
+            const Vec<C> query = load_user(q + c) * scale;
+            sums += sum_each<C>([&](auto i) __attribute__((always_inline)) {
+                return load_user(rows[i] + c) * query;
+            });
+        }
+        store(scores + t, sums);
+    }
+    C top;
+    const C* const sink = problem.sinks ? problem.sinks + head : nullptr;
+    const C sum = exponentials(scores, s.keys, s.keys, sink, &top);
+    for (int64_t c = 0; c < s.channels; c += kN) {
+        Vec<C> acc[4] = {};
+        int64_t t = 0;
+        for (; t + 4 <= s.keys; t += 4) {
+            unroll<4>([&](auto i) __attribute__((always_inline)) {
+                acc[i] += load_user(problem.v.row(batch, t + i, head) + c) * scores[t + i];
+            });
+        }
+        for (; t < s.keys; ++t) acc[0] += load_user(problem.v.row(batch, t, head) + c) * scores[t];
+        store(y + c, ((acc[0] + acc[1]) + (acc[2] + acc[3])) * (C(1) / sum));
+    }
+    return top + std::log(sum);
+}
+
+template <class T>
+void attention_of_one(const AttentionProblem<T>& problem, int threads) {
+    using C = Compute<T>;
+    const AttentionShape& s = problem.shape;
+    const int64_t all = s.batch * s.heads, padded = padded_to_vector<C>(s.keys);
+    const int64_t each = padded + s.channels;
+    Arena arena;
+    const size_t at = arena.reserve<C>(threads * each);
+    arena.allocate();
+    const Heads<T> out{problem.y, s.heads * s.channels, 0, s.channels};
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        C* const scores = arena.at<C>(at) + thread * each;
+        C* const y = scores + padded;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < all; ++n) {
+            const int64_t batch = n / s.heads, head = n % s.heads;
+            const C lse = attend_one(problem, batch, head, scores, y);
+            if (problem.lse) problem.lse[n] = lse;
+            unpack_head(y, C(1), 1, s.channels, out, batch, head);
+        }
+        stream_fence();
+    }
+}
+
 template <class T>
 void attention(const AttentionProblem<T>& problem) {
     using C = Compute<T>;
     const AttentionShape& s = problem.shape;
     const int64_t all = s.batch * s.heads;
     if (all * s.queries == 0) return;
+    if (s.queries == 1 && s.channels % kLanes<C> == 0)
+        return attention_of_one(problem, static_cast<int>(std::min<int64_t>(problem.threads, all)));
     const int64_t width = padded_to_vector<C>(s.channels), padded = padded_to_vector<C>(s.keys);
     const int64_t queries = (s.queries + kQueries - 1) / kQueries * kQueries;
     const C scale = C(1) / std::sqrt(static_cast<C>(s.channels));
