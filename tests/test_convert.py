@@ -223,3 +223,77 @@ def test_conversion_leaves_random_state_alone():
     sk.sparsify_(net, fan_in=4)
     sk.densify_(net)
     assert torch.equal(torch.randn(3), expected)
+
+
+class PlainBlock(torch.nn.Module):
+    """A block of GPT-2 as people write it: LayerNorm, fused q k v, GELU."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.c_attn = torch.nn.Linear(width, 3 * width)
+        self.c_proj = torch.nn.Linear(width, width)
+        self.c_fc = torch.nn.Linear(width, 4 * width)
+        self.mlp_proj = torch.nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return x + self.mlp_proj(torch.nn.functional.gelu(self.c_fc(self.ln_2(x))))
+
+
+class PlainGPT2(torch.nn.Module):
+    """Learned positions, and an unembedding that is tied to the embedding."""
+
+    def __init__(self, vocabulary=50, width=32, context=16):
+        super().__init__()
+        self.wte = torch.nn.Embedding(vocabulary, width)
+        self.wpe = torch.nn.Embedding(context, width)
+        self.h = torch.nn.ModuleList(PlainBlock(width, 4) for _ in range(2))
+        self.ln_f = torch.nn.LayerNorm(width)
+        self.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_a_plain_gpt2_becomes_sparse_trains_and_comes_back():
+    torch.manual_seed(0)
+    gpt = PlainGPT2()
+    with torch.no_grad():  # four weights a row, as a pruned model has them
+        for module in gpt.h.modules():
+            if isinstance(module, torch.nn.Linear):
+                kept = module.weight.abs().topk(4, dim=1).indices
+                module.weight.mul_(torch.zeros_like(module.weight).scatter_(1, kept, 1.0))
+    tokens = torch.randint(50, (3, 16))
+    wanted = gpt(tokens)
+    sk.sparsify_(gpt, fan_in=4, filter_fn=lambda module, name: name.startswith("h."))
+    sparse = {name for name, kind in kinds(gpt).items() if kind == "SparseLinear"}
+    inside = ("c_attn", "c_proj", "c_fc", "mlp_proj")
+    assert sparse == {f"h.{layer}.{name}" for layer in (0, 1) for name in inside}
+    assert gpt.lm_head.weight is gpt.wte.weight
+    torch.testing.assert_close(gpt(tokens), wanted, rtol=1e-4, atol=1e-5)
+
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        logits = gpt(tokens[:, :-1]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+    trained = gpt(tokens)
+    sk.densify_(gpt)
+    assert not sparse & {name for name, kind in kinds(gpt).items() if kind == "SparseLinear"}
+    assert all((block.c_fc.weight != 0).sum(1).max() <= 4 for block in gpt.h)
+    torch.testing.assert_close(gpt(tokens), trained, rtol=1e-4, atol=1e-4)

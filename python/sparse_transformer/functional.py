@@ -117,6 +117,8 @@ class CrossEntropy(Function):
         wants_gradient = any(ctx.needs_input_grad)
         # Not the tensor that autograd knows: its version would tell of the write.
         memory = logits.detach().data
+        # In half precision a probability over M would vanish before it meets the loss's scale.
+        ctx.over = M if logits.dtype == torch.float16 else 1
         rows = max(1, _LOGITS // V) if logits.device.type == "cpu" else max(1, 2**26 // V)
         for start in range(0, M, rows):
             part = slice(start, start + rows)
@@ -130,7 +132,7 @@ class CrossEntropy(Function):
             if wants_gradient:
                 p = log_p.exp_()
                 p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
-                memory[part] = p.div_(M)
+                memory[part] = p if ctx.over == M else p.div_(M)
         if wants_gradient:
             ctx.save_for_backward(memory, tokens)
             ctx.rows = None if bigram is None else bigram.shape[0]
@@ -143,8 +145,8 @@ class CrossEntropy(Function):
         grad, tokens = ctx.saved_tensors
         # Looking at the scalar is free on the CPU; it would wait for a GPU, and break a graph.
         can_look = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (can_look and float(grad_loss) == 1.0):
-            grad = grad * grad_loss.to(grad.dtype)
+        if not (can_look and float(grad_loss) == ctx.over):
+            grad = grad * (grad_loss / ctx.over).to(grad.dtype)
         grad_bigram = None
         if ctx.needs_input_grad[2]:
             grad_bigram = torch.zeros(

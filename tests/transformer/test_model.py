@@ -249,6 +249,19 @@ def test_loss_scales_and_leaves_logits_alone_without_gradients():
     assert torch.equal(logits, kept)
 
 
+def test_half_precision_gradients_do_not_vanish_before_the_loss_is_scaled():
+    # A probability over M is next to nothing in float16; over M, times the scale, it is not.
+    M, V, scale = 65536, 4, 65536.0
+    logits = torch.randn(M, V).half()
+    targets = torch.randint(V, (M,))
+    leaf = logits.clone().requires_grad_()
+    loss = functional.cross_entropy_(leaf * 1, targets, None, targets)
+    (loss * scale).backward()
+    wide = logits.double().requires_grad_()
+    (torch.nn.functional.cross_entropy(wide, targets) * scale).backward()
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=2e-3, atol=1e-6)
+
+
 def test_no_table_of_the_size_of_a_matrix_is_ever_made():
     # Sizes of which every dense matrix would be larger than every activation.
     config = ModelConfig(
