@@ -170,6 +170,28 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                     row_stride, col_stride, pointer<void>(x), x_row_stride, x_col_stride,
                     pointer<void>(grad_input), rows, cols, threads});
         });
+    module.def("norm_abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
+                                   int64_t row_stride, int64_t col_stride, uintptr_t weight,
+                                   double eps, uintptr_t y, uintptr_t scales, int64_t rows,
+                                   int64_t cols, int64_t k, int threads) {
+        const auto kernel = sk::table_for(isa).norm_abs_topk[static_cast<int>(dtype_from(dtype))];
+        py::gil_scoped_release release;
+        kernel({pointer<void>(x), row_stride, col_stride, pointer<void>(weight), eps,
+                pointer<void>(y), pointer<void>(scales), rows, cols, k, threads});
+    });
+    module.def(
+        "norm_abs_topk_backward",
+        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
+           int64_t grad_stride, uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride,
+           uintptr_t weight, uintptr_t scales, uintptr_t grad_input, uintptr_t grad_weight,
+           int64_t rows, int64_t cols, int threads) {
+            const auto kernel =
+                sk::table_for(isa).norm_abs_topk_backward[static_cast<int>(dtype_from(dtype))];
+            py::gil_scoped_release release;
+            kernel({pointer<void>(grad_output), grad_stride, pointer<void>(y), y_stride,
+                    pointer<void>(x), x_stride, pointer<void>(weight), pointer<void>(scales),
+                    pointer<void>(grad_input), pointer<void>(grad_weight), rows, cols, threads});
+        });
     // Shapes are (batch, queries, keys, heads, channels); a tensor of heads is its address and its
     // strides over batch, tokens and heads.
     module.def("attention", [](const std::string& isa, const std::string& dtype, const Shape& shape,

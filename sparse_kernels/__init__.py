@@ -1,6 +1,6 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
-from sparse_kernels.activation import abs_topk, gelu_abs_topk
+from sparse_kernels.activation import abs_topk, gelu_abs_topk, rms_norm_abs_topk
 from sparse_kernels.attention import cached_attention, causal_attention
 from sparse_kernels.backends import available_backends, explain_backend
 from sparse_kernels.break_even import advise_dense, break_even_density
@@ -25,6 +25,7 @@ __all__ = [
     "from_dense",
     "gelu_abs_topk",
     "rewire_",
+    "rms_norm_abs_topk",
     "sparse_linear",
     "sparsify_",
     "to_dense",

@@ -1,7 +1,7 @@
 """The AbsTopK activation: of each row, the entries of largest magnitude stay as they are.
 
-`gelu_abs_topk` is AbsTopK after GELU, in one pass over memory instead of two where there is a
-kernel for it.
+`gelu_abs_topk` and `rms_norm_abs_topk` are AbsTopK after GELU and after RMSNorm, as a
+weight-sparse transformer has them: in one pass over memory where there is a kernel for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
-# The backends with kernels for GELU and AbsTopK together.
+# The backends with kernels for AbsTopK together with what comes before it.
 _FUSED = ("reference", "cpu")
 
 
@@ -72,6 +72,24 @@ class GeluAbsTopk(Function):
         return ops.gelu_abs_topk_backward(grad_output, y, x, ctx.backend), None, None
 
 
+class NormAbsTopk(Function):
+    """`abs_topk(rms_norm(X) * weight)`; keeps x, the result and a number of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, k: int, eps: float, backend: str) -> Tensor:
+        y, scales = ops.norm_abs_topk(x, weight, k, eps, backend)
+        ctx.save_for_backward(x, weight, y, scales)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y, scales = ctx.saved_tensors
+        grads = ops.norm_abs_topk_backward(grad_output, y, x, weight, scales, ctx.backend)
+        return *grads, None, None, None
+
+
 def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`y_i = x_i` if `|x_i|` is among the `k` largest of its row, else `0`.
 
@@ -121,6 +139,44 @@ def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     learns = torch.is_grad_enabled() and x.requires_grad
     y: Tensor = GeluAbsTopk.apply(rows, k, name) if learns else ops.gelu_abs_topk(rows, k, name)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def rms_norm_abs_topk(
+    x: Tensor, weight: Tensor, k: int, eps: float, backend: str | None = None
+) -> Tensor:
+    """`abs_topk(x / sqrt(mean(x^2) + eps) * weight, k)` over the last axis.
+
+    With the `cpu` backend one pass over memory, and differentiable once; with the GPU backends
+    `torch.nn.functional.rms_norm` and then their `abs_topk`. The norm is computed in float32 at
+    least and rounded to the dtype of x before the choice.
+
+    Args:
+        x, k, backend: as for `abs_topk`.
+        weight: `(D,)` in the dtype of x.
+        eps: at least 0, added to the mean of the squares.
+
+    Returns, Raises: as for `abs_topk`; ValueError also for a `weight` or `eps` that does not fit.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Gao et al. 2025, arXiv:2511.13653.
+    """
+    name = _chosen(x, k, backend)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight must be ({x.shape[-1]},), {x.dtype} on {x.device}, got {tuple(weight.shape)}, "
+            f"{weight.dtype} on {weight.device}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if name not in _FUSED:
+        return abs_topk(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), k, name)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y: Tensor = NormAbsTopk.apply(rows, weight, k, eps, name)
+    else:
+        y = ops.norm_abs_topk(rows, weight, k, eps, name)[0]
     return y if x.dim() == 2 else y.view(x.shape)
 
 

@@ -364,6 +364,74 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`abs_topk` of RMSNorm of x (M, D), any strides, and each row's scale.
+
+    See `reference.norm_abs_topk`.
+    """
+    assert _extension is not None, _missing
+    dtype = _dtype_name("x", x)
+    _check("x", x, (None, None), x.dtype)
+    _check("weight", weight, (x.shape[1],), x.dtype)
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    weight = weight.contiguous()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y, scales = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[0], dtype=wide)
+    _extension.norm_abs_topk(
+        _isa,
+        dtype,
+        x.data_ptr(),
+        *x.stride(),
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+        scales.data_ptr(),
+        *x.shape,
+        k,
+        torch.get_num_threads(),
+    )
+    return y, scales
+
+
+def norm_abs_topk_backward(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x (M, D) and weight (D,). See `reference.norm_abs_topk_backward`."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, None), grad_output.dtype)
+    M, D = grad_output.shape
+    for name, tensor in (("y", y), ("x", x)):
+        _check(name, tensor, (M, D), grad_output.dtype)
+    _check("weight", weight, (D,), grad_output.dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    _check("scales", scales, (M,), wide)
+    grad_output, y, x = (
+        tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (grad_output, y, x)
+    )
+    weight, scales = weight.contiguous(), scales.contiguous()
+    grad, grad_weight = torch.empty((M, D), dtype=x.dtype), torch.empty(D, dtype=x.dtype)
+    _extension.norm_abs_topk_backward(
+        _isa,
+        dtype,
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        y.data_ptr(),
+        y.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        scales.data_ptr(),
+        grad.data_ptr(),
+        grad_weight.data_ptr(),
+        M,
+        D,
+        torch.get_num_threads(),
+    )
+    return grad, grad_weight
+
+
 def _heads(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`(B, T, H, d)` with neighbouring channels next to each other."""
     _check(name, tensor, shape, dtype)

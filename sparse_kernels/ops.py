@@ -179,6 +179,34 @@ def _gelu_abs_topk_backward_fake(grad_output: Tensor, y: Tensor, x: Tensor, back
     return grad_output.new_empty(grad_output.shape)
 
 
+def _norm_abs_topk(
+    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    y, scales = backends.module(backend).norm_abs_topk(x, weight, k, eps)
+    return y, scales
+
+
+def _norm_abs_topk_fake(
+    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide)
+
+
+def _norm_abs_topk_backward(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = backends.module(backend).norm_abs_topk_backward
+    grad, grad_weight = run(grad_output, y, x, weight, scales)
+    return grad, grad_weight
+
+
+def _norm_abs_topk_backward_fake(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -255,6 +283,17 @@ _gelu_abs_topk_backward_op = _register(
     "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
     _gelu_abs_topk_backward,
     _gelu_abs_topk_backward_fake,
+)
+_norm_abs_topk_op = _register(
+    "norm_abs_topk(Tensor x, Tensor weight, int k, float eps, str backend) -> (Tensor, Tensor)",
+    _norm_abs_topk,
+    _norm_abs_topk_fake,
+)
+_norm_abs_topk_backward_op = _register(
+    "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight, Tensor scales,"
+    " str backend) -> (Tensor, Tensor)",
+    _norm_abs_topk_backward,
+    _norm_abs_topk_backward_fake,
 )
 _attention_op = _register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
@@ -353,6 +392,23 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor, backend: s
     """The gradient of `gelu_abs_topk` from its result y and x."""
     grad: Tensor = _gelu_abs_topk_backward_op(grad_output, y, x, backend)
     return grad
+
+
+def norm_abs_topk(
+    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """x `(M, D)`, weight `(D,)` -> `(M, D)`, scales `(M,)`; see `reference.norm_abs_topk`."""
+    y, scales = _norm_abs_topk_op(x, weight, k, eps, backend)
+    return y, scales
+
+
+def norm_abs_topk_backward(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight; see `reference.norm_abs_topk_backward`."""
+    arguments = (grad_output, y, x, weight, scales, backend)
+    grad, grad_weight = _norm_abs_topk_backward_op(*arguments)
+    return grad, grad_weight
 
 
 def attention(

@@ -173,6 +173,31 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return torch.where(y != 0, grad_output.double() * slope, 0).to(x.dtype).contiguous()
 
 
+def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`abs_topk(n * weight, k)` of x `(M, D)`, `n = x s`, `s = 1 / sqrt(mean(x^2) + eps)`.
+
+    Returns the result, and s `(M,)`.
+    """
+    scales = torch.rsqrt(x.double().square().mean(1) + eps)
+    y = abs_topk((x.double() * scales[:, None] * weight.double()).to(x.dtype), k)
+    return y, scales.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def norm_abs_topk_backward(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight from the results of `norm_abs_topk`.
+
+    With h = dY where y is not zero, elsewhere 0, and `g = h * weight`:
+    `dX = s (g - n mean(g n))`, `dweight = sum over M of h n`.
+    """
+    h = torch.where(y != 0, grad_output.double(), 0)
+    scale = scales.double()[:, None]
+    n, g = x.double() * scale, h * weight.double()
+    grad = scale * (g - n * (g * n).mean(1, keepdim=True))
+    return grad.to(x.dtype), (h * n).sum(0).to(weight.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Causal attention of the last T of S positions, and the logarithm of each row's sum.
 

@@ -288,6 +288,8 @@ def test_every_op_of_the_library_is_opchecked():
         "abs_topk_backward",
         "gelu_abs_topk",
         "gelu_abs_topk_backward",
+        "norm_abs_topk",
+        "norm_abs_topk_backward",
         "attention",
         "attention_backward",
     }

@@ -23,12 +23,13 @@ import sparse_kernels as sk
 from sparse_transformer import model as transformer
 from sparse_transformer.model import SparseEmbedding
 
-# In the order in which they are shown. GELU belongs to abs_topk where one kernel does both, else to
-# the rest: norms, residuals, embedding and loss.
+# In the order in which they are shown. GELU and the blocks' norms belong to abs_topk where one
+# kernel does both, else to the rest: residuals, embedding and loss.
 PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
 # Where the model calls what is not a layer: holder, attribute, part.
 _CALLS: tuple[tuple[Any, str, str], ...] = (
     (transformer._Keep, "__call__", "abs_topk"),
+    (transformer._Keep, "of_norm", "abs_topk"),
     (transformer._KeepGelu, "__call__", "abs_topk"),
     (transformer, "causal_attention", "attention"),
     (transformer, "cached_attention", "attention"),

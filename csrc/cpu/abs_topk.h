@@ -316,7 +316,7 @@ void abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
 // What a row is before it is selected from: itself, or a copy in `buffer` if it is strided.
 template <class T>
 struct AsItIs {
-    const T* operator()(const T* row, int64_t col_stride, int64_t cols, T* buffer) const {
+    const T* operator()(int64_t, const T* row, int64_t col_stride, int64_t cols, T* buffer) const {
         if (col_stride == 1) return row;
         for (int64_t i = 0; i < cols; ++i) buffer[i] = row[i * col_stride];
         return buffer;
@@ -349,7 +349,7 @@ void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t 
                                      arena.at<T>(row_at) + mine, arena.at<T>(ordered_at) + mine};
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const T* row = prepare(x + r * row_stride, col_stride, cols, buffers.row);
+            const T* row = prepare(r, x + r * row_stride, col_stride, cols, buffers.row);
             abs_topk_row(row, y + r * cols, cols, k, stream, buffers);
         }
         stream_fence();

@@ -61,25 +61,6 @@ constexpr int kScoreQueries = 4;
 constexpr int kScoreVectors = kRegisters / 8;
 
 template <class C>
-inline C largest_lane(Vec<C> value) {
-    C lanes[kLanes<C>];
-    store_user(lanes, value);
-    for (int step = kLanes<C> / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; ++i) lanes[i] = std::max(lanes[i], lanes[i + step]);
-    }
-    return lanes[0];
-}
-template <class C>
-inline C sum_lanes(Vec<C> value) {
-    C lanes[kLanes<C>];
-    store_user(lanes, value);
-    for (int step = kLanes<C> / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    }
-    return lanes[0];
-}
-
-template <class C>
 constexpr int64_t padded_to_vector(int64_t count) {
     return (count + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }

@@ -66,6 +66,30 @@ struct GeluAbsTopkBackwardArguments {
     int threads;
 };
 
+// Scales, one of each row, are in the compute type.
+struct NormAbsTopkArguments {
+    const void* x;
+    int64_t row_stride, col_stride;
+    const void* weight;
+    double eps;
+    void *y, *scales;
+    int64_t rows, cols, k;
+    int threads;
+};
+
+struct NormAbsTopkBackwardArguments {
+    const void* grad_output;
+    int64_t grad_output_stride;
+    const void* y;
+    int64_t y_stride;
+    const void* x;
+    int64_t x_stride;
+    const void *weight, *scales;
+    void *grad_input, *grad_weight;
+    int64_t rows, cols;
+    int threads;
+};
+
 // A tensor of heads: neighbouring channels are next to each other.
 struct HeadsPointer {
     void* data;
@@ -100,6 +124,8 @@ struct KernelTable {
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*gelu_abs_topk_backward[kDTypes])(const GeluAbsTopkBackwardArguments&);
+    void (*norm_abs_topk[kDTypes])(const NormAbsTopkArguments&);
+    void (*norm_abs_topk_backward[kDTypes])(const NormAbsTopkBackwardArguments&);
     void (*attention[kDTypes])(const AttentionArguments&);
     void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
     double (*fma_gflops)(int threads);

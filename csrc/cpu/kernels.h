@@ -17,8 +17,8 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "fused_topk.h"
 #include "gather.h"
-#include "gelu_abs_topk.h"
 #include "grad_weight.h"
 #include "scatter.h"
 
@@ -96,6 +96,28 @@ void run_gelu_abs_topk_backward(const GeluAbsTopkBackwardArguments& arguments) {
         static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
 }
 
+template <class T>
+void run_norm_abs_topk(const NormAbsTopkArguments& arguments) {
+    using C = Compute<T>;
+    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
+                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
+                arguments.threads,
+                NormOfRow<T>{static_cast<const T*>(arguments.weight), static_cast<C>(arguments.eps),
+                             static_cast<C*>(arguments.scales)});
+}
+
+template <class T>
+void run_norm_abs_topk_backward(const NormAbsTopkBackwardArguments& arguments) {
+    norm_abs_topk_backward(NormAbsTopkBackward<T>{
+        Matrix<const T>{static_cast<const T*>(arguments.grad_output), arguments.grad_output_stride,
+                        1},
+        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_stride, 1},
+        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_stride, 1},
+        static_cast<const T*>(arguments.weight), static_cast<const Compute<T>*>(arguments.scales),
+        static_cast<T*>(arguments.grad_input), static_cast<T*>(arguments.grad_weight),
+        arguments.rows, arguments.cols, arguments.threads});
+}
+
 template <class T, class U = T>
 Heads<U> heads(const HeadsPointer& tensor) {
     return {static_cast<U*>(tensor.data), tensor.batch_stride, tensor.token_stride,
@@ -146,6 +168,9 @@ const KernelTable& SK_ISA_TABLE() {
         {run_gelu_abs_topk<float>, run_gelu_abs_topk<Bf16>, run_gelu_abs_topk<double>},
         {run_gelu_abs_topk_backward<float>, run_gelu_abs_topk_backward<Bf16>,
          run_gelu_abs_topk_backward<double>},
+        {run_norm_abs_topk<float>, run_norm_abs_topk<Bf16>, run_norm_abs_topk<double>},
+        {run_norm_abs_topk_backward<float>, run_norm_abs_topk_backward<Bf16>,
+         run_norm_abs_topk_backward<double>},
         {run_attention<float>, run_attention<Bf16>, run_attention<double>},
         {run_attention_backward<float>, run_attention_backward<Bf16>,
          run_attention_backward<double>},

@@ -1,6 +1,7 @@
-// Functions of vectors: exp and GELU, as exact as float32 shows.
+// Functions of vectors: exp and GELU, as exact as float32 shows; sums and maxima of lanes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -35,6 +36,25 @@ inline __attribute__((always_inline)) Vec<float> exp_negative(Vec<float> x) {
 inline Vec<double> exp_negative(Vec<double> x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
     return x;
+}
+
+template <class C>
+inline C largest_lane(Vec<C> value) {
+    C lanes[kLanes<C>];
+    store_user(lanes, value);
+    for (int step = kLanes<C> / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; ++i) lanes[i] = std::max(lanes[i], lanes[i + step]);
+    }
+    return lanes[0];
+}
+template <class C>
+inline C sum_lanes(Vec<C> value) {
+    C lanes[kLanes<C>];
+    store_user(lanes, value);
+    for (int step = kLanes<C> / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    }
+    return lanes[0];
 }
 
 // The value GELU(x) = x P(x), where P is the normal distribution's, and its derivative

@@ -180,7 +180,7 @@ class Attention(nn.Module):
         """`(B, T, D)` to what is added to it."""
         B, T, _ = x.shape
         H, d = self.config.heads, self.config.d_head
-        x = self.keep_in(_beside(self.norm(x), self.position_norm, positions))
+        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
         if self.tap is not None:
             x = self.tap("act_in", x)
         qkv = self.qkv(x).view(B, T, 3, H * d)
@@ -221,7 +221,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`(B, T, D)` to what is added to it."""
-        x = self.keep_in(_beside(self.norm(x), self.position_norm, positions))
+        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
         if self.tap is not None:
             x = self.tap("act_in", x)
         x = self.neurons(self.up(x))
@@ -567,6 +567,12 @@ class _Keep:
         places = x.abs().topk(self.k, -1, sorted=False).indices
         return torch.zeros_like(x).scatter_(-1, places, x.gather(-1, places))
 
+    def of_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """AbsTopK of RMSNorm."""
+        if self.method == "kernel" and norm.weight.dtype == x.dtype:
+            return sk.rms_norm_abs_topk(x, norm.weight, self.k, functional.RMS_EPS, self.backend)
+        return self(norm(x))
+
 
 @dataclass(frozen=True)
 class _KeepGelu(_Keep):
@@ -597,6 +603,19 @@ def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:
     return RMSNorm(config.positions, make.device, make.dtype) if config.positions else None
+
+
+def _read(
+    x: Tensor,
+    norm: RMSNorm,
+    position_norm: RMSNorm | None,
+    positions: Tensor | None,
+    keep: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What a block reads of the residual stream, and of the positions if there are any."""
+    if position_norm is None and isinstance(keep, _Keep):
+        return keep.of_norm(x, norm)
+    return keep(_beside(norm(x), position_norm, positions))
 
 
 def _beside(x: Tensor, norm: RMSNorm | None, positions: Tensor | None) -> Tensor:

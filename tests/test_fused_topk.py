@@ -1,4 +1,4 @@
-"""abs_topk(gelu(x)) in one pass: GELU to rounding, AbsTopK of it exactly, the gradient of both."""
+"""AbsTopK in one pass with what comes before it: GELU or RMSNorm, and the gradients of both."""
 
 import pytest
 import torch
@@ -125,3 +125,111 @@ def test_opcheck_and_compile(dtype):
 def test_refusals(error, message, x, k):
     with pytest.raises(error, match=message):
         sk.gelu_abs_topk(x, k)
+
+
+# ---- after RMSNorm
+
+
+def draw_norm(rows, cols, dtype, seed, size=2.0):
+    x, grad = draw(rows, cols, dtype, seed, size)
+    weight = draw(1, cols, dtype, seed + 1)[0][0] + 1
+    return x, weight, grad
+
+
+def normed(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@every_isa
+@every_dtype
+@given(rows=st.integers(1, 9), cols=widths, seed=st.integers(0, 2**31), data=st.data())
+def test_it_is_abs_topk_of_the_norm(isa, dtype, rows, cols, seed, data):
+    x, weight, grad = draw_norm(rows, cols, dtype, seed, data.draw(st.sampled_from([1e-3, 1, 50])))
+    eps = data.draw(st.sampled_from([0.0, 2.0**-23, 0.1]))
+    k = data.draw(st.integers(1, cols))
+    with cpu.use_isa(isa):
+        whole, _ = cpu.norm_abs_topk(x, weight, cols, eps)
+        y, scales = cpu.norm_abs_topk(x, weight, k, eps)
+        assert torch.equal(y, cpu.abs_topk(whole, k))
+        grads = cpu.norm_abs_topk_backward(grad, y, x, weight, scales)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    exact = normed(*wide, eps)
+    unit = torch.finfo(dtype).eps
+    assert ((whole.double() - exact).abs() <= 8 * unit * exact.abs() + 1e-30).all()
+    wanted = torch.autograd.grad(exact, wide, torch.where(y != 0, grad.double(), 0))
+    for got, want in zip(grads, wanted, strict=True):
+        assert got.dtype == dtype
+        # A difference of terms of the size of the largest, rounded to the dtype.
+        scale = want.abs().max() + float(scales.max()) * grad.abs().max() * weight.abs().max()
+        factor = 2 if dtype == torch.bfloat16 else 16
+        assert ((got.double() - want).abs() <= factor * unit * scale * rows**0.5).all()
+
+
+@every_isa
+@every_dtype
+def test_norm_strides_threads_and_dimensions_do_not_matter(isa, dtype):
+    x, weight, grad = draw_norm(300, 77, dtype, 0)
+    with cpu.use_isa(isa):
+        wanted, scales = cpu.norm_abs_topk(x, weight, 20, 1e-6)
+        gradients = cpu.norm_abs_topk_backward(grad, wanted, x, weight, scales)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            turned = [tensor.t().contiguous().t() for tensor in (grad, wanted, x)]
+            assert torch.equal(cpu.norm_abs_topk(turned[2], weight, 20, 1e-6)[0], wanted)
+            got = cpu.norm_abs_topk_backward(*turned, weight, scales)
+            assert all(map(torch.equal, got, gradients))
+        leaves = [x.view(3, 100, 77).requires_grad_(), weight.requires_grad_()]
+        y = sk.rms_norm_abs_topk(*leaves, 20, 1e-6)
+        assert torch.equal(y.view(300, 77), wanted)
+        got = torch.autograd.grad(y, leaves, grad.view(3, 100, 77))
+        assert torch.equal(got[0].view(300, 77), gradients[0])
+        assert torch.equal(got[1], gradients[1])
+
+
+def test_norm_of_nothing():
+    x, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(5, requires_grad=True)
+    sk.rms_norm_abs_topk(x, weight, 2, 1e-6).sum().backward()
+    assert x.grad.shape == (0, 5)
+    assert torch.equal(weight.grad, torch.zeros(5))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_norm_gradcheck(backend):
+    x, weight, _ = draw_norm(3, 11, torch.float64, 1)
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x, w: sk.rms_norm_abs_topk(x, w, 4, 1e-3, backend), leaves, eps=1e-7, atol=1e-5
+    )
+
+
+@every_dtype
+def test_norm_opcheck_and_compile(dtype):
+    x, weight, grad = draw_norm(4, 33, dtype, 2)
+    for name in ("reference", "cpu"):
+        arguments = (x, weight, 7, 1e-6, name)
+        torch.library.opcheck(torch.ops.sparse_kernels.norm_abs_topk.default, arguments)
+        y, scales = ops.norm_abs_topk(*arguments)
+        torch.library.opcheck(
+            torch.ops.sparse_kernels.norm_abs_topk_backward.default,
+            (grad, y, x, weight, scales, name),
+        )
+    compiled = torch.compile(lambda x: sk.rms_norm_abs_topk(x, weight, 7, 1e-6), fullgraph=True)
+    assert torch.equal(compiled(x), sk.rms_norm_abs_topk(x, weight, 7, 1e-6))
+
+
+ROWS = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "weight must be a torch.Tensor", (ROWS, [1.0], 1, 0.0)),
+        (ValueError, r"weight must be \(3,\)", (ROWS, torch.zeros(2), 1, 0.0)),
+        (ValueError, "torch.float32 on cpu", (ROWS, torch.zeros(3).double(), 1, 0.0)),
+        (ValueError, "eps must be at least 0", (ROWS, torch.zeros(3), 1, -1.0)),
+        (ValueError, "k must be at most 3", (ROWS, torch.zeros(3), 4, 0.0)),
+    ],
+)
+def test_norm_refusals(error, message, arguments):
+    with pytest.raises(error, match=message):
+        sk.rms_norm_abs_topk(*arguments)
