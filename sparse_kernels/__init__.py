@@ -7,7 +7,7 @@ from sparse_kernels.break_even import advise_dense, break_even_density
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear
-from sparse_kernels.matmul import sparse_linear
+from sparse_kernels.matmul import grad_weight, sparse_linear
 from sparse_kernels.reference import from_dense, to_dense
 from sparse_kernels.rewire import rewire_
 
@@ -24,6 +24,7 @@ __all__ = [
     "explain_backend",
     "from_dense",
     "gelu_abs_topk",
+    "grad_weight",
     "rewire_",
     "rms_norm_abs_topk",
     "sparse_linear",

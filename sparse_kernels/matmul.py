@@ -144,6 +144,51 @@ def sparse_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
+def grad_weight(
+    grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str | None = None
+) -> Tensor:
+    """`dW = dY^T X` at the blocks of `layout` alone: the gradient of weights that need not exist.
+
+    It is what rewiring asks about connections that a layer could grow. Differentiable.
+
+    Args:
+        grad_output: `(..., N)`, any strides.
+        x: `(..., K)`, the same leading dimensions, dtype and device. Autocast does not change them.
+        layout: of the `(N, K)` matrix. For a fan-out layer, whose layout is that of `W^T`, the two
+            tensors change places.
+        backend: as for `sparse_linear`.
+
+    Returns:
+        `layout.values_shape`, accumulated in float32 at least.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `sparse_linear`.
+    """
+    if not isinstance(layout, FanInLayout):
+        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+    for name, tensor, width in (
+        ("grad_output", grad_output, layout.out_features),
+        ("x", x, layout.in_features),
+    ):
+        _check_tensor(name, tensor, layout)
+        if tensor.dim() == 0 or tensor.shape[-1] != width:
+            raise ValueError(
+                f"{name} must have {width} as its last dimension, got shape {tuple(tensor.shape)}"
+            )
+    if x.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(
+            f"x must have the leading dimensions of grad_output {tuple(grad_output.shape[:-1])}, "
+            f"got {tuple(x.shape[:-1])}"
+        )
+    _check_dtypes(x, grad_output, None, "grad_output")
+    name = backends.choose(backends.problem_of(x, layout, "grad_weight"), backend)
+    if torch.compiler.is_compiling():
+        layout._while_tracing(ops.prepare, name, *ops.PRODUCTS)
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
+    values: Tensor = SampledMatmul.apply(*rows, layout, name)
+    return values
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64:
         return tensor
@@ -161,16 +206,7 @@ def _check(
     for name, tensor in (("x", x), ("values", values), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be an ordinary strided tensor, got {tensor.layout}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != layout.device:
-            raise ValueError(
-                f"{name} must be on the layout's device {layout.device}, got {tensor.device}"
-            )
+        _check_tensor(name, tensor, layout)
     outputs, inputs = layout.out_features, layout.in_features
     if transpose:
         outputs, inputs = inputs, outputs
@@ -189,13 +225,26 @@ def _check(
         raise ValueError(f"bias must have shape ({outputs},), got {tuple(bias.shape)}")
 
 
-def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
-    """The dtypes of `sparse_linear`'s arguments, after autocast."""
+def _check_tensor(name: str, tensor: object, layout: FanInLayout) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be an ordinary strided tensor, got {tensor.layout}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    if tensor.device != layout.device:
+        raise ValueError(
+            f"{name} must be on the layout's device {layout.device}, got {tensor.device}"
+        )
+
+
+def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None, other: str = "values") -> None:
+    """The dtypes of `sparse_linear`'s arguments, after autocast; `other` is the name of values."""
     allowed = _DTYPES.get(x.device.type, _DTYPES["cuda"])
     if x.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"x must be one of {names} on {x.device.type}, got {x.dtype}")
     if values.dtype != x.dtype:
-        raise TypeError(f"values must have the dtype of x, {x.dtype}, got {values.dtype}")
+        raise TypeError(f"{other} must have the dtype of x, {x.dtype}, got {values.dtype}")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias must have the dtype of x, {x.dtype}, got {bias.dtype}")

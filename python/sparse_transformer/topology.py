@@ -347,12 +347,11 @@ def rewired(
 def _gradient_at(
     layout: sk.FanInLayout, x: Tensor, grad_output: Tensor, transpose: bool, backend: str | None
 ) -> Tensor:
-    """The gradient of a linear layer's weight at the blocks of `layout`: `grad_weight` over it."""
-    dtype = grad_output.dtype
-    values = torch.zeros(layout.values_shape, dtype=dtype, device=x.device, requires_grad=True)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        y = sk.sparse_linear(x.to(dtype), values, layout, None, backend, transpose=transpose)
-        return torch.autograd.grad(y, values, grad_output)[0]
+    """The gradient of a linear layer's weight at the blocks of `layout`."""
+    outputs, inputs = grad_output, x.to(grad_output.dtype)
+    if transpose:  # the layout is that of the transposed matrix
+        outputs, inputs = inputs, outputs
+    return sk.grad_weight(outputs, inputs, layout, backend)
 
 
 def _embedding_gradient_at(layout: sk.FanInLayout, tokens: Tensor, grad_output: Tensor) -> Tensor:
