@@ -14,11 +14,18 @@ not repeated, so that the same command goes on where it stopped; `--most 1` does
     masked_dense  the published recipe: dense weights, gradients and moments, a global top-k over
                   each matrix after every step. With our abs_topk and the fast projection, which
                   compute the same as the released code, sooner: the question here is the loss.
+    released      masked_dense exactly as released: torch.topk for activations and for the
+                  projection. The same losses, up to ties and rounding; the question is the time.
     dense         nn.Linear, without AbsTopK: the plain model
 
+    python -m benchmarks.quality --suite sooner --json FILE
+
+says how much sooner than `released` the others reach its last validation loss, in seconds of steps
+on a machine that should have nothing else to do.
+
 All variants of a seed see the same batches and the same validation windows. Seconds are those of
-the steps without validation, on a machine that may be shared: what a step costs is measured by
-benchmarks.training.
+the steps without validation, in the other suites on a machine that may be shared: what a step
+costs is measured by benchmarks.training.
 """
 
 from __future__ import annotations
@@ -54,9 +61,11 @@ from sparse_transformer.train import Diverged, Trainer
 
 Row = Mapping[str, Any]
 
-VARIANTS = ("sparse", "static", "masked_dense", "dense")
+VARIANTS = ("sparse", "static", "masked_dense", "released", "dense")
 BASELINE = "masked_dense"
+RELEASED = "released"
 INTERRUPTED = 130
+_LINEARS = {"static": "sparse", RELEASED: "masked_dense"}
 _STATIC = {"start_multiple": 1.0, "drop_share": 0.0}
 
 
@@ -116,6 +125,7 @@ class Run:
                 seed=self.seed,
                 validate_every=self.validate_every,
                 validation_tokens=self.validation_tokens,
+                projection="topk" if self.variant == RELEASED else "select",
             ),
             model=ModelConfig(
                 vocab_size=self.vocab_size,
@@ -123,7 +133,8 @@ class Run:
                 d_model=self.d_model,
                 context=self.context,
                 active=None if self.variant == "dense" else 0.25,
-                linear="sparse" if self.variant == "static" else self.variant,
+                linear=_LINEARS.get(self.variant, self.variant),
+                abs_topk="torch" if self.variant == RELEASED else "kernel",
                 density=self.density,
                 embedding_density=self.embedding_density,
                 min_nonzeros=self.min_nonzeros,
@@ -180,6 +191,11 @@ SUITES: dict[str, list[Run]] = {
         for variant in ("masked_dense", "sparse")
     ],
     "width": _each(_WIDE, "sparse", "static", "masked_dense"),
+    "sooner": [
+        Run(variant, d_model=d_model, validate_every=50)
+        for d_model in (256, 512)
+        for variant in ("sparse", RELEASED)
+    ],
     "smoke": [
         *_each(_TINY, *VARIANTS),
         *_each(replace(_TINY, seed=1), "sparse", "masked_dense"),
@@ -298,11 +314,32 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
     return [row["val_loss"] / theirs[row["seed"]] - 1 for row in rows if row["seed"] in theirs]
 
 
+def seconds_to(row: Row, loss: float) -> float | None:
+    """Seconds of steps until the first validation that was at most `loss`, if there was one."""
+    reached = (point["seconds"] for point in row["curve"] if point["val_loss"] <= loss)
+    return next(reached, None)
+
+
+def sooner(rows: Sequence[Row], released: Sequence[Row]) -> list[float]:
+    """Seconds of the released recipe over those to its last loss, for the seeds of both.
+
+    0 where that loss was not reached.
+    """
+    theirs = {row["seed"]: row for row in released}
+    found = []
+    for row in rows:
+        if row["seed"] in theirs:
+            other = theirs[row["seed"]]
+            seconds = seconds_to(row, other["val_loss"])
+            found.append(other["seconds"] / seconds if seconds else 0.0)
+    return found
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """The lines of the table: a part for each group, a line for each variant."""
     heading = (
         f"{'variant':32} {'seeds':>5} {'L0':>8} {'val_loss':>8} {'least':>7} {'most':>7} "
-        f"{'vs masked dense (least, most)':>31} {'step ms':>8}"
+        f"{'vs masked dense (least, most)':>31} {'step ms':>8} {'sooner':>7}"
     )
     lines = []
     for group, names in groups(rows).items():
@@ -324,10 +361,12 @@ def table(rows: Sequence[Row]) -> list[str]:
                 against = f"{statistics.fmean(over):+.2%}"
                 if len(over) > 1:
                     against += f" ({min(over):+.2%}, {max(over):+.2%})"
+            factors = sooner(members, names.get(RELEASED, ())) if name != RELEASED else []
+            early = f"{min(factors):.1f}x" if factors else "-"
             lines.append(
                 f"{name:32} {len(members):5} {members[0]['l0']:8,} {statistics.fmean(losses):8.4f} "
                 f"{min(losses):7.4f} {max(losses):7.4f} {against:>31} "
-                f"{statistics.median(row['step_ms'] for row in members):8.1f}"
+                f"{statistics.median(row['step_ms'] for row in members):8.1f} {early:>7}"
             )
     lines += [f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"]]
     return lines
@@ -454,7 +493,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument(
-        "--suite", action="append", choices=(*_ALL, "all"), help="several may be given"
+        "--suite",
+        action="append",
+        choices=(*_ALL, "sooner", "all"),
+        help="several may be given; all leaves out sooner",
     )
     made.add_argument("--smoke", action="store_true", help="tiny, in seconds")
     made.add_argument("--json", type=Path, metavar="FILE", help="rows; runs in it are skipped")

@@ -42,6 +42,8 @@ class TrainConfig:
     """Compile the model with torch.compile, a sparse one when its fans have stopped shrinking."""
     clip_only: bool = False
     """Divide gradients by max(RMS, 1) as the paper says, not by the RMS as the released code."""
+    projection: Literal["select", "topk"] = "select"
+    """How masked_dense finds its largest weights: the fastest way known, or as released."""
     validate_every: int = 100
     """Steps between validations; the last step always has one."""
     validation_tokens: int = 131072

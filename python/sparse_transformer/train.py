@@ -148,7 +148,7 @@ class Trainer:
         if self.topology is not None and self.topology.step(self.step):
             self._topology_hash = self.topology.hash()
         elif self.settings.model.linear == "masked_dense":
-            project_(self.model, fraction)
+            project_(self.model, fraction, method=config.projection)
         self.step += 1
         return {
             "loss": loss,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.quality import SUITES, Run, difference, main
+from benchmarks.quality import SUITES, Run, difference, main, sooner
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     words = ["--smoke", "--json", str(path)]
     assert main([*words, "--most", "1"]) == 0
-    assert "6 runs of smoke are still missing" in capsys.readouterr().out
+    assert "7 runs of smoke are still missing" in capsys.readouterr().out
     content = json.loads(path.read_text())
     assert content["complete"] is False
     first = content["rows"]
@@ -55,8 +55,11 @@ def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_runs_differ_in_what_they_say() -> None:
-    everything = [run for suite in SUITES.values() for run in suite]
-    assert len({run.key for run in everything}) == len(everything)
+    for suite in SUITES.values():
+        assert len({run.key for run in suite}) == len(suite)
+    released = Run("released").settings()
+    assert (released.model.abs_topk, released.train.projection) == ("torch", "topk")
+    assert replace(released.model, abs_topk="kernel") == Run("masked_dense").settings().model
     static = Run("static", seed=3).settings()
     assert (static.topology.start_multiple, static.topology.drop_share) == (1, 0)
     assert (static.topology.seed, static.train.seed) == (3, 3)
@@ -67,6 +70,18 @@ def test_runs_differ_in_what_they_say() -> None:
 def test_difference_compares_equal_seeds() -> None:
     ours = [{"seed": 0, "val_loss": 1.1}, {"seed": 1, "val_loss": 5.0}]
     assert difference(ours, [{"seed": 0, "val_loss": 1.0}]) == pytest.approx([0.1])
+
+
+def test_sooner_counts_seconds_to_the_released_loss() -> None:
+    def row(seed: int, *points: tuple[float, float]) -> dict:
+        curve = [{"seconds": seconds, "val_loss": loss} for seconds, loss in points]
+        return {
+            "seed": seed, "curve": curve, "seconds": points[-1][0], "val_loss": points[-1][1],
+        }  # fmt: skip
+
+    released = [row(0, (50, 5.0), (100, 4.0)), row(1, (50, 5.0), (90, 1.0))]
+    ours = [row(0, (10, 5.0), (20, 4.0), (30, 3.0)), row(1, (10, 2.0)), row(2, (1, 0.0))]
+    assert sooner(ours, released) == [5.0, 0.0]
 
 
 def test_quality_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
