@@ -13,6 +13,7 @@ The variants take turns in one process:
                          connections; a step is given with its share of that, at its dearest.
     masked_dense         the published recipe as released: torch.topk and scatter for activations,
                          a global torch.topk over each matrix after every step.
+    masked_dense_abs_topk   the same with our abs_topk (in bfloat16).
     masked_dense_kernel  the same with our abs_topk, and with the fastest projection known.
     dense                nn.Linear, without AbsTopK: the plain model.
     masked_dense_compiled   on a GPU: masked_dense_kernel through torch.compile
@@ -49,6 +50,7 @@ from benchmarks.transformer.variants import (
     COMPILED,
     DENSE,
     MASKED_DENSE,
+    MASKED_DENSE_ABS_TOPK,
     MASKED_DENSE_KERNEL,
     SPARSE,
     Case,
@@ -103,7 +105,11 @@ def groups(parts: Sequence[str], shape: Shape, *, device: str, smoke: bool) -> l
         sparser = replace(shape, density=shape.density / 4)
         every = [
             *_cases(shape, SPARSE, MASKED_DENSE, MASKED_DENSE_KERNEL, DENSE),
-            *_cases(shape, SPARSE, MASKED_DENSE_KERNEL, DENSE, dtype="bfloat16"),
+            *_cases(
+                shape,
+                *(SPARSE, MASKED_DENSE_ABS_TOPK, MASKED_DENSE_KERNEL, DENSE),
+                dtype="bfloat16",
+            ),
             *([Case(shape, COMPILED, "bfloat16")] if device != "cpu" else []),
         ]
         memory = 1 if smoke else len(every)

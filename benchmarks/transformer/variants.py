@@ -67,12 +67,17 @@ class Variant:
 SPARSE = Variant("sparse", "sparse")
 # As released: torch.topk for the activations, and for the weights.
 MASKED_DENSE = Variant("masked_dense", "masked_dense", abs_topk="torch", projection="topk")
+# The same with our abs_topk.
+MASKED_DENSE_ABS_TOPK = Variant("masked_dense_abs_topk", "masked_dense", projection="topk")
 # As fast as masked dense can be made here: our abs_topk, and the fast projection.
 MASKED_DENSE_KERNEL = Variant("masked_dense_kernel", "masked_dense", projection="select")
 # The plain model: no zeros, no AbsTopK.
 DENSE = Variant("dense", "dense", active=None)
 COMPILED = Variant("masked_dense_compiled", "masked_dense", projection="select", compiled=True)
-VARIANTS = {v.name: v for v in (SPARSE, MASKED_DENSE, MASKED_DENSE_KERNEL, DENSE, COMPILED)}
+VARIANTS = {
+    v.name: v
+    for v in (SPARSE, MASKED_DENSE, MASKED_DENSE_ABS_TOPK, MASKED_DENSE_KERNEL, DENSE, COMPILED)
+}
 
 
 @dataclass(frozen=True)
