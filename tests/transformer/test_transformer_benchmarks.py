@@ -88,7 +88,7 @@ def test_training_rows_keep_the_schema(smoke: tuple[Path, str]) -> None:
     rows = content["rows"]
     assert {row["part"] for row in rows} == {"default", "l0", "width"}
     assert {row["variant"] for row in rows} == {
-        "sparse", "masked_dense", "masked_dense_kernel", "dense"
+        "sparse", "masked_dense", "masked_dense_abs_topk", "masked_dense_kernel", "dense"
     }  # fmt: skip
     for row in rows:
         check_row(row)
@@ -141,7 +141,7 @@ def test_result_file_fills_the_readme(
     assert "old" not in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert len(lines) == 2 + (9 if name == "training" else 18)
+    assert len(lines) == 2 + (10 if name == "training" else 18)
     assert "sparse" in capsys.readouterr().out
 
 
