@@ -130,6 +130,13 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                     grad_col_stride, pointer<void>(input), row_stride, col_stride,
                     pointer<void>(grad_values), tokens, threads});
         });
+    module.def("sum_tokens", [](const std::string& isa, const std::string& dtype, uintptr_t in,
+                                int64_t row_stride, uintptr_t out, int64_t tokens, int64_t cols,
+                                int threads) {
+        const auto kernel = sk::table_for(isa).sum_tokens[static_cast<int>(dtype_from(dtype))];
+        py::gil_scoped_release release;
+        kernel({pointer<void>(in), row_stride, pointer<void>(out), tokens, cols, threads});
+    });
     module.def("abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
                               int64_t row_stride, int64_t col_stride, uintptr_t y, int64_t rows,
                               int64_t cols, int64_t k, int threads) {

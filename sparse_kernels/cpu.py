@@ -284,6 +284,26 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     return out
 
 
+def sum_tokens(grad_output: Tensor) -> Tensor:
+    """`(M, N)`, any strides, to `(N,)`, accumulated in float32 at least and rounded once."""
+    assert _extension is not None, _missing
+    dtype = _dtype_name("grad_output", grad_output)
+    _check("grad_output", grad_output, (None, None), grad_output.dtype)
+    if grad_output.stride(1) != 1:
+        grad_output = grad_output.contiguous()
+    out = torch.empty(grad_output.shape[1], dtype=grad_output.dtype)
+    _extension.sum_tokens(
+        _isa,
+        dtype,
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        out.data_ptr(),
+        *grad_output.shape,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides."""
     return _topk(x, k, "abs_topk")

@@ -54,7 +54,7 @@ class SparseMatmul(Function):
             outputs, inputs = (x, grad) if transpose else (grad, x)
             grad_values = SampledMatmul.apply(outputs, inputs, layout, backend)
         if ctx.needs_input_grad[2]:
-            grad_bias = _sum_tokens(grad)
+            grad_bias = SumTokens.apply(grad, backend)
         return grad_x, grad_values, grad_bias, None, None, None
 
 
@@ -84,10 +84,17 @@ class SampledMatmul(Function):
         return grad_grad_output, grad_x, None, None
 
 
-def _sum_tokens(grad: Tensor) -> Tensor:
-    """`(M, N)` -> `(N,)`, accumulated in float32 at least and rounded once."""
-    wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
-    return grad.sum(0, dtype=wide).to(grad.dtype)
+class SumTokens(Function):
+    """`(M, N)` -> `(N,)`: what a bias gets."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, backend: str) -> Tensor:
+        ctx.tokens = grad_output.shape[0]
+        return ops.sum_tokens(grad_output, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].expand(ctx.tokens, -1), None
 
 
 def sparse_linear(

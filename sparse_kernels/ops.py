@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from sparse_kernels import backends
+from sparse_kernels import backends, cpu, reference
 from sparse_kernels.layout import FanInLayout, Transposed
 
 PRODUCTS = backends.PRODUCTS
@@ -147,6 +147,16 @@ def _schedule_fake(
     return [indices.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
+def _sum_tokens(grad_output: Tensor, backend: str) -> Tensor:
+    # PyTorch's own sum is as good on a GPU.
+    chosen = cpu if backend == "cpu" else reference
+    return chosen.sum_tokens(grad_output)
+
+
+def _sum_tokens_fake(grad_output: Tensor, backend: str) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[1])
+
+
 def _abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
     y: Tensor = backends.module(backend).abs_topk(x, k)
     return y
@@ -268,6 +278,9 @@ _schedule_op = _register(
     _schedule,
     _schedule_fake,
 )
+_sum_tokens_op = _register(
+    "sum_tokens(Tensor grad_output, str backend) -> Tensor", _sum_tokens, _sum_tokens_fake
+)
 _abs_topk_op = _register(
     "abs_topk(Tensor x, int k, str backend) -> Tensor", _abs_topk, _abs_topk_fake
 )
@@ -367,6 +380,12 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: st
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
     arguments = _layout_arguments(layout, backend, "grad_weight")
     grad: Tensor = _grad_weight_op(grad_output, x, *arguments, backend)
+    return grad
+
+
+def sum_tokens(grad_output: Tensor, backend: str) -> Tensor:
+    """The gradient of a bias: `(M, N)` -> `(N,)`; see `reference.sum_tokens`."""
+    grad: Tensor = _sum_tokens_op(grad_output, backend)
     return grad
 
 

@@ -145,6 +145,12 @@ def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return y.to(x.dtype)
 
 
+def sum_tokens(grad_output: Tensor) -> Tensor:
+    """The gradient of a bias: `(M, N)` -> `(N,)`, accumulated in float32 at least."""
+    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    return grad_output.sum(0, dtype=wide).to(grad_output.dtype)
+
+
 def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keeps the `k` largest `|x|` of each row of x `(M, D)`, zero elsewhere.
 

@@ -66,6 +66,14 @@ struct GeluAbsTopkBackwardArguments {
     int threads;
 };
 
+struct SumTokensArguments {
+    const void* in;
+    int64_t row_stride;
+    void* out;
+    int64_t tokens, cols;
+    int threads;
+};
+
 // Scales, one of each row, are in the compute type.
 struct NormAbsTopkArguments {
     const void* x;
@@ -120,6 +128,7 @@ struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
     void (*scatter[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
+    void (*sum_tokens[kDTypes])(const SumTokensArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);

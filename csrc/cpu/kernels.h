@@ -21,6 +21,7 @@
 #include "gather.h"
 #include "grad_weight.h"
 #include "scatter.h"
+#include "sum_tokens.h"
 
 namespace sk {
 namespace {
@@ -58,6 +59,12 @@ void run_grad_weight(const GradWeightArguments& arguments) {
         Matrix<const T>{static_cast<const T*>(arguments.input), arguments.input_row_stride,
                         arguments.input_col_stride},
         static_cast<T*>(arguments.grad_values), arguments.tokens, arguments.threads});
+}
+
+template <class T>
+void run_sum_tokens(const SumTokensArguments& arguments) {
+    sum_tokens(static_cast<const T*>(arguments.in), arguments.row_stride,
+               static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
 }
 
 template <class T>
@@ -163,6 +170,7 @@ const KernelTable& SK_ISA_TABLE() {
         {run_gather<float>, run_gather<Bf16>, run_gather<double>},
         {run_scatter<float>, run_scatter<Bf16>, run_scatter<double>},
         {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
+        {run_sum_tokens<float>, run_sum_tokens<Bf16>, run_sum_tokens<double>},
         {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
         {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
         {run_gelu_abs_topk<float>, run_gelu_abs_topk<Bf16>, run_gelu_abs_topk<double>},
