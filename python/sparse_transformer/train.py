@@ -176,8 +176,12 @@ class Trainer:
         )
         with torch.no_grad(), self._autocast():
             for tokens, targets in batches:
+                windows = len(tokens)
+                if windows == 0:
+                    # The ranks of a sharded model must compute together: any window, counted as 0.
+                    tokens = targets = torch.zeros(1, context, dtype=torch.int64)
                 loss = self.model.loss(*self._move(tokens, targets))
-                total += torch.stack([loss.double() * len(tokens), total.new_tensor(len(tokens))])
+                total += torch.stack([loss.double() * windows, total.new_tensor(windows)])
         loss_sum, count = self.ranks.sum(total).tolist()
         return float(loss_sum / count)
 
