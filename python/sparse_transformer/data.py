@@ -191,7 +191,7 @@ def validation_batches(
     """The same windows each time: up to `windows` of them, evenly spaced, without overlap.
 
     Yields `(tokens, targets)` as `Batches.at` does, at most `batch` windows at once; rank `r` gets
-    every `world`-th window.
+    every `world`-th window. Every rank gets equally many batches, the last may have no window.
 
     Raises:
         UserError: too few tokens for one window.
@@ -199,9 +199,9 @@ def validation_batches(
     _check_length(tokens, context, "validation")
     available = (len(tokens) - 1) // context
     count = min(windows, available)
-    starts = (np.arange(count) * available // count * context)[rank::world]
-    for first in range(0, len(starts), batch):
-        yield _windows(tokens, starts[first : first + batch], context)
+    starts = np.arange(count) * available // count * context
+    for first in range(0, count, batch * world):
+        yield _windows(tokens, starts[first : first + batch * world][rank::world], context)
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:

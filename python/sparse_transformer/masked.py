@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer.sharding import like, whole
+
 # Larger than any weight; what the script writes over the scores that are to be kept anyway.
 _ALWAYS = 1e10
 
@@ -119,12 +121,18 @@ def project_(model: nn.Module, fraction: float = 1.0, *, method: str = "select")
         # so is this, for the same L0.
         count = max(count, layer.min_fan_in * rows, layer.min_fan_out * columns, 1)
         if count < weight.numel():
-            weight.masked_fill_(_dropped(layer, count, method), 0)
+            # Of a sharded model one matrix at a time is whole.
+            score = whole(weight).abs()
+            weight.masked_fill_(like(_dropped(layer, score, count, method), weight), 0)
 
 
-def _dropped(layer: MaskedLinear | MaskedEmbedding, count: int, method: str) -> Tensor:
-    """bool, the weight's shape: True for all but the `count` entries to keep."""
-    score = layer.weight.abs()
+def _dropped(
+    layer: MaskedLinear | MaskedEmbedding, score: Tensor, count: int, method: str
+) -> Tensor:
+    """bool, the shape of `score`: True for all but the `count` largest, but at least the layer's.
+
+    Overwrites `score`.
+    """
     if layer.min_fan_in:
         score.scatter_(1, score.topk(layer.min_fan_in, dim=1, sorted=False).indices, _ALWAYS)
     elif layer.min_fan_out:

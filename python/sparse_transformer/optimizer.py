@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer.sharding import whole
+
 # Parts of a parameter's qualified name that exempt it from weight decay.
 _NO_DECAY = {"bigram", "sinks"}
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -63,7 +65,7 @@ def normalize_gradients_(parameters: Iterable[Tensor], *, clip_only: bool) -> fl
 
     `g <- g / (RMS + 1e-5)` as the released script does, or with `clip_only` `g <- g / max(RMS, 1)`
     as the paper says. `RMS = sqrt(sum g^2 / count)` over every element of every gradient that
-    exists. Call it after the gradients were reduced over the ranks.
+    exists, on whatever rank. Call it after the gradients were reduced over the ranks.
 
     For a masked dense model these are the gradients at all positions, for a sparse one those at the
     kept positions. The root of a *mean* makes the two comparable: a weight that exists sees about
@@ -77,7 +79,7 @@ def normalize_gradients_(parameters: Iterable[Tensor], *, clip_only: bool) -> fl
     count = sum(grad.numel() for grad in grads)
     if count == 0:
         return 0.0
-    rms = float(torch.nn.utils.get_total_norm(grads)) / count**0.5
+    rms = float(whole(torch.nn.utils.get_total_norm(grads))) / count**0.5
     if math.isfinite(rms):
         torch._foreach_mul_(grads, 1 / max(rms, 1.0) if clip_only else 1 / (rms + 1e-5))
     return rms

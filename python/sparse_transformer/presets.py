@@ -54,6 +54,8 @@ class TrainConfig:
     """Checkpoints to keep."""
     max_rise: float = 3.0
     """Stop when the smoothed loss is this far, in nats, above the least it has been."""
+    shard: bool = False
+    """Spread the state of a dense or masked_dense model over the ranks, which need less memory."""
     rank_timeout: float = 600.0
     """Seconds to wait for another rank before giving up."""
     tensorboard: bool = True

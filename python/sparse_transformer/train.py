@@ -2,6 +2,7 @@
 
 On several devices `torchrun --nproc-per-node 2 -m sparse_transformer.train ...`: each rank computes
 its part of the same global batch, gradients are averaged, and all ranks keep the same connections.
+With `--shard` each rank keeps a part of a dense model; whatever is written is the same without.
 
 A run lies in one folder: `config.json`, `tokenizer.json`, `metrics.jsonl` (a line per step),
 `step-*/` (checkpoints), `tensorboard/` and `loss.png`. Whatever ends it, `--resume` goes on from
@@ -29,7 +30,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_transformer import checkpoint, metrics
+from sparse_transformer import checkpoint, metrics, sharding
 from sparse_transformer.checkpoint import Checkpoint
 from sparse_transformer.data import Batches, Corpus, prepare, validation_batches
 from sparse_transformer.errors import UserError
@@ -76,6 +77,10 @@ class Trainer:
         config = settings.train
         self.settings, self.ranks, self.corpus = settings, here, corpus
         self.dtype = _dtype(config, here.device)
+        if config.shard:
+            reason = sharding.why_not(settings.model.linear, here.world)
+            if reason:
+                raise UserError(reason)
         context = settings.model.context
         windows = _windows(config, context, here.world)
         self._batches = Batches(
@@ -101,6 +106,8 @@ class Trainer:
             self.model = Transformer.from_state(
                 settings.model, checkpoint.part(point.tensors, "model"), device=here.device
             )
+        if config.shard:
+            sharding.shard_(self.model, here.world, here.device)
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.topology = (
             Topology(self.model, self.optimizer, settings.topology, config.steps)
@@ -176,18 +183,26 @@ class Trainer:
         )
         with torch.no_grad(), self._autocast():
             for tokens, targets in batches:
+                windows = len(tokens)
+                if windows == 0:
+                    # The ranks of a sharded model must compute together: any window, counted as 0.
+                    tokens = targets = torch.zeros(1, context, dtype=torch.int64)
                 loss = self.model.loss(*self._move(tokens, targets))
-                total += torch.stack([loss.double() * len(tokens), total.new_tensor(len(tokens))])
+                total += torch.stack([loss.double() * windows, total.new_tensor(windows)])
         loss_sum, count = self.ranks.sum(total).tolist()
         return float(loss_sum / count)
 
     def l0(self) -> int:
-        """Nonzero weights of all matrices: for the sparse ones, those that exist."""
+        """Nonzero weights of all matrices: for the sparse ones, those that exist.
+
+        All ranks must call it.
+        """
         if self.topology is not None:
             return sum(layer.weight.numel() for layer in self.model.sparse_layers().values())
         masked = masked_layers(self.model).values()
         if masked:
-            return sum(int(torch.count_nonzero(layer.weight)) for layer in masked)
+            counts = torch.stack([torch.count_nonzero(layer.weight) for layer in masked])
+            return int(sharding.whole(counts.sum()))
         return sum(
             module.weight.numel()
             for module in self.model.modules()
@@ -197,11 +212,13 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors, and what JSON can hold.
 
+        All ranks must call it; only the first one gets tensors, on the CPU.
+
         Raises:
             Diverged: a parameter is not finite, so that this is no state to go back to.
         """
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(sharding.whole(parameter)).all():
                 raise Diverged(f"{name} is no longer finite after step {self.step}")
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
@@ -220,7 +237,7 @@ class Trainer:
             state = dict(self.topology.state_dict())
             flat, meta["topology"] = checkpoint.flatten(state, "topology")
             tensors.update(flat)
-        return tensors, meta
+        return sharding.gather(tensors, keep=self.ranks.first), meta
 
     def _restore(self, point: Checkpoint) -> None:
         """Optimizer, topology and generators; the model has its tensors already."""
@@ -235,7 +252,10 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             state = checkpoint.part(tensors, f"optimizer.{name}")
             if state:
-                packed["state"][numbers[parameter]] = state
+                packed["state"][numbers[parameter]] = {
+                    key: sharding.like(value, parameter) if value.dim() else value
+                    for key, value in state.items()
+                }
         self.optimizer.load_state_dict(packed)
         if self.topology is not None:
             self.topology.load_state_dict(
@@ -253,7 +273,8 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         while True:
             share = self._backward()
-            self.ranks.average_gradients_(parameters)
+            if not self.settings.train.shard:  # which has averaged them already
+                self.ranks.average_gradients_(parameters)
             loss = float(self.ranks.sum(share)) / self.ranks.world
             if not math.isfinite(loss):
                 raise Diverged(f"the loss of step {self.step + 1} is {loss}")
@@ -385,14 +406,14 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         trainer = Trainer(settings, corpus, here, point)
         here.wait()
         signals = stack.enter_context(_Signals())
-        output = None
+        output, l0 = None, trainer.l0()
         if here.first:
             if point is not None:
                 checkpoint.set_aside(out, point.step)
             _write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
             tokenizer = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
             _write_atomically(out / "tokenizer.json", tokenizer)
-            output = _Output(trainer, out, point)
+            output = _Output(trainer, out, point, l0)
             stack.callback(output.close)
         status = _loop(trainer, signals, out, output)
         # Who leaves early takes the connection of the others with it.
@@ -414,8 +435,10 @@ def _loop(trainer: Trainer, signals: _Signals, out: Path, output: _Output | None
             stop = trainer.agree(signals.received)
             if output is not None:
                 output.write(line)
-                if last or stop or trainer.step % config.save_every == 0:
-                    output.save()
+            if last or stop or trainer.step % config.save_every == 0:
+                tensors, meta = trainer.state()
+                if output is not None:
+                    output.save(tensors, meta)
         except Diverged as error:
             raise Diverged(_way_back(error, out)) from error
         if stop:
@@ -452,7 +475,7 @@ class _Signals:
 class _Output:
     """Files and progress bar of the first rank."""
 
-    def __init__(self, trainer: Trainer, out: Path, point: Checkpoint | None) -> None:
+    def __init__(self, trainer: Trainer, out: Path, point: Checkpoint | None, l0: int) -> None:
         self._trainer, self._out = trainer, out
         self._saved = point.step if point else 0
         config = trainer.settings.train
@@ -474,7 +497,7 @@ class _Output:
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         self.note(
             f"{out}: {trainer.settings.model.linear}, {parameters:,} parameters now, "
-            f"{trainer.l0():,} weights in the matrices, "
+            f"{l0:,} weights in the matrices, "
             f"{len(trainer.corpus.train):,} + {len(trainer.corpus.validation):,} tokens"
             + (f", from step {point.step}" if point else "")
         )
@@ -495,12 +518,9 @@ class _Output:
                 f"L0 {line['l0']:,}  {line['tokens']:,} tokens  {line['seconds']:.0f} s"
             )
 
-    def save(self) -> None:
-        """Writes a checkpoint of the step that is done, unless there is one."""
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Writes a checkpoint of the step that is done, with the trainer's state."""
         step = self._trainer.step
-        if step == self._saved:
-            return
-        tensors, meta = self._trainer.state()
         meta["metrics_position"] = self._metrics.position()
         meta["seconds"] = self._seconds()
         checkpoint.save(self._out, step, tensors, meta, keep=self._trainer.settings.train.keep)

@@ -245,10 +245,17 @@ def test_windows_stay_the_same_for_ever():
 def test_validation_windows_do_not_overlap(length, context, windows, batch, world):
     tokens = np.arange(length, dtype=np.uint16)
     found = []
-    for rank in range(world):
-        for ids, targets in data.validation_batches(
-            tokens, context=context, batch=batch, windows=windows, rank=rank, world=world
-        ):
+    batches = [
+        list(
+            data.validation_batches(
+                tokens, context=context, batch=batch, windows=windows, rank=rank, world=world
+            )
+        )
+        for rank in range(world)
+    ]
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    for of_rank in batches:
+        for ids, targets in of_rank:
             assert len(ids) <= batch
             torch.testing.assert_close(targets, ids + 1)
             found += ids[:, 0].tolist()
