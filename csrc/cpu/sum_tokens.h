@@ -15,16 +15,19 @@ template <class T>
 void sum_tokens(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t cols,
                 int threads) {
     using C = Compute<T>;
-    constexpr int64_t kN = kLanes<C>, kParts = 64;
+    constexpr int64_t kN = kLanes<C>, kRows = 128;
     constexpr int kAtOnce = 8;
     const int64_t padded = (cols + kN - 1) / kN * kN;
-    const int64_t part = (tokens + kParts - 1) / kParts;
+    // Parts of some kRows tokens, a power of two of them.
+    int64_t parts = 32;
+    while (parts < 1024 && parts * kRows < tokens) parts *= 2;
+    const int64_t part = (tokens + parts - 1) / parts;
     Arena arena;
-    const size_t at = arena.reserve<C>(kParts * padded);
+    const size_t at = arena.reserve<C>(parts * padded);
     arena.allocate();
     C* const all_sums = arena.at<C>(at);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < kParts; ++k) {
+    for (int64_t k = 0; k < parts; ++k) {
         C* const sums = all_sums + k * padded;
         std::fill(sums, sums + padded, C(0));
         const int64_t end = std::min(tokens, (k + 1) * part);
@@ -45,8 +48,8 @@ void sum_tokens(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t
             }
         }
     }
-    for (int64_t apart = 1; apart < kParts; apart *= 2) {  // neighbours, then pairs of them, ..
-        for (int64_t k = 0; k < kParts; k += 2 * apart) {
+    for (int64_t apart = 1; apart < parts; apart *= 2) {  // neighbours, then pairs of them, ..
+        for (int64_t k = 0; k < parts; k += 2 * apart) {
             C* const sums = all_sums + k * padded;
             for (int64_t c = 0; c < padded; c += kN)
                 store(sums + c, load(sums + c) + load(sums + apart * padded + c));
