@@ -408,7 +408,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         pair[0].legend(fontsize=8)
         pair[0].set_title(
             f"d_model {shape['d_model']}, {shape['n_layer']} layers, "
-            f"blocks {_density(shape['density'])}",
+            f"blocks {_density(shape['density'])}, learning rate {shape['learning_rate']:g}",
             fontsize=9,
         )
     figure.suptitle(title, fontsize=7)
