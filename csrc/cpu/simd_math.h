@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) Vec<float> exp_negative(Vec<float> x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     // The last bits of `shifted` are n. A product, so that a NaN stays one.
-    const Int power = (reinterpret_cast<Int>(shifted) << 23) + 0x3f800000;
+    const Words power = (reinterpret_cast<Words>(shifted) << 23) + 0x3f800000u;
     p = p * reinterpret_cast<Vec<float>>(power);
     return reinterpret_cast<Vec<float>>(reinterpret_cast<Int>(p) & ~vanishes);
 }
