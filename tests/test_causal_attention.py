@@ -78,8 +78,6 @@ def test_errors_are_at_most_twice_those_of_dense_products(isa, dtype, case, seed
     with cpu.use_isa(isa):
         made = results(qkv, sinks, grad)
     peers = by_torch(qkv, sinks, grad)
-    if dtype == torch.float64:
-        peers = exact
     for got, peer, want in zip(made, peers, exact, strict=True):
         assert got.dtype == dtype
         scale = float(want.abs().max()) + 1.0
@@ -88,6 +86,10 @@ def test_errors_are_at_most_twice_those_of_dense_products(isa, dtype, case, seed
         # exp is good to a unit in the last place, of which a softmax multiplies the rounding of
         # the scores; y is stored rounded, which its gradients see.
         allowed += 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * scale
+        if dtype == torch.float64:
+            # PyTorch's result stands for the exact one, whose own error is not known: scores of a
+            # hundred are rounded by a hundred units in both.
+            allowed = 1000 * torch.finfo(dtype).eps * scale
         if dtype == torch.bfloat16:
             allowed += 4 * torch.finfo(dtype).eps * scale
         assert error <= allowed, (error, allowed)
