@@ -123,7 +123,7 @@ def prepare(
     disable = None if progress is None else not progress
     documents, skipped = _read(source, disable)
     key = _key(documents, vocab_size)
-    root = Path(cache_dir) if cache_dir is not None else _default_cache()
+    root = Path(cache_dir) if cache_dir is not None else default_cache()
     folder = root / key
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def _key(documents: list[_Document], vocab_size: int) -> str:
     return digest.hexdigest()[:24]
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "sparse_transformer")
 

@@ -18,10 +18,9 @@ import tyro
 from torch import Tensor
 
 from sparse_transformer.attention import KVCache
-from sparse_transformer.checkpoint import load_model
-from sparse_transformer.data import load_tokenizer
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
+from sparse_transformer.run import load_run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -155,18 +154,9 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     """
     if config.batch < 1:
         raise UserError(f"--batch must be at least 1, got {config.batch}: choose more")
-    try:
-        device = torch.device(config.device)
-        generator = torch.Generator(device).manual_seed(config.seed)
-    except RuntimeError as error:
-        raise UserError(f"there is no device {config.device!r}: use --device cpu") from error
-    model = load_model(config.checkpoint, config.step, device=device).eval()
-    tokenizer = load_tokenizer(_tokenizer_of(config.checkpoint))
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
-            f"{model.config.vocab_size}: copy the tokenizer.json of its run there"
-        )
+    model, tokenizer = load_run(config.checkpoint, config.step, config.device)
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(config.seed)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     end = model.config.vocab_size - 1
     # After the end of a file begins the next one.
@@ -199,12 +189,6 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     for row in range(1, config.batch):
         out.write(f"\n=== {row + 1} of {config.batch}\n{prompt}{others[row]}{texts[row].rest()}\n")
     out.flush()
-
-
-def _tokenizer_of(checkpoint: Path) -> Path:
-    """`tokenizer.json` of the run, also where a checkpoint in the run's folder is named."""
-    inside = checkpoint / "tokenizer.json"
-    return inside if inside.exists() else checkpoint.parent / "tokenizer.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

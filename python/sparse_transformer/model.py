@@ -322,7 +322,12 @@ class Transformer(nn.Module):
         return model
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Logits of each next token.
 
@@ -331,16 +336,26 @@ class Transformer(nn.Module):
             cache: keys and values of the tokens before these; it takes up those of these. For
                 inference, without gradients.
             last_only: only the logits of the last position are made.
+            at: int64 `(B,)`, only those of this position of each sequence; what comes after it,
+                such as padding, has no influence. Not with last_only.
 
         Returns:
             `(B, T, V)`, or `(B, 1, V)`.
 
         Raises:
-            ValueError: tokens of another rank, dtype or number.
+            ValueError: tokens of another rank, dtype or number; `at` of another shape or dtype.
         """
+        if at is not None and (last_only or at.shape != tokens.shape[:1] or at.is_floating_point()):
+            raise ValueError(
+                f"at must be int64 ({tokens.shape[0]},) and not with last_only, "
+                f"got {at.dtype} of shape {tuple(at.shape)}"
+            )
         x = self._residual(tokens, cache)
         if last_only:
             x, tokens = x[:, -1:], tokens[:, -1:]
+        if at is not None:
+            rows = torch.arange(tokens.shape[0], device=tokens.device)
+            x, tokens = x[rows, at].unsqueeze(1), tokens[rows, at].unsqueeze(1)
         logits = self._logits(x)
         if self.bigram is None:
             return logits

@@ -150,6 +150,20 @@ PRESETS: dict[str, Settings] = {
             # Of 0.0128, 0.03, 0.08 and 0.2 the best, at 500 steps.
             optimizer=OptimizerConfig(learning_rate=0.08),
         ),
+        # Solves some of the circuit tasks after an hour on one core.
+        Settings(
+            preset="circuits",
+            train=TrainConfig(
+                steps=5500,
+                batch_tokens=4096,
+                validate_every=250,
+                validation_tokens=65536,
+                save_every=250,
+            ),
+            model=ModelConfig(n_layer=2, d_model=384, density=1 / 24, embedding_density=1 / 12),
+            topology=TopologyConfig(start_multiple=3.0, anneal_share=0.25),
+            optimizer=OptimizerConfig(learning_rate=0.05),
+        ),
         Settings(preset="d256", **_published(256), train=TrainConfig(steps=4000)),
         Settings(preset="d512", **_published(512), train=TrainConfig(steps=4000)),
         Settings(

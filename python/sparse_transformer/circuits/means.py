@@ -1,0 +1,156 @@
+"""Mean activations over the training corpus, at which ablated nodes are frozen, and snippets.
+
+The corpus is that of the run, or any that is given; its text is encoded with the run's tokenizer.
+Means are kept in the user's cache, by the weights of the model and the tokens they were taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_transformer import taps
+from sparse_transformer.circuits.circuit import Snippet
+from sparse_transformer.circuits.nodes import Places
+from sparse_transformer.data import Corpus
+from sparse_transformer.model import Transformer
+
+_ROWS = 16
+_CONTEXT_BEFORE, _CONTEXT_AFTER = 12, 4
+
+
+def windows(corpus: Corpus, tokenizer: Tokenizer, context: int, count: int) -> Tensor:
+    """int64 `(count, context)`, evenly spaced over the training tokens; fewer if there are fewer.
+
+    Where the corpus on this machine has another tokenizer, the text is encoded anew.
+    """
+    available = (len(corpus.train) - 1) // context
+    count = max(1, min(count, available))
+    starts = np.arange(count) * available // count * context
+    picked = np.stack([corpus.train[start : start + context] for start in starts])
+    if tokenizer.to_str() != corpus.tokenizer.to_str():
+        texts = [corpus.tokenizer.decode(row, skip_special_tokens=False) for row in picked.tolist()]
+        ids = [id for encoding in tokenizer.encode_batch(texts) for id in encoding.ids]
+        rows = max(1, len(ids) // context)
+        picked = np.array(ids[: rows * context]).reshape(rows, -1)
+    return torch.from_numpy(picked.astype(np.int64))
+
+
+def mean_activations(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    """The mean over all tokens by place, and by `{layer}.attn.y`; float32 `(C,)` each.
+
+    Args:
+        model: in evaluation.
+        tokens: int64 `(rows, context)`.
+        cache_dir: where to keep the result and to look for it; None does neither.
+        progress: show a progress bar; by default where stderr is a terminal.
+    """
+    path = None
+    if cache_dir is not None:
+        path = Path(cache_dir, f"means-{_hash(model, tokens)}.safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            pass  # none yet, or a broken one: it is made anew
+    sums: dict[str, Tensor] = {}
+    for seen in _recorded(model, tokens, "means", progress):
+        for name, value in seen.items():
+            total = value.double().sum((0, 1))
+            sums[name] = total if name not in sums else sums[name] + total
+    means = {name: (total / tokens.numel()).float() for name, total in sums.items()}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            save_file(means, file.name)
+        os.replace(file.name, path)
+    return means
+
+
+def top_snippets(
+    model: Transformer,
+    tokens: Tensor,
+    nodes: list[tuple[str, int]],
+    texts: list[str],
+    *,
+    count: int = 4,
+    progress: bool | None = None,
+) -> dict[str, tuple[Snippet, ...]]:
+    """Where in `tokens` each node's activation is largest in magnitude, by `place:channel`.
+
+    Args:
+        nodes: place and channel of each.
+        texts: of each token id.
+        count: how many snippets; from different rows.
+    """
+    by_place: dict[str, list[int]] = {}
+    for place, channel in nodes:
+        by_place.setdefault(place, []).append(channel)
+    kept: dict[str, list[Tensor]] = {place: [] for place in by_place}
+    for seen in _recorded(model, tokens, "snippets", progress):
+        for place, channels in by_place.items():
+            kept[place].append(seen[place][..., channels].clone())
+    found: dict[str, tuple[Snippet, ...]] = {}
+    for place, channels in by_place.items():
+        values = torch.cat(kept[place])  # (rows, T, channels)
+        for column, channel in enumerate(channels):
+            found[f"{place}:{channel}"] = _snippets(values[..., column], tokens, texts, count)
+    return found
+
+
+def _snippets(values: Tensor, tokens: Tensor, texts: list[str], count: int) -> tuple[Snippet, ...]:
+    peaks, places = values.abs().max(1)  # (rows,)
+    snippets = []
+    for row in peaks.topk(min(count, len(peaks))).indices.tolist():
+        if peaks[row] == 0:
+            break
+        at = int(places[row])
+        first = max(0, at - _CONTEXT_BEFORE)
+        part = slice(first, at + _CONTEXT_AFTER + 1)
+        snippets.append(
+            Snippet(
+                tuple(texts[token] for token in tokens[row, part].tolist()),
+                at - first,
+                tuple(round(value, 4) for value in values[row, part].tolist()),
+            )
+        )
+    return tuple(snippets)
+
+
+@torch.no_grad()
+def _recorded(
+    model: Transformer, tokens: Tensor, name: str, progress: bool | None
+) -> Iterator[dict[str, Tensor]]:
+    """What the taps of nodes see, some rows at a time."""
+    places = Places.of(model.config)
+    names = [*places.names, *(name[:-1] + "y" for name in places.names if name.endswith(".v"))]
+    disable = None if progress is None else not progress
+    device = model.norm.weight.device
+    for rows in tqdm(tokens.split(_ROWS), name, unit=" batches", disable=disable, leave=False):
+        with taps.record(model, names) as seen:
+            model(rows.to(device), last_only=True)
+        yield seen
+
+
+def _hash(model: Transformer, tokens: Tensor) -> str:
+    digest = hashlib.sha256(tokens.numpy().tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]

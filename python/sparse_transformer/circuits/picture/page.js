@@ -1,0 +1,322 @@
+"use strict";
+// What moves in the page. Texts of the circuit become text nodes and attributes, never markup.
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const circuit = JSON.parse(byId("circuit").textContent);
+  const picture = byId("picture");
+  const scroller = byId("scroller");
+  const nodes = circuit.nodes;
+  const place = new Map(nodes.map((node, index) => [node.id, index]));
+
+  // By index in circuit.nodes and circuit.edges.
+  const shapes = new Array(nodes.length);
+  const order = [...picture.querySelectorAll(".node")];
+  for (const shape of order) shapes[Number(shape.dataset.node)] = shape;
+  const marks = circuit.edges.map(() => []);
+  for (const mark of picture.querySelectorAll("[data-edge]")) marks[Number(mark.dataset.edge)].push(mark);
+  const arriving = nodes.map(() => []);
+  const leaving = nodes.map(() => []);
+  circuit.edges.forEach((edge, index) => {
+    const [source, target] = [place.get(edge.source), place.get(edge.target)];
+    leaving[source].push({ index, other: target });
+    arriving[target].push({ index, other: source });
+  });
+
+  // --- words ---
+
+  // The same as `visible` in text.py.
+  function visible(text) {
+    if (!text) return "∅";
+    const inner = text.replace(/^ +| +$/g, "");
+    const start = text.length - text.replace(/^ +/, "").length;
+    const signs = Array.from(inner, (char) => {
+      if (char === "\n") return "⏎";
+      if (char === "\t") return "⇥";
+      if (char !== " " && /[\p{C}\p{Z}]/u.test(char))
+        return "\\u" + char.codePointAt(0).toString(16).padStart(4, "0");
+      return char;
+    });
+    return "·".repeat(start) + signs.join("") + "·".repeat(text.length - start - inner.length);
+  }
+
+  function signed(value) {
+    const size = Math.abs(value);
+    const usual = size === 0 || (size >= 0.005 && size < 1000);
+    return (value < 0 ? "−" : "+") + (usual ? size.toFixed(2) : size.toExponential(0));
+  }
+
+  const sign = (value) => (value < 0 ? "negative" : "positive");
+  const isEnd = (node) => node.kind === "token" || node.kind === "answer";
+  const nameOf = (node) => visible(node.label || (isEnd(node) ? "" : `${node.kind} ${node.channel}`));
+
+  function element(tag, attributes, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+
+  // --- the panel ---
+
+  function tokens(texts, activations, largest, peak = -1) {
+    const strip = element("div", { class: "tokens" });
+    texts.forEach((text, at) => {
+      const span = element("span", {}, visible(text));
+      const value = activations?.[at];
+      if (value !== undefined) {
+        span.title = `${visible(text)}  ${signed(value)}`;
+        span.className = sign(value);
+        span.style.setProperty("--share", largest ? Math.abs(value) / largest : 0);
+      }
+      if (at === peak) span.classList.add("peak");
+      strip.append(span);
+      // Where a line ended it ends here too.
+      if (text.endsWith("\n")) strip.append("\n");
+    });
+    return strip;
+  }
+
+  function ends(title, links) {
+    const box = element("div", {}, element("h3", {}, title));
+    const sorted = [...links].sort(
+      (a, b) => Math.abs(circuit.edges[b.index].weight) - Math.abs(circuit.edges[a.index].weight),
+    );
+    for (const { index, other } of sorted) {
+      const edge = circuit.edges[index];
+      const weighted = edge.kind !== "residual" && edge.kind !== "attention";
+      const weight = weighted
+        ? element("span", { class: `weight ${sign(edge.weight)}` }, signed(edge.weight))
+        : element("span", { class: "weight" }, edge.kind);
+      const button = element("button", { type: "button" }, element("span", {}, nameOf(nodes[other])), weight);
+      button.addEventListener("click", () => go(other));
+      box.append(button);
+    }
+    if (!sorted.length) box.append(element("p", { class: "none" }, "nothing"));
+    return box;
+  }
+
+  function examples(node, largest) {
+    const parts = [];
+    for (const example of circuit.examples) {
+      const right = example.logit_difference > 0;
+      const difference = element("span", right ? {} : { class: "wrong" }, signed(example.logit_difference));
+      const line = element(
+        "p", { class: "answer-line" },
+        "then ", element("code", {}, visible(example.right)),
+        " over ", element("code", {}, visible(example.wrong)), " by ", difference,
+        right ? "" : element("span", { class: "wrong" }, ", which is wrong"),
+      );
+      const first = example.positive ? "example first" : "example";
+      parts.push(
+        element("div", { class: first }, tokens(example.tokens, example.activations[node.id], largest), line),
+      );
+    }
+    return parts;
+  }
+
+  function scaleOf(node) {
+    const own = circuit.examples.map((example) => example.activations[node.id] ?? []);
+    const found = (circuit.snippets[node.id] ?? []).map((snippet) => snippet.activations);
+    return [...own, ...found].flat().reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
+  function fact(list, name, value) {
+    list.append(element("dt", {}, name), element("dd", {}, value));
+  }
+
+  function describe(index) {
+    const node = nodes[index];
+    const largest = scaleOf(node);
+    const whole = element("div", {}, element("h2", {}, nameOf(node)));
+    const where = shapes[index].dataset.place;
+    whole.append(element("p", { class: "where" }, pinned === index ? `${where} · kept here` : where));
+    const list = element("dl", {});
+    fact(list, "kind", node.kind);
+    if (!isEnd(node)) {
+      fact(list, "place", node.id);
+      fact(list, "mean", signed(node.mean));
+      if (node.importance !== null) fact(list, "importance", `${signed(node.importance)} loss without it`);
+    }
+    if (largest) fact(list, "strongest", `${signed(largest).slice(1)}, the darkest colour below`);
+    whole.append(list);
+    whole.append(
+      element("div", { class: "ends" }, ends(`reads (${arriving[index].length})`, arriving[index]),
+        ends(`read by (${leaving[index].length})`, leaving[index])),
+    );
+    if (circuit.examples.length) {
+      whole.append(element("h3", {}, isEnd(node) ? "Prompts" : "On the prompts"));
+      whole.append(...examples(node, largest));
+    }
+    const snippets = circuit.snippets[node.id] ?? [];
+    if (snippets.length) whole.append(element("h3", {}, "Where it is most active in the corpus"));
+    for (const { tokens: texts, at, activations } of snippets) {
+      const line = element("p", { class: "answer-line" }, signed(activations[at] ?? 0), " at ", element("code", {}, visible(texts[at] ?? "")));
+      whole.append(element("div", { class: "example" }, tokens(texts, activations, largest, at), line));
+    }
+    byId("details").replaceChildren(whole);
+  }
+
+  // --- what is looked at ---
+
+  let active = null; // pointed at or focused
+  let pinned = null;
+  let current = null; // in the panel
+  let kept = null; // `pinned` when the panel was written
+
+  function light() {
+    const shown = pinned ?? active;
+    for (const lit of picture.querySelectorAll(".lit")) lit.classList.remove("lit");
+    picture.classList.toggle("looking", shown !== null);
+    if (shown === null) return;
+    shapes[shown].classList.add("lit");
+    for (const { index, other } of [...arriving[shown], ...leaving[shown]]) {
+      shapes[other].classList.add("lit");
+      for (const mark of marks[index]) mark.classList.add("lit");
+    }
+  }
+
+  function update() {
+    light();
+    const shown = pinned ?? active ?? current;
+    if (shown === current && pinned === kept) return;
+    order.forEach((shape) => shape.setAttribute("aria-pressed", String(shape === shapes[pinned])));
+    if (current !== null) shapes[current].classList.remove("current");
+    [current, kept] = [shown, pinned];
+    shapes[current].classList.add("current");
+    describe(current);
+  }
+
+  function look(index) {
+    active = index;
+    update();
+  }
+
+  function pin(index) {
+    pinned = pinned === index ? null : index;
+    update();
+  }
+
+  function go(index) {
+    if (pinned !== null) pinned = index;
+    shapes[index].focus();
+    active = index;
+    update();
+  }
+
+  const nodeAt = (target) => {
+    const shape = target instanceof Element ? target.closest(".node") : null;
+    return shape ? Number(shape.dataset.node) : null;
+  };
+  const focused = () => nodeAt(document.activeElement);
+
+  picture.addEventListener("pointerover", (event) => {
+    const index = nodeAt(event.target);
+    const edge = event.target.closest("g.edge");
+    if (index !== null) look(index);
+    else if (edge && pinned === null && active === null)
+      for (const mark of marks[Number(edge.dataset.edge)]) mark.classList.add("lit");
+  });
+  picture.addEventListener("pointerout", (event) => {
+    const index = nodeAt(event.target);
+    if (index === null) light();
+    else if (nodeAt(event.relatedTarget) === null) look(focused());
+  });
+  // Not at the picture: an <svg> that listens for focus is a stop of Tab itself.
+  scroller.addEventListener("focusin", (event) => {
+    if (nodeAt(event.target) === null) return;
+    for (const shape of order) shape.tabIndex = shape === event.target ? 0 : -1;
+    look(nodeAt(event.target));
+  });
+  scroller.addEventListener("focusout", (event) => {
+    if (nodeAt(event.relatedTarget) === null) look(null);
+  });
+  picture.addEventListener("click", (event) => {
+    const index = nodeAt(event.target);
+    if (index !== null) pin(index);
+    else if (pinned !== null) pin(pinned);
+  });
+
+  // --- keys ---
+
+  function beside(at, key) {
+    const row = (shape) => Number(shape.dataset.row);
+    const x = (shape) => Number(shape.dataset.x);
+    const here = order[at];
+    if (key === "Home") return 0;
+    if (key === "End") return order.length - 1;
+    if (key === "ArrowLeft" || key === "ArrowRight") {
+      const next = order[at + (key === "ArrowRight" ? 1 : -1)];
+      return next && row(next) === row(here) ? order.indexOf(next) : at;
+    }
+    const step = key === "ArrowUp" ? 1 : -1;
+    const near = order.filter((shape) => row(shape) === row(here) + step);
+    near.sort((a, b) => Math.abs(x(a) - x(here)) - Math.abs(x(b) - x(here)));
+    return near.length ? order.indexOf(near[0]) : at;
+  }
+
+  picture.addEventListener("keydown", (event) => {
+    const at = order.indexOf(document.activeElement);
+    if (at === -1 || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "Enter" || event.key === " ") pin(focused());
+    else if (/^(Arrow|Home|End)/.test(event.key)) order[beside(at, event.key)].focus();
+    else return;
+    event.preventDefault();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && pinned !== null) pin(pinned);
+  });
+
+  // --- size and theme ---
+
+  const [LEAST, MOST] = [0.8, 1.3]; // of what fits by itself
+  const natural = Number(picture.getAttribute("width"));
+  let scale = null; // null: what fits
+  // As wide as there is room, but not so large that a picture leaves the screen which need not.
+  const fitting = () => {
+    const upright = Math.max(1, (innerHeight - 40) / Number(picture.getAttribute("height")));
+    return Math.min(MOST, Math.max(LEAST, Math.min(upright, scroller.clientWidth / natural)));
+  };
+
+  function keepNames() {
+    // On a narrow screen the names would cover the nodes.
+    const shift = scroller.clientWidth > 480 ? scroller.scrollLeft / (scale ?? fitting()) : 0;
+    picture.querySelector(".gutter").setAttribute("transform", `translate(${shift} 0)`);
+  }
+  function size() {
+    picture.style.width = `${natural * (scale ?? fitting())}px`;
+    picture.style.height = "auto";
+    keepNames();
+  }
+  function zoom(factor) {
+    scale = factor === null ? null : Math.min(4, Math.max(0.2, (scale ?? fitting()) * factor));
+    size();
+  }
+  byId("smaller").addEventListener("click", () => zoom(1 / 1.25));
+  byId("larger").addEventListener("click", () => zoom(1.25));
+  byId("fit").addEventListener("click", () => zoom(null));
+  scroller.addEventListener("scroll", keepNames, { passive: true });
+  addEventListener("resize", size);
+  size();
+
+  // A font that is wider than the boxes were made for is made narrower.
+  for (const shape of order) {
+    const room = shape.querySelector("rect").width.baseVal.value - 8;
+    for (const words of shape.querySelectorAll("text")) {
+      if (words.getComputedTextLength() <= room) continue;
+      words.setAttribute("textLength", room);
+      words.setAttribute("lengthAdjust", "spacingAndGlyphs");
+    }
+  }
+
+  const root = document.documentElement;
+  const theme = byId("theme");
+  const isDark = () =>
+    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const nameTheme = () => (theme.textContent = isDark() ? "Light" : "Dark");
+  theme.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    nameTheme();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
+  nameTheme();
+})();

@@ -1,0 +1,368 @@
+"""Pruning a model to the nodes and edges that a task needs.
+
+`train_masks` is the published algorithm (Gao et al. 2025, section 2.2 and appendix A.5): one
+parameter per node, a step in the forward, the derivative of a sigmoid in the backward, a price per
+node. `cut` then keeps as few of the highest ones as the target loss allows. `refine` goes on where
+the paper stops: it takes away single nodes and single edges while the loss stays below the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_transformer.circuits.nodes import masked
+from sparse_transformer.circuits.problem import Part, Problem, margin
+from sparse_transformer.tasks import Batch
+
+# Above so many candidates their effects are estimated from gradients, not measured one by one.
+_MOST_MEASURED = 64
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How masks are trained; the defaults are the published starting values but for `steps`.
+
+    Attributes:
+        steps: of AdamW, with a learning rate that falls linearly to zero.
+        pairs: prompts of a step, in pairs.
+        price: what a kept node costs, in nats (k_coef).
+        learning_rate, weight_decay: of AdamW.
+        start, noise: mean and deviation of the masks at the beginning.
+        temperature: of the sigmoid whose derivative stands for the step's.
+        clip: the norm at which gradients of a mask are clipped.
+    """
+
+    steps: int = 300
+    pairs: int = 32
+    price: float = 1e-4
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    start: float = 1e-1
+    noise: float = 1e-2
+    temperature: float = 1.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "pairs", "learning_rate", "temperature", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+def train_masks(
+    problem: Problem,
+    configs: Sequence[PruneConfig],
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Tensor:
+    """Trains one mask for each of `configs`, all of them in the same forwards.
+
+    Args:
+        configs: G of them, with equal `steps` and `pairs`.
+        seed: draws the masks and the batches.
+        progress: show a progress bar; by default where stderr is a terminal.
+
+    Returns:
+        float `(G, total)` in [-1, 1]: a node whose value is above 0 is kept.
+    """
+    steps, pairs = configs[0].steps, configs[0].pairs
+    if any((config.steps, config.pairs) != (steps, pairs) for config in configs):
+        raise ValueError("configs must have the same steps and pairs")
+    G = len(configs)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(problem.places.total, generator=generator)
+    masks = [
+        (config.start + config.noise * noise).clamp(-1, 1).requires_grad_(True)
+        for config in configs
+    ]
+    # The logits' scale and shift are learned along: it is their difference that must decide.
+    scales = [torch.zeros(2, requires_grad=True) for _ in configs]
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [mask],
+                "lr": config.learning_rate,
+                "weight_decay": config.weight_decay,
+            }
+            for mask, config in zip(masks, configs, strict=True)
+        ]
+        + [{"params": scales, "lr": 1e-2, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    temperature = torch.tensor([[config.temperature] for config in configs])
+    price = torch.tensor([config.price for config in configs])
+    batches = problem.batches(pairs, seed)
+    disable = None if progress is None else not progress
+    for step in tqdm(range(steps), "masks", unit=" steps", disable=disable, leave=False):
+        batch = _repeat(next(batches), G)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / steps)
+        stacked = torch.stack(masks)
+        with masked(problem.model, stacked, problem.means, temperature):
+            margins = margin(problem.model, batch).view(G, -1)
+        scale = torch.stack(scales)
+        sign = torch.where(batch.positive.view(G, -1), 1.0, -1.0)
+        calibrated = margins * scale[:, :1].exp() + sign * scale[:, 1:]
+        losses = torch.nn.functional.softplus(-calibrated).mean(1)
+        losses.sum().backward()
+        with torch.no_grad():
+            for mask, config, cost in zip(masks, configs, price, strict=True):
+                assert mask.grad is not None
+                share = torch.sigmoid(mask / config.temperature)
+                mask.grad += cost * share * (1 - share) / config.temperature
+                torch.nn.utils.clip_grad_norm_([mask], config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for mask in masks:
+                mask.clamp_(-1, 1)
+    return torch.stack(masks).detach()
+
+
+def _repeat(batch: Batch, count: int) -> Batch:
+    """The same prompts `count` times, group after group."""
+    return Batch(
+        **{field.name: torch.cat([getattr(batch, field.name)] * count) for field in fields(batch)}
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first nodes of an order that are enough.
+
+    Attributes:
+        keep: bool `(total,)`.
+        nodes, edges: how many.
+        loss: calibrated, on the prompts for fitting; above the target if nothing was enough.
+    """
+
+    keep: Tensor
+    nodes: int
+    edges: int
+    loss: float
+
+
+def cut(problem: Problem, mask: Tensor, target: float) -> Cut:
+    """Bisects the number of nodes, those of the highest mask first, to the target loss.
+
+    The loss is taken to fall with the number of nodes; where it does not, what is found is enough
+    all the same, though not always the least.
+    """
+    order = mask.argsort(descending=True, stable=True)
+    total = len(mask)
+
+    def of(count: int) -> Tensor:
+        keep = torch.zeros(total, dtype=torch.bool)
+        keep[order[:count]] = True
+        return keep
+
+    def loss(count: int) -> float:
+        return problem.calibrated_loss(Part(of(count)))
+
+    # From the number that training chose upwards, as all of them may be far too many to need.
+    high = max(1, int((mask > 0).sum()))
+    value = loss(high)
+    low = 0
+    while value > target and high < total:
+        low, high = high, min(total, 2 * high)
+        value = loss(high)
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        found = loss(middle)
+        if found <= target:
+            high, value = middle, found
+        else:
+            low = middle
+    keep = of(high)
+    return Cut(keep, high, problem.edges.count(keep), value)
+
+
+def refine(
+    problem: Problem,
+    keep: Tensor,
+    target: float,
+    *,
+    edges: bool = True,
+    progress: bool | None = None,
+) -> Part:
+    """Takes away nodes, then edges, then both again, until nothing can go.
+
+    In each round what is left is ordered by what its absence would cost, measured one by one if
+    there are few, estimated from gradients if there are many; the largest number of the cheapest
+    that can go together is found by bisection.
+
+    Args:
+        keep: nodes that reach the target.
+        target: loss on the prompts for fitting, calibrated.
+        edges: take single edges away too.
+
+    Returns:
+        Nodes that each have an edge, where `edges`, and the edges that are gone.
+    """
+    part = Part(keep, torch.zeros(len(problem.edges.source), dtype=torch.bool))
+    disable = None if progress is None else not progress
+    with tqdm(desc="refine", unit=" rounds", disable=disable, leave=False) as bar:
+        changed = True
+        while changed:
+            changed = False
+            for shrink in (_fewer_nodes, _fewer_edges) if edges else (_fewer_nodes,):
+                smaller = shrink(problem, part, target)
+                bar.update()
+                bar.set_postfix(nodes=int(part.keep.sum()), edges=size(problem, part))
+                if smaller is not None:
+                    part, changed = smaller, True
+    return part
+
+
+def alive(problem: Problem, part: Part) -> Tensor:
+    """bool `(E,)`: the edges of a part."""
+    between = problem.edges.between(part.keep)
+    return between if part.removed is None else between & ~part.removed
+
+
+def size(problem: Problem, part: Part) -> int:
+    """How many edges a part has."""
+    return int(alive(problem, part).sum())
+
+
+def _fewer_nodes(problem: Problem, part: Part, target: float) -> Part | None:
+    kept = part.keep.nonzero().squeeze(1)
+
+    def without(nodes: Tensor) -> Part:
+        keep = part.keep.clone()
+        keep[nodes] = False
+        return replace(part, keep=keep)
+
+    def estimate() -> Tensor:
+        return node_effects(problem, part)[kept]
+
+    return _fewer(problem, kept, without, estimate, target)
+
+
+def _fewer_edges(problem: Problem, part: Part, target: float) -> Part | None:
+    present = alive(problem, part).nonzero().squeeze(1)
+
+    def without(gone: Tensor) -> Part:
+        assert part.removed is not None
+        removed = part.removed.clone()
+        removed[gone] = True
+        return replace(part, removed=removed)
+
+    def estimate() -> Tensor:
+        return edge_effects(problem, part)[present]
+
+    return _fewer(problem, present, without, estimate, target)
+
+
+def _fewer(
+    problem: Problem,
+    candidates: Tensor,
+    without: Callable[[Tensor], Part],
+    estimate: Callable[[], Tensor],
+    target: float,
+) -> Part | None:
+    """The part without as many candidates as the target allows; None if none can go."""
+    if len(candidates) == 0:
+        return None
+    if len(candidates) <= _MOST_MEASURED:
+        # The order may come from fewer prompts; what goes is decided on all.
+        probe = problem.probe()
+        costs = torch.tensor(
+            [problem.calibrated_loss(without(one), probe) for one in candidates.unsqueeze(1)]
+        )
+    else:
+        costs = estimate()
+    ordered = candidates[costs.argsort(stable=True)]
+    best, low, high = None, 0, len(candidates) + 1
+    # Bisection, though the loss need not rise: each result that counts has been measured.
+    while high - low > 1:
+        # Large steps fail more often than not.
+        middle = low + max(1, (high - low) // 3)
+        smaller = without(ordered[:middle])
+        if problem.calibrated_loss(smaller) <= target:
+            best, low = smaller, middle
+        else:
+            high = middle
+    return best
+
+
+def node_effects(problem: Problem, part: Part) -> Tensor:
+    """First-order estimate of what the loss rises by if a node is frozen, `(total,)`."""
+    mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0).requires_grad_(True)
+    # At 1 the derivative of the sigmoid is a positive constant, which the order does not see.
+    _backward(problem, part, mask)
+    assert mask.grad is not None
+    slope = 1 / (2 + 2 * math.cosh(1.0))
+    return -mask.grad.squeeze(0) / slope
+
+
+def edge_effects(problem: Problem, part: Part) -> Tensor:
+    """First-order estimate of what the loss rises by if an edge is removed, `(E,)`.
+
+    The edge carries `w x`; removed, `w mean(x)`. With g the gradient of what it leads to, the
+    difference is `-w sum(g (x - mean(x))) = w (mean(x) dbias - dw)`.
+    """
+    model = problem.model
+    modules = {
+        matrix.module: model.get_submodule(matrix.module) for matrix in problem.edges.matrices
+    }
+    weights = {name: module.get_parameter("weight") for name, module in modules.items()}
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(module: object, inputs: object, output: Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+                outputs[name] = output
+
+        return note
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0)
+        sums: dict[str, Tensor] = {}
+
+        def collect() -> None:
+            for name, output in outputs.items():
+                assert output.grad is not None
+                total = output.grad.sum((0, 1))
+                sums[name] = total if name not in sums else sums[name] + total
+
+        _backward(problem, part, mask, collect)
+        effects = []
+        for matrix in problem.edges.matrices:
+            gradient = weights[matrix.module].grad
+            assert gradient is not None
+            mean = problem.means[matrix.reads][matrix.inputs]
+            slope = mean * sums[matrix.module][matrix.outputs]
+            effects.append(matrix.weight * (slope - gradient.reshape(-1)[matrix.position]))
+        return torch.cat(effects)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def _backward(
+    problem: Problem, part: Part, mask: Tensor, after: Callable[[], None] = lambda: None
+) -> None:
+    """Gradients of the calibrated loss on the prompts for fitting."""
+    for batch, calibration in problem.fit_batches(part):
+        count = 2 * len(problem.fit)
+        removed = part.removed
+        with problem.removing(removed), masked(problem.model, mask, problem.means, 1.0):
+            margins = margin(problem.model, batch)
+            calibrated = calibration.apply(margins, batch.positive)
+            (torch.nn.functional.softplus(-calibrated).sum() / count).backward()
+        after()

@@ -1,0 +1,226 @@
+"""What a task is: pairs of prompts that one fact tells apart, and two tokens to choose between.
+
+A task draws its pairs as texts (`Draft`); `Task.pairs` turns them into tokens (`Pair`), keeps the
+two splits apart, and refuses what a tokenizer cannot express; `collate` makes a `Batch` of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from random import Random
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sparse_transformer.errors import UserError
+
+Split = Literal["train", "test"]
+
+# If none of so many drafts can be asked, none can.
+_TRIES = 256
+# If none of so many drafts gives a pair that is new, there are no more.
+_PATIENCE = 2000
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A pair as texts.
+
+    Attributes:
+        positive, negative: the prompts.
+        right: what follows `positive` and must not follow `negative`.
+        wrong: the reverse.
+    """
+
+    positive: str
+    negative: str
+    right: str
+    wrong: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its two answers, each of which is one token after it."""
+
+    text: str
+    tokens: tuple[int, ...]
+    right: int
+    wrong: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts that one fact tells apart: what is right in one is wrong in the other."""
+
+    positive: Prompt
+    negative: Prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P pairs, padded on the right, where nothing can influence a causal model's answer.
+
+    Attributes:
+        tokens: int64 `(2P, T)`; rows 2i and 2i + 1 are the positive and negative prompt of pair i.
+        last: int64 `(2P,)`, the position of each prompt's last token.
+        right, wrong: int64 `(2P,)`, the answers.
+        positive: bool `(2P,)`.
+    """
+
+    tokens: Tensor
+    last: Tensor
+    right: Tensor
+    wrong: Tensor
+    positive: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on `device`."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A binary choice of the next token of Python code.
+
+    Attributes:
+        name: as in Table 1 of Gao et al. 2025 (arXiv 2511.13653).
+        description: one sentence.
+        draw: makes one pair of whatever the generator gives.
+        first_token: answers may be longer than a token; then their first token is the answer.
+    """
+
+    name: str
+    description: str
+    draw: Callable[[Random], Draft]
+    first_token: bool = False
+
+    def pairs(
+        self,
+        tokenizer: Tokenizer,
+        count: int,
+        *,
+        split: Split,
+        seed: int = 0,
+        context: int = 256,
+        max_tokens: int | None = None,
+    ) -> list[Pair]:
+        """`count` pairs, the same ones for the same arguments; no prompt is in two of them.
+
+        Each prompt belongs to one split by a hash of its text, and a pair whose prompts belong to
+        different ones to neither: whatever the seeds, no prompt is in both splits. A quarter of all
+        pairs is for `train`, a quarter for `test`.
+
+        Args:
+            tokenizer: whose tokens the answers must be.
+            count: how many pairs, at least 1.
+            split: "train" or "test".
+            seed: draws other pairs.
+            context: no prompt has more tokens.
+            max_tokens: nor more than this.
+
+        Raises:
+            UserError: an answer is not one token of this tokenizer, or there are not so many pairs.
+        """
+        if count < 1:
+            raise UserError(f"the number of pairs must be at least 1, got {count}: ask for more")
+        if split not in ("train", "test"):
+            raise UserError(f"the split must be train or test, got {split!r}: choose one of them")
+        limit = context if max_tokens is None else min(context, max_tokens)
+        # Seeded by the text itself: the same in every process.
+        random = Random(f"{self.name} {split} {seed}")
+        found: list[Pair] = []
+        seen: set[str] = set()
+        refused: Counter[str] = Counter()
+        since = 0
+        while len(found) < count:
+            if since == _PATIENCE or (not found and refused.total() == _TRIES):
+                raise UserError(self._why_no_more(len(found), split, limit, refused))
+            since += 1
+            draft = self.draw(random)
+            if {_side(draft.positive), _side(draft.negative)} != {split}:
+                continue
+            if draft.positive in seen or draft.negative in seen:
+                continue
+            pair = self._encode(tokenizer, draft, limit)
+            if isinstance(pair, str):
+                refused[pair] += 1
+                continue
+            found.append(pair)
+            seen |= {draft.positive, draft.negative}
+            since = 0
+        return found
+
+    def _encode(self, tokenizer: Tokenizer, draft: Draft, limit: int) -> Pair | str:
+        """The pair, or why it cannot be asked."""
+        positive = self._prompt(tokenizer, draft.positive, draft.right, draft.wrong, limit)
+        if isinstance(positive, str):
+            return positive
+        negative = self._prompt(tokenizer, draft.negative, draft.wrong, draft.right, limit)
+        if isinstance(negative, str):
+            return negative
+        if (positive.right, positive.wrong) != (negative.wrong, negative.right):
+            return "an answer is another token after one prompt than after the other"
+        return Pair(positive, negative)
+
+    def _prompt(
+        self, tokenizer: Tokenizer, text: str, right: str, wrong: str, limit: int
+    ) -> Prompt | str:
+        """The prompt, or why it cannot be asked."""
+        tokens = tokenizer.encode(text).ids
+        if len(tokens) > limit:
+            return f"no prompt is as short as {limit} tokens"
+        ids = []
+        for answer in (right, wrong):
+            longer = tokenizer.encode(text + answer).ids
+            if self.first_token and len(longer) > len(tokens):
+                # What counts must be a token by itself too.
+                first = tokenizer.decode([longer[len(tokens)]])
+                longer = tokenizer.encode(text + first).ids
+            if len(longer) != len(tokens) + 1 or longer[:-1] != tokens:
+                return f"the answer {answer!r} is not a single token after the prompt"
+            ids.append(longer[-1])
+        if ids[0] == ids[1]:
+            return f"the answers {right!r} and {wrong!r} begin with the same token"
+        return Prompt(text, tuple(tokens), ids[0], ids[1])
+
+    def _why_no_more(self, found: int, split: str, limit: int, refused: Counter[str]) -> str:
+        if found:
+            return (
+                f"the task {self.name} has only {found} different pairs of at most {limit} tokens "
+                f"for {split}: ask for no more"
+            )
+        reason = refused.most_common(1)[0][0] if refused else f"no pair is for {split}"
+        return (
+            f"the task {self.name} cannot be asked of this tokenizer and context, because {reason}:"
+            f" leave it out, or take another tokenizer or a longer context"
+        )
+
+
+def collate(pairs: Sequence[Pair], pad: int) -> Batch:
+    """The pairs as one batch, padded to the longest with the token `pad`.
+
+    Raises:
+        ValueError: no pairs.
+    """
+    if not pairs:
+        raise ValueError("a batch must have at least one pair, got none")
+    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    padding = (pad,) * longest
+    return Batch(
+        tokens=torch.tensor([(prompt.tokens + padding)[:longest] for prompt in prompts]),
+        last=torch.tensor([len(prompt.tokens) - 1 for prompt in prompts]),
+        right=torch.tensor([prompt.right for prompt in prompts]),
+        wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+        positive=torch.tensor([True, False]).repeat(len(pairs)),
+    )
+
+
+def _side(text: str) -> Split:
+    """To which split a prompt belongs: to each, half of them."""
+    return "test" if hashlib.sha256(text.encode()).digest()[0] < 128 else "train"

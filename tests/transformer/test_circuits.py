@@ -1,0 +1,506 @@
+"""Circuits: the parts of a model, and a planted circuit that the whole procedure must find."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_model import SMALL, batch, make
+
+from sparse_transformer import ModelConfig, Transformer, UserError, taps
+from sparse_transformer.circuits.edges import Edges
+from sparse_transformer.circuits.find import find, need_reachable
+from sparse_transformer.circuits.nodes import Places, frozen, masked
+from sparse_transformer.circuits.problem import Calibration, Part, Problem, calibrate, score
+from sparse_transformer.circuits.proof import control, prove
+from sparse_transformer.circuits.prune import (
+    PruneConfig,
+    cut,
+    edge_effects,
+    node_effects,
+    refine,
+    size,
+    train_masks,
+)
+from sparse_transformer.circuits.search import Budget, search
+from sparse_transformer.tasks import Pair, Prompt
+
+LINEARS = ("sparse", "masked_dense", "dense")
+
+
+def model_of(linear="sparse", dtype=torch.float32, **changes):
+    model = make(dataclasses.replace(SMALL, linear=linear, **changes), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def base_of(model, seed=3):
+    """Any constants, of the size of activations."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = batch()[0]
+    with taps.record(model) as seen:
+        model(tokens)
+    return {
+        name: torch.randn(value.shape[-1], generator=generator, dtype=torch.float64).to(value)
+        * value.std()
+        for name, value in seen.items()
+    }
+
+
+# --- nodes
+
+
+def test_nodes_have_names_and_numbers():
+    places = Places.of(SMALL)
+    W = SMALL.d_model
+    assert places.total == SMALL.n_layer * (7 * W + 4 * W)
+    assert [places.index(places.id(number)) for number in range(places.total)] == list(
+        range(places.total)
+    )
+    assert places.id(0) == "0.attn.act_in:0"
+    assert places.locate(places.index("1.mlp.post_act:5")) == ("1.mlp.post_act", 5)
+    flat = torch.arange(places.total)
+    assert torch.equal(places.join(places.split(flat)), flat)
+
+
+@pytest.mark.parametrize(
+    ("id", "sentence"),
+    [
+        ("0.mlp.post:3", "0.mlp.post_act"),
+        ("0.mlp.post_act:128", "channels 0 to 127"),
+        ("0.mlp.post_act", "channels 0 to 127"),
+        ("0.mlp.post_act:-1", "channels 0 to 127"),
+        ("nonsense", "PLACE:CHANNEL"),
+    ],
+)
+def test_an_unknown_node_is_refused_with_what_there_is(id, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Places.of(SMALL).index(id)
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("changes", [{}, {"positions": 8}, {"active": None}, {"sinks": False}])
+def test_freezing_is_what_interventions_do(linear, changes):
+    model = model_of(linear, **changes)
+    tokens, base = batch()[0], base_of(model)
+    places = Places.of(model.config)
+    keep = torch.rand(places.total, generator=torch.Generator().manual_seed(0)) < 0.7
+    by_place = places.split(keep)
+
+    def change(name):
+        # A frozen v freezes the head's result at the same channel.
+        part = by_place[name[:-1] + "v" if name.endswith(".y") else name]
+        return lambda x: torch.where(part, x, base[name])
+
+    names = [name for name in taps.names(model) if name != "final_resid"]
+    with taps.intervene(model, {name: change(name) for name in names}):
+        wanted = model(tokens)
+    with frozen(model, keep, base):
+        found = model(tokens)
+    assert torch.equal(found, wanted)
+    with frozen(model, torch.ones_like(keep), base):
+        torch.testing.assert_close(model(tokens), model(tokens))
+    assert not torch.equal(found, model(tokens))
+
+
+def test_with_nothing_kept_only_the_last_token_counts():
+    model = model_of()
+    tokens = batch()[0]
+    other = tokens.roll(1, 1)
+    other[:, -1] = tokens[:, -1]
+    keep = torch.zeros(Places.of(SMALL).total, dtype=torch.bool)
+    with frozen(model, keep, base_of(model)):
+        assert torch.equal(model(tokens)[:, -1], model(other)[:, -1])
+    assert not torch.equal(model(tokens)[:, -1], model(other)[:, -1])
+
+
+def test_groups_are_frozen_each_by_itself():
+    model, tokens = model_of(), batch(B=4)[0]
+    base, total = base_of(model), Places.of(SMALL).total
+    keeps = torch.rand(2, total, generator=torch.Generator().manual_seed(1)) < 0.6
+    with frozen(model, keeps, base):
+        together = model(tokens)
+    for group, keep in enumerate(keeps):
+        rows = slice(2 * group, 2 * group + 2)
+        with frozen(model, keep, base):
+            torch.testing.assert_close(together[rows], model(tokens[rows]))
+
+
+def test_masks_have_the_gradient_of_the_formula():
+    model = model_of(dtype=torch.float64, active=None)
+    tokens = batch(B=4, T=20)[0]
+    base = base_of(model)
+    places = Places.of(model.config)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(2, places.total, generator=generator, dtype=torch.float64) * 2 - 0.8
+    mask.requires_grad_(True)
+    temperature = torch.tensor([[1.0], [0.3]], dtype=torch.float64)
+    weights = torch.randn(4, 20, SMALL.vocab_size, generator=generator, dtype=torch.float64)
+    with masked(model, mask, base, temperature):
+        found = model(tokens)
+    (found * weights).sum().backward()
+    with frozen(model, mask.detach() > 0, base):
+        torch.testing.assert_close(found.detach(), model(tokens))
+    # The same with the step as a variable h of its own: y = base + h (x - base).
+    step = (mask.detach() > 0).double().requires_grad_(True)
+    by_place = places.split(step)
+
+    def change(name):
+        part = by_place[name[:-1] + "v" if name.endswith(".y") else name]
+        rows = part.repeat_interleave(2, 0).unsqueeze(1)
+        return lambda x: base[name] + rows * (x - base[name])
+
+    names = [name for name in taps.names(model) if name != "final_resid"]
+    with taps.intervene(model, {name: change(name) for name in names}):
+        (model(tokens) * weights).sum().backward()
+    share = torch.sigmoid(mask.detach() / temperature)
+    wanted = step.grad * share * (1 - share) / temperature
+    torch.testing.assert_close(mask.grad, wanted)
+    assert int((wanted != 0).sum()) > places.total
+
+
+# --- edges
+
+
+@pytest.mark.parametrize("writers", ["fan_out", "fan_in"])
+@pytest.mark.parametrize("linear", LINEARS)
+def test_edges_are_the_nonzero_weights_of_the_blocks(linear, writers):
+    model = model_of(linear, writers=writers)
+    edges, places = Edges.of(model), Places.of(model.config)
+    starts = {name: places.index(f"{name}:0") for name in places.names}
+    dense = torch.zeros(places.total, places.total)
+    dense[edges.target, edges.source] = edges.weight
+    count = 0
+    for layer, block in enumerate(model.blocks):
+        for module, source, targets in (
+            (block.attn.qkv, "attn.act_in", ("attn.q", "attn.k", "attn.v")),
+            (block.attn.out, "attn.v", ("attn.resid_delta",)),
+            (block.mlp.up, "mlp.act_in", ("mlp.post_act",)),
+            (block.mlp.down, "mlp.post_act", ("mlp.resid_delta",)),
+        ):
+            weight = module.to_dense().weight if linear == "sparse" else module.weight
+            count += int((weight != 0).sum())
+            for part, target in zip(weight.chunk(len(targets)), targets, strict=True):
+                row, column = starts[f"{layer}.{target}"], starts[f"{layer}.{source}"]
+                block_found = dense[row : row + part.shape[0], column : column + part.shape[1]]
+                assert torch.equal(block_found, part)
+    assert len(edges.weight) == count == int((dense != 0).sum())
+    everything = torch.ones(places.total, dtype=torch.bool)
+    assert edges.count(everything) == count
+    everything[starts["0.mlp.post_act"]] = False
+    neuron = dense[starts["0.mlp.post_act"]].count_nonzero()
+    neuron += dense[:, starts["0.mlp.post_act"]].count_nonzero()
+    assert edges.count(everything) == count - neuron
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"writers": "fan_in"}])
+def test_a_removed_edge_carries_the_base(linear, changes, by_token):
+    model = model_of(linear, dtype=torch.float64, **changes)
+    tokens = batch()[0]
+    edges, base = Edges.of(model), base_of(model)
+    if by_token:
+        with taps.record(model) as seen:
+            model(tokens.roll(1, 0))
+        base = dict(seen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    matrix = edges.matrices[0]
+    module = model.get_submodule(matrix.module)
+    removed = torch.rand(len(edges.source), generator=torch.Generator().manual_seed(0)) < 0.5
+    gone = edges.split(removed)[0]
+    dense = torch.zeros(module.out_features, module.in_features, dtype=torch.float64)
+    dense[matrix.outputs[gone], matrix.inputs[gone]] = matrix.weight[gone]
+    inputs = []
+    hook = module.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    only = torch.zeros_like(removed)
+    only[: len(gone)] = gone
+    outputs = []
+    with edges.without(model, only, base):
+        watch = module.register_forward_hook(lambda module, given, out: outputs.append(out))
+        model(tokens)
+        watch.remove()
+    hook.remove()
+    wanted = module(inputs[0]) + (base[matrix.reads] - inputs[0]) @ dense.T
+    torch.testing.assert_close(outputs[0], wanted)
+    with pytest.raises(KeyError), edges.without(model, removed, base):
+        raise KeyError
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- calibration
+
+
+def test_calibration_finds_scale_and_shift_and_never_turns_the_sign():
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(4000, generator=generator)
+    truth = torch.rand(4000, generator=generator) < torch.sigmoid(2.5 * difference - 0.7)
+    margins = torch.where(truth, difference, -difference)
+    found = calibrate(margins, truth)
+    assert found.scale == pytest.approx(2.5, rel=0.1)
+    assert found.shift == pytest.approx(-0.7, abs=0.15)
+    tiny = calibrate(margins * 1e-6, truth)
+    assert tiny.scale == pytest.approx(found.scale * 1e6, rel=1e-2)
+    wrong = calibrate(-margins, truth)
+    assert wrong.scale > 0
+    # What always answers wrongly knows as little as who guesses.
+    assert score(-margins, truth, wrong).loss > 0.6
+    assert score(margins, truth, Calibration(1.0, 0.5)).loss == pytest.approx(
+        float(torch.nn.functional.softplus(-(margins + torch.where(truth, 0.5, -0.5))).mean())
+    )
+
+
+# --- a planted circuit
+
+V, D = 12, 8
+A, B, END = 0, 1, V - 1
+ANSWERS = (8, 9)
+
+
+class PlantedTask:
+    """The first token, 0 or 1, decides whether 8 or 9 follows; tokens 2 to 7 in between."""
+
+    name, description = "planted", "Say which token came first."
+
+    def pairs(self, tokenizer, count, *, split, seed=0, context=256, max_tokens=None):
+        generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+        found = []
+        for _ in range(count):
+            length = int(torch.randint(2, 9, (), generator=generator))
+            rest = torch.randint(2, 8, (length,), generator=generator).tolist()
+            sides = [
+                Prompt(f"{first} {rest}", (first, *rest), ANSWERS[first], ANSWERS[1 - first])
+                for first in (A, B)
+            ]
+            found.append(Pair(*sides))
+        return found
+
+
+def planted(noise=0.02, seed=0):
+    """Layer 0 reads channel 0, v channel 5 takes the mean over positions, channel 3 is written."""
+    config = ModelConfig(
+        vocab_size=V, n_layer=2, d_model=D, d_head=4, context=16, active=None, linear="dense",
+        sinks=False, bigram=False,
+    )  # fmt: skip
+    model = Transformer(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, noise, generator=torch.Generator().manual_seed(len(name)))
+        model.embed.weight[:, 1] = 3.0
+        model.embed.weight[A, 0], model.embed.weight[B, 0] = 3.0, -3.0
+        block = model.blocks[0].attn
+        block.qkv.weight[2 * D + 5, 0] = 2.0
+        block.out.weight[3, 5] = 8.0
+        model.unembed.weight[ANSWERS[0], 3], model.unembed.weight[ANSWERS[1], 3] = 4.0, -4.0
+    return model
+
+
+PLANTED_NODES = {"0.attn.act_in:0", "0.attn.v:5", "0.attn.resid_delta:3"}
+
+
+def planted_means(model):
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(V, (64, 12), generator=generator)
+    with taps.record(model) as seen, torch.no_grad():
+        model(tokens)
+    return {name: value.mean((0, 1)) for name, value in seen.items()}
+
+
+@pytest.fixture
+def problem():
+    model = planted()
+    return Problem(
+        model, PlantedTask(), None, planted_means(model), train_pairs=64, fit_pairs=24,
+        test_pairs=32,
+    )  # fmt: skip
+
+
+def ids(problem, keep):
+    return {problem.places.id(number) for number in keep.nonzero().squeeze(1).tolist()}
+
+
+BUDGET = Budget(trials=4, together=2, steps=60, pairs=8, finalists=1)
+
+
+def test_the_planted_circuit_is_found_and_proved(problem):
+    assert problem.score(problem.test).accuracy == 1.0
+    found = find(problem, 0.15, BUDGET, progress=False)
+    assert ids(problem, found.part.keep) == PLANTED_NODES
+    assert found.sizes["edges"] == [3, 2]
+    assert found.sizes["cut"][1] >= found.sizes["nodes"][1] >= 2
+    assert found.proof["sufficient"]
+    assert found.proof["necessary"]
+    assert found.proof["circuit"]["mean"]["accuracy"] == 1.0
+    assert found.proof["without"]["mean"]["loss"] > 0.6
+    assert found.proof["without"]["resample"]["loss"] > 0.6
+    assert found.proof["control"]["passed"]
+    assert found.proof["control"]["loss"] > 0.5
+    assert found.proof["control"]["limit"] == 20
+    reached = [point for point in found.curve if point is not None]
+    assert [point[0] for point in reached] == [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_a_wrong_circuit_is_neither_sufficient_nor_necessary(problem):
+    keep = torch.zeros(problem.places.total, dtype=torch.bool)
+    for id in ("0.attn.act_in:2", "0.attn.v:4", "0.attn.resid_delta:6"):
+        keep[problem.places.index(id)] = True
+    proof = prove(problem, Part(keep), Calibration(), 0.15)
+    assert not proof["sufficient"]
+    assert not proof["necessary"]
+    assert proof["circuit"]["mean"]["loss"] > 0.6
+    assert proof["without"]["mean"]["accuracy"] == 1.0
+
+
+def test_the_control_sees_a_procedure_that_can_fit_anything(problem, monkeypatch):
+    keep = torch.zeros(problem.places.total, dtype=torch.bool)
+    for id in PLANTED_NODES:
+        keep[problem.places.index(id)] = True
+    part = Part(keep)
+    honest = control(problem, part, PruneConfig(steps=5, pairs=8), 0.15, progress=False)
+    assert honest.passed
+    # With the labels left as they are the same nodes do reach the target.
+    monkeypatch.setattr(Problem, "control", lambda self, seed: self)
+    config = PruneConfig(steps=120, pairs=8, price=1e-2, learning_rate=5e-2)
+    fooled = control(problem, part, config, 0.15, progress=False)
+    assert fooled.reached
+    assert not fooled.passed
+
+
+def test_a_cut_is_the_least_that_the_order_allows(problem):
+    mask = torch.full((problem.places.total,), -0.5)
+    for place, id in enumerate(sorted(PLANTED_NODES)):
+        mask[problem.places.index(id)] = 0.9 - 0.1 * place
+    mask[problem.places.index("1.mlp.post_act:0")] = 0.85  # in between, and of no use
+    found = cut(problem, mask, 0.15)
+    assert found.nodes == 4
+    assert found.loss <= 0.15
+    assert ids(problem, found.keep) == PLANTED_NODES | {"1.mlp.post_act:0"}
+    part = refine(problem, found.keep, 0.15, progress=False)
+    assert ids(problem, part.keep) == PLANTED_NODES
+    assert size(problem, part) == 2
+
+
+def test_refining_from_the_whole_model_leaves_what_is_planted(problem):
+    part = refine(problem, problem.everything().keep, 0.15, progress=False)
+    assert ids(problem, part.keep) >= PLANTED_NODES
+    assert size(problem, part) == 2
+    assert problem.calibrated_loss(part) <= 0.15
+
+
+@pytest.mark.parametrize("effects", ["nodes", "edges"])
+def test_estimated_effects_are_derivatives(problem, effects):
+    everything = problem.everything()
+    part = Part(everything.keep, torch.zeros(len(problem.edges.source), dtype=torch.bool))
+    calibration = calibrate(*problem.margins(problem.fit, part))
+    epsilon = 1e-2
+
+    def loss():
+        margins, positive = problem.margins(problem.fit)
+        return score(margins, positive, calibration).loss
+
+    before = loss()
+    if effects == "nodes":
+        found = node_effects(problem, part)
+        chosen = [problem.places.index(id) for id in sorted(PLANTED_NODES)]
+        chosen += [problem.places.index("1.mlp.act_in:3")]
+        for number in chosen:
+            place, channel = problem.places.locate(number)
+            names = [place] + ([place[:-1] + "y"] if place.endswith(".v") else [])
+
+            def change(name, channel=channel):
+                def nearer(x):
+                    x = x.clone()
+                    mean = problem.means[name][channel]
+                    x[..., channel] += epsilon * (mean - x[..., channel])
+                    return x
+
+                return nearer
+
+            with taps.intervene(problem.model, {name: change(name) for name in names}):
+                measured = (loss() - before) / epsilon
+            assert float(found[number]) == pytest.approx(measured, rel=0.1, abs=1e-4)
+        return
+    found = edge_effects(problem, part)
+    order = found.abs().argsort(descending=True)
+    for number in order[:4].tolist():
+        which = torch.zeros_like(part.removed)
+        which[number] = True
+        (matrix, gone) = next(
+            (matrix, gone)
+            for matrix, gone in zip(problem.edges.matrices, problem.edges.split(which), strict=True)
+            if gone.any()
+        )
+        module = problem.model.get_submodule(matrix.module)
+        weight, inputs, outputs = matrix.weight[gone], matrix.inputs[gone], matrix.outputs[gone]
+        change = epsilon * weight
+        module.weight.data[outputs, inputs] -= change
+        module.bias.data[outputs] += change * problem.means[matrix.reads][inputs]
+        measured = (loss() - before) / epsilon
+        module.weight.data[outputs, inputs] += change
+        module.bias.data[outputs] -= change * problem.means[matrix.reads][inputs]
+        assert float(found[number]) == pytest.approx(measured, rel=0.1, abs=1e-4)
+
+
+def test_masks_are_trained_alike_alone_and_together(problem):
+    configs = [
+        PruneConfig(steps=30, pairs=4, price=price, learning_rate=3e-2) for price in (1e-4, 1e2)
+    ]
+    together = train_masks(problem, configs, progress=False)
+    for config, mask in zip(configs, together, strict=True):
+        (alone,) = train_masks(problem, [config], progress=False)
+        torch.testing.assert_close(mask, alone, atol=1e-3, rtol=0)
+    # What the task needs becomes worth less than its price.
+    needed = [problem.places.index(id) for id in PLANTED_NODES]
+    assert (together[0][needed] > 0).all()
+    assert (together[1][needed] < 0).all()
+    assert float(together.abs().max()) <= 1
+
+
+def test_a_search_goes_on_where_it_stopped(problem, tmp_path):
+    journal = tmp_path / "search.journal"
+    first = search(
+        problem, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal, progress=False
+    )
+    trained = []
+
+    def watched(*arguments, **keywords):
+        trained.append(1)
+        return train_masks(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_transformer.circuits.search.train_masks", watched)
+        again = search(
+            problem, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal, progress=False
+        )
+        assert not trained
+        assert [c.cut.edges for c in again] == [c.cut.edges for c in first]
+        assert torch.equal(again[0].cut.keep, first[0].cut.keep)
+        search(problem, 0.12, BUDGET, journal=journal, progress=False)
+        assert len(trained) == 1
+        # Another key begins anew.
+        search(problem, 0.12, BUDGET, journal=journal, key="other", progress=False)
+        assert len(trained) == 3
+
+
+def test_what_the_model_cannot_do_is_refused(problem):
+    assert need_reachable(problem, 0.15).accuracy == 1.0
+    random = problem.control(0)
+    with pytest.raises(UserError, match=r"no circuit can have 0\.15 to spare"):
+        need_reachable(random, 0.15)
+    assert 0.3 < random.score(random.test).accuracy < 0.7
+    with pytest.raises(UserError, match="does not solve planted: its accuracy is"):
+        random.need_solved(0.95)
+
+
+def test_resampled_activations_are_those_of_the_other_prompt(problem):
+    pairs = problem.test[:4]
+    nothing = Part(torch.zeros(problem.places.total, dtype=torch.bool))
+    others = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])  # the other one of the pair
+    margins, _ = problem.margins(pairs, nothing, resample=others)
+    whole, _ = problem.margins(pairs)
+    # Nothing is left but the other prompt's activations, and they say the other answer.
+    assert (margins < 0).all()
+    assert (whole > 0).all()
+    assert math.isclose(float(margins.abs().mean()), float(whole.abs().mean()), rel_tol=0.2)

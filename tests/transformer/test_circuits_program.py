@@ -1,0 +1,178 @@
+"""python -m sparse_transformer.circuits, from a checkpoint to files, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from test_model import make
+
+from sparse_transformer import ModelConfig, checkpoint, data
+from sparse_transformer.circuits import __main__ as program
+from sparse_transformer.circuits import compare
+from sparse_transformer.circuits.circuit import Circuit
+
+TASK = "single_double_quote"
+QUICK = [
+    "--budget.trials", "2", "--budget.together", "2", "--budget.steps", "4", "--budget.pairs", "2",
+    "--budget.finalists", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, its model untrained."""
+    folder, cache = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("cache")
+    files = sorted(Path(data.__file__).parent.glob("*.py"))
+    corpus = data.prepare(files, vocab_size=400, cache_dir=cache, progress=False)
+    shutil.copy(corpus.folder / "tokenizer.json", folder)
+    config = ModelConfig(vocab_size=400, n_layer=1, d_model=32, context=96, density=0.2)
+    model = make(config, dtype=torch.float32)
+    with torch.no_grad():
+        model.bigram.zero_()
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    train = {"data": [str(file) for file in files]}
+    settings = {"model": dataclasses.asdict(config), "train": train, "preset": "none"}
+    checkpoint.save(folder, 3, tensors, {"settings": settings})
+    return folder, cache
+
+
+def arguments(run, out, *more):
+    return [
+        "--checkpoint", str(run[0]), "--cache-dir", str(run[1]), "--out", str(out), *QUICK, *more
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(run, tmp_path_factory):
+    """What the program leaves behind; an untrained model "solves" everything at such a target."""
+    out = tmp_path_factory.mktemp("out")
+    more = ["--task", TASK, "--solved", "0", "--target", "3"]
+    assert program.main(arguments(run, out, *more)) == 0
+    return out, more
+
+
+def test_a_circuit_comes_with_its_pictures(found):
+    folder = found[0] / TASK
+    circuit = Circuit.from_json((folder / "circuit.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert circuit.task == TASK
+    assert [circuit.node_count, circuit.edge_count] == summary["sizes"]["edges"]
+    assert circuit.proof == summary["proof"]
+    assert set(circuit.proof["circuit"]) == {"mean", "zero", "resample"}
+    assert {"sufficient", "necessary", "control", "pairs"} <= set(circuit.proof)
+    assert circuit.model["linear"] == "sparse"
+    assert len(circuit.examples) == 6
+    for example in circuit.examples:
+        assert all(len(v) == len(example.tokens) for v in example.activations.values())
+    page = (folder / "circuit.html").read_text()
+    assert TASK in page
+    assert matplotlib.image.imread(folder / "circuit.png").std() > 0.01
+    assert "<svg" in (folder / "circuit.svg").read_text()
+
+
+def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
+    out, more = found
+    monkeypatch.setattr(program, "find", None)
+    assert program.main(arguments(run, out, *more)) == 0
+    assert TASK in capsys.readouterr().out
+    # Another target is another question.
+    with pytest.raises(TypeError):
+        program.main(arguments(run, out, *more[:-1], "4"))
+
+
+def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(run[0], other)
+    names = [TASK, "bracket_counting"]
+    monkeypatch.setattr(program.tasks, "TASKS", {name: program.tasks.TASKS[name] for name in names})
+    out = tmp_path / "out"
+    more = ["--all", "--against", str(other), "--solved", "0", "--target", "3"]
+    more += ["--no-edges", "--no-control"]
+    assert program.main(arguments(run, out, *more)) == 0
+    text = capsys.readouterr().out
+    assert "geometric mean of" in text
+    results = json.loads((out / "comparison.json").read_text())
+    assert set(results) == {run[0].name, "other"}
+    # The same model twice has the same circuits.
+    for name in compare.common_tasks(results):
+        assert results[run[0].name][name]["sizes"] == results["other"][name]["sizes"]
+    assert (out / "comparison.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--task", "single_dubble_quote"], "single_double_quote"),
+        (["--task", TASK], "does not solve single_double_quote: its accuracy is"),
+        (
+            ["--task", TASK, "--solved", "0", "--target", "0.01"],
+            "no circuit can have 0.01 to spare",
+        ),
+        (["--task", TASK, "--target", "0"], "--target must be above 0"),
+        ([], "--task NAME for one, or --all"),
+        (["--task", TASK, "--all"], "--task NAME for one, or --all"),
+        (["--task", TASK, "--step", "99"], "no checkpoint of step 99"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_2(run, tmp_path, capsys, more, sentence):
+    assert program.main(arguments(run, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert not (tmp_path / "out" / TASK / "circuit.json").exists()
+
+
+def test_a_budget_that_cannot_be_is_refused(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        program.main(arguments(run, tmp_path, "--task", TASK, "--budget.trials", "0"))
+    assert refused.value.code == 2
+    assert "trials must be above 0, got 0" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(run, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(run[0], bare)
+    (bare / "tokenizer.json").unlink()
+    assert program.main(arguments((bare, run[1]), tmp_path / "out", "--task", TASK)) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "find", interrupted)
+    more = ["--task", TASK, "--solved", "0", "--target", "3"]
+    assert program.main(arguments(run, tmp_path / "out", *more)) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_the_module_runs():
+    found = subprocess.run(
+        [sys.executable, "-m", "sparse_transformer.circuits", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--checkpoint DIR" in found.stdout
+
+
+def test_geometric_means_are_over_the_tasks_of_all():
+    def row(edges):
+        return {"sizes": {"cut": [1, edges], "nodes": [1, edges], "edges": [1, 0]}, "curve": []}
+
+    results = {
+        "a": {"x": row(2), "y": row(8), "z": row(1000)},
+        "b": {"x": row(20), "y": row(80), "z": {"error": "no"}},
+    }
+    assert compare.common_tasks(results) == ["x", "y"]
+    assert compare.geometric_means(results, "cut") == pytest.approx({"a": 4.0, "b": 40.0})
+    assert compare.geometric_means(results, "edges") == {"a": 1.0, "b": 1.0}
+    text = compare.table(results)
+    assert "geometric mean of 2" in text
+    assert "b, z: no" in text
