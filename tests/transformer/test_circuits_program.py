@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_model import make
 
+from benchmarks import circuits as benchmark
 from sparse_transformer import ModelConfig, checkpoint, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
@@ -160,6 +161,30 @@ def test_the_module_runs():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "--checkpoint DIR" in found.stdout
+
+
+def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program.tasks, "TASKS", {TASK: program.tasks.TASKS[TASK]})
+    monkeypatch.setattr(benchmark, "TASKS", program.tasks.TASKS)
+    line = {"step": 3, "tokens": 30, "l0": 7, "val_loss": 5.5, "seconds": 1.5, "loss": 6.0}
+    (run[0] / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"step": 4}) + "\n")
+    file = tmp_path / "circuits.json"
+    words = [str(run[0]), "--out", str(tmp_path / "out"), "--json", str(file), "--pairs", "8", "--"]
+    rest = ["--cache-dir", str(run[1]), *QUICK, "--no-edges", "--no-control"]
+    assert benchmark.main([*words, *rest, "--solved", "0", "--target", "3"]) == 0
+    shown = capsys.readouterr().out
+    content = json.loads(file.read_text())
+    (row,) = content["rows"]
+    assert "benchmarks.circuits" in content["machine"]["command"]
+    assert row["training"]["val_loss"] == 5.5
+    assert row["scores"][TASK]["pairs"] == 8
+    assert row["circuits"][TASK]["sizes"]["cut"][1] >= 0
+    assert benchmark.main(["--from", str(file)]) == 0
+    table = capsys.readouterr().out
+    assert "5.500" in table
+    assert table.splitlines()[-1] in shown
+    # What is refused by the program is refused here.
+    assert benchmark.main([*words, *rest, "--target", "0"]) == 2
 
 
 def test_geometric_means_are_over_the_tasks_of_all():

@@ -116,10 +116,10 @@ def before_function(random: Random, indent: int, avoid: Collection[str] = ()) ->
     count = how_many(random)
     if indent == 0 and random.random() < 0.5:
         return lead(random, 0, avoid, count)
-    if count < 3:
+    if count == 0:
         return f"\n{' ' * indent}" if indent else ""
-    body = lead(random, indent + 4, avoid, count).rstrip(" ")
-    return body + (f"\n{' ' * indent}" if indent else "\n\n")
+    body = lead(random, indent + 4, avoid, count) + f"return {words.variable(random, avoid)}\n"
+    return f"{body}\n{' ' * indent}" if indent else f"{body}\n\n"
 
 
 def lines(random: Random, indent: int, count: int, avoid: Collection[str] = ()) -> list[str]:
