@@ -48,4 +48,5 @@ def load_run(
 def tokenizer_of(checkpoint: Path) -> Path:
     """`tokenizer.json` of the run, also where a checkpoint in the run's folder is named."""
     inside = checkpoint / "tokenizer.json"
-    return inside if inside.exists() else checkpoint.parent / "tokenizer.json"
+    alone = inside.exists() or not checkpoint.name.startswith("step-")
+    return inside if alone else checkpoint.parent / "tokenizer.json"

@@ -14,12 +14,15 @@ from sparse_transformer.circuits.nodes import Places, frozen, masked
 from sparse_transformer.circuits.problem import Calibration, Part, Problem, calibrate, score
 from sparse_transformer.circuits.proof import control, prove
 from sparse_transformer.circuits.prune import (
+    Price,
     PruneConfig,
     cut,
+    cut_edges,
     edge_effects,
     node_effects,
     refine,
     size,
+    train_edges,
     train_masks,
 )
 from sparse_transformer.circuits.search import Budget, search
@@ -377,16 +380,47 @@ def test_a_cut_is_the_least_that_the_order_allows(problem):
     assert found.nodes == 4
     assert found.loss <= 0.15
     assert ids(problem, found.keep) == PLANTED_NODES | {"1.mlp.post_act:0"}
-    part = refine(problem, found.keep, 0.15, progress=False)
+    part = refine(problem, Part(found.keep), 0.15, progress=False)
     assert ids(problem, part.keep) == PLANTED_NODES
     assert size(problem, part) == 2
 
 
 def test_refining_from_the_whole_model_leaves_what_is_planted(problem):
-    part = refine(problem, problem.everything().keep, 0.15, progress=False)
+    part = refine(problem, problem.everything(), 0.15, progress=False)
     assert ids(problem, part.keep) >= PLANTED_NODES
     assert size(problem, part) == 2
     assert problem.calibrated_loss(part) <= 0.15
+
+
+def test_masks_on_edges_find_the_planted_ones(problem):
+    everything = problem.everything().keep
+    config = PruneConfig(steps=120, pairs=8, price=1e-3, learning_rate=5e-2, aim=0.1)
+    mask = train_edges(problem, everything, config, progress=False)
+    assert float(mask.abs().max()) <= 1
+    part = cut_edges(problem, everything, mask, 0.15)
+    assert part is not None
+    assert problem.calibrated_loss(part) <= 0.15
+    assert ids(problem, part.keep) >= PLANTED_NODES
+    assert size(problem, part) < 20
+    refined = refine(problem, part, 0.15, progress=False)
+    assert ids(problem, refined.keep) == PLANTED_NODES
+    # Among these nodes there is nothing to be found.
+    nothing = torch.zeros_like(everything)
+    nothing[problem.places.index("1.mlp.post_act:0")] = True
+    mask = train_edges(problem, nothing, dataclasses.replace(config, steps=2), progress=False)
+    assert (mask == -1).all()
+    assert cut_edges(problem, nothing, mask, 0.15) is None
+
+
+def test_a_price_follows_the_loss():
+    fixed, follows = Price(PruneConfig(price=1e-3)), Price(PruneConfig(price=1e-3, aim=0.1))
+    assert [fixed.after(loss) for loss in (0.0, 5.0)] == [1e-3, 1e-3]
+    rising = [follows.after(0.0) for _ in range(50)]
+    assert rising == sorted(rising)
+    assert rising[-1] > 5e-3
+    falling = [follows.after(5.0) for _ in range(100)]
+    assert falling[-1] < 1e-3
+    assert follows.after(0.0) > 0
 
 
 @pytest.mark.parametrize("effects", ["nodes", "edges"])

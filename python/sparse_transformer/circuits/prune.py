@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_transformer.circuits.gradients import EdgeGradients
 from sparse_transformer.circuits.nodes import masked
 from sparse_transformer.circuits.problem import Part, Problem, margin
 from sparse_transformer.tasks import Batch
 
 # Above so many candidates their effects are estimated from gradients, not measured one by one.
 _MOST_MEASURED = 64
+# Of the training loss that a price follows, and by how much it changes in a step at most.
+_SMOOTHING = 0.2
+_PRICE_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class PruneConfig:
         start, noise: mean and deviation of the masks at the beginning.
         temperature: of the sigmoid whose derivative stands for the step's.
         clip: the norm at which gradients of a mask are clipped.
+        aim: None keeps the price as published; a loss, and the price rises while the training loss
+            is below it and falls while it is above, by a few percent a step.
     """
 
     steps: int = 300
@@ -47,6 +53,7 @@ class PruneConfig:
     noise: float = 1e-2
     temperature: float = 1.0
     clip: float = 1.0
+    aim: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "pairs", "learning_rate", "temperature", "clip"):
@@ -97,7 +104,7 @@ def train_masks(
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     temperature = torch.tensor([[config.temperature] for config in configs])
-    price = torch.tensor([config.price for config in configs])
+    prices = [Price(config) for config in configs]
     batches = problem.batches(pairs, seed)
     disable = None if progress is None else not progress
     for step in tqdm(range(steps), "masks", unit=" steps", disable=disable, leave=False):
@@ -113,10 +120,12 @@ def train_masks(
         losses = torch.nn.functional.softplus(-calibrated).mean(1)
         losses.sum().backward()
         with torch.no_grad():
-            for mask, config, cost in zip(masks, configs, price, strict=True):
+            for mask, config, price, loss in zip(
+                masks, configs, prices, losses.tolist(), strict=True
+            ):
                 assert mask.grad is not None
                 share = torch.sigmoid(mask / config.temperature)
-                mask.grad += cost * share * (1 - share) / config.temperature
+                mask.grad += price.after(loss) * share * (1 - share) / config.temperature
                 torch.nn.utils.clip_grad_norm_([mask], config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -124,6 +133,82 @@ def train_masks(
             for mask in masks:
                 mask.clamp_(-1, 1)
     return torch.stack(masks).detach()
+
+
+def train_edges(
+    problem: Problem,
+    keep: Tensor,
+    config: PruneConfig,
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Tensor:
+    """The algorithm of `train_masks` for the edges between the nodes of `keep`.
+
+    Returns:
+        float `(E,)` in [-1, 1]; -1 for edges that are not between these nodes.
+    """
+    between = problem.edges.between(keep)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(int(between.sum()), generator=generator)
+    mask = (config.start + config.noise * noise).clamp(-1, 1).requires_grad_(True)
+    scale = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [mask], "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": [scale], "lr": 1e-2, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    price = Price(config)
+    batches = problem.batches(config.pairs, seed)
+    whole = torch.where(keep, 1.0, -1.0).unsqueeze(0)
+    disable = None if progress is None else not progress
+    with EdgeGradients(problem) as gradients:
+        for step in tqdm(range(config.steps), "edges", unit=" steps", disable=disable, leave=False):
+            batch = next(batches)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / config.steps)
+            removed = torch.zeros_like(between)
+            removed[between] = mask.detach() <= 0
+            with (
+                problem.removing(removed),
+                masked(problem.model, whole, problem.means, 1.0),
+            ):
+                margins = margin(problem.model, batch)
+                sign = torch.where(batch.positive, 1.0, -1.0)
+                loss = torch.nn.functional.softplus(
+                    -(margins * scale[0].exp() + sign * scale[1])
+                ).mean()
+                loss.backward()
+            with torch.no_grad():
+                share = torch.sigmoid(mask / config.temperature)
+                slope = share * (1 - share) / config.temperature
+                mask.grad = slope * (gradients.take()[between] + price.after(float(loss)))
+                torch.nn.utils.clip_grad_norm_([mask], config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                mask.clamp_(-1, 1)
+    found = torch.full((len(between),), -1.0)
+    found[between] = mask.detach()
+    return found
+
+
+class Price:
+    """What a node or edge costs now; see `PruneConfig.aim`."""
+
+    def __init__(self, config: PruneConfig) -> None:
+        self._now, self._aim = config.price, config.aim
+        self._loss = config.aim
+
+    def after(self, loss: float) -> float:
+        """The price after a step with that loss."""
+        if self._aim is not None and self._loss is not None:
+            self._loss += _SMOOTHING * (loss - self._loss)
+            self._now *= math.exp(_PRICE_RATE * max(-1.0, 1 - self._loss / self._aim))
+        return self._now
 
 
 def _repeat(batch: Batch, count: int) -> Batch:
@@ -184,9 +269,45 @@ def cut(problem: Problem, mask: Tensor, target: float) -> Cut:
     return Cut(keep, high, problem.edges.count(keep), value)
 
 
+def cut_edges(problem: Problem, keep: Tensor, mask: Tensor, target: float) -> Part | None:
+    """Bisects the number of edges, those of the highest mask first; None if all are too few."""
+    between = problem.edges.between(keep)
+    order = mask.argsort(descending=True, stable=True)[: int(between.sum())]
+
+    def of(count: int) -> Part:
+        removed = between.clone()
+        removed[order[:count]] = False
+        return Part(keep, removed)
+
+    low, high = 0, len(order)
+    if problem.calibrated_loss(of(high)) > target:
+        return None
+    chosen = int((mask > 0).sum())
+    if problem.calibrated_loss(of(chosen)) <= target:
+        high = chosen
+    else:
+        low = chosen
+    while high - low > 1:
+        middle = (low + high) // 2
+        if problem.calibrated_loss(of(middle)) <= target:
+            high = middle
+        else:
+            low = middle
+    return without_loose_ends(problem, of(high))
+
+
+def without_loose_ends(problem: Problem, part: Part) -> Part:
+    """The same edges, without the nodes that have none."""
+    present = alive(problem, part)
+    keep = torch.zeros_like(part.keep)
+    keep[problem.edges.source[present]] = True
+    keep[problem.edges.target[present]] = True
+    return Part(keep, ~present & problem.edges.between(keep))
+
+
 def refine(
     problem: Problem,
-    keep: Tensor,
+    part: Part,
     target: float,
     *,
     edges: bool = True,
@@ -199,14 +320,15 @@ def refine(
     that can go together is found by bisection.
 
     Args:
-        keep: nodes that reach the target.
+        part: what reaches the target.
         target: loss on the prompts for fitting, calibrated.
         edges: take single edges away too.
 
     Returns:
         Nodes that each have an edge, where `edges`, and the edges that are gone.
     """
-    part = Part(keep, torch.zeros(len(problem.edges.source), dtype=torch.bool))
+    if part.removed is None:
+        part = replace(part, removed=torch.zeros(len(problem.edges.source), dtype=torch.bool))
     disable = None if progress is None else not progress
     with tqdm(desc="refine", unit=" rounds", disable=disable, leave=False) as bar:
         changed = True
@@ -304,59 +426,14 @@ def node_effects(problem: Problem, part: Part) -> Tensor:
 
 
 def edge_effects(problem: Problem, part: Part) -> Tensor:
-    """First-order estimate of what the loss rises by if an edge is removed, `(E,)`.
-
-    The edge carries `w x`; removed, `w mean(x)`. With g the gradient of what it leads to, the
-    difference is `-w sum(g (x - mean(x))) = w (mean(x) dbias - dw)`.
-    """
-    model = problem.model
-    modules = {
-        matrix.module: model.get_submodule(matrix.module) for matrix in problem.edges.matrices
-    }
-    weights = {name: module.get_parameter("weight") for name, module in modules.items()}
-    outputs: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(module: object, inputs: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.retain_grad()
-                outputs[name] = output
-
-        return note
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0)
-        sums: dict[str, Tensor] = {}
-
-        def collect() -> None:
-            for name, output in outputs.items():
-                assert output.grad is not None
-                total = output.grad.sum((0, 1))
-                sums[name] = total if name not in sums else sums[name] + total
-
-        _backward(problem, part, mask, collect)
-        effects = []
-        for matrix in problem.edges.matrices:
-            gradient = weights[matrix.module].grad
-            assert gradient is not None
-            mean = problem.means[matrix.reads][matrix.inputs]
-            slope = mean * sums[matrix.module][matrix.outputs]
-            effects.append(matrix.weight * (slope - gradient.reshape(-1)[matrix.position]))
-        return torch.cat(effects)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
+    """First-order estimate of what the loss rises by if an edge is removed, `(E,)`."""
+    mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0)
+    with EdgeGradients(problem) as gradients:
+        _backward(problem, part, mask)
+        return -gradients.take()
 
 
-def _backward(
-    problem: Problem, part: Part, mask: Tensor, after: Callable[[], None] = lambda: None
-) -> None:
+def _backward(problem: Problem, part: Part, mask: Tensor) -> None:
     """Gradients of the calibrated loss on the prompts for fitting."""
     for batch, calibration in problem.fit_batches(part):
         count = 2 * len(problem.fit)
@@ -365,4 +442,3 @@ def _backward(
             margins = margin(problem.model, batch)
             calibrated = calibration.apply(margins, batch.positive)
             (torch.nn.functional.softplus(-calibrated).sum() / count).backward()
-        after()

@@ -58,10 +58,22 @@ class Candidate:
 
 
 # To begin with. The published starting values (price 1e-4, learning rate 3e-3) suit far longer
-# trainings.
+# trainings. Where `follow` is true the price follows the loss, see `PruneConfig.aim`.
 _GUESSES = tuple(
-    {"price": price, "learning_rate": rate, "start": 0.1, "temperature": 1.0, "weight_decay": 1e-3}
-    for price, rate in ((3e-4, 3e-2), (1e-2, 3e-2), (3e-2, 3e-2), (1e-3, 1e-1))
+    {
+        "follow": follow,
+        "price": price,
+        "learning_rate": rate,
+        "start": 0.1,
+        "temperature": 1.0,
+        "weight_decay": 1e-3,
+    }
+    for follow, price, rate in (
+        (True, 1e-3, 3e-2),
+        (False, 3e-4, 3e-2),
+        (True, 1e-3, 6e-2),
+        (False, 1e-2, 3e-2),
+    )
 )
 
 
@@ -105,7 +117,7 @@ def search(
             if _done(study) and time.monotonic() - began > budget.seconds:
                 break
             trials = [study.ask() for _ in range(min(left, budget.together))]
-            configs = [_suggest(trial, budget) for trial in trials]
+            configs = [_suggest(trial, budget, target) for trial in trials]
             # Numbers of trials go on after an interruption, and so do the batches that are drawn.
             masks = train_masks(problem, configs, seed=seed + trials[0].number, progress=progress)
             for trial, config, mask in zip(trials, configs, masks, strict=True):
@@ -122,11 +134,12 @@ def search(
     return [_candidate(problem, trial) for trial in _distinct(complete)[: budget.finalists]]
 
 
-def _suggest(trial: Trial, budget: Budget) -> PruneConfig:
+def _suggest(trial: Trial, budget: Budget, target: float) -> PruneConfig:
     return PruneConfig(
         steps=budget.steps,
         pairs=budget.pairs,
         price=trial.suggest_float("price", 1e-4, 1e-1, log=True),
+        aim=target if trial.suggest_categorical("follow", [False, True]) else None,
         learning_rate=trial.suggest_float("learning_rate", 1e-2, 1e-1, log=True),
         weight_decay=trial.suggest_float("weight_decay", 1e-4, 1e-2, log=True),
         start=trial.suggest_float("start", 3e-2, 3e-1, log=True),

@@ -60,7 +60,7 @@ def facts(circuit: Circuit) -> Facts:
         description=text.line(circuit.description),
         model=" · ".join(_pairs(circuit.model)),
         size=_size(circuit),
-        verdicts=tuple(_verdicts(proof)),
+        verdicts=tuple(_verdicts(proof, text.fact(circuit.target_loss))),
         columns=tuple(map(_words, columns)),
         rows=tuple(rows),
         others=tuple(_others(proof)),
@@ -96,17 +96,17 @@ def _table(proof: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"{subject} {_ABLATIONS.get(ablation, _words(ablation))}", values
 
 
-def _verdicts(proof: Mapping[str, Any]) -> Iterator[Verdict]:
+def _verdicts(proof: Mapping[str, Any], target: str) -> Iterator[Verdict]:
     alone = _mapping(_mapping(proof.get("circuit")).get("mean")).get("loss")
     lost = _mapping(_mapping(proof.get("without")).get("mean"))
     gone = _clause(", at loss {}", lost.get("loss"))
     gone += _clause(" ({} recalibrated)", lost.get("recalibrated_loss"))
     if proof.get("sufficient") is True:
-        loss = _clause(", at loss {}", alone)
-        yield Verdict(f"Sufficient: the circuit alone does the task{loss}.", True)
+        loss = _clause(" with {}", alone)
+        yield Verdict(f"Sufficient: the circuit alone meets the target loss{loss}.", True)
     elif proof.get("sufficient") is False:
-        loss = _clause(": its loss is {}", alone)
-        yield Verdict(f"Not sufficient: the circuit alone does not do the task{loss}.", False)
+        loss = f"misses the target loss of {target}" + _clause(" with {}", alone)
+        yield Verdict(f"Not sufficient: the circuit alone {loss}.", False)
     if proof.get("necessary") is True:
         yield Verdict(f"Necessary: without the circuit the model fails{gone}.", True)
     elif proof.get("necessary") is False:

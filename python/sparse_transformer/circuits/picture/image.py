@@ -141,7 +141,7 @@ def _draw(circuit: Circuit) -> Any:
 
 
 # Under a number, so that no line crosses it out.
-_HALO = {"boxstyle": "square,pad=0.12", "facecolor": _PAPER, "edgecolor": "none"}
+_HALO: dict[str, Any] = {"boxstyle": "square,pad=0.12", "facecolor": _PAPER, "edgecolor": "none"}
 
 
 class _Line:
@@ -192,11 +192,14 @@ def _background(canvas: _Canvas, layout: Layout) -> None:
             canvas.text((34, middle + place * (SIDE + 2)), line, SIDE, color=_SOFT)
     for layer in layout.layers:
         canvas.path([(24, layer.y + 3), (24, layer.y + layer.height - 3)], [1, 2], _LINE, 1.5, 1)
-        at = 15, layer.y + layer.height / 2
+        at = 15.0, layer.y + layer.height / 2
         canvas.text(at, layer.label[0], SIDE, color=_SOFT, align="center", rotation=90)
     for frame in layout.frames:
         canvas.rectangle(frame.x, frame.y, frame.width, frame.height, 8, edge=_LINE, zorder=1)
-        canvas.text((frame.x + 11, frame.y + 11), frame.label, SIDE, color=_SOFT)
+        at = frame.x + 11, frame.y + 11
+        canvas.text(
+            at, frame.label, SIDE, color=_SOFT, zorder=2.5, bbox=_HALO | {"facecolor": _BAND}
+        )
 
 
 def _box(canvas: _Canvas, node: Node, box: Box) -> None:

@@ -104,8 +104,6 @@ def _background(layout: Layout) -> Iterator[str]:
         yield (
             f'<rect class="frame" x="{_n(frame.x)}" y="{_n(frame.y)}" rx="8" '
             f'width="{_n(frame.width)}" height="{_n(frame.height)}"/>'
-            f'<text class="head" x="{_n(frame.x + 11)}" y="{_n(frame.y + 15)}">'
-            f"{escape(frame.label)}</text>"
         )
     yield "</g>"
 
@@ -139,7 +137,7 @@ def _lines(lines: tuple[str, ...], kind: str, x: float, middle: float, step: flo
 
 
 def _edges(circuit: Circuit, layout: Layout) -> Iterator[str]:
-    """Lines of the edges, then their numbers, which no line crosses out."""
+    """Lines of the edges, then what no line may cross out: names of heads, and numbers."""
     names = [f"{edge.kind} {_sign(edge.weight)}" for edge in circuit.edges]
     yield '<g aria-hidden="true">'
     for place, (name, route) in enumerate(zip(names, layout.routes, strict=True)):
@@ -147,6 +145,11 @@ def _edges(circuit: Circuit, layout: Layout) -> Iterator[str]:
         yield (
             f'<g class="edge {name}" data-edge="{place}"><path class="line" '
             f'stroke-width="{_n(route.stroke)}" d="{path}"/><path class="near" d="{path}"/></g>'
+        )
+    for frame in layout.frames:
+        yield (
+            f'<text class="head" x="{_n(frame.x + 11)}" y="{_n(frame.y + 15)}">'
+            f"{escape(frame.label)}</text>"
         )
     for place, (name, route) in enumerate(zip(names, layout.routes, strict=True)):
         if route.number:
