@@ -28,7 +28,7 @@ from sparse_kernels import cpu
 from sparse_transformer import UserError, keep_freed_memory
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
-from sparse_transformer.evaluate import evaluate_task
+from sparse_transformer.evaluate import SOLVED_ACCURACY, evaluate_task
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS
 
@@ -66,8 +66,9 @@ def record(options: argparse.Namespace, words: Sequence[str]) -> int:
     print(report.machine_line(machine), flush=True)
     first, *others = map(str, options.runs)
     against = ["--against", *others] if others else []
+    which = ["--task", options.task] if options.task else ["--all"]
     status = program.main(
-        ["--checkpoint", first, "--out", str(options.out), "--all", *against, *options.rest]
+        ["--checkpoint", first, "--out", str(options.out), *which, *against, *options.rest]
     )
     if status:
         return status
@@ -98,7 +99,11 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| run | L0 | tokens | validation loss | seconds | tasks solved |", "|---" * 6 + "|"]
     for row in rows:
         trained = row["training"]
-        solved = sum("sizes" in circuit for circuit in row["circuits"].values())
+        solved = sum(
+            score["accuracy"]["value"] >= SOLVED_ACCURACY
+            for score in row["scores"].values()
+            if "error" not in score
+        )
         lines.append(
             f"| {row['run']} | {trained['l0']:,} | {trained['tokens']:,} | "
             f"{trained['val_loss']:.3f} | {trained['seconds']:.0f} | {solved} |"
@@ -118,7 +123,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(row: Mapping[str, Any], task: str) -> list[str]:
-    score, circuit = row["scores"][task], row["circuits"][task]
+    score, circuit = row["scores"][task], row["circuits"].get(task, {})
     accuracy = "-" if "error" in score else f"{score['accuracy']['value']:.1%}"
     sizes = circuit.get("sizes", {})
     return [
@@ -139,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of trainings")
     made.add_argument("--out", type=Path, metavar="DIR", help="where circuits go")
+    made.add_argument("--task", metavar="NAME", help="a circuit of this task only")
     made.add_argument("--json", type=Path, metavar="FILE", help="the result file")
     made.add_argument("--pairs", type=int, default=256, help="test pairs of each task's score")
     made.add_argument("--threads", type=int, metavar="COUNT", help="torch.set_num_threads")

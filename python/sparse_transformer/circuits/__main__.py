@@ -5,8 +5,9 @@ Finds the circuit of a task, proves it and draws it: `DIR/TASK/circuit.json`, `.
 models, a dense one for instance, and compares the sizes. Interrupted, the same command goes on: a
 task that has its circuit is not searched again, a search that has begun is continued.
 
-With `--against` or `--all` there are also `DIR/comparison.json` and, if all models have a circuit
-of the same task, `DIR/comparison.png`: size against target loss, and against L0.
+`DIR/comparison.json` has the numbers of all models and tasks. With `--against` or `--all`, and if
+all models have a circuit of the same task, there is also `DIR/comparison.png`: size against target
+loss, and against L0.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
 
+# More edges than this, those of the ends and the residual stream included, are no picture.
+_MOST_DRAWN = 1500
 # Of the training corpus, for means and snippets.
 _WINDOWS = 256
 
@@ -147,9 +150,14 @@ class _Run:
             proof=found.proof,
         )
         _write(folder / "circuit.json", drawn.to_json())
-        write_html(drawn, folder / "circuit.html")
-        for ending in (".svg", ".png"):
-            write_image(drawn, folder / f"circuit{ending}")
+        pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
+        if len(drawn.edges) <= _MOST_DRAWN:
+            write_html(drawn, pictures[0])
+            for picture in pictures[1:]:
+                write_image(drawn, picture)
+        else:
+            for picture in pictures:
+                picture.unlink(missing_ok=True)
         summary = {
             "settings": _settings(config),
             "model": self.facts,
@@ -193,8 +201,8 @@ def run(config: CircuitConfig) -> None:
                 print(f"{model}, {name}: {error}", file=sys.stderr)
                 continue
             print(_sentence(model, name, rows[name], root / name), flush=True)
+    _write(config.out / "comparison.json", json.dumps(results, indent=1))
     if config.all or config.against:
-        _write(config.out / "comparison.json", json.dumps(results, indent=1))
         print("\n" + compare.table(results))
         if compare.common_tasks(results):
             compare.plot(results, config.out / "comparison.png")
@@ -223,7 +231,9 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
             f"  control, a coin's labels: {verdict} with up to {control['limit']} edges "
             f"(least loss {control['loss']:.3f})"
         )
-    return "\n".join([*lines, f"  {folder / 'circuit.html'}"])
+    picture = folder / "circuit.html"
+    found = str(picture) if picture.exists() else f"{folder / 'circuit.json'}, too large to draw"
+    return "\n".join([*lines, f"  {found}"])
 
 
 def _yes(value: bool) -> str:

@@ -110,7 +110,13 @@ def find(
     if edges:
         part = min(
             (
-                refine(problem, found, fit_target, progress=progress)
+                refine(
+                    problem,
+                    found,
+                    fit_target,
+                    seconds=budget.refine_seconds,
+                    progress=progress,
+                )
                 for found in (part, *_by_edges(problem, fit_target, budget, seed, progress))
             ),
             key=lambda found: size(problem, found),

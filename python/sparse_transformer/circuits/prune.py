@@ -9,6 +9,7 @@ the paper stops: it takes away single nodes and single edges while the loss stay
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -311,6 +312,7 @@ def refine(
     target: float,
     *,
     edges: bool = True,
+    seconds: float = math.inf,
     progress: bool | None = None,
 ) -> Part:
     """Takes away nodes, then edges, then both again, until nothing can go.
@@ -323,6 +325,7 @@ def refine(
         part: what reaches the target.
         target: loss on the prompts for fitting, calibrated.
         edges: take single edges away too.
+        seconds: no round begins after that.
 
     Returns:
         Nodes that each have an edge, where `edges`, and the edges that are gone.
@@ -331,10 +334,13 @@ def refine(
         part = replace(part, removed=torch.zeros(len(problem.edges.source), dtype=torch.bool))
     disable = None if progress is None else not progress
     with tqdm(desc="refine", unit=" rounds", disable=disable, leave=False) as bar:
+        end = time.monotonic() + seconds
         changed = True
         while changed:
             changed = False
             for shrink in (_fewer_nodes, _fewer_edges) if edges else (_fewer_nodes,):
+                if time.monotonic() > end:
+                    return part
                 smaller = shrink(problem, part, target)
                 bar.update()
                 bar.set_postfix(nodes=int(part.keep.sum()), edges=size(problem, part))

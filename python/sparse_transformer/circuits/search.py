@@ -34,6 +34,7 @@ class Budget:
         seconds: no new ones are begun after that.
         steps, pairs: of the training of a mask; see `PruneConfig`.
         finalists: how many of the best are refined.
+        refine_seconds: after which taking single nodes and edges away ends, for each.
     """
 
     trials: int = 8
@@ -42,9 +43,18 @@ class Budget:
     steps: int = 300
     pairs: int = 16
     finalists: int = 2
+    refine_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("trials", "together", "steps", "pairs", "finalists", "seconds"):
+        for name in (
+            "trials",
+            "together",
+            "steps",
+            "pairs",
+            "finalists",
+            "seconds",
+            "refine_seconds",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
