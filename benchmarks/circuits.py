@@ -109,7 +109,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{trained['val_loss']:.3f} | {trained['seconds']:.0f} | {solved} |"
         )
     names = [row["run"] for row in rows]
-    heads = [f"{name}: {what}" for name in names for what in ("accuracy", "edges", "as published")]
+    heads = [f"{name}: {what}" for name in names for what in ("accuracy", "edges", "by nodes")]
     lines += ["", f"| task | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for task in TASKS:
         cells = [cell for row in rows for cell in _cells(row, task)]

@@ -214,7 +214,8 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
     control = proof.get("control")
     lines = [
         f"{model}, {name}: {nodes} nodes, {edges} edges ({sizes['nodes'][1]} before single edges "
-        f"were taken away, {sizes['cut'][1]} as published) in {sum(row['seconds'].values()):.0f} s",
+        f"were taken away, {sizes['cut'][1]} by bisection of nodes) "
+        f"in {sum(row['seconds'].values()):.0f} s",
         f"  model alone: accuracy {proof['model_accuracy']:.1%}, loss {proof['model_loss']:.3f} on "
         f"{proof['pairs']} held-out pairs",
         *(

@@ -89,7 +89,7 @@ def table(results: Results) -> str:
         if "error" in row
     ]
     return "\n".join(
-        [text, "", "edges; cut: nodes by bisection, as published; nodes: single nodes taken away "
+        [text, "", "edges; cut: nodes by bisection; nodes: single nodes taken away "
          "too; edges: single edges too", *reasons]
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def plot(results: Results, path: Path) -> None:
         by_loss.plot(losses, [geometric_mean(whole[loss]) for loss in losses], "o-", label=model)
         size = geometric_means(results, "cut")[model]
         by_l0.plot(rows[tasks[0]]["model"]["l0"], size, "o", label=model)
-    by_loss.set(xlabel="target loss (nats)", ylabel="edges, as published", yscale="log")
+    by_loss.set(xlabel="target loss (nats)", ylabel="edges, by bisection", yscale="log")
     by_l0.set(xlabel="L0 of the blocks", xscale="log")
     for axes in (by_loss, by_l0):
         axes.grid(which="both", alpha=0.3)

@@ -42,11 +42,11 @@ class Found:
         part: its nodes, and the edges that are gone.
         calibration: fitted on the prompts for fitting.
         config: how its masks were trained.
-        sizes: `cut` (as published: nodes by bisection, all edges between them), `nodes` (single
-            nodes taken away too, all edges between them), `edges` (single edges too); of each
-            [nodes, edges].
+        sizes: `cut` (nodes by bisection, all edges between them, as the paper counts), `nodes`
+            (single nodes taken away too, all edges between them), `edges` (single edges too); of
+            each [nodes, edges].
         proof: see proof.py, with the control.
-        curve: for each target of `CURVE`, [target, nodes, edges] as published, or null where the
+        curve: for each target of `CURVE`, [target, nodes, edges] by bisection, or null where the
             model does not reach it.
         seconds: how long it took, by stage.
     """
