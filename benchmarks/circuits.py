@@ -66,7 +66,7 @@ def record(options: argparse.Namespace, words: Sequence[str]) -> int:
     print(report.machine_line(machine), flush=True)
     first, *others = map(str, options.runs)
     against = ["--against", *others] if others else []
-    which = ["--task", options.task] if options.task else ["--all"]
+    which = ["--task", *options.task] if options.task else ["--all"]
     status = program.main(
         ["--checkpoint", first, "--out", str(options.out), *which, *against, *options.rest]
     )
@@ -144,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of trainings")
     made.add_argument("--out", type=Path, metavar="DIR", help="where circuits go")
-    made.add_argument("--task", metavar="NAME", help="a circuit of this task only")
+    made.add_argument(
+        "--task",
+        action="append",
+        metavar="NAME",
+        help="circuits of this task only; may be repeated",
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="the result file")
     made.add_argument("--pairs", type=int, default=256, help="test pairs of each task's score")
     made.add_argument("--threads", type=int, metavar="COUNT", help="torch.set_num_threads")

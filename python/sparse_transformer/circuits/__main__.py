@@ -56,8 +56,8 @@ class CircuitConfig:
     """The folder of a training run, or of one checkpoint in it."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Where the results go, a folder for each task."""
-    task: str | None = None
-    """Name of the task."""
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
+    """Name of the task, or of several."""
     all: bool = False
     """Every task that the model solves."""
     against: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
@@ -178,11 +178,11 @@ def run(config: CircuitConfig) -> None:
     Raises:
         UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
     """
-    if (config.task is None) == (not config.all):
+    if bool(config.task) == config.all:
         raise UserError("say which circuit: --task NAME for one, or --all")
     if not config.target > 0:
         raise UserError(f"--target must be above 0, got {config.target}: 0.15 is the published one")
-    names = list(tasks.TASKS) if config.all else [tasks.get(str(config.task)).name]
+    names = list(tasks.TASKS) if config.all else [tasks.get(name).name for name in config.task]
     paths = {path.resolve().name: path for path in (config.checkpoint, *config.against)}
     if len(paths) < 1 + len(config.against):
         raise UserError("--checkpoint and --against must be folders of different names: rename one")
@@ -195,7 +195,7 @@ def run(config: CircuitConfig) -> None:
             try:
                 rows[name] = prepared.circuit(name, config, root / name)
             except UserError as error:
-                if not config.all:
+                if len(names) == 1:
                     raise
                 rows[name] = {"error": str(error)}
                 print(f"{model}, {name}: {error}", file=sys.stderr)

@@ -108,13 +108,13 @@ def _node(problem: Problem, place: str, channel: int, importance: float | None) 
 
 
 def _importance(problem: Problem, part: Part) -> dict[int, float]:
-    """What the loss on the test prompts rises by without each node, recalibrated."""
-    before = problem.calibrated_loss(part, problem.test)
+    """What the loss on the prompts for fitting rises by without each node, recalibrated."""
+    before = problem.calibrated_loss(part)
     found = {}
     for number in part.keep.nonzero().squeeze(1).tolist():
         keep = part.keep.clone()
         keep[number] = False
-        loss = problem.calibrated_loss(Part(keep, part.removed), problem.test)
+        loss = problem.calibrated_loss(Part(keep, part.removed))
         found[number] = loss - before
     return found
 
