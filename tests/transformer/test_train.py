@@ -185,7 +185,7 @@ def test_resume_with_other_settings_is_refused(reference, tmp_path, capsys, chan
     ("given", "match"),
     [
         ([], "--out is missing"),
-        (["--preset", "huge", "--out", "x"], "choose one of tiny, d256"),
+        (["--preset", "huge", "--out", "x"], "choose one of tiny, circuits, d256"),
         (["--batch-tokens", "100", "--out", "x"], "choose a multiple of 128"),
         (["--steps", "0", "--out", "x"], "steps must be at least 1"),
         (["--d-model", "17", "--out", "x"], "d_head must be a divisor of d_model"),
