@@ -8,9 +8,7 @@ independently and the two prompts of a pair are not, so all intervals, of 95 %, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_transformer import program
 from sparse_transformer.checkpoint import steps
 from sparse_transformer.errors import UserError
 from sparse_transformer.run import load_run
@@ -220,7 +219,7 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
             ]
         )
         results[task.name] = {**dataclasses.asdict(result), "solved": result.solved}
-    _write(out, rows)
+    out.write(program.table(rows, left=len(rows[0])))
     out.write(
         f"{solved} of the {asked} asked are solved: at least {SOLVED_ACCURACY:.0%} of the prompts "
         f"are right\n"
@@ -239,13 +238,6 @@ def _answers(pairs: Sequence[Pair], tokenizer: Tokenizer) -> str:
     return " ".join(repr(tokenizer.decode([answer])) for answer in answers)
 
 
-def _write(out: TextIO, rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        out.write("  ".join(cells).rstrip() + "\n")
-
-
 def _save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     assert config.json is not None
     content = {
@@ -256,12 +248,7 @@ def _save(config: EvaluateConfig, results: dict[str, Any]) -> None:
         "solved_accuracy": SOLVED_ACCURACY,
         "tasks": results,
     }
-    try:
-        config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{config.json} cannot be written ({error.strerror}): choose another --json"
-        ) from error
+    program.write_json(config.json, content)
 
 
 def _step(config: EvaluateConfig) -> int:
@@ -275,18 +262,7 @@ def _step(config: EvaluateConfig) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
     config = tyro.cli(EvaluateConfig, prog="sparse_transformer.evaluate", args=arguments)
-    try:
-        run(config, sys.stdout)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the table has seen enough; nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return program.status(lambda: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ context is full, its later half is read anew and generation goes on from there.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from sparse_transformer import program
 from sparse_transformer.attention import KVCache
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
@@ -194,18 +194,7 @@ def run(config: GenerateConfig, out: TextIO) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
     config = tyro.cli(GenerateConfig, prog="sparse_transformer.generate", args=arguments)
-    try:
-        run(config, sys.stdout)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the text has seen enough; nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return program.status(lambda: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Nodes:
             near = difflib.get_close_matches(place, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"places are {_places(model)}"
             raise UserError(f"the model has no place {place!r}: {hint}")
-        width = _width(model, place)
+        width = taps.widths(model.config)[place]
         first = int(match[2] or 0)
         last = int(match[3] or match[2] or width - 1)
         if not first <= last < width:
@@ -203,16 +203,6 @@ def _places(model: Transformer) -> str:
     """Those of the first layer, and of how many layers they are."""
     first = [name for name in taps.names(model) if name.startswith("0.") or "." not in name]
     return f"{', '.join(first)}, and so on for {model.config.n_layer} layers"
-
-
-def _width(model: Transformer, place: str) -> int:
-    config = model.config
-    local = place.rsplit(".", 1)[-1]
-    if local == "act_in":
-        return config.d_model + config.positions
-    if local == "post_act":
-        return config.neurons
-    return config.heads * config.d_head if local in ("q", "k", "v", "y") else config.d_model
 
 
 def _last(tokens: Tensor, last: Tensor | None) -> Tensor:

@@ -5,9 +5,7 @@ The changes themselves, and how nodes and positions are written, are in interven
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_transformer import taps, tasks
+from sparse_transformer import program, taps, tasks
 from sparse_transformer.errors import UserError
 from sparse_transformer.intervention import (
     Ablate,
@@ -118,12 +116,7 @@ def run(config: SteerConfig, out: TextIO) -> None:
         report = steering.prompt(prompt)
         text = _prompt_text(report)
     if config.json is not None:
-        try:
-            config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{config.json} cannot be written ({error.strerror}): choose another --json"
-            ) from error
+        program.write_json(config.json, report)
     out.write(text)
     out.flush()
 
@@ -353,7 +346,7 @@ def _prompt_text(report: dict[str, Any]) -> str:
         [entry["token"], f"{entry['before']:.2%}", f"{entry['after']:.2%}"]
         for entry in report["next"]
     ]
-    text = _table([row if changed else row[:2] for row in rows], left=1)
+    text = program.table([row if changed else row[:2] for row in rows], left=1)
     if answers:
         first, second = (entry["token"] for entry in report["next"])
         cell = _cell(report["logit_difference"], "", "{:.3f}")
@@ -376,7 +369,7 @@ def _task_text(report: dict[str, Any]) -> str:
         ]
         rows.append([kind, *cells, f"{effect['flipped']:.1%}"])
     text = f"{report['task']}, {report['pairs']} pairs of the test split\n"
-    text += _table([row if report["changed"] else row[:-1] for row in rows], left=1)
+    text += program.table([row if report["changed"] else row[:-1] for row in rows], left=1)
     for kind, activations in zip(("positive", "negative"), report["activations"], strict=True):
         text += _activations_text(f"activations in the first {kind} prompt", activations)
     return text
@@ -391,7 +384,7 @@ def _activations_text(title: str, activations: dict[str, Any]) -> str:
     for position, token in enumerate(activations["tokens"]):
         here = [{when: of[when][position] for when in of} for of in nodes.values()]
         rows.append([str(position), token, *(_cell(values, "", "{:.3f}") for values in here)])
-    return f"\n{title}\n{_table(rows, left=2)}"
+    return f"\n{title}\n{program.table(rows, left=2)}"
 
 
 def _cell(values: dict[str, float], name: str, number: str) -> str:
@@ -400,34 +393,10 @@ def _cell(values: dict[str, float], name: str, number: str) -> str:
     return before if before == after else f"{before} -> {after}"
 
 
-def _table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns two spaces apart, the first `left` of them flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ""
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        text += "  ".join(cells).rstrip() + "\n"
-    return text
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
     config = tyro.cli(SteerConfig, prog="sparse_transformer.steer", args=arguments)
-    try:
-        run(config, sys.stdout)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the report has seen enough; nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return program.status(lambda: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from sparse_transformer.model import MLP, Attention, Transformer
+from sparse_transformer.model import MLP, Attention, ModelConfig, Transformer
 
 Intervention = Callable[[Tensor], Tensor]
 
@@ -49,11 +49,27 @@ class _Taps:
 
 def names(model: Transformer) -> list[str]:
     """All tap names of the model, in the order in which a forward reaches them."""
+    return _names(model.config.n_layer)
+
+
+def _names(n_layer: int) -> list[str]:
     found = []
-    for layer in range(model.config.n_layer):
+    for layer in range(n_layer):
         found += [f"{layer}.attn.{name}" for name in _ATTENTION]
         found += [f"{layer}.mlp.{name}" for name in _MLP]
     return [*found, "final_resid"]
+
+
+def widths(config: ModelConfig) -> dict[str, int]:
+    """How many channels each tap has, in the order of `names`."""
+    heads = config.heads * config.d_head
+    local = dict.fromkeys(("q", "k", "v", "y"), heads) | {
+        "act_in": config.d_model + config.positions,
+        "post_act": config.neurons,
+    }
+    return {
+        name: local.get(name.rsplit(".", 1)[-1], config.d_model) for name in _names(config.n_layer)
+    }
 
 
 @contextmanager

@@ -82,6 +82,12 @@ def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
     monkeypatch.setattr(program, "find", None)
     assert program.main(arguments(run, out, *more)) == 0
     assert TASK in capsys.readouterr().out
+    # So are other weights, though the folder is the same.
+    monkeypatch.setattr(program, "fingerprint", lambda model: "other")
+    with pytest.raises(TypeError):
+        program.main(arguments(run, out, *more))
+    monkeypatch.undo()
+    monkeypatch.setattr(program, "find", None)
     # Another target is another question.
     with pytest.raises(TypeError):
         program.main(arguments(run, out, *more[:-1], "4"))
@@ -135,6 +141,12 @@ def test_a_budget_that_cannot_be_is_refused(run, tmp_path, capsys):
         program.main(arguments(run, tmp_path, "--task", TASK, "--budget.trials", "0"))
     assert refused.value.code == 2
     assert "trials must be above 0, got 0" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(run, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert program.main(arguments(run, tmp_path / "out", "--task", TASK)) == 2
+    assert "choose another --out" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(run, tmp_path, capsys):

@@ -13,9 +13,7 @@ loss, and against L0.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +23,13 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparse_transformer import tasks
+from sparse_transformer import program, tasks
 from sparse_transformer.checkpoint import load
 from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.describe import describe
 from sparse_transformer.circuits.edges import Edges
 from sparse_transformer.circuits.find import find
-from sparse_transformer.circuits.means import mean_activations, windows
+from sparse_transformer.circuits.means import fingerprint, mean_activations, windows
 from sparse_transformer.circuits.picture import write_html, write_image
 from sparse_transformer.circuits.problem import Problem
 from sparse_transformer.circuits.search import Budget
@@ -106,6 +104,7 @@ class _Run:
         self.means = mean_activations(
             self.model, self.corpus, cache_dir=config.cache_dir or default_cache()
         )
+        self.weights = fingerprint(self.model)
         self.facts: dict[str, Any] = {
             "run": path.name,
             "step": point.step,
@@ -123,10 +122,11 @@ class _Run:
             UserError: the task cannot be asked, or is not solved, or the target is out of reach.
         """
         done = folder / "summary.json"
-        problem = Problem(self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed)
-        stored = _stored(done, config)
+        settings = self._settings(config)
+        stored = _stored(done, settings)
         if stored is not None:
             return stored
+        problem = Problem(self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed)
         solved = problem.need_solved(config.solved)
         folder.mkdir(parents=True, exist_ok=True)
         found = find(
@@ -145,7 +145,6 @@ class _Run:
             self.tokenizer,
             self.corpus,
             target=config.target,
-            edges_before=found.sizes["nodes"][1],
             model=self.facts,
             proof=found.proof,
         )
@@ -159,7 +158,7 @@ class _Run:
             for picture in pictures:
                 picture.unlink(missing_ok=True)
         summary = {
-            "settings": _settings(config),
+            "settings": settings,
             "model": self.facts,
             "accuracy": solved.accuracy,
             "sizes": found.sizes,
@@ -170,6 +169,15 @@ class _Run:
         }
         _write(done, json.dumps(summary, indent=1))
         return summary
+
+    def _settings(self, config: CircuitConfig) -> dict[str, Any]:
+        """What a result depends on."""
+        names = ("target", "edges", "control", "solved", "seed")
+        return {
+            **{name: getattr(config, name) for name in names},
+            "budget": dict(vars(config.budget)),
+            "weights": self.weights,
+        }
 
 
 def run(config: CircuitConfig) -> None:
@@ -182,6 +190,12 @@ def run(config: CircuitConfig) -> None:
         raise UserError("say which circuit: --task NAME for one, or --all")
     if not config.target > 0:
         raise UserError(f"--target must be above 0, got {config.target}: 0.15 is the published one")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{config.out} cannot be written ({error.strerror}): choose another --out"
+        ) from error
     names = list(tasks.TASKS) if config.all else [tasks.get(name).name for name in config.task]
     paths = {path.resolve().name: path for path in (config.checkpoint, *config.against)}
     if len(paths) < 1 + len(config.against):
@@ -200,6 +214,11 @@ def run(config: CircuitConfig) -> None:
                 rows[name] = {"error": str(error)}
                 print(f"{model}, {name}: {error}", file=sys.stderr)
                 continue
+            except OSError as error:
+                raise UserError(
+                    f"{root / name} cannot be written ({error.strerror}): free some space or "
+                    f"choose another --out"
+                ) from error
             print(_sentence(model, name, rows[name], root / name), flush=True)
     _write(config.out / "comparison.json", json.dumps(results, indent=1))
     if config.all or config.against:
@@ -213,9 +232,8 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
     nodes, edges = list(sizes.values())[-1]
     control = proof.get("control")
     lines = [
-        f"{model}, {name}: {nodes} nodes, {edges} edges ({sizes['nodes'][1]} before single edges "
-        f"were taken away, {sizes['cut'][1]} by bisection of nodes) "
-        f"in {sum(row['seconds'].values()):.0f} s",
+        f"{model}, {name}: {nodes} nodes, {edges} edges (by nodes alone {sizes['nodes'][1]}, by "
+        f"bisection of nodes {sizes['cut'][1]}) in {sum(row['seconds'].values()):.0f} s",
         f"  model alone: accuracy {proof['model_accuracy']:.1%}, loss {proof['model_loss']:.3f} on "
         f"{proof['pairs']} held-out pairs",
         *(
@@ -245,18 +263,11 @@ def _red(text: str) -> str:
     return f"\033[31m{text}\033[0m" if sys.stdout.isatty() else text
 
 
-def _settings(config: CircuitConfig) -> dict[str, Any]:
-    """What a result depends on, beside the checkpoint."""
-    names = ("target", "edges", "control", "solved", "step", "seed")
-    chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return {**chosen, "checkpoint": str(config.checkpoint.resolve()), "budget": vars(config.budget)}
-
-
-def _stored(path: Path, config: CircuitConfig) -> dict[str, Any] | None:
+def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an earlier run of the same settings."""
     try:
         summary = json.loads(path.read_text())
-        same = summary["settings"] == json.loads(json.dumps(_settings(config)))
+        same = summary["settings"] == settings
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return summary if same else None
@@ -264,28 +275,15 @@ def _stored(path: Path, config: CircuitConfig) -> dict[str, Any] | None:
 
 def _write(path: Path, text: str) -> None:
     """In one go, so that an interruption leaves no half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.temporary")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    try:
-        config = tyro.cli(CircuitConfig, prog="sparse_transformer.circuits", args=arguments)
-        run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}: choose another --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    config = tyro.cli(CircuitConfig, prog="sparse_transformer.circuits", args=arguments)
+    return program.status(lambda: run(config), "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Circuit:
             task).
         nodes, edges: all, the ends included.
         node_count, edge_count: the published size: nodes of blocks, edges of kind "weight".
-        edges_before: the same before edges were pruned: all nonzero weights between kept nodes.
+        edges_before: all nonzero weights between its nodes, those that were pruned included.
         proof: losses by name; see proof.py.
         examples: a few prompts of the test split.
         snippets: by node id, the most active first.

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sparse_transformer import program
+
 # By model name, then by task: `sizes`, `curve` and `proof` of find.Found, or `error`.
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 STAGES = ("cut", "nodes", "edges")
@@ -74,14 +76,6 @@ def table(results: Results) -> str:
             ),
         ]
     )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
     reasons = [
         f"{model}, {task}: {row['error']}"
         for model, rows in results.items()
@@ -89,7 +83,7 @@ def table(results: Results) -> str:
         if "error" in row
     ]
     return "\n".join(
-        [text, "", "edges; cut: nodes by bisection; nodes: single nodes taken away "
+        [program.table(lines), "edges; cut: nodes by bisection; nodes: single nodes taken away "
          "too; edges: single edges too", *reasons]
     )  # fmt: skip
 
@@ -118,5 +112,6 @@ def plot(results: Results, path: Path) -> None:
     for axes in (by_loss, by_l0):
         axes.grid(which="both", alpha=0.3)
     by_loss.legend()
-    figure.suptitle(f"Circuit size, geometric mean of {len(tasks)} tasks")
+    over = tasks[0] if len(tasks) == 1 else f"geometric mean of {len(tasks)} tasks"
+    figure.suptitle(f"Circuit size, {over}")
     figure.savefig(path, dpi=110)

@@ -34,7 +34,6 @@ def describe(
     corpus: Tensor,
     *,
     target: float,
-    edges_before: int,
     model: Mapping[str, Any],
     proof: Mapping[str, Any],
 ) -> Circuit:
@@ -43,7 +42,6 @@ def describe(
     Args:
         corpus: int64 `(rows, context)`, where snippets are looked for.
         target: the loss that it was pruned to.
-        edges_before: its size before edges were pruned.
         model: facts for the reader.
         proof: see proof.py.
     """
@@ -77,7 +75,7 @@ def describe(
         shift=calibration.shift,
         nodes=tuple(nodes + ends),
         edges=tuple(edges + end_edges),
-        edges_before=edges_before,
+        edges_before=problem.edges.count(part.keep),
         proof=dict(proof),
         examples=_examples(problem, part, calibration, located, texts),
         snippets=top_snippets(problem.model, corpus, few, texts) if few else {},

@@ -9,17 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparse_transformer.circuits.masks import PruneConfig, train_edges, train_masks
+from sparse_transformer.circuits.means import fingerprint
 from sparse_transformer.circuits.problem import Calibration, Part, Problem, Score, calibrate, score
-from sparse_transformer.circuits.proof import control, prove
-from sparse_transformer.circuits.prune import (
-    PruneConfig,
-    cut,
-    cut_edges,
-    refine,
-    size,
-    train_edges,
-    train_masks,
-)
+from sparse_transformer.circuits.proof import CONTROL_FACTOR, control, prove
+from sparse_transformer.circuits.prune import cut, cut_edges, refine, size
 from sparse_transformer.circuits.search import Budget, Candidate, search
 from sparse_transformer.errors import UserError
 
@@ -97,7 +91,14 @@ def find(
     clock.lap("search")
     by_nodes = [
         (
-            refine(problem, Part(candidate.cut.keep), fit_target, edges=False, progress=progress),
+            refine(
+                problem,
+                Part(candidate.cut.keep),
+                fit_target,
+                edges=False,
+                seconds=budget.refine_seconds,
+                progress=progress,
+            ),
             candidate,
         )
         for candidate in candidates
@@ -127,7 +128,8 @@ def find(
     proof = prove(problem, part, calibration, target, seed=seed)
     clock.lap("proof")
     if with_control:
-        tried = control(problem, part, winner.config, target, seed=seed, progress=progress)
+        limit = CONTROL_FACTOR * sizes["nodes"][1]
+        tried = control(problem, limit, winner.config, target, seed=seed, progress=progress)
         proof["control"] = dict(vars(tried))
         clock.lap("control")
     curve = _curve(problem, candidates[0], seed)
@@ -182,7 +184,7 @@ def _key(problem: Problem, target: float, budget: Budget, seed: int) -> str:
     digest = hashlib.sha256(
         repr((problem.task.name, target, budget.steps, budget.pairs, seed)).encode()
     )
-    digest.update(problem.edges.weight.numpy().tobytes())
+    digest.update(fingerprint(problem.model).encode())
     digest.update(repr([pair.positive.text for pair in problem.train + problem.fit]).encode())
     return f"{problem.task.name}-{digest.hexdigest()[:16]}"
 

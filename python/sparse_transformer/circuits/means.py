@@ -24,6 +24,7 @@ from sparse_transformer import taps
 from sparse_transformer.circuits.circuit import Snippet
 from sparse_transformer.circuits.nodes import Places
 from sparse_transformer.data import Corpus
+from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 
 _ROWS = 16
@@ -61,10 +62,14 @@ def mean_activations(
         tokens: int64 `(rows, context)`.
         cache_dir: where to keep the result and to look for it; None does neither.
         progress: show a progress bar; by default where stderr is a terminal.
+
+    Raises:
+        UserError: `cache_dir` cannot be written.
     """
     path = None
     if cache_dir is not None:
-        path = Path(cache_dir, f"means-{_hash(model, tokens)}.safetensors")
+        taken = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
+        path = Path(cache_dir, f"means-{fingerprint(model)}-{taken}.safetensors")
         try:
             return load_file(path)
         except (OSError, SafetensorError):
@@ -76,11 +81,25 @@ def mean_activations(
             sums[name] = total if name not in sums else sums[name] + total
     means = {name: (total / tokens.numel()).float() for name, total in sums.items()}
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            save_file(means, file.name)
-        os.replace(file.name, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                save_file(means, file.name)
+            os.replace(file.name, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the means cannot be kept in {path.parent} ({error}): choose another --cache-dir"
+            ) from error
     return means
+
+
+def fingerprint(model: Transformer) -> str:
+    """A hash of everything in the model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def top_snippets(
@@ -146,11 +165,3 @@ def _recorded(
         with taps.record(model, names) as seen:
             model(rows.to(device), last_only=True)
         yield seen
-
-
-def _hash(model: Transformer, tokens: Tensor) -> str:
-    digest = hashlib.sha256(tokens.numpy().tobytes())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]

@@ -10,7 +10,6 @@ probabilities do not add up to 1, so that the pattern alone would leak through a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_transformer import taps
-from sparse_transformer.errors import UserError
 from sparse_transformer.model import ModelConfig, Transformer
 
 _KINDS = {"act_in": "read", "q": "q", "k": "k", "v": "v", "resid_delta": "write"}
@@ -48,15 +46,10 @@ class Places:
     @classmethod
     def of(cls, config: ModelConfig) -> Places:
         """Those of a model."""
-        W, D = config.heads * config.d_head, config.d_model
-        reads = D + config.positions
-        attention = {"act_in": reads, "q": W, "k": W, "v": W, "resid_delta": D}
-        mlp = {"act_in": reads, "post_act": config.neurons, "resid_delta": D}
         found = {
-            f"{layer}.{part}.{name}": width
-            for layer in range(config.n_layer)
-            for part, places in (("attn", attention), ("mlp", mlp))
-            for name, width in places.items()
+            name: width
+            for name, width in taps.widths(config).items()
+            if name.rsplit(".", 1)[-1] in _KINDS
         }
         return cls(tuple(found), tuple(found.values()), config.d_head)
 
@@ -67,10 +60,6 @@ class Places:
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """`(..., total)` to `(..., width)` by place."""
         return dict(zip(self.names, flat.split(self.widths, -1), strict=True))
-
-    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `split`."""
-        return torch.cat([parts[name] for name in self.names], -1)
 
     def locate(self, index: int) -> tuple[str, int]:
         """Place and channel of a node."""
@@ -88,20 +77,15 @@ class Places:
         """The inverse of `id`.
 
         Raises:
-            UserError: there is no such node.
+            KeyError: there is no such node.
         """
         place, _, channel = id.partition(":")
-        if place not in self.names:
-            near = difflib.get_close_matches(place, self.names, n=3, cutoff=0.4)
-            raise UserError(
-                f"there is no node {id!r}: nodes are PLACE:CHANNEL, and places are "
-                f"{', '.join(near or self.names)}"
-            )
-        start = sum(self.widths[: self.names.index(place)])
-        width = self.widths[self.names.index(place)]
-        if not channel.isdecimal() or int(channel) >= width:
-            raise UserError(f"there is no node {id!r}: {place} has the channels 0 to {width - 1}")
-        return start + int(channel)
+        if place not in self.names or not channel.isdecimal():
+            raise KeyError(id)
+        number = self.names.index(place)
+        if int(channel) >= self.widths[number]:
+            raise KeyError(id)
+        return sum(self.widths[:number]) + int(channel)
 
     def kind(self, name: str) -> str:
         """Of a place: read, q, k, v, neuron or write."""

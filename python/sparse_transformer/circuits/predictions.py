@@ -18,8 +18,6 @@ two of its standard errors, and at least the share `MATERIAL` of the gap.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +30,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from sparse_transformer import taps, tasks
+from sparse_transformer import program, taps, tasks
 from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.errors import UserError
 from sparse_transformer.intervention import Intervention, Nodes, Patch, Set, answer
@@ -608,13 +606,7 @@ def run(config: PredictionsConfig, out: TextIO) -> None:
         check = CHECKS[task]
         found += check(model, tokenizer, circuit, prompts=config.prompts, seed=config.seed)
     if config.json is not None:
-        text = json.dumps([asdict(prediction) for prediction in found], indent=1, allow_nan=False)
-        try:
-            config.json.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{config.json} cannot be written ({error.strerror}): choose another --json"
-            ) from error
+        program.write_json(config.json, [asdict(prediction) for prediction in found])
     out.write("\n".join(map(_text, found)))
     out.flush()
 
@@ -672,18 +664,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(
         PredictionsConfig, prog="sparse_transformer.circuits.predictions", args=arguments
     )
-    try:
-        run(config, sys.stdout)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the report has seen enough; nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return program.status(lambda: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

@@ -251,12 +251,11 @@ def margin(model: Transformer, batch: Batch) -> Tensor:
 
 
 def score(margins: Tensor, positive: Tensor, calibration: Calibration | None = None) -> Score:
-    """Of margins `(2P,)`. A tie counts as half right."""
+    """Of margins `(2P,)`. A tie is not right, as in evaluate.py."""
     if calibration is not None:
         margins = calibration.apply(margins, positive)
     loss = torch.nn.functional.softplus(-margins).mean()
-    right = (margins > 0).float() + (margins == 0).float() / 2
-    return Score(float(loss), float(right.mean()))
+    return Score(float(loss), float((margins > 0).float().mean()))
 
 
 def calibrate(margins: Tensor, positive: Tensor) -> Calibration:

@@ -14,20 +14,13 @@ from typing import Any
 
 import torch
 
+from sparse_transformer.circuits.masks import PruneConfig, train_masks
 from sparse_transformer.circuits.nodes import Base
-from sparse_transformer.circuits.problem import (
-    Calibration,
-    Part,
-    Problem,
-    Score,
-    calibrate,
-    score,
-)
-from sparse_transformer.circuits.prune import PruneConfig, size, train_masks
+from sparse_transformer.circuits.problem import Calibration, Part, Problem, calibrate, score
 
 # Without the circuit the loss must be at least this; ln 2 = 0.69 is what guessing has.
 NECESSARY_LOSS = 0.6
-# The control may not reach the target with less than this many times the circuit's edges.
+# The control may not reach the target with up to this many times the circuit's edges.
 CONTROL_FACTOR = 10
 # Node prices for the control, by which the best one's is multiplied.
 _PRICES = (0.1, 1.0, 10.0)
@@ -36,10 +29,14 @@ _PRICES = (0.1, 1.0, 10.0)
 def prove(
     problem: Problem, part: Part, calibration: Calibration, target: float, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Losses and accuracies on the test prompts; see the docstring of `Circuit.proof`.
+    """Losses and accuracies on the test prompts, as `Circuit.proof` holds them.
 
-    Without the circuit the loss is given as it is and recalibrated: the best scale and shift for
-    the very prompts it is measured on, which shows what is still known of the answer.
+    Returns:
+        `pairs`, `model_loss`, `model_accuracy`; `circuit` and `without`, the circuit alone and the
+        rest alone, each by ablation (`mean`, `zero`, `resample`) with `loss` and `accuracy`;
+        `sufficient` and `necessary`, judged at the mean. Without the circuit there is also a
+        `recalibrated_loss`, with the best scale and shift for the very prompts that it is measured
+        on: what is still known of the answer.
     """
     complement = Part(~part.keep)
     whole = problem.score(problem.test)
@@ -77,7 +74,7 @@ class Control:
         loss: the least, calibrated, of all cuts with at most `limit` edges, on prompts that the
             masks were trained on, which favours the control.
         nodes, edges: of that cut.
-        limit: `CONTROL_FACTOR` times the circuit's edges.
+        limit: the most edges that it was given.
         reached: the target.
         passed: not reached, as it should be.
     """
@@ -92,16 +89,20 @@ class Control:
 
 def control(
     problem: Problem,
-    part: Part,
+    limit: int,
     config: PruneConfig,
     target: float,
     *,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Control:
-    """Trains masks on random labels as `config` says, at three prices, and cuts them every way."""
+    """Trains masks on random labels as `config` says, at three prices, and cuts them every way.
+
+    Args:
+        limit: edges that a cut may have; `CONTROL_FACTOR` times those of the task's own circuit,
+            both counted as all edges between the nodes.
+    """
     random = problem.control(seed)
-    limit = CONTROL_FACTOR * size(problem, part)
     configs = [replace(config, price=config.price * factor) for factor in _PRICES]
     seen = random.train[: len(random.fit)]
     best: Control | None = None
@@ -129,6 +130,3 @@ def _others(count: int, seed: int) -> torch.Tensor:
     others = torch.empty(count, dtype=torch.int64)
     others[order] = order.roll(1)
     return others
-
-
-__all__ = ["CONTROL_FACTOR", "NECESSARY_LOSS", "Control", "Score", "control", "prove"]

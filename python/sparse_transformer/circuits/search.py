@@ -20,8 +20,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
+from sparse_transformer.circuits.masks import PruneConfig, train_masks
 from sparse_transformer.circuits.problem import Problem
-from sparse_transformer.circuits.prune import Cut, PruneConfig, cut, train_masks
+from sparse_transformer.circuits.prune import Cut, cut
 
 
 @dataclass(frozen=True)
