@@ -8,13 +8,14 @@ import torch
 from test_steer import prepared_tokenizer, save_run
 
 from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
-from sparse_transformer.circuits import predictions
+from sparse_transformer.circuits import brackets, predictions, quotes
 from sparse_transformer.circuits.circuit import Circuit, Node
 from sparse_transformer.circuits.predictions import (
     bracket_counting,
     main,
     single_double_quote,
 )
+from sparse_transformer.circuits.trend import trend as follow
 
 NEURON, VALUE, DEPTH = "0.mlp.post_act:0", "1.attn.v:0", "1.attn.resid_delta:3"
 TRENDS = ["longer_list", "text_before", "open_brackets_before", "double_brackets_before"]
@@ -177,7 +178,7 @@ def test_the_opposite_of_a_prediction_is_not_held(tokenizer):
 
 def trend(rows, direction=-1, gap=5.0):
     margins = {amount: torch.tensor(row) for amount, row in enumerate(rows)}
-    return predictions._trend("name", "task", "sentence", margins, direction, gap)
+    return follow("name", "task", "sentence", margins, direction, gap)
 
 
 def test_a_trend_needs_order_and_a_change_beyond_its_error():
@@ -238,9 +239,7 @@ def test_the_node_of_the_depth_needs_a_cost_beyond_its_error(tokenizer):
     for swapped, held in ((0, True), (1, False)):
         one = [short, long] if swapped else [short, short]
         other = [long, short] if swapped else [long, long]
-        found = predictions._depth_node(
-            model, given, [*one, short] * 2, [*other, long] * 2, answers
-        )
+        found = brackets._depth_node(model, given, [*one, short] * 2, [*other, long] * 2, answers)
         assert found.numbers["restored"] == pytest.approx(1, abs=1e-3)
         assert found.numbers["cost"] > 0
         assert found.held == held
@@ -264,11 +263,11 @@ def test_one_node_holds_the_kind_of_quote(tokenizer, nodes):
 
 
 def test_the_nodes_that_matter_are_tried_first(tokenizer, monkeypatch):
-    monkeypatch.setattr(predictions, "_TRIED", 2)
+    monkeypatch.setattr(quotes, "_TRIED", 2)
     model = quotes_by_averaging(tokenizer)
     pairs = tasks.get("single_double_quote").pairs(tokenizer, 8, split="test", context=400)
-    quotes = predictions._Quotes.of(model, pairs)
-    found = predictions._influential(model, quotes, predictions._means(model, quotes))
+    held = quotes._Quotes.of(model, pairs)
+    found = quotes._influential(model, held, quotes._means(model, held))
     assert set(found) == {NEURON, VALUE}
 
 
@@ -276,10 +275,10 @@ def test_a_node_that_flips_the_answer_whatever_it_is_set_to_does_not_hold_it(
     tokenizer, monkeypatch
 ):
     model = quotes_by_averaging(tokenizer)
-    margins = predictions._Quotes.margins
+    margins = quotes._Quotes.margins
     # Any change inverts the margins.
     monkeypatch.setattr(
-        predictions._Quotes,
+        quotes._Quotes,
         "margins",
         lambda self, model, changes=(): margins(self, model) * (-1 if changes else 1),
     )

@@ -1,0 +1,281 @@
+"""The page of a circuit in real headless Chromium; skipped, with a reason, where there is none."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+from drawn import HOSTILE, PROOF, hostile, large, quotes
+
+from sparse_transformer.circuits import picture
+from sparse_transformer.circuits.picture import text
+from sparse_transformer.circuits.picture.layout import lay_out
+
+
+def find_chromium():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = [shutil.which(name) for name in names]
+    return next((path for path in (os.environ.get("SPARSE_CHROMIUM"), *found) if path), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium: neither in SPARSE_CHROMIUM nor in PATH")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Opens a circuit's page; at the end there may be no message and no request beside the file."""
+    contexts, messages, requests = [], [], []
+
+    def opened(circuit, width=1360, height=900, **options):
+        path = tmp_path / "circuit.html"
+        picture.write_html(circuit, path)
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, offline=True, **options
+        )
+        contexts.append(context)
+        shown = context.new_page()
+        shown.on("console", lambda message: messages.append(message.text))
+        shown.on("pageerror", lambda error: messages.append(str(error)))
+        shown.on("request", lambda request: requests.append(request.url))
+        shown.goto(path.as_uri())
+        return shown
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not messages
+    assert all(url.startswith(("file:", "data:")) for url in requests), requests
+
+
+def node_of(shown, circuit, id):
+    index = next(place for place, node in enumerate(circuit.nodes) if node.id == id)
+    return shown.locator(f'.node[data-node="{index}"]')
+
+
+def panel_name(shown):
+    return shown.locator("#details h2").inner_text()
+
+
+@pytest.mark.parametrize("make", [quotes, large, hostile])
+def test_the_page_draws_every_node_and_edge(show, make):
+    circuit = make()
+    shown = show(circuit)
+    assert shown.title() != "broken"
+    boxes = shown.locator(".node")
+    assert boxes.count() == len(circuit.nodes)
+    assert shown.locator(".edge").count() == len(circuit.edges)
+    # No text is wider than its box, whatever fonts this machine has.
+    assert shown.evaluate(
+        """() => [...document.querySelectorAll(".node text")].every((words) => {
+            const box = words.parentNode.querySelector("rect").getBoundingClientRect();
+            return words.getBoundingClientRect().width <= box.width;
+        })"""
+    )
+    # Every node can be described.
+    described = boxes.evaluate_all(
+        "all => all.map(one => (one.focus(), document.querySelector('#details h2').textContent))"
+    )
+    assert sorted(described) == sorted(text.name(node) for node in circuit.nodes)
+    assert shown.locator("img").count() == 0
+
+
+def test_hover_lights_the_neighbours_and_opens_the_panel(show):
+    circuit = quotes()
+    shown = show(circuit)
+    node_of(shown, circuit, "0.mlp.post_act:201").hover()
+    assert panel_name(shown) == "quote type"
+    lit = shown.locator(".node.lit").evaluate_all("all => all.map(one => +one.dataset.node)")
+    assert {circuit.nodes[place].id for place in lit} == {
+        "0.mlp.post_act:201", "0.mlp.act_in:45", "0.mlp.act_in:12", "0.mlp.resid_delta:77"
+    }  # fmt: skip
+    assert shown.locator("g.edge.lit").count() == 3
+    details = shown.locator("#details")
+    words = details.inner_text()
+    for wanted in (
+        "neuron 201, layer 0",
+        "0.mlp.post_act:201",
+        "reads (2)",
+        "read by (1)",
+        "+1.37",
+        "−0.34",
+    ):
+        assert wanted in words
+    strips = details.locator(".tokens")
+    assert strips.count() == len(circuit.examples) + 3
+    opening = strips.nth(0).locator("span").nth(1)
+    assert opening.inner_text() == '("'
+    assert opening.get_attribute("title") == '("  +3.10'
+    assert opening.get_attribute("class") == "positive"
+    assert strips.nth(1).locator("span").nth(1).get_attribute("class") == "negative"
+    assert strips.last.locator(".peak").inner_text() == '("'
+    assert "by −0.40, which is wrong" in words
+    shown.mouse.move(2, 2)
+    assert shown.locator(".lit").count() == 0
+    assert panel_name(shown) == "quote type"
+
+
+def test_a_click_pins_and_the_lists_lead_on(show):
+    circuit = quotes()
+    shown = show(circuit)
+    detector = node_of(shown, circuit, "0.mlp.post_act:137")
+    detector.click()
+    assert detector.get_attribute("aria-pressed") == "true"
+    node_of(shown, circuit, "answer:7").hover()
+    assert panel_name(shown) == "quote detector"
+    shown.locator(".ends button", has_text="write 31").click()
+    assert panel_name(shown) == "write 31"
+    assert node_of(shown, circuit, "0.mlp.resid_delta:31").get_attribute("aria-pressed") == "true"
+    assert shown.evaluate("document.activeElement.getAttribute('aria-label')").startswith(
+        "write 31"
+    )
+    shown.keyboard.press("Escape")
+    assert shown.locator('[aria-pressed="true"]').count() == 0
+
+
+def test_all_of_it_with_the_keyboard(show):
+    circuit = quotes()
+    shown = show(circuit)
+
+    def focused():
+        return shown.evaluate("document.activeElement.ariaLabel") or ""
+
+    for _ in range(8):
+        shown.keyboard.press("Tab")
+        if focused().startswith('("'):
+            break
+    # Both tokens are read by two channels below and one above.
+    assert focused() == '(", token 5, 0 in, 3 out'
+    assert panel_name(shown) == '("'
+    outline = "getComputedStyle(document.activeElement.querySelector('rect')).strokeWidth"
+    assert shown.evaluate(outline) == "3px"
+    shown.keyboard.press("ArrowRight")
+    assert focused().startswith("(', token 6")
+    shown.keyboard.press("ArrowRight")
+    assert focused().startswith("(', token 6")
+    seen = []
+    for _ in range(12):
+        shown.keyboard.press("ArrowUp")
+        seen.append(focused().split(",")[0].split(" ")[0])
+    assert seen[:4] == ["read", "quote", "write", "read"]
+    assert seen[-1] in ('")', "')")
+    shown.keyboard.press("Home")
+    assert focused().startswith('("')
+    shown.keyboard.press("Enter")
+    pressed = shown.locator('[aria-pressed="true"]')
+    assert pressed.get_attribute("aria-label").startswith('("')
+    shown.keyboard.press("ArrowUp")
+    assert panel_name(shown) == '("'
+    shown.keyboard.press("Escape")
+    assert pressed.count() == 0
+    assert panel_name(shown).startswith("read")
+    # One stop for all nodes: the next Tab leaves the picture.
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("!document.activeElement.closest('#picture')")
+
+
+def test_dark_is_the_readers_choice(show):
+    background = "getComputedStyle(document.body).backgroundColor"
+    light, dark = "rgb(255, 255, 255)", "rgb(21, 24, 28)"
+    shown = show(quotes(), color_scheme="light")
+    assert shown.evaluate(background) == light
+    shown.click("#theme")
+    assert shown.evaluate(background) == dark
+    assert shown.inner_text("#theme") == "Light"
+    shown.click("#theme")
+    assert shown.evaluate(background) == light
+    shown = show(quotes(), color_scheme="dark")
+    assert shown.evaluate(background) == dark
+    assert shown.inner_text("#theme") == "Light"
+
+
+@pytest.mark.parametrize("make", [quotes, large, hostile])
+def test_a_narrow_screen_scrolls_the_picture_alone(show, make):
+    circuit = make()
+    shown = show(circuit, width=360, height=740)
+    shown.locator(".node").first.focus()
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+    panel, scroller = (
+        shown.locator("#panel").bounding_box(),
+        shown.locator("#scroller").bounding_box(),
+    )
+    assert panel["y"] >= scroller["y"] + scroller["height"]
+    # Names stay legible rather than fit.
+    assert shown.locator("#picture").bounding_box()["width"] >= 0.79 * lay_out(circuit).width
+
+
+def test_many_numbers_wait_until_they_are_asked_for(show):
+    circuit = large()
+    shown = show(circuit)
+    visible = "all => all.filter(one => getComputedStyle(one).visibility === 'visible').length"
+    numbers = shown.locator(".number")
+    assert numbers.evaluate_all(visible) == 0
+    target = next(node for node in circuit.nodes if node.kind == "neuron")
+    node_of(shown, circuit, target.id).focus()
+    expected = sum(target.id in (edge.source, edge.target) for edge in circuit.edges)
+    assert numbers.evaluate_all(visible) == expected
+    # Or at the edge itself.
+    shown.evaluate("document.activeElement.blur()")
+    edge = next(place for place, edge in enumerate(circuit.edges) if edge.kind == "weight")
+    x, y = shown.evaluate(
+        """(edge) => {
+            const line = document.querySelector(`g.edge[data-edge="${edge}"] .near`);
+            line.scrollIntoView({ block: "center", inline: "center" });
+            const point = line.getPointAtLength(line.getTotalLength() / 4);
+            const { x, y } = point.matrixTransform(line.getScreenCTM());
+            return [x, y];
+        }""",
+        edge,
+    )
+    shown.mouse.move(x, y)
+    shown.mouse.move(x, y + 1)
+    assert numbers.evaluate_all(visible) == 1
+
+
+def test_names_of_stages_stay_in_sight(show):
+    shown = show(large(), width=1000)
+    shown.evaluate("document.getElementById('scroller').scrollLeft = 150")
+    shown.wait_for_selector(
+        '.gutter[transform]:not([transform="translate(0 0)"])', state="attached"
+    )
+    stages, scroller = shown.locator(".gutter"), shown.locator("#scroller")
+    assert abs(stages.bounding_box()["x"] - scroller.bounding_box()["x"]) <= 1
+
+
+def test_size_buttons(show):
+    shown = show(quotes())
+    width = "document.getElementById('picture').getBoundingClientRect().width"
+    fitting = shown.evaluate(width)
+    shown.click("#larger")
+    assert shown.evaluate(width) == pytest.approx(1.25 * fitting, rel=0.01)
+    shown.click("#fit")
+    assert shown.evaluate(width) == pytest.approx(fitting)
+
+
+def test_the_reasons_to_doubt_are_red(show):
+    circuit = dataclasses.replace(
+        quotes(),
+        proof={**PROOF, "necessary": False, "control": {**PROOF["control"], "passed": False}},
+    )
+    shown = show(circuit, color_scheme="light")
+    failed = shown.locator(".verdicts .fails")
+    assert failed.count() == 2
+    assert failed.first.evaluate("one => getComputedStyle(one).color") == "rgb(179, 20, 15)"
+    assert failed.nth(1).inner_text().startswith("Control failed")
+
+
+def test_words_are_the_same_in_both_languages(show):
+    """`visible` exists twice: what the panel shows of a token is what its box shows."""
+    circuit = hostile()
+    shown = show(circuit)
+    node_of(shown, circuit, "0.mlp.post_act:137").hover()
+    spans = shown.locator("#details .tokens").last.locator("span")
+    assert spans.all_text_contents() == [text.visible(token) for token in HOSTILE]
