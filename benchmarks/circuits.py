@@ -119,6 +119,17 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     edges, cut = (compare.geometric_means(results, stage) for stage in ("edges", "cut"))
     means = [f" | {_number(edges.get(name))} | {_number(cut.get(name))}" for name in names]
     lines.append(f"| geometric mean of {len(common)} |{' |'.join(means)} |")
+    return [*lines, "", *_by_target(results)]
+
+
+def _by_target(results: compare.Results) -> list[str]:
+    """The geometric means at each target loss, as Markdown."""
+    curves = compare.curves(results)
+    lines = [f"| target loss | {' | '.join(f'{name}: by nodes' for name in curves)} |"]
+    lines.append("|---" * (1 + len(curves)) + "|")
+    for target in sorted({target for points in curves.values() for target in points}):
+        cells = " | ".join(_number(points.get(target)) for points in curves.values())
+        lines.append(f"| {target:g} | {cells} |")
     return lines
 
 

@@ -201,7 +201,8 @@ def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkey
 
 def test_geometric_means_are_over_the_tasks_of_all():
     def row(edges):
-        return {"sizes": {"cut": [1, edges], "nodes": [1, edges], "edges": [1, 0]}, "curve": []}
+        sizes = {"cut": [1, edges], "nodes": [1, edges], "edges": [1, 0]}
+        return {"sizes": sizes, "curve": [[0.5, 1, edges // 2], [0.1, 1, edges]]}
 
     results = {
         "a": {"x": row(2), "y": row(8), "z": row(1000)},
@@ -210,6 +211,11 @@ def test_geometric_means_are_over_the_tasks_of_all():
     assert compare.common_tasks(results) == ["x", "y"]
     assert compare.geometric_means(results, "cut") == pytest.approx({"a": 4.0, "b": 40.0})
     assert compare.geometric_means(results, "edges") == {"a": 1.0, "b": 1.0}
+    assert compare.curves(results)["a"] == pytest.approx({0.1: 4.0, 0.5: 2.0})
+    assert list(compare.curves(results)["a"]) == [0.1, 0.5]
+    # A target that one task does not reach has no mean.
+    results["b"]["y"]["curve"][1] = None
+    assert compare.curves(results)["b"] == pytest.approx({0.5: 20.0})
     text = compare.table(results)
     assert "geometric mean of 2" in text
     assert "b, z: no" in text

@@ -52,6 +52,27 @@ def geometric_means(results: Results, stage: str) -> dict[str, float]:
     }
 
 
+def curves(results: Results) -> dict[str, dict[float, float]]:
+    """Geometric means of the edges by bisection over the common tasks, by model and target loss.
+
+    A target is left out for a model that does not reach it in one of these tasks.
+    """
+    tasks = common_tasks(results)
+    found = {}
+    for model, rows in results.items():
+        points: dict[float, list[float]] = {}
+        for task in tasks:
+            for point in rows[task]["curve"]:
+                if point is not None:
+                    points.setdefault(point[0], []).append(max(1.0, point[2]))
+        found[model] = {
+            target: geometric_mean(edges)
+            for target, edges in sorted(points.items())
+            if len(edges) == len(tasks)
+        }
+    return found
+
+
 def table(results: Results) -> str:
     """For people: a line per task, the geometric means, and what could not be compared."""
     models = list(results)
@@ -76,6 +97,13 @@ def table(results: Results) -> str:
             ),
         ]
     )
+    by_target = curves(results)
+    for target in sorted({target for points in by_target.values() for target in points}):
+        cells = [f"at {target:g}"]
+        for model in models:
+            found = by_target[model].get(target)
+            cells += ["-" if found is None else f"{found:.1f}", *["-"] * (len(STAGES) - 1)]
+        lines.append(cells)
     reasons = [
         f"{model}, {task}: {row['error']}"
         for model, rows in results.items()
@@ -84,27 +112,20 @@ def table(results: Results) -> str:
     ]
     return "\n".join(
         [program.table(lines), "edges; cut: nodes by bisection; nodes: single nodes taken away "
-         "too; edges: single edges too", *reasons]
+         "too; edges: single edges too", "at a target loss: the geometric mean of what is cut from "
+         "one mask", *reasons]
     )  # fmt: skip
 
 
 def plot(results: Results, path: Path) -> None:
-    """Geometric means of edges over the common tasks: against target loss, and against L0.
-
-    A target is left out for a model that does not reach it in one of these tasks.
-    """
+    """Geometric means of edges over the common tasks: against target loss, and against L0."""
     tasks = common_tasks(results)
     figure = Figure(figsize=(9, 4), layout="constrained")
     by_loss, by_l0 = figure.subplots(1, 2, sharey=True)
+    by_target = curves(results)
     for model, rows in results.items():
-        points: dict[float, list[float]] = {}
-        for task in tasks:
-            for point in rows[task]["curve"]:
-                if point is not None:
-                    points.setdefault(point[0], []).append(max(1.0, point[2]))
-        whole = {loss: edges for loss, edges in points.items() if len(edges) == len(tasks)}
-        losses = sorted(whole)
-        by_loss.plot(losses, [geometric_mean(whole[loss]) for loss in losses], "o-", label=model)
+        points = by_target[model]
+        by_loss.plot(list(points), list(points.values()), "o-", label=model)
         size = geometric_means(results, "cut")[model]
         by_l0.plot(rows[tasks[0]]["model"]["l0"], size, "o", label=model)
     by_loss.set(xlabel="target loss (nats)", ylabel="edges, by bisection", yscale="log")
