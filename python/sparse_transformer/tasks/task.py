@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Literal
@@ -23,7 +23,7 @@ Split = Literal["train", "test"]
 
 # If none of so many drafts can be asked, none can.
 _TRIES = 256
-# If none of so many drafts gives a pair that is new, there are no more.
+# If none of so many gives a pair, or is new, there are no more.
 _PATIENCE = 2000
 
 
@@ -131,29 +131,41 @@ class Task:
         if split not in ("train", "test"):
             raise UserError(f"the split must be train or test, got {split!r}: choose one of them")
         limit = context if max_tokens is None else min(context, max_tokens)
-        # Seeded by the text itself: the same in every process.
-        random = Random(f"{self.name} {split} {seed}")
         found: list[Pair] = []
-        seen: set[str] = set()
         refused: Counter[str] = Counter()
         since = 0
-        while len(found) < count:
-            if since == _PATIENCE or (not found and refused.total() == _TRIES):
-                raise UserError(self._why_no_more(len(found), split, limit, refused))
+        for draft in self.drafts(split, seed):
+            pair = self._encode(tokenizer, draft, limit)
+            if isinstance(pair, Pair):
+                found.append(pair)
+                since = 0
+                if len(found) == count:
+                    return found
+                continue
+            refused[pair] += 1
+            since += 1
+            if since == (_PATIENCE if found else _TRIES):
+                break
+        raise UserError(self._why_no_more(len(found), split, limit, refused))
+
+    def drafts(self, split: Split, seed: int = 0) -> Iterator[Draft]:
+        """Pairs of a split as texts, the same ones for the same arguments; none has an old prompt.
+
+        They end where `_PATIENCE` draws give nothing new.
+        """
+        # Seeded by the text itself: the same in every process.
+        random = Random(f"{self.name} {split} {seed}")
+        seen: set[str] = set()
+        since = 0
+        while since < _PATIENCE:
             since += 1
             draft = self.draw(random)
-            if {_side(draft.positive), _side(draft.negative)} != {split}:
+            prompts = {draft.positive, draft.negative}
+            if prompts & seen or {_side(prompt) for prompt in prompts} != {split}:
                 continue
-            if draft.positive in seen or draft.negative in seen:
-                continue
-            pair = self._encode(tokenizer, draft, limit)
-            if isinstance(pair, str):
-                refused[pair] += 1
-                continue
-            found.append(pair)
-            seen |= {draft.positive, draft.negative}
+            seen |= prompts
             since = 0
-        return found
+            yield draft
 
     def _encode(self, tokenizer: Tokenizer, draft: Draft, limit: int) -> Pair | str:
         """The pair, or why it cannot be asked."""

@@ -1,0 +1,74 @@
+"""`python -m sparse_transformer.tasks`: files to teach a model with, and what is refused."""
+
+import ast
+
+import pytest
+
+from sparse_transformer.tasks import TASKS
+from sparse_transformer.tasks import __main__ as program
+from sparse_transformer.tasks.task import _side
+
+
+def written(folder):
+    return [path.read_text() for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("name", ["bracket_counting", "single_double_quote", "var_if"])
+def test_files_are_solved_prompts_for_training(name, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert program.main([name, "--out", str(out), "--pairs", "250", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == f"250 pairs in {out}\n"
+    files = written(out)
+    # 100 pairs a file, so that some are left for validation.
+    assert [path.name for path in sorted(out.iterdir())] == [f"{name}_0000{i}.py" for i in range(3)]
+    drafts = [draft for draft, _ in zip(TASKS[name].drafts("train", 3), range(250), strict=False)]
+    texts = [
+        text for d in drafts for text in (f"{d.positive}{d.right}\n", f"{d.negative}{d.wrong}\n")
+    ]
+    assert "".join(files) == "".join(texts)
+    assert {_side(prompt) for d in drafts for prompt in (d.positive, d.negative)} == {"train"}
+
+
+def test_the_right_bracket_closes_each_list(tmp_path):
+    assert program.main(["bracket_counting", "--out", str(tmp_path), "--pairs", "50"]) == 0
+    lists = [line.strip() for line in written(tmp_path)[0].splitlines() if line.endswith("]")]
+    assert sum(text.endswith("]]") for text in lists) >= 50
+    for text in lists:
+        ast.parse(text.removeprefix("return "))
+
+
+def test_a_second_run_writes_the_same(tmp_path):
+    for folder in ("a", "b"):
+        assert program.main(["with_as", "--out", str(tmp_path / folder), "--pairs", "20"]) == 0
+    assert written(tmp_path / "a") == written(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["bracket_countin"], "did you mean bracket_counting"),
+        (["with_as", "--pairs", "0"], "--pairs must be at least 1"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):
+    assert program.main([*words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_pairs_than_there_are_is_an_error(tmp_path, capsys, monkeypatch):
+    few = iter(TASKS["with_as"].drafts("train"))
+    monkeypatch.setattr(program, "islice", lambda drafts, count: [next(few) for _ in range(7)])
+    assert program.main(["with_as", "--out", str(tmp_path), "--pairs", "8"]) == 2
+    assert "has only 7 different pairs for train: ask for no more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert program.main(["with_as", "--out", str(taken), "--pairs", "2"]) == 2
+    assert "cannot be written (File exists): choose another --out" in capsys.readouterr().err
