@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from sparse_transformer import program
 
@@ -130,6 +131,10 @@ def plot(results: Results, path: Path) -> None:
         by_l0.plot(rows[tasks[0]]["model"]["l0"], size, "o", label=model)
     by_loss.set(xlabel="target loss (nats)", ylabel="edges, by bisection", yscale="log")
     by_l0.set(xlabel="L0 of the blocks", xscale="log")
+    # Their labels would lie on each other.
+    by_l0.xaxis.set_minor_formatter(NullFormatter())
+    by_l0.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    by_l0.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (by_loss, by_l0):
         axes.grid(which="both", alpha=0.3)
     by_loss.legend()
