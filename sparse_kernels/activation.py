@@ -152,7 +152,9 @@ def rms_norm_abs_topk(
     least and rounded to the dtype of x before the choice.
 
     Args:
-        x, k, backend: as for `abs_topk`.
+        x: as for `abs_topk`.
+        k: as for `abs_topk`.
+        backend: as for `abs_topk`.
         weight: `(D,)` in the dtype of x.
         eps: at least 0, added to the mean of the squares.
 

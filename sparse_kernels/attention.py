@@ -79,8 +79,10 @@ def cached_attention(
 
     Args:
         q: `(B, T, H, d)`, any strides.
-        k, v: `(B, S, H, d)`, S at least T, any strides.
-        sinks, backend: as for `causal_attention`.
+        k: `(B, S, H, d)`, S at least T, any strides.
+        v: like `k`.
+        sinks: as for `causal_attention`.
+        backend: as for `causal_attention`.
 
     Returns:
         `(B, T, H, d)`, contiguous.

@@ -36,10 +36,12 @@ def sparsify_(
 
     Args:
         model: the model to change; not itself an `nn.Linear`.
-        fan_in, fan_out: as for SparseLinear, one of them; or a function of the module's qualified
-            name and the module that returns it.
-        block, backend: as for SparseLinear.
-        filter_fn: of a module and its qualified name; False leaves the module dense.
+        fan_in: as for SparseLinear, or a function of the module's qualified name and the module
+            that returns it. Exactly one of `fan_in` and `fan_out` is given.
+        fan_out: like `fan_in`.
+        block: as for SparseLinear.
+        backend: as for SparseLinear.
+        filter_fn: called with a module and its qualified name; False leaves the module dense.
 
     Returns:
         `model`.

@@ -309,7 +309,8 @@ class FanInLayout:
         """A layout whose block-rows are independent uniform choices without replacement.
 
         Args:
-            out_features, in_features: the matrix is `(out_features, in_features)`.
+            out_features: rows of the matrix.
+            in_features: columns of the matrix.
             fan_in: inputs of each output in elements, a multiple of `block_in`.
             block: `(block_out, block_in)`.
             generator: makes the pattern reproducible; by default torch's global CPU generator.

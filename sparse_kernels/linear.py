@@ -26,14 +26,16 @@ class SparseLinear(nn.Module):
     A drop-in for `torch.nn.Linear` whose time and memory follow the number of weights that exist.
 
     Args:
-        in_features, out_features: `K`, `N`; x is `(..., K)`, y is `(..., N)`.
+        in_features: `K`; x is `(..., K)`.
+        out_features: `N`; y is `(..., N)`.
         fan_in: inputs kept by each output in elements, a multiple of `block[1]`, at most `K`.
         fan_out: outputs kept by each input in elements, a multiple of `block[0]`, at most `N`.
             Exactly one of `fan_in` and `fan_out` is given. The published recipe reads through
             fan-in and writes through fan-out (Gao et al. 2025, arXiv 2511.13653).
         block: `(block_out, block_in)`, always in terms of the layer's outputs and inputs.
         bias: whether to add a learned bias `(N,)`.
-        device, dtype: as for `torch.nn.Linear`.
+        device: as for `torch.nn.Linear`.
+        dtype: as for `torch.nn.Linear`.
         generator: draws the pattern and the initial weights; by default torch's global one.
         backend: as for `sparse_linear`.
 
@@ -48,9 +50,9 @@ class SparseLinear(nn.Module):
     that exists; with `fan_out`, with its mean over the outputs. So does the bias.
 
     The layout is a validated copy of `indices`, and only the layout reaches a kernel. Writing to
-    `indices` (as DistributedDataParallel does to synchronise ranks) is noticed at the next forward:
-    the new pattern is validated and used, or refused with a ValueError. A compiled forward looks
-    when it is traced and not again. To change the pattern during training use `rewire_`.
+    `indices` (as DistributedDataParallel does to synchronise ranks) takes effect at the next
+    forward: the new pattern is validated and used, or refused with a ValueError. A compiled forward
+    checks this only when it is traced. To change the pattern during training use `rewire_`.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
     one, `reset_parameters` draws one, forward raises RuntimeError until then.
@@ -194,7 +196,10 @@ class SparseLinear(nn.Module):
 
         Args:
             linear: a `torch.nn.Linear` without NaN.
-            fan_in, fan_out, block, backend: as for the class; see `sparse_kernels.from_dense`.
+            fan_in: as for the class; see `sparse_kernels.from_dense`.
+            fan_out: as for the class.
+            block: as for the class.
+            backend: as for the class.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type or size; the message names it.

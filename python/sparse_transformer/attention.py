@@ -82,7 +82,8 @@ class KVCache:
     Args:
         config: of the model.
         batch: B.
-        device, dtype: of the model's activations.
+        device: of the model's activations.
+        dtype: of the model's activations.
     """
 
     def __init__(

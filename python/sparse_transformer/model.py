@@ -254,7 +254,8 @@ class Transformer(nn.Module):
         fan_multiple: the sparse layers start with that multiple of their final fan, at most dense.
         fans: fans to start with by layer name, for those that `fan_multiple` does not describe.
         generator: draws patterns and weights; by default torch's global one.
-        device, dtype: as for `torch.nn.Linear`.
+        device: as for `torch.nn.Linear`.
+        dtype: as for `torch.nn.Linear`.
 
     Attributes:
         tap: None, or a function of the name and value of each tapped activation that returns the
