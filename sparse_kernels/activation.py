@@ -126,7 +126,7 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
 def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`abs_topk(gelu(x), k)` with the exact GELU, `gelu(x) = x P(X <= x)`, X standard normal.
 
-    With the `cpu` backend one pass over memory, and differentiable once; with the GPU backends
+    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
     `torch.nn.functional.gelu` and then their `abs_topk`.
 
     Args, Returns, Raises: as for `abs_topk`. The gradient is that of `abs_topk` times `gelu'(x)`.
@@ -147,7 +147,7 @@ def rms_norm_abs_topk(
 ) -> Tensor:
     """`abs_topk(x / sqrt(mean(x^2) + eps) * weight, k)` over the last axis.
 
-    With the `cpu` backend one pass over memory, and differentiable once; with the GPU backends
+    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
     `torch.nn.functional.rms_norm` and then their `abs_topk`. The norm is computed in float32 at
     least and rounded to the dtype of x before the choice.
 

@@ -18,7 +18,7 @@ from sparse_kernels.layout import Problem
 
 
 class CausalAttention(Function):
-    """`causal_attention`; the backward makes the probabilities anew from qkv and lse."""
+    """`causal_attention`; the backward recomputes the probabilities from qkv and lse."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sinks: Tensor | None, backend: str) -> Tensor:

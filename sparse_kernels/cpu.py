@@ -68,7 +68,7 @@ def keep_freed_memory() -> bool:
 
     A tensor of tens of megabytes otherwise gets fresh pages from the system at every allocation,
     and the page faults can take longer than the kernel that writes the tensor. Affects the whole
-    process, so the package never calls it by itself. Returns False where the C library has no such
+    process, so the package never calls it automatically. Returns False if the C library has no such
     setting (it is glibc's `mallopt`).
     """
     return bool(_extension.keep_freed_memory()) if _extension is not None else False

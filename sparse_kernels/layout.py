@@ -314,7 +314,7 @@ class FanInLayout:
             fan_in: inputs of each output in elements, a multiple of `block_in`.
             block: `(block_out, block_in)`.
             generator: makes the pattern reproducible; by default torch's global CPU generator.
-                The pattern is drawn on the generator's device, whatever `device` is.
+                The pattern is drawn on the generator's device, for any `device`.
             device: where the layout's tensors live, by default torch's default device.
 
         Memory and time are proportional to the blocks kept, not to the matrix.
@@ -459,7 +459,7 @@ class FanInLayout:
         raise AttributeError(f"a FanInLayout is immutable: {name} cannot be deleted")
 
     def __eq__(self, other: object) -> bool:
-        """True if the other layout describes the same pattern, on whatever device."""
+        """True if the other layout describes the same pattern, on any device."""
         if not isinstance(other, FanInLayout):
             return NotImplemented
         if self is other:

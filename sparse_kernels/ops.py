@@ -2,8 +2,7 @@
 
 A layout crosses a schema as plain tensors: `indices`, then `transposed` (offsets, rows, slots, or
 nothing where the product walks the layout's own lists), then the backend's `schedule` of the lists
-that it walks. None of these ops is
-differentiable by itself: the autograd Functions above them are.
+that it walks. None of these ops is differentiable: the autograd Functions above them are.
 """
 
 from __future__ import annotations

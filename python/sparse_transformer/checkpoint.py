@@ -167,7 +167,7 @@ def load_model(
         return Transformer.from_state(config, part(point.tensors, "model"), device=device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"the model in {point.path} was written by another release ({error}): use that one"
+            f"the model in {point.path} was written by another release ({error}): use that release"
         ) from error
 
 
@@ -182,7 +182,7 @@ def remove(directory: str | os.PathLike[str], step: int) -> None:
 def set_aside(directory: str | os.PathLike[str], after: int) -> list[Path]:
     """Renames the checkpoints of later steps than `after`, so that they are no longer found.
 
-    For a run that goes on from an older one. Returns the new paths, `set-aside-*`.
+    For a run that resumes from an older one. Returns the new paths, `set-aside-*`.
     """
     moved = []
     for step in steps(directory):
@@ -302,5 +302,5 @@ def _cannot_write(root: Path, step: int, error: Exception) -> str:
     last = f"the one of step {available[-1]} is unharmed" if available else "there is none yet"
     return (
         f"the checkpoint of step {step} cannot be written to {root} ({reason}): "
-        f"{advice}, then go on with --resume; {last}"
+        f"{advice}, then continue with --resume; {last}"
     )

@@ -1,7 +1,7 @@
-"""`python -m sparse_transformer.evaluate`: asks a trained model the binary tasks of `tasks/`.
+"""`python -m sparse_transformer.evaluate`: evaluates a trained model on the binary tasks.
 
 A prompt is right if its right answer has the larger of the two logits. The two-way loss is the
-cross-entropy over the two answers alone, in nats; log 2 = 0.69 is that of a coin. Pairs are drawn
+cross-entropy over the two answers alone, in nats; random answers have log 2 = 0.69. Pairs are drawn
 independently and the two prompts of a pair are not, so all intervals, of 95 %, are about pairs.
 """
 
@@ -32,33 +32,33 @@ if TYPE_CHECKING:
 # A task is solved by a model that gets this share of the prompts right.
 SOLVED_ACCURACY = 0.95
 
-# Of one forward.
+# Limits of one forward pass.
 _BATCH_PAIRS = 64
 _BATCH_TOKENS = 16384
-# Of the normal distribution, for 95 %.
+# Normal quantile of a 95 % interval.
 _Z = 1.959964
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Asks a trained model the binary tasks, and says which ones it solves."""
+    """Evaluates a trained model on the binary tasks."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     tasks: tuple[str, ...] = ()
-    """Names of tasks; by default all twenty."""
+    """Task names; by default all twenty."""
     pairs: int = 256
-    """How many pairs of prompts for each task."""
+    """Number of prompt pairs for each task."""
     split: Split = "test"
     """The pairs of the other split share no prompt with these; circuits are found on train."""
     seed: int = 0
-    """Another seed draws other pairs."""
+    """Random seed of the pairs."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the scores to this file too."""
+    """Also write the scores to this JSON file."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, ..."""
+    """Device: cpu, cuda, ..."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def evaluate_task(
 
     Args:
         model: called as `model(tokens, at=last)`, returns logits `(B, 1, V)`.
-        pairs: at least 2, in whatever order.
+        pairs: at least 2, in any order.
         pad: a token to pad with; which one makes no difference to a causal model.
         device: where the model is.
 
@@ -186,7 +186,7 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
     """
     chosen = [get(name) for name in dict.fromkeys(config.tasks)] or list(TASKS.values())
     if config.pairs < 2:
-        raise UserError(f"--pairs must be at least 2, got {config.pairs}: ask for more")
+        raise UserError(f"--pairs must be at least 2, got {config.pairs}")
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
     rows = [["task", "accuracy", "both right", "two-way loss", "pairs", "answers", "solved"]]
     results: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """`python -m sparse_transformer.generate`: continues a prompt with a trained model.
 
 Each token costs one forward of one position: keys and values of earlier ones are kept. When the
-context is full, its later half is read anew and generation goes on from there.
+context is full, its later half is read again and generation continues.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class GenerateConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     prompt: str = ""
-    """What to continue; "-" reads it from standard input. Empty: a new file begins."""
+    """Prompt; "-" reads it from standard input. Empty: the model starts a new file."""
     tokens: int = 128
-    """How many tokens to generate at most; a file that ends ends the text."""
+    """Maximum number of tokens; generation stops earlier at the end of a file."""
     temperature: float = 0.8
-    """Logits are divided by it; 0 always takes the likeliest token."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     top_k: int | None = None
-    """Choose among this many likeliest tokens only."""
+    """Sample only from this many likeliest tokens."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """Random seed."""
     batch: int = 1
-    """How many continuations to generate at once; the first is shown as it grows."""
+    """Number of continuations; the first is printed while it is generated."""
     step: int | None = None
-    """The checkpoint of this step, by default the newest."""
+    """Step of the checkpoint; by default the newest."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, ..."""
+    """Device: cpu, cuda, ..."""
 
 
 @torch.inference_mode()
@@ -91,7 +91,7 @@ def generate(
         raise UserError(f"top-k must be at least 1, got {top_k}: change it or leave it out")
     weight = model.norm.weight
     cache = KVCache(model.config, B, device=weight.device, dtype=weight.dtype)
-    # The last `context` tokens: what is read anew when the cache is full comes from here.
+    # The last `context` tokens, read again when the cache is full.
     seen = prompt
     unread = prompt
     for _ in range(tokens):

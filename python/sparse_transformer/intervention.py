@@ -50,7 +50,7 @@ class Nodes:
         match = _NODE.fullmatch(text)
         if match is None:
             raise UserError(
-                f"{text!r} is no node: write PLACE:CHANNEL or PLACE:FIRST-LAST, such as "
+                f"{text!r} is not a node: write PLACE:CHANNEL or PLACE:FIRST-LAST, such as "
                 f"0.mlp.post_act:3-7"
             )
         place, known = match[1], taps.names(model)
@@ -143,7 +143,7 @@ Intervention = Set | Patch
 def steer(
     model: Transformer, interventions: Sequence[Intervention], *, last: Tensor | None = None
 ) -> Iterator[None]:
-    """Inside the block every forward goes on with the changed nodes.
+    """Inside the block every forward uses the changed nodes.
 
     Args:
         model: the model.
@@ -282,7 +282,7 @@ def _span(at: str | None, last: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(last), last
     match = _POSITIONS.fullmatch(at)
     if match is None:
-        raise UserError(f"@{at} are no positions: write @3, @2-5, or @-1 for the last token")
+        raise UserError(f"@{at} is not a position: write @3, @2-5, or @-1 for the last token")
     first, final = (
         torch.full_like(last, end) if end >= 0 else last + 1 + end
         for end in (int(match[1]), int(match[2] or match[1]))

@@ -121,7 +121,7 @@ def project_(model: nn.Module, fraction: float = 1.0, *, method: str = "select")
         # so is this, for the same L0.
         count = max(count, layer.min_fan_in * rows, layer.min_fan_out * columns, 1)
         if count < weight.numel():
-            # Of a sharded model one matrix at a time is whole.
+            # Gathers one matrix of a sharded model at a time.
             score = whole(weight).abs()
             weight.masked_fill_(like(_dropped(layer, score, count, method), weight), 0)
 

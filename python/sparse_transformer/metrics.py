@@ -18,7 +18,7 @@ class Metrics:
     Args:
         folder: of the run.
         position: bytes of `metrics.jsonl` that are kept, what follows is cut off; the position of
-            the checkpoint from which the run goes on.
+            the checkpoint from which the run resumes.
         step: the step of that checkpoint, 0 at the start.
         tensorboard: whether to write events too.
 
@@ -34,7 +34,7 @@ class Metrics:
             if size < position:
                 raise UserError(
                     f"{path} has {size} bytes and the checkpoint was written after {position}: "
-                    f"put the file back that belongs to it"
+                    f"restore the file that belongs to it"
                 )
             self._file.truncate(position)
             self._file.seek(position)
@@ -123,5 +123,5 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path} cannot be written ({error.strerror}): free some space or make the folder "
-        f"writable, then go on with --resume"
+        f"writable, then continue with --resume"
     )

@@ -27,7 +27,7 @@ from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
 PLACES = (
     "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"
 )  # fmt: skip
-# Of the normal distribution that a dense matrix starts from, as released.
+# Standard deviation of the initial weights of a dense matrix, as released.
 _INITIAL_STD = 0.02
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -259,7 +259,7 @@ class Transformer(nn.Module):
 
     Attributes:
         tap: None, or a function of the name and value of each tapped activation that returns the
-            value to go on with; `Attention` and `MLP` have one too. See taps.py.
+            value to use instead; `Attention` and `MLP` have one too. See taps.py.
 
     The weights that exist start normal with the variance that keeps every sum as large as the
     released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Transformer:
-        """A model with the fans and values of a state dict, of whatever moment of a training.
+        """A model with the fans and values of a state dict from any point of a training run.
 
         Raises:
             RuntimeError, TypeError, ValueError: a state that is not one of such a model.

@@ -65,11 +65,11 @@ def normalize_gradients_(parameters: Iterable[Tensor], *, clip_only: bool) -> fl
 
     `g <- g / (RMS + 1e-5)` as the released script does, or with `clip_only` `g <- g / max(RMS, 1)`
     as the paper says. `RMS = sqrt(sum g^2 / count)` over every element of every gradient that
-    exists, on whatever rank. Call it after the gradients were reduced over the ranks.
+    exists, on any rank. Call it after the gradients were reduced over the ranks.
 
     For a masked dense model these are the gradients at all positions, for a sparse one those at the
     kept positions. The root of a *mean* makes the two comparable: a weight that exists sees about
-    the same gradient in both. But whatever is dense in both (the bigram table, whose gradients are
+    the same gradient in both. But what is dense in both (the bigram table, whose gradients are
     small) weighs more in the mean of the sparse one, so that its weights' gradients come out larger
     after the division. Adam divides that out, up to eps.
 

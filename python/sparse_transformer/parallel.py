@@ -94,7 +94,7 @@ class Ranks:
             ranks = (hashes != hashes[0]).nonzero().flatten().tolist()
             raise UserError(
                 f"the connections of rank {ranks[0]} are not those of rank 0: run all ranks on the "
-                f"same kind of machine with the same versions, then go on with --resume"
+                f"same kind of machine with the same versions, then continue with --resume"
             )
         return int(stops.max())
 
@@ -146,8 +146,8 @@ def ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
             raise
         # The group stays as it is: see `leave`.
         raise UserError(
-            f"rank {rank} lost the others, one of them has died or did not answer for "
-            f"{timeout_s:g} s: look at what it printed, then go on with --resume"
+            f"rank {rank} lost the other ranks: one of them died or did not answer for "
+            f"{timeout_s:g} s. Check its output, then continue with --resume"
         ) from error
     except BaseException:
         if dist.is_initialized():

@@ -16,50 +16,50 @@ from sparse_transformer.topology import TopologyConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run goes, beside the model, its topology and its optimizer.
+    """Training settings other than model, topology and optimizer.
 
     Raises:
         ValueError: a value that does not fit; the message names it.
     """
 
     steps: int = 1000
-    """Optimizer steps in all, those before a --resume included."""
+    """Total number of optimizer steps, including those before --resume."""
     batch_tokens: int = 32768
-    """Tokens of one step, over all ranks and accumulated parts."""
+    """Tokens per step, over all ranks and accumulated parts."""
     accumulate: int = 1
-    """Parts into which each rank divides its share of a step, to save memory."""
+    """Gradient accumulation steps on each rank; more of them need less memory."""
     data: tuple[Path, ...] = ()
-    """Files and folders to train on; none for the standard library of this Python."""
+    """Files and folders to train on; by default the standard library of the running Python."""
     cache_dir: Path | None = None
-    """Where tokenized corpora are kept; by default sparse_transformer in the user's cache."""
+    """Folder for tokenized corpora; by default sparse_transformer in the user's cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    """Device; auto uses a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the activations, by autocast; parameters stay float32. float16 needs a GPU."""
+    """Dtype of activations (autocast); parameters stay float32. float16 needs a GPU."""
     seed: int = 0
-    """Draws the initial model and the batches."""
+    """Random seed of the initial weights and the batches."""
     compile: bool = False
-    """Compile the model with torch.compile, a sparse one when its fans have stopped shrinking."""
+    """Use torch.compile; a sparse model is compiled once its fan-in no longer changes."""
     clip_only: bool = False
-    """Divide gradients by max(RMS, 1) as the paper says, not by the RMS as the released code."""
+    """Divide gradients by max(RMS, 1), as in the paper, instead of by the RMS, as released."""
     projection: Literal["select", "topk"] = "select"
-    """How masked_dense finds its largest weights: the fastest way known, or as released."""
+    """How masked_dense selects its largest weights: select is faster, topk is as released."""
     validate_every: int = 100
-    """Steps between validations; the last step always has one."""
+    """Steps between validations; the last step is always validated."""
     validation_tokens: int = 131072
-    """How many tokens of the validation files to use, always the same ones."""
+    """Number of validation tokens; they are the same in every validation."""
     save_every: int = 200
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Checkpoints to keep."""
+    """Number of checkpoints to keep."""
     max_rise: float = 3.0
-    """Stop when the smoothed loss is this far, in nats, above the least it has been."""
+    """Stop if the smoothed loss rises this many nats above its minimum."""
     shard: bool = False
-    """Spread the state of a dense or masked_dense model over the ranks, which need less memory."""
+    """Shard the state of a dense or masked_dense model over the ranks to save memory."""
     rank_timeout: float = 600.0
     """Seconds to wait for another rank before giving up."""
     tensorboard: bool = True
-    """Write TensorBoard events too."""
+    """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
@@ -80,7 +80,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that describes a run, but where it lies and whether it goes on."""
+    """All settings of a run except its folder and whether it is resumed."""
 
     preset: str = "tiny"
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -147,7 +147,7 @@ PRESETS: dict[str, Settings] = {
             model=ModelConfig(
                 n_layer=2, d_model=128, context=128, density=1 / 16, embedding_density=1 / 8
             ),
-            # Of 0.0128, 0.03, 0.08 and 0.2 the best, at 500 steps.
+            # The best of 0.0128, 0.03, 0.08 and 0.2 at 500 steps.
             optimizer=OptimizerConfig(learning_rate=0.08),
         ),
         # Solves some of the circuit tasks after an hour on one core.

@@ -1,4 +1,4 @@
-"""`python -m sparse_transformer.steer`: what a model answers when some of its nodes are changed.
+"""`python -m sparse_transformer.steer`: a model's answers with some of its nodes changed.
 
 The changes themselves, and how nodes and positions are written, are in intervention.py.
 """
@@ -58,13 +58,13 @@ class SteerConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """What to continue; "-" reads it from standard input."""
+    """Prompt; "-" reads it from standard input."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Instead of a prompt, test prompts of this task, each with its right and its wrong answer."""
+    """Use test prompts of this task, with their right and wrong answers, instead of a prompt."""
     pairs: int = 64
-    """How many pairs of them."""
+    """Number of prompt pairs."""
     seed: int = 0
-    """Draws them."""
+    """Random seed."""
     answers: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="TOKEN TOKEN")] = None
     """Two tokens to compare after a prompt; by default the likeliest tokens are listed."""
     ablate: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]")] = ()
@@ -103,9 +103,9 @@ def run(config: SteerConfig, out: TextIO) -> None:
             that do not fit it.
     """
     if (config.prompt is None) == (config.task is None):
-        raise UserError("there must be one of --prompt TEXT and --task NAME: give one of them")
+        raise UserError("give either --prompt TEXT or --task NAME")
     if config.task is not None and config.answers is not None:
-        raise UserError("the answers of a task are its own: leave out --answers")
+        raise UserError("--answers cannot be used with --task, which has its own answers")
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
     steering = _Steering(config, model, tokenizer)
     if config.task is not None:

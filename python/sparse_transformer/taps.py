@@ -106,7 +106,7 @@ def record(model: Transformer, which: Iterable[str] | None = None) -> Iterator[d
 
 @contextmanager
 def intervene(model: Transformer, changes: Mapping[str, Intervention]) -> Iterator[None]:
-    """Inside the block every forward goes on with `fn(activation)` at each named tap.
+    """Inside the block every forward uses `fn(activation)` at each named tap.
 
     Args:
         model: the model.

@@ -2,11 +2,11 @@
 
 On several devices `torchrun --nproc-per-node 2 -m sparse_transformer.train ...`: each rank computes
 its part of the same global batch, gradients are averaged, and all ranks keep the same connections.
-With `--shard` each rank keeps a part of a dense model; whatever is written is the same without.
+With `--shard` each rank keeps a part of a dense model; the files written are the same.
 
 A run lies in one folder: `config.json`, `tokenizer.json`, `metrics.jsonl` (a line per step),
-`step-*/` (checkpoints), `tensorboard/` and `loss.png`. Whatever ends it, `--resume` goes on from
-the newest checkpoint, and on the CPU computes the very losses that it would have computed.
+`step-*/` (checkpoints), `tensorboard/` and `loss.png`. `--resume` continues an interrupted run from
+the newest checkpoint; on the CPU the losses are bit-identical.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Diverged(UserError):
-    """The run has gone wrong; the last checkpoint has not."""
+    """Training diverged; the last checkpoint is good."""
 
 
 class Trainer:
@@ -294,10 +294,10 @@ class Trainer:
         compute = self._compiled or self.model.loss
         if self.topology is not None:
             if self.fraction > 1:
-                # Every fan on the way would be compiled anew.
+                # Each intermediate fan-in would be compiled separately.
                 compute = self.model.loss
             if self.topology.wants_gradients(self.step):
-                # It listens at the modules, which a compiled model does not call.
+                # It uses module hooks, which a compiled model does not call.
                 capture, compute = self.topology.capture(), self.model.loss
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
@@ -443,7 +443,7 @@ def _loop(trainer: Trainer, signals: _Signals, out: Path, output: _Output | None
             raise Diverged(_way_back(error, out)) from error
         if stop:
             if output is not None:
-                output.note(f"stopped after step {trainer.step}, saved; go on with --resume")
+                output.note(f"stopped after step {trainer.step}, saved; continue with --resume")
             return 128 + stop
     if output is not None:
         output.finish()
@@ -573,12 +573,12 @@ def _windows(config: TrainConfig, context: int, world: int) -> int:
 
 
 def _check_same(settings: Settings, corpus: Corpus, point: Checkpoint) -> None:
-    """Refuses to go on with what another run has begun."""
+    """Refuses to continue a different run."""
     try:
         saved = Settings.from_dict(point.meta["settings"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{point.path} was written by another release ({error}): go on with that one"
+            f"{point.path} was written by another release ({error}): continue with that release"
         ) from error
     # These say how something is computed, not what.
     model = replace(settings.model, backend=saved.model.backend, abs_topk=saved.model.abs_topk)
@@ -647,7 +647,7 @@ class Arguments:
     """Trains a weight-sparse transformer on Python code."""
 
     out: Path | None = None
-    """Folder of the run; it must be new or empty, or go on with --resume."""
+    """Folder of the run; it must be new or empty, or be continued with --resume."""
     preset: str = "tiny"
     """Where all other settings start from."""
     resume: bool = False
@@ -710,8 +710,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
         raise UserError(f"{given.out} is a file: choose another --out")
     if not resume and given.out.is_dir() and any(given.out.iterdir()):
         raise UserError(
-            f"{given.out} is not empty: go on with the run in it with --resume, or choose another "
-            f"--out"
+            f"{given.out} is not empty: continue its run with --resume, or choose another --out"
         )
     if resume and not checkpoint.steps(given.out):
         print(f"{given.out} has no checkpoint yet: beginning at step 1", file=sys.stderr)
@@ -745,7 +744,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: go on with --resume", file=sys.stderr)
+        print("interrupted: continue with --resume", file=sys.stderr)
         return 130
 
 

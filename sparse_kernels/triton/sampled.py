@@ -107,7 +107,7 @@ def tokens_per_piece(tokens: int, layout: FanInLayout) -> int:
     """
     programs = layout.block_rows * triton.cdiv(layout.fan_in, 128)
     pieces = min(triton.cdiv(_PROGRAMS, programs), max(1, tokens // _TOKENS))
-    # Whole steps of the kernel, whatever its tile: they are powers of two up to 128.
+    # A multiple of every tile size: tiles are powers of two up to 128.
     return triton.cdiv(triton.cdiv(tokens, pieces), 128) * 128
 
 

@@ -1,9 +1,9 @@
 """`python -m sparse_transformer.circuits --checkpoint DIR --task single_double_quote --out DIR`.
 
-Finds the circuit of a task, proves it and draws it: `DIR/TASK/circuit.json`, `.html`, `.svg` and
+Finds the circuit of a task, validates it and draws it: `DIR/TASK/circuit.json`, `.html`, `.svg` and
 `.png`. `--all` takes every task that the model solves; `--against DIR ...` does the same with other
-models, a dense one for instance, and compares the sizes. Interrupted, the same command goes on: a
-task that has its circuit is not searched again, a search that has begun is continued.
+models, a dense one for instance, and compares the sizes. The same command continues an interrupted
+search; tasks that already have a circuit are skipped.
 
 `DIR/comparison.json` has the numbers of all models and tasks. With `--against` or `--all`, and if
 all models have a circuit of the same task, there is also `DIR/comparison.png`: size against target
@@ -42,42 +42,42 @@ from sparse_transformer.run import load_run
 
 # More edges than this, those of the ends and the residual stream included, are no picture.
 _MOST_DRAWN = 1500
-# Of the training corpus, for means and snippets.
+# Windows of the training corpus for means and snippets.
 _WINDOWS = 256
 
 
 @dataclass(frozen=True)
 class CircuitConfig:
-    """Finds, proves and draws the circuit of a task in a trained model."""
+    """Finds, validates and draws the circuit of a task in a trained model."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Where the results go, a folder for each task."""
+    """Output folder, with a subfolder for each task."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
-    """Name of the task, or of several."""
+    """Names of one or more tasks."""
     all: bool = False
-    """Every task that the model solves."""
+    """Find circuits for every task that the model solves."""
     against: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
-    """Other runs, whose circuits are found as well and compared."""
+    """Other runs to compare with; their circuits are found too."""
     target: float = 0.15
     """Two-way loss, in nats, that a circuit must reach on its own."""
     edges: bool = True
-    """Take single edges away too, which the paper does not."""
+    """Also prune single edges, which the paper does not do."""
     control: bool = True
-    """Ask the same procedure for a task that makes no sense."""
+    """Repeat the search with random labels as a control."""
     solved: float = SOLVED_ACCURACY
-    """Least accuracy of a model that is said to solve a task."""
+    """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)
     """How long to search."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders for means and snippets; by default those of the run."""
+    """Files and folders for means and snippets; by default the training files."""
     cache_dir: Path | None = None
-    """Where tokenized corpora and means are kept."""
+    """Folder for tokenized corpora and means."""
     seed: int = 0
-    """Draws the prompts and the masks."""
+    """Random seed of the prompts and masks."""
 
 
 class _Run:
@@ -187,7 +187,7 @@ def run(config: CircuitConfig) -> None:
         UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
     """
     if bool(config.task) == config.all:
-        raise UserError("say which circuit: --task NAME for one, or --all")
+        raise UserError("no task given: use --task NAME or --all")
     if not config.target > 0:
         raise UserError(f"--target must be above 0, got {config.target}: 0.15 is the published one")
     try:
@@ -247,7 +247,7 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
     if control is not None:
         verdict = _red("REACHED THE TARGET") if control["reached"] else "did not reach the target"
         lines.append(
-            f"  control, a coin's labels: {verdict} with up to {control['limit']} edges "
+            f"  control, random labels: {verdict} with up to {control['limit']} edges "
             f"(least loss {control['loss']:.3f})"
         )
     picture = folder / "circuit.html"
@@ -283,7 +283,7 @@ def _write(path: Path, text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
     config = tyro.cli(CircuitConfig, prog="sparse_transformer.circuits", args=arguments)
-    return program.status(lambda: run(config), "interrupted: the same command goes on")
+    return program.status(lambda: run(config), "interrupted: the same command continues the search")
 
 
 if __name__ == "__main__":

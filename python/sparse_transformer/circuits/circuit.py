@@ -176,8 +176,8 @@ class Circuit:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"this is no circuit that this release can read ({error}): "
-                f"make it anew with python -m sparse_transformer.circuits"
+                f"this release cannot read the circuit ({error}): "
+                f"create it again with python -m sparse_transformer.circuits"
             ) from error
 
 

@@ -19,7 +19,8 @@ from sparse_transformer.circuits.nodes import masked
 from sparse_transformer.circuits.problem import Problem, margin
 from sparse_transformer.tasks import Batch
 
-# Of the training loss that a price follows, and by how much it changes in a step at most.
+# Smoothing of the training loss that the price follows, and the largest change of the price in a
+# step.
 _SMOOTHING = 0.2
 _PRICE_RATE = 0.05
 

@@ -34,7 +34,7 @@ _CONTEXT_BEFORE, _CONTEXT_AFTER = 12, 4
 def windows(corpus: Corpus, tokenizer: Tokenizer, context: int, count: int) -> Tensor:
     """int64 `(count, context)`, evenly spaced over the training tokens; fewer if there are fewer.
 
-    Where the corpus on this machine has another tokenizer, the text is encoded anew.
+    Where the corpus on this machine has another tokenizer, the text is encoded again.
     """
     available = (len(corpus.train) - 1) // context
     count = max(1, min(count, available))
@@ -73,7 +73,7 @@ def mean_activations(
         try:
             return load_file(path)
         except (OSError, SafetensorError):
-            pass  # none yet, or a broken one: it is made anew
+            pass  # missing or damaged: compute it again
     sums: dict[str, Tensor] = {}
     for seen in _recorded(model, tokens, "means", progress):
         for name, value in seen.items():
@@ -88,7 +88,7 @@ def mean_activations(
             os.replace(file.name, path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the means cannot be kept in {path.parent} ({error}): choose another --cache-dir"
+                f"the means cannot be written to {path.parent} ({error}): choose another --cache-dir"
             ) from error
     return means
 

@@ -35,13 +35,13 @@ class PredictionsConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     circuit: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A circuit.json of this model: only its task is checked, and its own nodes are tried."""
+    """A circuit.json of this model: checks only its task, with the nodes of the circuit."""
     prompts: int = 32
-    """How many prompts for each amount, and pairs for the node of the quote."""
+    """Number of prompts for each amount, and of pairs for the quote node."""
     seed: int = 0
-    """Draws them."""
+    """Random seed."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write everything there, for programs."""
+    """Also write the results to this JSON file."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     device: str = "cpu"
@@ -59,7 +59,7 @@ def run(config: PredictionsConfig, out: TextIO) -> None:
     circuit = None if config.circuit is None else _read(config.circuit)
     if circuit is not None and circuit.task not in CHECKS:
         raise UserError(
-            f"nothing is predicted for {circuit.task}: give a circuit for {' or '.join(CHECKS)}"
+            f"there are no predictions for {circuit.task}: use a circuit for {' or '.join(CHECKS)}"
         )
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
     found: list[Prediction] = []

@@ -21,7 +21,7 @@ from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
 # Prompts of about equal length go together; a forward has at most this many tokens.
 _MOST_TOKENS = 8192
 _CALIBRATION_STEPS = 16
-# Of the shorter half of the prompts for fitting, every second one.
+# Every second one of the shorter half of the fitting prompts.
 _PROBE_STRIDE = 2
 
 
@@ -137,7 +137,7 @@ class Problem:
             pairs: the prompts.
             part: what is left of the model; None for all of it.
             base: what the rest has instead; by default the means.
-            resample: int64 `(2P,)`, for each prompt the number of another one, whatever its
+            resample: int64 `(2P,)`, for each prompt the number of another one, with any
                 answer: what the rest has is then its activation there at the same position.
         """
         order = sorted(range(len(pairs)), key=lambda number: _length(pairs[number]))
@@ -213,17 +213,17 @@ class Problem:
         }
 
     def control(self, seed: int) -> Problem:
-        """The same prompts with labels that nothing decides: a coin's for each pair."""
+        """The same prompts with random labels, one draw for each pair."""
         generator = torch.Generator().manual_seed(seed)
         made = object.__new__(Problem)
         made.__dict__.update(self.__dict__)
         for name in ("train", "fit", "test"):
             pairs = getattr(self, name)
-            coins = torch.randint(2, (len(pairs),), generator=generator).tolist()
+            flips = torch.randint(2, (len(pairs),), generator=generator).tolist()
             setattr(
                 made,
                 name,
-                [_swapped(pair) if coin else pair for pair, coin in zip(pairs, coins, strict=True)],
+                [_swapped(pair) if flip else pair for pair, flip in zip(pairs, flips, strict=True)],
             )
         return made
 
@@ -238,7 +238,7 @@ class Problem:
             raise UserError(
                 f"the model does not solve {self.task.name}: its accuracy is "
                 f"{found.accuracy:.1%} on {len(self.test)} pairs, below {least:.0%}, "
-                f"so there is no circuit to look for: train it longer or choose another task"
+                f"so there is no circuit to find: train it longer or choose another task"
             )
         return found
 

@@ -3,8 +3,8 @@
 Sufficient: the circuit alone, everything else ablated, performs the task. Necessary: without it,
 and with everything else, the task is lost. Three ablations: what is ablated has its mean over the
 corpus, or zero, or its activation in another prompt. The control asks the same procedure for a task
-that makes no sense, a coin deciding the right answer of each pair: a procedure that finds a circuit
-for that as well finds circuits for anything, as a replication has objected.
+with random labels: a procedure that finds a circuit for such a task as well would find circuits for
+anything, as a replication has objected.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cutting a model to the nodes and edges that a task needs.
 
 `cut` and `cut_edges` keep as few of the highest ones of a trained mask as the target loss allows,
-as published. `refine` goes on where the paper stops: it takes away single nodes and single edges
+as published. `refine` goes further than the paper: it removes single nodes and single edges
 while the loss stays below the target.
 """
 

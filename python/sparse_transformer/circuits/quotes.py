@@ -229,7 +229,7 @@ def _means(model: Transformer, quotes: _Quotes) -> dict[str, Tensor]:
 def _influential(model: Transformer, quotes: _Quotes, means: Mapping[str, Tensor]) -> list[str]:
     """Nodes whose step to the other kind's mean should lower the margin most, to first order."""
     names = _candidates(model)
-    # From here on everything that is recorded has a gradient, whatever the parameters have.
+    # All activations recorded from here on have a gradient, even if the parameters have none.
     begin = {"0.attn.act_in": lambda x: x.detach().requires_grad_()}
     with torch.enable_grad(), taps.intervene(model, begin), taps.record(model, names) as seen:
         logits = model(quotes.tokens, at=quotes.last).squeeze(1)

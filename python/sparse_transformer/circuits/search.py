@@ -1,7 +1,7 @@
 """Search for the hyperparameters that give the smallest circuit: Optuna, within a budget.
 
 Masks of several trials are trained in the same forwards. Trials are kept in a journal file, nodes
-included, so that an interrupted search goes on where it stopped.
+included, so that an interrupted search can continue.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`python -m sparse_transformer.tasks NAME --out DIR`: solved prompts, to teach a model the task.
 
-A small model trained on ordinary code does not learn what is rare there. This writes prompts with
-their right answers as Python files, for `python -m sparse_transformer.train --data DIR`. They are
-those of the train split: whatever the seeds, none of them is a test prompt of `evaluate` or of a
-circuit's proof.
+Some tasks are too rare in ordinary code for a small model to learn. This writes prompts with their
+correct answers as Python files, for `python -m sparse_transformer.train --data DIR`. They are
+from the train split: for all seeds, none of them is a test prompt of `evaluate` or of a circuit's
+validation.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class CorpusConfig:
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Name of the task."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Where the files go; made if it is not there."""
+    """Output folder; created if it does not exist."""
     pairs: int = 20000
-    """How many pairs; both prompts of each are written."""
+    """Number of pairs; both prompts of each pair are written."""
     seed: int = 0
-    """Draws them."""
+    """Random seed."""
 
 
 def run(config: CorpusConfig) -> None:
@@ -47,14 +47,15 @@ def run(config: CorpusConfig) -> None:
         UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
     """
     if config.pairs < 1:
-        raise UserError(f"--pairs must be at least 1, got {config.pairs}: ask for more")
+        raise UserError(f"--pairs must be at least 1, got {config.pairs}")
     task = get(config.task)
     drafts = islice(task.drafts("train", config.seed), config.pairs)
     bar = tqdm(drafts, "pairs", config.pairs, unit=" pairs", disable=None, leave=False)
     texts = [f"{draft.positive}{draft.right}\n{draft.negative}{draft.wrong}\n" for draft in bar]
     if len(texts) < config.pairs:
         raise UserError(
-            f"the task {task.name} has only {len(texts)} different pairs for train: ask for no more"
+            f"the task {task.name} has only {len(texts)} different pairs for training: "
+            f"use a smaller --pairs"
         )
     try:
         config.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""else_elif: `else` ends with a colon, `elif` goes on with a condition.
+"""else_elif: `else` ends with a colon, a condition follows `elif`.
 
     if isinstance(node, Leaf):          if isinstance(node, Leaf):
         size = 1                            size = 1

@@ -1,4 +1,4 @@
-"""for_while: after its name a `for` goes on with `in`, a `while` ends.
+"""for_while: `in` follows the name after `for`, a colon follows it after `while`.
 
     for line          ->   in
     while line        ->  :

@@ -1,4 +1,4 @@
-"""if_ternary: a conditional expression goes on with `else`, an `if` statement ends with a colon.
+"""if_ternary: a conditional expression continues with `else`, an `if` statement ends with a colon.
 
     size = 1 if mode is None       ->   else
     if mode is None                ->  :

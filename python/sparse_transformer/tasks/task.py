@@ -90,7 +90,7 @@ class Task:
     Attributes:
         name: as in Table 1 of Gao et al. 2025 (arXiv 2511.13653).
         description: one sentence.
-        draw: makes one pair of whatever the generator gives.
+        draw: makes one pair from a random generator.
         first_token: answers may be longer than a token; then their first token is the answer.
     """
 
@@ -112,7 +112,7 @@ class Task:
         """`count` pairs, the same ones for the same arguments; no prompt is in two of them.
 
         Each prompt belongs to one split by a hash of its text, and a pair whose prompts belong to
-        different ones to neither: whatever the seeds, no prompt is in both splits. A quarter of all
+        different ones to neither: for all seeds, no prompt is in both splits. A quarter of all
         pairs is for `train`, a quarter for `test`.
 
         Args:
@@ -127,7 +127,7 @@ class Task:
             UserError: an answer is not one token of this tokenizer, or there are not so many pairs.
         """
         if count < 1:
-            raise UserError(f"the number of pairs must be at least 1, got {count}: ask for more")
+            raise UserError(f"the number of pairs must be at least 1, got {count}")
         if split not in ("train", "test"):
             raise UserError(f"the split must be train or test, got {split!r}: choose one of them")
         limit = context if max_tokens is None else min(context, max_tokens)
@@ -190,7 +190,7 @@ class Task:
         for answer in (right, wrong):
             longer = tokenizer.encode(text + answer).ids
             if self.first_token and len(longer) > len(tokens):
-                # What counts must be a token by itself too.
+                # The answer must be a single token as well.
                 first = tokenizer.decode([longer[len(tokens)]])
                 longer = tokenizer.encode(text + first).ids
             if len(longer) != len(tokens) + 1 or longer[:-1] != tokens:

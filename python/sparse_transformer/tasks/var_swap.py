@@ -32,7 +32,7 @@ def _draw(random: Random) -> Draft:
     elif kind < 0.4:
         start, end = f"{words.variable(random, pair)}[", "]"
     if random.random() < 0.35:
-        # The test has them in either order, whatever the swap has.
+        # The test has them in either order, independently of the swap.
         one, other = random.sample(pair, 2)
         test = f"{start}{one}{end} {random.choice('<>')} {start}{other}{end}"
         lead += f"if {test}:\n{' ' * (indent + 4)}"

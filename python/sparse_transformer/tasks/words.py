@@ -83,7 +83,7 @@ MODULES = _words(
     threading time traceback types unittest warnings weakref
     """
 )
-# Of messages, comments and docstrings: what is put together, of nouns and verbs.
+# Templates for messages, comments and docstrings, filled with nouns and verbs.
 _CLAUSES = (
     "invalid {n}",
     "unknown {n}",
@@ -127,7 +127,7 @@ _VERBS = _words(
     process read remove return run send set start stop support test update use write
     """
 )
-# Of literals: short strings that name something.
+# Short strings that name something, for literals.
 KEYS = _words(
     """
     name type value key path id size mode data text file code version encoding errors format level

@@ -97,7 +97,7 @@ def arrange(rows: Sequence[list[Block]], links: Sequence[Link]) -> None:
             block.x -= left
 
 
-# Of each row its blocks, and of each block its groups.
+# The blocks of each row, and the groups of each block.
 _Order = list[list[tuple[Block, list[list[Key]]]]]
 
 

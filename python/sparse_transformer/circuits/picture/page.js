@@ -268,7 +268,7 @@
 
   // --- size and theme ---
 
-  const [LEAST, MOST] = [0.8, 1.3]; // of what fits by itself
+  const [LEAST, MOST] = [0.8, 1.3]; // relative to the size that fits
   const natural = Number(picture.getAttribute("width"));
   let scale = null; // null: what fits
   // As wide as there is room, but not so large that a picture leaves the screen which need not.
