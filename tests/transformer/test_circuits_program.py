@@ -164,7 +164,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
     monkeypatch.setattr(program, "find", interrupted)
     more = ["--task", TASK, "--solved", "0", "--target", "3"]
     assert program.main(arguments(run, tmp_path / "out", *more)) == 130
-    assert "goes on" in capsys.readouterr().err
+    assert "continues the search" in capsys.readouterr().err
 
 
 def test_the_module_runs():

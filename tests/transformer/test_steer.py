@@ -88,10 +88,10 @@ def test_places_are_as_wide_as_what_flows_there(extra):
         ("1.attn.v:7-3", "1.attn.v has 32 channels, 0 to 31, and a range begins"),
         ("0.mlp.posact:3", "no place '0.mlp.posact': did you mean 0.mlp.post_act"),
         ("xyz", "no place 'xyz': places are 0.attn.act_in.*final_resid, and so on for 2 layers"),
-        ("0.mlp.post_act:x", "'0.mlp.post_act:x' is no node: write PLACE:CHANNEL"),
-        ("0.mlp.post_act:-1", "is no node"),
-        ("0.mlp.post_act:1:2", "is no node"),
-        ("", "'' is no node"),
+        ("0.mlp.post_act:x", "'0.mlp.post_act:x' is not a node: write PLACE:CHANNEL"),
+        ("0.mlp.post_act:-1", "is not a node"),
+        ("0.mlp.post_act:1:2", "is not a node"),
+        ("", "'' is not a node"),
     ],
 )
 def test_what_is_no_node_is_refused(model, tokens, text, message):
@@ -194,9 +194,9 @@ def test_a_mask_chooses_positions(model, tokens, plain):
         ("2-20", "there is no @2-20 in a prompt of 13 tokens"),
         ("5-2", "there is no @5-2 in a prompt of 70 tokens.*the first one first"),
         ("-1--2", "there is no @-1--2"),
-        ("x", "@x are no positions: write @3, @2-5, or @-1"),
-        ("", "@ are no positions"),
-        ("1-", "@1- are no positions"),
+        ("x", "@x is not a position: write @3, @2-5, or @-1"),
+        ("", "@ is not a position"),
+        ("1-", "@1- is not a position"),
     ],
 )
 def test_positions_that_are_not_there_are_refused(model, tokens, at, message):
@@ -467,7 +467,7 @@ def test_means_are_taken_from_a_file(run, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there must be one of --prompt TEXT and --task NAME"),
+        ([], "give either --prompt TEXT or --task NAME"),
         (["--prompt", "x", "--task", "if_ternary"], "there must be one of"),
         (["--task", "if_ternary", "--answers", "a", "b"], "leave out --answers"),
         (["--prompt", "x", "--set", "0.mlp.post_act:5"], "--set 0.mlp.post_act:5 has no number"),

@@ -192,7 +192,7 @@ def test_resume_with_other_settings_is_refused(reference, tmp_path, capsys, chan
         (["--dtype", "float16", "--device", "cpu", "--out", "x"], "float16 needs a GPU"),
         (["--data", "nowhere", "--out", "x"], "nowhere does not exist"),
         (["--out", "file"], "file is a file"),
-        (["--out", "full"], "full is not empty: go on with the run in it with --resume"),
+        (["--out", "full"], "full is not empty: continue its run with --resume"),
         (["--out", "x", "--from-step", "3"], "there is no checkpoint in x"),
     ],
 )
@@ -366,7 +366,7 @@ def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
     assert ranks[1 - victim].returncode == 2, error
     sentence = [line for line in error.splitlines() if line.startswith("error:")]
     assert len(sentence) == 1
-    assert "lost the others" in sentence[0]
+    assert "lost the other ranks" in sentence[0]
     assert "--resume" in sentence[0]
     assert "Traceback" not in error
     assert checkpoint.load(out).step % 7 == 0

@@ -88,7 +88,8 @@ def mean_activations(
             os.replace(file.name, path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the means cannot be written to {path.parent} ({error}): choose another --cache-dir"
+                f"the means cannot be written to {path.parent} ({error}): "
+                f"choose another --cache-dir"
             ) from error
     return means
 
