@@ -468,8 +468,8 @@ def test_means_are_taken_from_a_file(run, capsys, tmp_path):
     ("arguments", "message"),
     [
         ([], "give either --prompt TEXT or --task NAME"),
-        (["--prompt", "x", "--task", "if_ternary"], "there must be one of"),
-        (["--task", "if_ternary", "--answers", "a", "b"], "leave out --answers"),
+        (["--prompt", "x", "--task", "if_ternary"], "give either --prompt TEXT or --task NAME"),
+        (["--task", "if_ternary", "--answers", "a", "b"], "--answers cannot be used with --task"),
         (["--prompt", "x", "--set", "0.mlp.post_act:5"], "--set 0.mlp.post_act:5 has no number"),
         (
             ["--prompt", "x", "--add", "0.mlp.post_act:5=1@-1"],
