@@ -1,22 +1,12 @@
-"""Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
+"""Builds the extensions with ninja: each source has its own flags, which setuptools cannot give.
 
-The kernels are compiled once for each instruction set, so each source file has its own flags, which
-setuptools' own compile step cannot do. ``BuildExtension`` writes a ninja file instead: files are
-built in parallel, and only those whose sources, headers or flags changed are built again.
-
-The CUDA extension is built where nvcc and the headers and library of its runtime are found; no GPU
-is needed for that. ``SPARSE_KERNELS_CUDA=0`` leaves it out, ``=1`` makes it an error if it cannot
-be built. The compiler is the nvcc on PATH, else that of ``CUDA_HOME``, else that of
-/usr/local/cuda; it takes more flags from ``NVCC_APPEND_FLAGS``.
-
-Environment: ``CXX``, ``CPPFLAGS``, ``CXXFLAGS`` and ``LDFLAGS`` as usual;
-``SPARSE_KERNELS_SANITIZE=address,undefined`` builds with those sanitizers (see CONTRIBUTING.md).
+CUDA is built for the GPU that nvidia-smi shows; ``SPARSE_KERNELS_CUDA=1`` builds it for all of
+`CUDA_ARCHS` or those of ``SPARSE_KERNELS_CUDA_ARCHS`` ("8.0;9.0a"), ``=0`` never. Other variables:
+``CXX``, ``CPPFLAGS``, ``CXXFLAGS``, ``LDFLAGS``, ``CUDA_HOME``, ``SPARSE_KERNELS_SANITIZE``.
 """
 
-from __future__ import annotations
-
 import os
-import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,303 +21,188 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-CUDA_EXTENSION = "_sparse_kernels_cuda"
-
-COMMON_FLAGS = [
-    *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"),
-    # Multiply and add may fuse and exceptions are not trapped, but no rule of arithmetic is
-    # relaxed: NaN, infinity, signed zero and the order of additions stay what the source says.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-Wall", "-Wextra"),
-]
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2"]
-
-# Instruction sets, lowest first: name, flags, and a statement that only compiles (and assembles)
-# with them. Each is built from csrc/cpu/isa_<name>.cpp and announced to the dispatch table by
-# SK_HAVE_<NAME>. On ARM the compiler refuses all of them, and NEON is the baseline.
+# No rule of arithmetic is relaxed, except that multiply and add may fuse.
+FLAGS = ["-std=c++17", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# -O3 would add compile time and no speed: the kernels are written with vectors.
+FLAGS += ["-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2"
+# Lowest first: csrc/cpu/isa_<name>.cpp, its flags, and a function that needs them.
 INSTRUCTION_SETS = [
-    (
-        "avx2",
-        ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-        "__m256 a = _mm256_loadu_ps(p); _mm256_storeu_ps(p, _mm256_fmadd_ps(a, a, a));",
-    ),
-    (
-        "avx512",
-        AVX512_FLAGS,
-        "__m512 a = _mm512_loadu_ps(p); _mm512_storeu_ps(p, _mm512_add_ps(a, a));",
-    ),
-    (
-        "avx512bf16",
-        [*AVX512_FLAGS, "-mavx512bf16"],
-        "__m512 a = _mm512_loadu_ps(p); __m512bh b = _mm512_cvtne2ps_pbh(a, a);"
-        " _mm512_storeu_ps(p, _mm512_dpbf16_ps(a, b, b));",
-    ),
+    ("avx2", "-mavx2 -mfma -mf16c -mbmi2", "__m256 f(__m256 a)", "256_fmadd_ps(a, a, a)"),
+    ("avx512", AVX512, "__m512 f(__m512 a)", "512_add_ps(a, a)"),
+    ("avx512bf16", f"{AVX512} -mavx512bf16", "int f(__m512bh a)", "512_dpbf16_ps({}, a, a)[0]"),
 ]
+# And a program that needs each.
+OPTIONAL_FLAGS = {
+    "-fvect-cost-model=dynamic": "int main() {}",
+    "-fopenmp": "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }",
+}
+COMPILE_RULE = """rule run
+  command = $cmd -MMD -MF $out.d -c $in -o $out
+  deps = gcc
+  depfile = $out.d"""
+CUDA_ARCHS = "8.0;9.0a;10.0;9.0+PTX"
 
 
-class Compiler:
-    """The C++ compiler of this machine, and what it can do."""
-
-    def __init__(self) -> None:
-        self.command = self._find()
-        self.language_flags = [*_words("CPPFLAGS"), *_words("CXXFLAGS")]
-        self.link_flags = _words("LDFLAGS")
-
-    @staticmethod
-    def _find() -> list[str]:
-        configured = (sysconfig.get_config_var("CXX") or "").split()[:1]
-        for candidate in (_words("CXX"), configured, ["c++"], ["g++"], ["clang++"]):
-            if candidate and shutil.which(candidate[0]):
-                return candidate
-            if candidate and candidate == _words("CXX"):
-                raise CompileError(f"the C++ compiler named by CXX was not found: {candidate[0]}")
-        raise CompileError(
-            "sparse-kernels needs a C++17 compiler and found none: install one (Debian and Ubuntu: "
-            "apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) or name "
-            "it in the environment variable CXX"
-        )
-
-    def accepts(self, source: str, flags: list[str], *, link: bool = False) -> bool:
-        """Whether ``source`` compiles with ``flags`` and without a warning."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "probe.cpp")
-            path.write_text(source)
-            command = [*self.command, *self.language_flags, "-std=c++17", "-Werror", *flags]
-            command += [*([] if link else ["-c"]), str(path), "-o", str(path.with_suffix(".out"))]
-            command += self.link_flags if link else []
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    def describe(self) -> str:
-        found = subprocess.run(
-            [*self.command, "--version"], capture_output=True, text=True, check=False
-        )
-        return (found.stdout.splitlines() or [" ".join(self.command)])[0]
-
-
-# What the CUDA kernels are compiled for, where nvcc knows it: code for compute capability 8.0
-# (which later 8.x run as well), 9.0 and 10.0, and PTX that the driver compiles for what is newer.
-CUDA_TARGETS = [
-    ("sm_80", "arch=compute_80,code=sm_80"),
-    ("sm_90a", "arch=compute_90a,code=sm_90a"),
-    ("sm_90", "arch=compute_90,code=compute_90"),
-    ("sm_100", "arch=compute_100,code=sm_100"),
-]
-
-
-class CudaCompiler:
-    """nvcc, and what it can do."""
-
-    def __init__(self, nvcc: str) -> None:
-        self.nvcc = nvcc
-        host = _words("CXX")
-        self.command = [nvcc, *(["-ccbin", host[0]] if len(host) == 1 else [])]
-
-    @staticmethod
-    def find() -> CudaCompiler | None:
-        """The compiler; None, and a line that says why, if the extension is not to be built."""
-        wanted = os.environ.get("SPARSE_KERNELS_CUDA", "")
-        if wanted not in ("", "0", "1"):
-            raise CompileError(f"SPARSE_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-        if wanted == "0":
-            return None
-        if not wanted and _words("SPARSE_KERNELS_SANITIZE"):
-            print("sparse-kernels: building with sanitizers: without the CUDA kernels")
-            return None
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home, "bin")))
-        problem = "nvcc was not found"
-        if nvcc:
-            compiler = CudaCompiler(nvcc)
-            if compiler._works():
-                return compiler
-            problem = f"{nvcc} cannot build a program with the CUDA runtime"
-        if wanted == "1":
-            raise CompileError(f"SPARSE_KERNELS_CUDA=1, but {problem}")
-        print(f"sparse-kernels: {problem}: without the CUDA kernels")
-        return None
-
-    def _works(self) -> bool:
-        """Whether headers and static library of the runtime are there."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "probe.cpp")
-            path.write_text(
-                "#include <cuda_runtime.h>\n"
-                "int main() { int n; return cudaGetDeviceCount(&n) != cudaSuccess; }"
-            )
-            command = [*self.command, "-cudart", "static", str(path), "-o", str(path) + ".out"]
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    def targets(self) -> list[str]:
-        """The flags of `CUDA_TARGETS`, as far as this nvcc knows them."""
-        known = subprocess.run(
-            [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
-        ).stdout.split()
-        # The list leaves out the architecture-specific variants.
-        return [flag for name, flag in CUDA_TARGETS if name.rstrip("a") in known]
-
-
-def _words(variable: str) -> list[str]:
+def words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
-def _compile_jobs(compiler: Compiler) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """``(source, flags)`` of each file in link order, and the flags of the link."""
-    import pybind11
+def quoted(command: list[str]) -> str:
+    """For a ninja file."""
+    return shlex.join(command).replace("$", "$$")
 
-    common, link = list(COMMON_FLAGS), []
-    if not compiler.accepts("int main() { return 0; }", ["-std=c++17"], link=True):
-        raise CompileError(
-            f"{shlex.join(compiler.command)} cannot build a C++17 program ({compiler.describe()})"
-        )
 
-    openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
-    if compiler.accepts(openmp, ["-fopenmp"], link=True):
-        common.append("-fopenmp")
-        link.append("-fopenmp")
-    else:
-        print("sparse-kernels: the compiler has no OpenMP: the CPU kernels will use one thread")
+def output(*command: str) -> str | None:
+    """What the command prints; None if it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
-    instruction_sets = []
-    for name, flags, statement in INSTRUCTION_SETS:
-        if compiler.accepts(
-            f"#include <immintrin.h>\nvoid probe(float* p) {{ {statement} }}", flags
-        ):
-            instruction_sets.append((name, flags))
-            common.append(f"-DSK_HAVE_{name.upper()}")
-        elif platform.machine().lower() in ("x86_64", "amd64"):
-            print(f"sparse-kernels: the compiler does not know {name}: built without its kernels")
 
-    sanitizers = os.environ.get("SPARSE_KERNELS_SANITIZE", "")
-    if "undefined" in sanitizers:
-        # The wider instruction sets take minutes with this one.
-        instruction_sets = [(name, flags) for name, flags in instruction_sets if name == "avx2"]
-        common = [flag for flag in common if not flag.startswith("-DSK_HAVE_AVX512")]
-    if sanitizers:
-        common += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-        common.append(f"-fsanitize={sanitizers}")
-        link.append(f"-fsanitize={sanitizers}")
+def builds(command: list[str], source: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.cpp").write_text(source)
+        return output(*command, f"{folder}/probe.cpp", "-o", f"{folder}/probe") is not None
 
-    includes = [
-        f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())
-    ]
-    portable = sorted(
-        path.name for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.name.startswith("isa_")
+
+def find_compiler() -> list[str]:
+    configured = (sysconfig.get_config_var("CXX") or "").split()[:1]
+    candidates = [words("CXX")] if words("CXX") else [configured, ["c++"], ["g++"], ["clang++"]]
+    flags = ["-std=c++17", *words("CPPFLAGS"), *words("CXXFLAGS"), *words("LDFLAGS")]
+    for compiler in filter(None, candidates):
+        if shutil.which(compiler[0]) and builds([*compiler, *flags], "int main() { return 0; }"):
+            return compiler
+    tried = shlex.join(words("CXX")) or "c++, g++, clang++"
+    raise CompileError(
+        f"sparse-kernels needs a C++17 compiler, and {tried} cannot build a program: install one "
+        "(apt install g++, dnf install gcc-c++, xcode-select --install) or name it in CXX"
     )
-    # The order matters: of an inline function of the standard library that several files emit, the
-    # linker keeps the first, which must be one that the processor of every caller can run.
-    jobs = [("csrc/bindings.cpp", [*common, *includes])]
-    jobs += [(f"csrc/cpu/{name}", common) for name in (*portable, "isa_baseline.cpp")]
-    jobs += [(f"csrc/cpu/isa_{name}.cpp", [*common, *flags]) for name, flags in instruction_sets]
-    return jobs, link
 
 
-def _cuda_jobs(cuda: CudaCompiler) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """``(source, flags)`` of each file of the CUDA extension, and the flags of the link."""
-    import pybind11
+def find_cuda() -> tuple[str, list[str]] | None:
+    """nvcc and its -gencode flags; None if CUDA is not built."""
+    asked = os.environ.get("SPARSE_KERNELS_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise CompileError(f"SPARSE_KERNELS_CUDA must be 0 or 1, got {asked!r}")
+    visible = not asked and not words("SPARSE_KERNELS_SANITIZE") and output("nvidia-smi", "-L")
+    if asked != "1" and not visible:
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    problem = "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to its folder"
+    if nvcc:
+        source = "#include <cuda_runtime.h>\nint main() { return cudaDeviceSynchronize(); }"
+        if builds([nvcc, "-cudart", "static"], source):
+            return nvcc, cuda_targets(nvcc, asked == "1")
+        problem = f"{nvcc} cannot build a program: install the CUDA toolkit's headers (cudart-dev)"
+    if asked == "1":
+        raise CompileError(f"SPARSE_KERNELS_CUDA=1, but {problem}")
+    print(f"sparse-kernels: a GPU is visible, but {problem}; building only the CPU kernels")
+    return None
 
-    includes = [
-        f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())
-    ]
-    kernels = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-    for target in cuda.targets():
-        kernels += ["-gencode", target]
-    jobs = [("csrc/cuda/bindings_cuda.cpp", [*COMMON_FLAGS, *includes])]
-    jobs += [
-        (f"csrc/cuda/{path.name}", kernels) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    ]
-    # The runtime is linked statically and its names stay inside: PyTorch brings another one.
-    return jobs, ["-cudart", "static", "-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
 
-
-def _ninja_file(
-    compiler: Compiler,
-    cuda: CudaCompiler | None,
-    jobs: list[tuple[str, list[str]]],
-    link: list[str],
-    target: str,
-) -> str:
-    """The text of a build.ninja for a folder two levels below ``ROOT``.
-
-    With ``cuda`` its compiler takes the ``.cu`` files, and links.
-    """
-
-    def command(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
-
-    shared = (
-        ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    )
-    lines = [
-        f"cxx = {command(compiler.command)}",
-        "rule compile",
-        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
-        "  deps = gcc",
-        "  depfile = $out.d",
-        "rule link",
-        f"  command = $cxx {command(shared)} $in -o $out {command([*link, *compiler.link_flags])}",
-    ]
-    if cuda is not None:
-        lines[-1] = f"  command = {command(cuda.command)} -shared $in -o $out {command(link)}"
-        lines += [
-            "rule compile_cuda",
-            f"  command = {command(cuda.command)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  deps = gcc",
-            "  depfile = $out.d",
-        ]
-    objects = []
-    for source, flags in jobs:
-        kernels = source.endswith(".cu")
-        objects.append(f"{source}.o" if kernels else Path(source).with_suffix(".o").as_posix())
-        lines.append(
-            f"build {objects[-1]}: {'compile_cuda' if kernels else 'compile'} ../../{source}"
-        )
-        lines.append(
-            f"  flags = {command(flags if kernels else [*flags, *compiler.language_flags])}"
-        )
-    lines.append(f"build {target}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+def cuda_targets(nvcc: str, every: bool) -> list[str]:
+    query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = "" if every else ";".join(sorted(set((output(*query) or "").split())))
+    archs = os.environ.get("SPARSE_KERNELS_CUDA_ARCHS") or found.replace("9.0", "9.0a")
+    known = (output(nvcc, "--list-gpu-code") or "").split()
+    flags = []
+    for arch in re.split(r"[;,\s]+", (archs or CUDA_ARCHS).strip("; ")):
+        match = re.fullmatch(r"(\d+)\.?(\d)(a?)(\+PTX)?", arch)
+        if not match:
+            raise CompileError(f'SPARSE_KERNELS_CUDA_ARCHS must be like "8.0;9.0a", got {archs!r}')
+        number = match[1] + match[2]
+        if f"sm_{number}" in known:  # the list leaves out the architecture-specific variants
+            code = "compute" if match[4] else "sm"
+            flags += ["-gencode", f"arch=compute_{number}{match[3]},code={code}_{number}{match[3]}"]
+        elif archs:
+            raise CompileError(f"{nvcc} knows no architecture {arch}: install a newer CUDA toolkit")
+    return flags
 
 
 class BuildExtension(build_ext):
-    """Compiles the extensions with ninja; the objects stay in ``build/`` for the next time."""
-
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.cuda = CudaCompiler.find()
+        self.cxx, self.cuda = find_compiler(), find_cuda()
         if self.cuda is None:
             chosen = self.distribution.ext_modules or []
-            self.extensions = [ext for ext in chosen if ext.name != CUDA_EXTENSION]
+            self.extensions = [ext for ext in chosen if not ext.name.endswith("cuda")]
+
+    def accepts(self, flags: list[str], source: str) -> bool:
+        user = [*words("CPPFLAGS"), *words("CXXFLAGS"), *words("LDFLAGS")]
+        return builds([*self.cxx, "-std=c++17", "-Werror", *user, *flags], source)
+
+    def cpu_flags(self) -> tuple[list[str], dict[str, list[str]]]:
+        """Flags of every CPU source and of the link, and those of each instruction set's own."""
+        common = list(FLAGS)
+        for flag, source in OPTIONAL_FLAGS.items():
+            if self.accepts([flag], source):
+                common.append(flag)
+            else:
+                print(f"sparse-kernels: {self.cxx[0]} does not know {flag}: built without it")
+        sanitize, sets = os.environ.get("SPARSE_KERNELS_SANITIZE", ""), {}
+        for name, switches, head, body in INSTRUCTION_SETS:
+            flags = switches.split()
+            # The undefined-behaviour sanitizer takes minutes for the wider sets.
+            source = f"#include <immintrin.h>\n{head} {{ return _mm{body}; }}\nint main() {{}}"
+            if (name == "avx2" or "undefined" not in sanitize) and self.accepts(flags, source):
+                sets[f"csrc/cpu/isa_{name}.cpp"] = flags
+                common.append(f"-DSK_HAVE_{name.upper()}")
+        if sanitize:
+            common += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+            common.append(f"-fsanitize={sanitize}")
+        return common, sets
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
+        import pybind11
 
-        if sys.platform == "win32":
-            raise CompileError(
-                "sparse-kernels does not build on Windows yet: use WSL, Linux or macOS"
-            )
-        compiler = Compiler()
-        print(f"sparse-kernels: compiling with {compiler.describe()}")
-        cuda = self.cuda if ext.name == CUDA_EXTENSION else None
-        jobs, link = _compile_jobs(compiler) if cuda is None else _cuda_jobs(cuda)
-
-        target = f"{ext.name}.so"
-        tags = f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / (tags if cuda is None else f"cuda-{tags}")
+        cuda = self.cuda if ext.name.endswith("cuda") else None
+        special: dict[str, list[str]] = {}
+        if cuda:
+            common, link = FLAGS, [cuda[0], "-shared", "-cudart", "static"]
+            # The names of the runtime stay inside: PyTorch brings another one.
+            link += ["-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
+        else:
+            common, special = self.cpu_flags()
+            shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+            link = [*self.cxx, *shared.split(), *common, *words("LDFLAGS")]
+        headers = (sysconfig.get_path("include"), pybind11.get_include())
+        lines, objects, edges = [COMPILE_RULE], [], []
+        for source in ext.sources:
+            if "isa_" in source and "baseline" not in source and source not in special:
+                continue
+            command = [*self.cxx, *common, *special.get(source, [])]
+            if cuda and source.endswith(".cu"):
+                host = words("CXX") if len(words("CXX")) == 1 else []
+                command = [cuda[0], *(["-ccbin", *host] if host else []), *cuda[1]]
+                command += ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler"]
+                command.append("-fPIC,-fvisibility=hidden,-Wall")
+            else:
+                if "bindings" in source:
+                    command += ["-O1", *(f"-isystem{path}" for path in headers)]
+                command += [*words("CPPFLAGS"), *words("CXXFLAGS")]
+            objects.append(f"{source}.o")
+            edges.append(f"build {objects[-1]}: run ../../{source}\n  cmd = {quoted(command)}")
+        lines += reversed(edges)  # the longest are the last in the order of the link
+        lines += ["rule link", f"  command = {quoted(link)} $in -o $out"]
+        lines += [f"build {ext.name}.so: link {' '.join(objects)}", ""]
+        tag = f"{ext.name}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / tag
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(_ninja_file(compiler, cuda, jobs, link, target))
-
-        environment = dict(os.environ)
-        oldest_macos = sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET")
-        if oldest_macos:
-            environment.setdefault("MACOSX_DEPLOYMENT_TARGET", str(oldest_macos))
-        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
-        command += ["-j", str(self.parallel or os.cpu_count() or 1)]
-        if subprocess.run(command, env=environment, check=False).returncode != 0:
+        (folder / "build.ninja").write_text("\n".join(lines))
+        run = [f"{ninja.BIN_DIR}/ninja", "-C", str(folder)]
+        run += ["-j", str(self.parallel or os.cpu_count() or 1)]
+        target = os.environ.get("MACOSX_DEPLOYMENT_TARGET")
+        target = target or str(sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "")
+        environment = {**os.environ, **({"MACOSX_DEPLOYMENT_TARGET": target} if target else {})}
+        if subprocess.run(run, env=environment, check=False).returncode:
             raise CompileError(f"compiling {ext.name} failed; the compiler's messages are above")
-
         installed = Path(self.get_ext_fullpath(ext.name))
         installed.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / target, installed)
+        shutil.copy2(folder / f"{ext.name}.so", installed)
 
 
 class BuildPython(build_py):
@@ -339,20 +214,21 @@ class BuildPython(build_py):
         super().run()
 
 
-def _files(*patterns: str) -> list[str]:
-    paths = [path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)]
-    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+def files(*patterns: str) -> list[str]:
+    return [str(p.relative_to(ROOT)) for g in patterns for p in sorted(ROOT.glob(f"csrc/{g}"))]
 
 
+# In the order of the link: of an inline function of the standard library the linker keeps the first
+# copy, which must be one that every processor can run. "isa_baseline" comes before the wider ones.
+PLAIN = files("bindings.cpp", "cpu/[!i]*.cpp", "cpu/isa_baseline.cpp")
+CPU = [*PLAIN, *(f"csrc/cpu/isa_{name}.cpp" for name, *_ in INSTRUCTION_SETS)]
 setup(
     ext_modules=[
+        Extension("_sparse_kernels_cpu", CPU, depends=files("cpu/*.h")),
         Extension(
-            "_sparse_kernels_cpu", sources=_files("*.cpp", "cpu/*.cpp"), depends=_files("cpu/*.h")
-        ),
-        Extension(
-            CUDA_EXTENSION,
-            sources=_files("cuda/*.cpp", "cuda/*.cu"),
-            depends=_files("cuda/*.h", "cuda/*.cuh"),
+            "_sparse_kernels_cuda",
+            files("cuda/*.cpp", "cuda/*.cu"),
+            depends=files("cuda/*.h", "cuda/*.cuh"),
         ),
     ],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},

@@ -4,9 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
-#include <tuple>
+#include <string>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
@@ -27,13 +27,27 @@ sk::DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype is '" + name + "'; needs float32, bfloat16 or float64");
 }
 
-using Shape = std::array<int64_t, 5>;
-using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+// A kernel's arguments, read from left to right. pybind11 would convert them as well, but compiles
+// its conversion again for each list of types: half a minute for these kernels.
+class Arguments {
+    py::tuple items_;
+    size_t next_ = 0;
 
-sk::HeadsPointer heads(const HeadsTuple& tensor) {
-    const auto [address, batch_stride, token_stride, head_stride] = tensor;
-    return {pointer<void>(address), batch_stride, token_stride, head_stride};
-}
+public:
+    Arguments(py::tuple items, size_t count) : items_(std::move(items)) {
+        if (items_.size() == count) return;
+        throw py::type_error("needs " + std::to_string(count) + " arguments, got " +
+                             std::to_string(items_.size()));
+    }
+    py::handle next() { return PyTuple_GET_ITEM(items_.ptr(), next_++); }
+    int64_t size() { return next().cast<int64_t>(); }
+    int threads() { return next().cast<int>(); }
+    void* data() { return pointer<void>(next().cast<uintptr_t>()); }
+    sk::HeadsPointer heads() {
+        Arguments tensor(next().cast<py::tuple>(), 4);
+        return {tensor.data(), tensor.size(), tensor.size(), tensor.size()};
+    }
+};
 
 // A layout as the kernels see it, with the pointers of tensors that the Python side keeps alive.
 struct Pattern {
@@ -105,124 +119,76 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                                pointer<int32_t>(local), pointer<int32_t>(block_ids));
         });
 
-    const auto define = [&](const char* name, auto member) {
-        module.def(name, [member](const std::string& isa, const std::string& dtype,
-                                  const Pattern& pattern, uintptr_t in, int64_t row_stride,
-                                  int64_t col_stride, uintptr_t values, uintptr_t bias,
-                                  uintptr_t out, int64_t tokens, int threads) {
+    // name(isa, dtype, ...), where `read` makes the kernel's arguments of the other `count`.
+    const auto define = [&](const char* name, auto member, size_t count, auto read) {
+        module.def(name, [=](const std::string& isa, const std::string& dtype, py::args items) {
             const auto kernel = (sk::table_for(isa).*member)[static_cast<int>(dtype_from(dtype))];
+            Arguments given(std::move(items), count);
+            const auto arguments = read(given);
             py::gil_scoped_release release;
-            kernel({pattern.lists, pattern.schedule, pointer<void>(in), row_stride, col_stride,
-                    pointer<void>(values), pointer<void>(bias), pointer<void>(out), tokens,
-                    threads});
+            kernel(arguments);
         });
     };
-    define("gather", &sk::KernelTable::gather);
-    define("scatter", &sk::KernelTable::scatter);
-    module.def(
-        "grad_weight", [](const std::string& isa, const std::string& dtype, const Pattern& pattern,
-                          uintptr_t grad_output, int64_t grad_row_stride, int64_t grad_col_stride,
-                          uintptr_t input, int64_t row_stride, int64_t col_stride,
-                          uintptr_t grad_values, int64_t tokens, int threads) {
-            const auto kernel = sk::table_for(isa).grad_weight[static_cast<int>(dtype_from(dtype))];
-            py::gil_scoped_release release;
-            kernel({pattern.lists, pattern.schedule, pointer<void>(grad_output), grad_row_stride,
-                    grad_col_stride, pointer<void>(input), row_stride, col_stride,
-                    pointer<void>(grad_values), tokens, threads});
-        });
-    module.def("sum_tokens", [](const std::string& isa, const std::string& dtype, uintptr_t in,
-                                int64_t row_stride, uintptr_t out, int64_t tokens, int64_t cols,
-                                int threads) {
-        const auto kernel = sk::table_for(isa).sum_tokens[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel({pointer<void>(in), row_stride, pointer<void>(out), tokens, cols, threads});
+    using Table = sk::KernelTable;
+    // A braced list is evaluated in order.
+    const auto gather = [](Arguments& a) {
+        const auto& pattern = a.next().cast<const Pattern&>();
+        return sk::GatherArguments{pattern.lists, pattern.schedule, a.data(), a.size(),
+                                   a.size(),      a.data(),         a.data(), a.data(),
+                                   a.size(),      a.threads()};
+    };
+    define("gather", &Table::gather, 9, gather);
+    define("scatter", &Table::scatter, 9, gather);
+    define("grad_weight", &Table::grad_weight, 10, [](Arguments& a) {
+        const auto& pattern = a.next().cast<const Pattern&>();
+        return sk::GradWeightArguments{pattern.lists, pattern.schedule, a.data(),   a.size(),
+                                       a.size(),      a.data(),         a.size(),   a.size(),
+                                       a.data(),      a.size(),         a.threads()};
     });
-    module.def("abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
-                              int64_t row_stride, int64_t col_stride, uintptr_t y, int64_t rows,
-                              int64_t cols, int64_t k, int threads) {
-        const auto kernel = sk::table_for(isa).abs_topk[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel(
-            {pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
+    define("sum_tokens", &Table::sum_tokens, 6, [](Arguments& a) {
+        return sk::SumTokensArguments{a.data(), a.size(), a.data(),
+                                      a.size(), a.size(), a.threads()};
     });
-    module.def(
-        "abs_topk_backward",
-        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
-           int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t y, int64_t row_stride,
-           int64_t col_stride, uintptr_t grad_input, int64_t rows, int64_t cols, int threads) {
-            const auto kernel =
-                sk::table_for(isa).abs_topk_backward[static_cast<int>(dtype_from(dtype))];
-            py::gil_scoped_release release;
-            kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
-                    row_stride, col_stride, pointer<void>(grad_input), rows, cols, threads});
-        });
-    module.def("gelu_abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
-                                   int64_t row_stride, int64_t col_stride, uintptr_t y,
-                                   int64_t rows, int64_t cols, int64_t k, int threads) {
-        const auto kernel = sk::table_for(isa).gelu_abs_topk[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel(
-            {pointer<void>(x), row_stride, col_stride, pointer<void>(y), rows, cols, k, threads});
+    const auto topk = [](Arguments& a) {
+        return sk::AbsTopkArguments{a.data(), a.size(), a.size(), a.data(),
+                                    a.size(), a.size(), a.size(), a.threads()};
+    };
+    define("abs_topk", &Table::abs_topk, 8, topk);
+    define("gelu_abs_topk", &Table::gelu_abs_topk, 8, topk);
+    define("abs_topk_backward", &Table::abs_topk_backward, 10, [](Arguments& a) {
+        return sk::AbsTopkBackwardArguments{a.data(), a.size(), a.size(), a.data(), a.size(),
+                                            a.size(), a.data(), a.size(), a.size(), a.threads()};
     });
-    module.def(
-        "gelu_abs_topk_backward",
-        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
-           int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t y, int64_t row_stride,
-           int64_t col_stride, uintptr_t x, int64_t x_row_stride, int64_t x_col_stride,
-           uintptr_t grad_input, int64_t rows, int64_t cols, int threads) {
-            const auto kernel =
-                sk::table_for(isa).gelu_abs_topk_backward[static_cast<int>(dtype_from(dtype))];
-            py::gil_scoped_release release;
-            kernel({pointer<void>(grad_output), grad_row_stride, grad_col_stride, pointer<void>(y),
-                    row_stride, col_stride, pointer<void>(x), x_row_stride, x_col_stride,
-                    pointer<void>(grad_input), rows, cols, threads});
-        });
-    module.def("norm_abs_topk", [](const std::string& isa, const std::string& dtype, uintptr_t x,
-                                   int64_t row_stride, int64_t col_stride, uintptr_t weight,
-                                   double eps, uintptr_t y, uintptr_t scales, int64_t rows,
-                                   int64_t cols, int64_t k, int threads) {
-        const auto kernel = sk::table_for(isa).norm_abs_topk[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel({pointer<void>(x), row_stride, col_stride, pointer<void>(weight), eps,
-                pointer<void>(y), pointer<void>(scales), rows, cols, k, threads});
+    define("gelu_abs_topk_backward", &Table::gelu_abs_topk_backward, 13, [](Arguments& a) {
+        return sk::GeluAbsTopkBackwardArguments{a.data(), a.size(), a.size(),   a.data(), a.size(),
+                                                a.size(), a.data(), a.size(),   a.size(), a.data(),
+                                                a.size(), a.size(), a.threads()};
     });
-    module.def(
-        "norm_abs_topk_backward",
-        [](const std::string& isa, const std::string& dtype, uintptr_t grad_output,
-           int64_t grad_stride, uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride,
-           uintptr_t weight, uintptr_t scales, uintptr_t grad_input, uintptr_t grad_weight,
-           int64_t rows, int64_t cols, int threads) {
-            const auto kernel =
-                sk::table_for(isa).norm_abs_topk_backward[static_cast<int>(dtype_from(dtype))];
-            py::gil_scoped_release release;
-            kernel({pointer<void>(grad_output), grad_stride, pointer<void>(y), y_stride,
-                    pointer<void>(x), x_stride, pointer<void>(weight), pointer<void>(scales),
-                    pointer<void>(grad_input), pointer<void>(grad_weight), rows, cols, threads});
-        });
+    define("norm_abs_topk", &Table::norm_abs_topk, 11, [](Arguments& a) {
+        return sk::NormAbsTopkArguments{
+            a.data(), a.size(), a.size(), a.data(),   a.next().cast<double>(), a.data(), a.data(),
+            a.size(), a.size(), a.size(), a.threads()};
+    });
+    define("norm_abs_topk_backward", &Table::norm_abs_topk_backward, 13, [](Arguments& a) {
+        return sk::NormAbsTopkBackwardArguments{a.data(), a.size(), a.data(),   a.size(), a.data(),
+                                                a.size(), a.data(), a.data(),   a.data(), a.data(),
+                                                a.size(), a.size(), a.threads()};
+    });
     // Shapes are (batch, queries, keys, heads, channels); a tensor of heads is its address and its
     // strides over batch, tokens and heads.
-    module.def("attention", [](const std::string& isa, const std::string& dtype, const Shape& shape,
-                               const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
-                               uintptr_t sinks, uintptr_t y, uintptr_t lse, int threads) {
-        const auto kernel = sk::table_for(isa).attention[static_cast<int>(dtype_from(dtype))];
-        py::gil_scoped_release release;
-        kernel({shape[0], shape[1], shape[2], shape[3], shape[4], heads(q), heads(k), heads(v),
-                pointer<void>(sinks), pointer<void>(y), pointer<void>(lse), threads});
+    define("attention", &Table::attention, 8, [](Arguments& a) {
+        Arguments shape(a.next().cast<py::tuple>(), 5);
+        return sk::AttentionArguments{shape.size(), shape.size(), shape.size(), shape.size(),
+                                      shape.size(), a.heads(),    a.heads(),    a.heads(),
+                                      a.data(),     a.data(),     a.data(),     a.threads()};
     });
-    module.def(
-        "attention_backward",
-        [](const std::string& isa, const std::string& dtype, const Shape& shape,
-           const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t sinks,
-           const HeadsTuple& y, const HeadsTuple& grad_y, uintptr_t lse, const HeadsTuple& grad_q,
-           const HeadsTuple& grad_k, const HeadsTuple& grad_v, uintptr_t grad_sinks, int threads) {
-            const auto kernel =
-                sk::table_for(isa).attention_backward[static_cast<int>(dtype_from(dtype))];
-            py::gil_scoped_release release;
-            kernel({shape[0], shape[1], shape[2], shape[3], shape[4], heads(q), heads(k), heads(v),
-                    pointer<void>(sinks), heads(y), heads(grad_y), pointer<void>(lse),
-                    heads(grad_q), heads(grad_k), heads(grad_v), pointer<void>(grad_sinks),
-                    threads});
-        });
+    define("attention_backward", &Table::attention_backward, 13, [](Arguments& a) {
+        Arguments shape(a.next().cast<py::tuple>(), 5);
+        return sk::AttentionBackwardArguments{
+            shape.size(), shape.size(), shape.size(), shape.size(), shape.size(), a.heads(),
+            a.heads(),    a.heads(),    a.data(),     a.heads(),    a.heads(),    a.data(),
+            a.heads(),    a.heads(),    a.heads(),    a.data(),     a.threads()};
+    });
     module.def("keep_freed_memory", sk::keep_freed_memory);
 
     module.def("measure_fma_gflops", [](const std::string& isa, int threads) {

@@ -22,8 +22,9 @@ try:
 except ImportError as error:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
     _missing = (
-        f"the CUDA extension _sparse_kernels_cuda could not be imported ({error}); "
-        "`pip install .` in the source folder builds it where it finds nvcc"
+        f"the CUDA extension _sparse_kernels_cuda could not be imported ({error}): to build it, "
+        "install the CUDA toolkit (nvcc) and run `SPARSE_KERNELS_CUDA=1 pip install .` in the "
+        "source folder"
     )
 
 _DTYPES = {

@@ -23,6 +23,7 @@ def known_targets():
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -56,38 +57,96 @@ def setup_module(monkeypatch):
     return module
 
 
-def without_nvcc(monkeypatch, folder):
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setenv("CUDA_HOME", str(folder))
-    monkeypatch.delenv("SPARSE_KERNELS_SANITIZE", raising=False)
+GPU = 'case "$1" in -L) echo "GPU 0: H200";; *) echo 9.0; echo 8.6;; esac'
+# It lists its architectures, and otherwise compiles whatever it is given.
+NVCC = 'case "$1" in --list-gpu-code) echo sm_80 sm_86 sm_90 sm_100;; esac'
 
 
-def test_missing_nvcc_is_one_line(setup_module, monkeypatch, tmp_path, capsys):
-    without_nvcc(monkeypatch, tmp_path)
-    monkeypatch.delenv("SPARSE_KERNELS_CUDA", raising=False)
-    assert setup_module.CudaCompiler.find() is None
-    assert (
-        capsys.readouterr().out == "sparse-kernels: nvcc was not found: without the CUDA kernels\n"
-    )
+@pytest.fixture
+def machine(setup_module, monkeypatch, tmp_path):
+    """A function that sets variables and puts scripts on an otherwise empty PATH."""
+
+    def build(variables=(), **scripts):
+        for name in ("", "_ARCHS"):
+            monkeypatch.delenv(f"SPARSE_KERNELS_CUDA{name}", raising=False)
+        for name in ("CUDA_PATH", "SPARSE_KERNELS_SANITIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        for name, value in dict(variables).items():
+            monkeypatch.setenv(name, value)
+        for name, script in scripts.items():
+            path = tmp_path / name.replace("_", "-")
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+        return setup_module.find_cuda()
+
+    return build
 
 
-def test_missing_nvcc_is_an_error_where_cuda_is_asked_for(setup_module, monkeypatch, tmp_path):
-    without_nvcc(monkeypatch, tmp_path)
-    monkeypatch.setenv("SPARSE_KERNELS_CUDA", "1")
-    with pytest.raises(setup_module.CompileError, match="CUDA=1, but nvcc was not found"):
-        setup_module.CudaCompiler.find()
+def code(*names):
+    """The flags for machine code of these architectures."""
+    pairs = ((name, f"arch=compute_{name},code=sm_{name}") for name in names)
+    return [word for _, flag in pairs for word in ("-gencode", flag)]
 
 
-def test_cuda_is_left_out_on_request(setup_module, monkeypatch, capsys):
-    monkeypatch.setenv("SPARSE_KERNELS_CUDA", "0")
-    assert setup_module.CudaCompiler.find() is None
+def test_cuda_is_built_for_the_visible_gpus(machine):
+    assert machine(nvidia_smi=GPU, nvcc=NVCC)[1] == code("86", "90a")
+
+
+def test_cuda_is_not_built_without_a_gpu(machine, capsys):
+    assert machine(nvcc=NVCC) is None
+    assert machine(nvidia_smi="exit 9") is None
     assert capsys.readouterr().out == ""
-    monkeypatch.setenv("SPARSE_KERNELS_CUDA", "yes")
-    with pytest.raises(setup_module.CompileError, match="must be 0 or 1, got 'yes'"):
-        setup_module.CudaCompiler.find()
 
 
-@needs_nvcc
-def test_targets_hold_code_and_ptx(setup_module):
-    targets = setup_module.CudaCompiler(nvcc).targets()
-    assert {"arch=compute_80,code=sm_80", "arch=compute_90,code=compute_90"} <= set(targets)
+def test_cuda_is_built_for_all_architectures_on_request(machine):
+    ptx = ["-gencode", "arch=compute_90,code=compute_90"]
+    flags = machine({"SPARSE_KERNELS_CUDA": "1"}, nvcc=NVCC, nvidia_smi=GPU)[1]
+    assert flags == code("80", "90a", "100") + ptx
+
+
+@pytest.mark.parametrize(
+    ("archs", "names"), [("90", ["90"]), ("8.0;9.0a", ["80", "90a"]), ("10.0", ["100"])]
+)
+def test_architectures_can_be_narrowed(machine, archs, names):
+    variables = {"SPARSE_KERNELS_CUDA": "1", "SPARSE_KERNELS_CUDA_ARCHS": archs}
+    assert machine(variables, nvcc=NVCC)[1] == code(*names)
+
+
+@pytest.mark.parametrize(
+    ("archs", "message"), [("hopper", "must be like"), ("12.0", "knows no architecture 12.0")]
+)
+def test_wrong_architectures_are_refused(machine, setup_module, archs, message):
+    variables = {"SPARSE_KERNELS_CUDA": "1", "SPARSE_KERNELS_CUDA_ARCHS": archs}
+    with pytest.raises(setup_module.CompileError, match=message):
+        machine(variables, nvcc=NVCC)
+
+
+def test_cuda_is_left_out_on_request(machine):
+    assert machine({"SPARSE_KERNELS_CUDA": "0"}, nvcc=NVCC, nvidia_smi=GPU) is None
+
+
+def test_gpu_without_nvcc_is_one_sentence(machine, capsys):
+    assert machine(nvidia_smi=GPU) is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "nvcc was not found: install the CUDA toolkit" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "scripts", "message"),
+    [
+        ("1", {}, "CUDA=1, but nvcc was not found: install"),
+        ("1", {"nvcc": "exit 1"}, "cannot build a program: install the CUDA toolkit's headers"),
+        ("yes", {}, "must be 0 or 1, got 'yes'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(machine, setup_module, value, scripts, message):
+    with pytest.raises(setup_module.CompileError, match=message):
+        machine({"SPARSE_KERNELS_CUDA": value}, **scripts)
+
+
+def test_missing_compiler_is_refused(setup_module, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(setup_module.CompileError, match="needs a C\\+\\+17 compiler"):
+        setup_module.find_compiler()

@@ -16,11 +16,6 @@
 
 namespace sk {
 
-const KernelTable& baseline_table();
-const KernelTable& avx2_table();
-const KernelTable& avx512_table();
-const KernelTable& avx512_bf16_table();
-
 namespace {
 
 struct Isa {

@@ -144,6 +144,12 @@ struct KernelTable {
     double (*copy_gbs)(int threads, size_t bytes);
 };
 
+// One row of the table for each instruction set, built from isa_*.cpp.
+const KernelTable& baseline_table();
+const KernelTable& avx2_table();
+const KernelTable& avx512_table();
+const KernelTable& avx512_bf16_table();
+
 // The instruction sets that were built and that this processor has, lowest first.
 std::vector<std::string> usable_isas();
 // The highest of them, or the one that SPARSE_KERNELS_CPU_ISA names. Throws std::invalid_argument.

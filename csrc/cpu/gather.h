@@ -168,8 +168,23 @@ void copy_bias(const T* bias, int64_t count, Compute<T>* to) {
     for (int64_t n = 0; n < count; ++n) to[n] = bias ? to_compute(bias[n]) : Compute<T>(0);
 }
 
+// The two steps of a gather that depend on how many outputs share an index list.
+template <class T, int kVectors>
+struct SharedSteps {
+    using TileOf = Tile<T, kVectors>;
+    using W = typename TileOf::Weight;
+    decltype(&weights_of<TileOf::kTogether, 1, W, T>) weights_of;
+    decltype(&accumulate<TileOf, Compute<T>, kVectors, 1>) accumulate;
+};
 template <class T, int kVectors, int kShared>
-void gather_tiles(const GatherProblem<T>& problem) {
+constexpr SharedSteps<T, kVectors> kSharedSteps = {
+    weights_of<Tile<T, kVectors>::kTogether, kShared, typename Tile<T, kVectors>::Weight, T>,
+    accumulate<Tile<T, kVectors>, Compute<T>, kVectors, kShared>};
+
+// The steps are pointers, so that this is compiled once for each tile.
+template <class T, int kVectors>
+__attribute__((noinline)) void gather_tiles(const GatherProblem<T>& problem,
+                                            const SharedSteps<T, kVectors>& steps) {
     using C = Compute<T>;
     using TileOf = Tile<T, kVectors>;
     using E = typename TileOf::Element;
@@ -200,8 +215,7 @@ void gather_tiles(const GatherProblem<T>& problem) {
     const size_t tile_at = arena.reserve<E>(threads * tile_features * kTile);
     const size_t out_at = arena.reserve<C>(threads * out_rows * kTile);
     arena.allocate();
-    const W* weights =
-        weights_of<TileOf::kTogether, kShared>(problem, in_place, arena.at<W>(weights_at));
+    const W* weights = steps.weights_of(problem, in_place, arena.at<W>(weights_at));
     C* bias = arena.at<C>(bias_at);
     copy_bias(problem.bias, outputs, bias);
 
@@ -225,9 +239,9 @@ void gather_tiles(const GatherProblem<T>& problem) {
                     const int64_t rows = std::min(lists.rows - r, chunk);
                     const int64_t* starts = schedule.entry_starts + p * lists.rows + r;
                     C* to = one_panel ? out : out + r * size * kTile;
-                    accumulate<TileOf, C, kVectors, kShared>(
-                        tile, starts, rows, size, schedule.local + *starts,
-                        weights + *starts * size, p == 0 ? bias + r * size : nullptr, to);
+                    steps.accumulate(tile, starts, rows, size, schedule.local + *starts,
+                                     weights + *starts * size, p == 0 ? bias + r * size : nullptr,
+                                     to);
                     if (p + 1 == schedule.panels) {
                         TileOf::unpack(to, problem.out, outputs, first, tokens, r * size,
                                        rows * size, stream);
@@ -384,11 +398,11 @@ void gather_dots(const GatherProblem<T>& problem) {
 }
 
 // The widest tile, of kVectors vectors or fewer, that fits its cache and still gives every thread
-// one. Each token's sum is the same in all of them.
+// one. Each token's sum is the same in all of them. float64 is there to check gradients: one tile.
 template <class T, int kVectors, int kShared>
 void gather_fitting(const GatherProblem<T>& problem) {
-    constexpr int kNarrowest = std::is_same<T, Compute<T>>::value ? 1 : 2;
-    if constexpr (kVectors > kNarrowest) {
+    constexpr int kNarrowest = std::is_same<T, Bf16>::value ? 2 : 1;
+    if constexpr (kVectors > kNarrowest && !std::is_same<T, double>::value) {
         using TileOf = Tile<T, kVectors>;
         const int64_t features =
             std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
@@ -399,7 +413,7 @@ void gather_fitting(const GatherProblem<T>& problem) {
             return gather_fitting<T, kVectors / 2, kShared>(problem);
         }
     }
-    gather_tiles<T, kVectors, kShared>(problem);
+    gather_tiles<T, kVectors>(problem, kSharedSteps<T, kVectors, kShared>);
 }
 
 template <class T>

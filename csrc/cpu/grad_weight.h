@@ -154,15 +154,15 @@ __attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C
     }
 }
 
-// Outputs that share nothing: the partial sums of kLanes weights never leave the registers.
+// X and dY packed alike, for dot products along the tokens.
 template <class T, int kVectors>
-struct Rows {
+struct TokenTiles {
+    using Packing = TokenTiles;
     using C = Compute<T>;
     using TileOf = Tile<T, kVectors>;
     using Element = typename TileOf::Element;
     static constexpr int64_t kTokens = TileOf::kTokens;
 
-    static int64_t order(const Lists&) { return 1; }
     static void pack_input(const Matrix<const T>& x, int64_t first, int64_t tokens, int64_t feature,
                            int64_t features, Element* to) {
         TileOf::pack(x, first, tokens, feature, features, to);
@@ -171,6 +171,16 @@ struct Rows {
                           int64_t tokens, int64_t row, int64_t rows, Element* to) {
         TileOf::pack(dy, first, tokens, row * lists.out_block, rows * lists.out_block, to);
     }
+};
+
+// Outputs that share nothing: the partial sums of kLanes weights never leave the registers.
+template <class T, int kVectors>
+struct Rows : TokenTiles<T, kVectors> {
+    using typename TokenTiles<T, kVectors>::C;
+    using typename TokenTiles<T, kVectors>::TileOf;
+    using typename TokenTiles<T, kVectors>::Element;
+
+    static int64_t order(const Lists&) { return 1; }
     static void multiply(const Lists& lists, const Entries<Element, C>& entries) {
         constexpr int kN = kLanes<C>;
         const auto rows_of = [&](int64_t count) {  // whether the entries are groups of such rows
@@ -244,9 +254,9 @@ __attribute__((noinline)) void multiply_shared_rows(Entries<typename TileOf::Ele
 
 // kShared outputs that share their inputs: the rows of all of them stay in registers.
 template <class T, int kVectors, int kShared>
-struct SharedRows : Rows<T, kVectors> {
-    using typename Rows<T, kVectors>::C;
-    using typename Rows<T, kVectors>::Element;
+struct SharedRows : TokenTiles<T, kVectors> {
+    using typename TokenTiles<T, kVectors>::C;
+    using typename TokenTiles<T, kVectors>::Element;
 
     static int64_t order(const Lists&) { return kShared; }
     static void multiply(const Lists& lists, const Entries<Element, C>& entries) {
@@ -297,6 +307,7 @@ __attribute__((noinline)) void multiply_block_row(const C* row, int64_t out_bloc
 // across lanes.
 template <class T, int kVectors>
 struct Outer {
+    using Packing = Outer;
     using C = Compute<T>;
     using Element = C;
     static constexpr int64_t kTokens = kVectors * kLanes<C>;
@@ -328,8 +339,9 @@ struct Outer {
             }
         }
     }
-    static void multiply(const Lists& lists, Entries<C, C> entries) {
+    static void multiply(const Lists& lists, const Entries<C, C>& given) {
         constexpr int kN = kLanes<C>;
+        Entries<C, C> entries = given;
         const int64_t size = lists.out_block;
         for (int64_t e = 0; e < entries.count; ++e) {
             const int64_t count = entries.starts[e + 1] - entries.starts[e];
@@ -401,11 +413,14 @@ void finish_sums(const GradWeightProblem<T>& problem, int64_t order, Compute<T>*
     }
 }
 
-template <class T, class Kernel>
-void grad_weight_tiles(const GradWeightProblem<T>& problem) {
+// `order` and `multiply` are those of a way that packs by `Packing`: a pointer, so that this is
+// compiled once for each packing.
+template <class T, class Packing, class E = typename Packing::Element>
+__attribute__((noinline)) void grad_weight_tiles(const GradWeightProblem<T>& problem, int64_t order,
+                                                 void (*multiply)(const Lists&,
+                                                                  const Entries<E, Compute<T>>&)) {
     using C = Compute<T>;
-    using E = typename Kernel::Element;
-    constexpr int64_t kTile = Kernel::kTokens;
+    constexpr int64_t kTile = Packing::kTokens;
     const Lists& lists = problem.lists;
     const Schedule& schedule = problem.schedule;
     const int64_t size = lists.out_block;
@@ -455,15 +470,15 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
                 const int64_t tokens = std::min(kTile, problem.tokens - first);
                 for (int64_t p = 0; p < schedule.panels; ++p) {
                     const int64_t feature = p * schedule.panel_features;
-                    Kernel::pack_input(problem.input, first, tokens, feature,
-                                       std::min(tile_features, features - feature), tile);
+                    Packing::pack_input(problem.input, first, tokens, feature,
+                                        std::min(tile_features, features - feature), tile);
                     for (int64_t r = begin; r < end; r += chunk) {
                         const int64_t count = std::min(end - r, chunk);
                         const int64_t next = std::min(end - r - count, chunk);
                         E* rows = packed + (schedule.panels == 1 ? 0 : (r - begin) * size * kTile);
                         if (p == 0) {
-                            Kernel::pack_rows(problem.grad_output, lists, first, tokens, r, count,
-                                              rows);
+                            Packing::pack_rows(problem.grad_output, lists, first, tokens, r, count,
+                                               rows);
                         }
                         const int64_t* starts = schedule.entry_starts + p * lists.rows + r;
                         Entries<E, C> now{starts, count, schedule.local + *starts,
@@ -474,14 +489,14 @@ void grad_weight_tiles(const GradWeightProblem<T>& problem) {
                                 Prefetch(problem.grad_output, first, tokens, (r + count) * size,
                                          next * size, now.features() * size / kLanes<C>);
                         }
-                        Kernel::multiply(lists, now);
+                        multiply(lists, now);
                     }
                 }
             }
         }
     }
 
-    finish_sums(problem, Kernel::order(lists), sums, parts);
+    finish_sums(problem, order, sums, parts);
 }
 
 // to[i] = sum over tokens of dy[token] * x[token][columns[i]], for a row of `count` weights.
@@ -551,8 +566,8 @@ void grad_weight_few(const GradWeightProblem<T>& problem) {
 // The widest tile, of kVectors vectors or fewer, that fits its cache and is not mostly padding.
 template <template <class, int> class Kernel, int kVectors, class T>
 void grad_weight_fitting(const GradWeightProblem<T>& problem) {
-    if constexpr (kVectors > 2) {
-        using K = Kernel<T, kVectors>;
+    using K = Kernel<T, kVectors>;
+    if constexpr (kVectors > 2 && !std::is_same<T, double>::value) {
         const int64_t features =
             std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
         const int64_t bytes = features * K::kTokens * int64_t{sizeof(typename K::Element)};
@@ -560,7 +575,7 @@ void grad_weight_fitting(const GradWeightProblem<T>& problem) {
             return grad_weight_fitting<Kernel, kVectors / 2>(problem);
         }
     }
-    grad_weight_tiles<T, Kernel<T, kVectors>>(problem);
+    grad_weight_tiles<T, typename K::Packing>(problem, K::order(problem.lists), K::multiply);
 }
 
 template <class T>

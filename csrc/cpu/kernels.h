@@ -163,31 +163,62 @@ void run_attention_backward(const AttentionBackwardArguments& a) {
                                     a.threads});
 }
 
+template <class T>
+void set_products(KernelTable& table, DType dtype) {
+    const int at = static_cast<int>(dtype);
+    table.gather[at] = run_gather<T>;
+    table.scatter[at] = run_scatter<T>;
+    table.grad_weight[at] = run_grad_weight<T>;
+}
+
+template <class T>
+void set_row_kernels(KernelTable& table, DType dtype) {
+    const int at = static_cast<int>(dtype);
+    table.sum_tokens[at] = run_sum_tokens<T>;
+    table.abs_topk[at] = run_abs_topk<T>;
+    table.abs_topk_backward[at] = run_abs_topk_backward<T>;
+    table.gelu_abs_topk[at] = run_gelu_abs_topk<T>;
+    table.gelu_abs_topk_backward[at] = run_gelu_abs_topk_backward<T>;
+    table.norm_abs_topk[at] = run_norm_abs_topk<T>;
+    table.norm_abs_topk_backward[at] = run_norm_abs_topk_backward<T>;
+    table.attention[at] = run_attention<T>;
+    table.attention_backward[at] = run_attention_backward<T>;
+}
+
+void set_ceilings(KernelTable& table) {
+    table.fma_gflops = measure_fma_gflops;
+    table.bf16_gflops = measure_bf16_gflops;
+    table.read_gbs = measure_read_gbs;
+    table.write_gbs = measure_write_gbs;
+    table.copy_gbs = measure_copy_gbs;
+}
+
+// A row begins as a copy of a lower one, where that has the same code: AVX512-BF16 multiplies pairs
+// of bfloat16 and nothing else, and float64 is there to check gradients, whatever it costs.
+KernelTable make_table() {
+#if defined(__AVX512BF16__)
+    KernelTable table = avx512_table();
+#else
+#if defined(__AVX2__)
+    KernelTable table = baseline_table();
+#else
+    KernelTable table{};
+    set_products<double>(table, DType::kFloat64);
+    set_row_kernels<double>(table, DType::kFloat64);
+#endif
+    set_products<float>(table, DType::kFloat32);
+    set_row_kernels<float>(table, DType::kFloat32);
+    set_row_kernels<Bf16>(table, DType::kBfloat16);
+#endif
+    set_products<Bf16>(table, DType::kBfloat16);
+    set_ceilings(table);
+    return table;
+}
+
 }  // namespace
 
 const KernelTable& SK_ISA_TABLE() {
-    static const KernelTable table = {
-        {run_gather<float>, run_gather<Bf16>, run_gather<double>},
-        {run_scatter<float>, run_scatter<Bf16>, run_scatter<double>},
-        {run_grad_weight<float>, run_grad_weight<Bf16>, run_grad_weight<double>},
-        {run_sum_tokens<float>, run_sum_tokens<Bf16>, run_sum_tokens<double>},
-        {run_abs_topk<float>, run_abs_topk<Bf16>, run_abs_topk<double>},
-        {run_abs_topk_backward<float>, run_abs_topk_backward<Bf16>, run_abs_topk_backward<double>},
-        {run_gelu_abs_topk<float>, run_gelu_abs_topk<Bf16>, run_gelu_abs_topk<double>},
-        {run_gelu_abs_topk_backward<float>, run_gelu_abs_topk_backward<Bf16>,
-         run_gelu_abs_topk_backward<double>},
-        {run_norm_abs_topk<float>, run_norm_abs_topk<Bf16>, run_norm_abs_topk<double>},
-        {run_norm_abs_topk_backward<float>, run_norm_abs_topk_backward<Bf16>,
-         run_norm_abs_topk_backward<double>},
-        {run_attention<float>, run_attention<Bf16>, run_attention<double>},
-        {run_attention_backward<float>, run_attention_backward<Bf16>,
-         run_attention_backward<double>},
-        measure_fma_gflops,
-        measure_bf16_gflops,
-        measure_read_gbs,
-        measure_write_gbs,
-        measure_copy_gbs,
-    };
+    static const KernelTable table = make_table();
     return table;
 }
 
