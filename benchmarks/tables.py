@@ -170,13 +170,13 @@ def goals(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
         if row["product"] == "step" and row["correct"] and row.get("one_thread_ms") is not None:
             name = f"{layer(row)} fan_in {row['fan_in']} {row['threads']} threads over 1"
             yield name, row["one_thread_ms"] / row["time_ms"], 0.85 * row["threads"]
-        block = tuple(int(side) for side in row["block"].split("x"))
-        gpu = GPU_GOALS.get((row["K"], row["N"], row["fan_in"], block), {})  # type: ignore[call-overload]
-        goal = gpu.get(row["product"])
+        block_out, block_in = (int(side) for side in row["block"].split("x"))
+        gpu = GPU_GOALS.get((row["K"], row["N"], row["fan_in"], (block_out, block_in)), {})
+        wanted = gpu.get(row["product"])
         is_gpu = (row["device"], row["M"], row["dtype"]) == ("cuda", GPU_TOKENS, "bfloat16")
-        if goal is not None and is_gpu and row["correct"] and value is not None:
+        if wanted is not None and is_gpu and row["correct"] and value is not None:
             name = f"{layer(row)} fan_in {row['fan_in']} {row['block']} {row['product']}"
-            yield f"{name} over cuBLAS", value, goal
+            yield f"{name} over cuBLAS", value, wanted
 
 
 def goal_lines(rows: Sequence[Row]) -> list[str]:
