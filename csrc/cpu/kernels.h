@@ -1,7 +1,6 @@
 // Fills the dispatch table's row for the instruction set that this translation unit is compiled
 // for. Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +24,6 @@
 
 namespace sk {
 namespace {
-#include "ceilings.h"
 
 template <class T>
 GatherProblem<T> gather_problem(const GatherArguments& arguments) {
@@ -185,14 +183,6 @@ void set_row_kernels(KernelTable& table, DType dtype) {
     table.attention_backward[at] = run_attention_backward<T>;
 }
 
-void set_ceilings(KernelTable& table) {
-    table.fma_gflops = measure_fma_gflops;
-    table.bf16_gflops = measure_bf16_gflops;
-    table.read_gbs = measure_read_gbs;
-    table.write_gbs = measure_write_gbs;
-    table.copy_gbs = measure_copy_gbs;
-}
-
 // A row begins as a copy of a lower one, where that has the same code: AVX512-BF16 multiplies pairs
 // of bfloat16 and nothing else, and float64 is there to check gradients, whatever it costs.
 KernelTable make_table() {
@@ -211,7 +201,6 @@ KernelTable make_table() {
     set_row_kernels<Bf16>(table, DType::kBfloat16);
 #endif
     set_products<Bf16>(table, DType::kBfloat16);
-    set_ceilings(table);
     return table;
 }
 
