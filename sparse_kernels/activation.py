@@ -28,31 +28,72 @@ class AbsTopk(Function):
     """`Y = X * kept(X)` for a two-dimensional x; the result itself is all that backward needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
-        y = ops.abs_topk(x, k, backend)
-        ctx.save_for_backward(y)
-        ctx.backend = backend
-        return y
+    def forward(x: Tensor, k: int, backend: str) -> Tensor:
+        return ops.abs_topk(x, k, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.backend = inputs
+        ctx.save_for_backward(output)
+        if ops.is_transformed():
+            ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        return KeptGradient.apply(grads[0], y.detach(), ctx.backend), None, None
+        return _apply(KeptGradient, grads[0], y.detach(), ctx.backend), None, None
 
 
 class KeptGradient(Function):
     """`dX = dY * (Y != 0)`: linear in dY with a constant mask, hence its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(y)
-        ctx.backend = backend
+    def forward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
         return ops.abs_topk_backward(grad_output, y, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, y, ctx.backend = inputs
+        ctx.save_for_backward(y)
+        if ops.is_transformed():
+            ctx.save_for_forward(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        return KeptGradient.apply(grads[0], y, ctx.backend), None, None
+        return _apply(KeptGradient, grads[0], y, ctx.backend), None, None
+
+
+class _AbsTopkWithTransforms(AbsTopk):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        grad: Tensor = _apply(KeptGradient, tangents[0], y.detach(), ctx.backend)
+        return grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return ops.map_samples(_AbsTopkWithTransforms.apply, info, in_dims, *arguments)
+
+
+class _KeptGradientWithTransforms(KeptGradient):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        (y,) = ctx.saved_tensors
+        if tangents[0] is None:  # the mask alone has a tangent, and it is constant
+            return torch.zeros_like(y)
+        grad: Tensor = _apply(KeptGradient, tangents[0], y, ctx.backend)
+        return grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return ops.map_samples(_KeptGradientWithTransforms.apply, info, in_dims, *arguments)
+
+
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`; see the same function of `matmul`."""
+    with_transforms = {AbsTopk: _AbsTopkWithTransforms, KeptGradient: _KeptGradientWithTransforms}
+    return (with_transforms[function] if ops.is_transformed() else function).apply(*arguments)
 
 
 class GeluAbsTopk(Function):
@@ -118,8 +159,8 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """
     name = _chosen(x, k, backend)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    learns = torch.is_grad_enabled() and x.requires_grad
-    y: Tensor = AbsTopk.apply(rows, k, name) if learns else ops.abs_topk(rows, k, name)
+    learns = ops.is_differentiated(x)
+    y: Tensor = _apply(AbsTopk, rows, k, name) if learns else ops.abs_topk(rows, k, name)
     return y if x.dim() == 2 else y.view(x.shape)
 
 
@@ -134,7 +175,7 @@ def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU); Gao et al. 2025, arXiv:2511.13653.
     """
     name = _chosen(x, k, backend)
-    if name not in _FUSED:
+    if name not in _FUSED or ops.is_transformed():
         return abs_topk(torch.nn.functional.gelu(x), k, name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     learns = torch.is_grad_enabled() and x.requires_grad
@@ -172,7 +213,7 @@ def rms_norm_abs_topk(
         )
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    if name not in _FUSED:
+    if name not in _FUSED or ops.is_transformed():
         return abs_topk(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), k, name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

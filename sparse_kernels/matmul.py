@@ -26,7 +26,6 @@ class SparseMatmul(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
@@ -34,13 +33,16 @@ class SparseMatmul(Function):
         backend: str,
         transpose: bool,
     ) -> Tensor:
-        needs_x, needs_values = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if needs_values else None, values if needs_x else None)
-        ctx.layout = layout
-        ctx.backend = backend
-        ctx.transpose = transpose
         product = ops.grad_input if transpose else ops.forward
         return product(x, values, layout, bias, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, _, ctx.layout, ctx.backend, ctx.transpose = inputs
+        needs_x, needs_values = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_values else None, values if needs_x else None)
+        if ops.is_transformed():
+            ctx.save_for_forward(x, values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,12 +51,12 @@ class SparseMatmul(Function):
         layout, backend, transpose = ctx.layout, ctx.backend, ctx.transpose
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = SparseMatmul.apply(grad, values, None, layout, backend, not transpose)
+            grad_x = _apply(SparseMatmul, grad, values, None, layout, backend, not transpose)
         if ctx.needs_input_grad[1]:
             outputs, inputs = (x, grad) if transpose else (grad, x)
-            grad_values = SampledMatmul.apply(outputs, inputs, layout, backend)
+            grad_values = _apply(SampledMatmul, outputs, inputs, layout, backend)
         if ctx.needs_input_grad[2]:
-            grad_bias = SumTokens.apply(grad, backend)
+            grad_bias = _apply(SumTokens, grad, backend)
         return grad_x, grad_values, grad_bias, None, None, None
 
 
@@ -62,14 +64,16 @@ class SampledMatmul(Function):
     """`dW = dY^T X` at the kept blocks; two-dimensional grad_output and x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str
-    ) -> Tensor:
+    def forward(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
+        return ops.grad_weight(grad_output, x, layout, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_output, x, ctx.layout, ctx.backend = inputs
         needs_grad_output, needs_x = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad_output if needs_x else None, x if needs_grad_output else None)
-        ctx.layout = layout
-        ctx.backend = backend
-        return ops.grad_weight(grad_output, x, layout, backend)
+        if ops.is_transformed():
+            ctx.save_for_forward(grad_output, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,23 +82,103 @@ class SampledMatmul(Function):
         layout, backend = ctx.layout, ctx.backend
         grad_grad_output = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_grad_output = SparseMatmul.apply(x, grad, None, layout, backend, False)
+            grad_grad_output = _apply(SparseMatmul, x, grad, None, layout, backend, False)
         if ctx.needs_input_grad[1]:
-            grad_x = SparseMatmul.apply(grad_output, grad, None, layout, backend, True)
+            grad_x = _apply(SparseMatmul, grad_output, grad, None, layout, backend, True)
         return grad_grad_output, grad_x, None, None
 
 
 class SumTokens(Function):
-    """`(M, N)` -> `(N,)`: what a bias gets."""
+    """The gradient of a bias, `(M, N)` -> `(N,)`."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, backend: str) -> Tensor:
-        ctx.tokens = grad_output.shape[0]
+    def forward(grad_output: Tensor, backend: str) -> Tensor:
         return ops.sum_tokens(grad_output, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_output, ctx.backend = inputs
+        ctx.tokens = grad_output.shape[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0].expand(ctx.tokens, -1), None
+
+
+class _SparseMatmulWithTransforms(SparseMatmul):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        x, values = ctx.saved_tensors
+        dx, dvalues, dbias = tangents[:3]
+        where = (ctx.layout, ctx.backend, ctx.transpose)
+        terms = []
+        if dx is not None:
+            terms.append(_apply(SparseMatmul, dx, values, None, *where))
+        if dvalues is not None:
+            terms.append(_apply(SparseMatmul, x, dvalues, None, *where))
+        if dbias is not None:
+            terms.append(dbias.expand(x.shape[0], -1))
+        return ops.add_up(terms)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        *where: Any,
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is None and in_dims[2] is None:  # one matrix: a batch is more tokens
+            samples = x.movedim(in_dims[0], 0)  # type: ignore[arg-type]
+            y = _apply(SparseMatmul, samples.flatten(0, 1), values, bias, *where)
+            return y.unflatten(0, samples.shape[:2]), 0
+        return ops.map_samples(
+            _SparseMatmulWithTransforms.apply, info, in_dims, x, values, bias, *where
+        )
+
+
+class _SampledMatmulWithTransforms(SampledMatmul):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        grad_output, x = ctx.saved_tensors
+        dgrad_output, dx = tangents[:2]
+        terms = []
+        if dgrad_output is not None:
+            terms.append(_apply(SampledMatmul, dgrad_output, x, ctx.layout, ctx.backend))
+        if dx is not None:
+            terms.append(_apply(SampledMatmul, grad_output, dx, ctx.layout, ctx.backend))
+        return ops.add_up(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return ops.map_samples(_SampledMatmulWithTransforms.apply, info, in_dims, *arguments)
+
+
+class _SumTokensWithTransforms(SumTokens):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        y: Tensor = _apply(SumTokens, tangents[0], ctx.backend)
+        return y
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        return ops.map_samples(_SumTokensWithTransforms.apply, info, in_dims, *arguments)
+
+
+_WITH_TRANSFORMS: dict[type[Function], type[Function]] = {
+    SparseMatmul: _SparseMatmulWithTransforms,
+    SampledMatmul: _SampledMatmulWithTransforms,
+    SumTokens: _SumTokensWithTransforms,
+}
+
+
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, with rules for forward mode and `torch.vmap` where one of them asks.
+
+    torch.compile does not trace a Function that has a jvp, hence two classes of each.
+    """
+    return (_WITH_TRANSFORMS[function] if ops.is_transformed() else function).apply(*arguments)
 
 
 def sparse_linear(
@@ -141,11 +225,9 @@ def sparse_linear(
         products = ops.PRODUCTS if torch.is_grad_enabled() else (product,)
         layout._while_tracing(ops.prepare, name, *products)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    learns = torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    learns = ops.is_differentiated(x, values, bias)
     if learns:
-        y: Tensor = SparseMatmul.apply(tokens, values, bias, layout, name, transpose)
+        y: Tensor = _apply(SparseMatmul, tokens, values, bias, layout, name, transpose)
     else:  # what autograd would record costs more than a product of few tokens
         y = (ops.grad_input if transpose else ops.forward)(tokens, values, layout, bias, name)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -192,7 +274,7 @@ def grad_weight(
     if torch.compiler.is_compiling():
         layout._while_tracing(ops.prepare, name, *ops.PRODUCTS)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
-    values: Tensor = SampledMatmul.apply(*rows, layout, name)
+    values: Tensor = _apply(SampledMatmul, *rows, layout, name)
     return values
 
 

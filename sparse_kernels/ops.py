@@ -7,11 +7,14 @@ that it walks. None of these ops is differentiable: the autograd Functions above
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from sparse_kernels import backends, cpu, reference
 from sparse_kernels.layout import FanInLayout, Transposed
@@ -252,7 +255,30 @@ def _register(schema: str, run: Callable[..., object], fake: Callable[..., objec
         _library.impl(name, run, key)
     torch.library.register_fake(f"sparse_kernels::{name}", fake, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
+    _library.impl(name, functools.partial(_run_batched_grads, overload), "Batched")
     return overload
+
+
+def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
+    """One call per sample of what `torch.autograd.grad(is_grads_batched=True)` brings.
+
+    Its batches are not those of `torch.vmap`, which autograd Functions are told of.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    batches = {
+        place: torch._remove_batch_dim(argument, level, 0, 0)
+        for place, argument in enumerate(arguments)
+        if isinstance(argument, Tensor) and is_batched(argument)
+    }
+    results = []
+    for sample in zip(*batches.values(), strict=True):
+        replaced = dict(zip(batches, sample, strict=True))
+        results.append(op(*(replaced.get(i, argument) for i, argument in enumerate(arguments))))
+    if isinstance(results[0], Tensor):
+        return torch._add_batch_dim(torch.stack(results), 0, level)
+    return tuple(torch._add_batch_dim(torch.stack(r), 0, level) for r in zip(*results, strict=True))
 
 
 _forward_op = _register(
@@ -318,6 +344,50 @@ _attention_backward_op = _register(
     _attention_backward,
     _attention_backward_fake,
 )
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` is under way.
+
+    Its tensors need not require a gradient to be differentiated, and kernels see through none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of an operation on `tensors`."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return is_transformed()
+
+
+def add_up(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the parts of a forward-mode derivative, at least one."""
+    return functools.reduce(torch.add, terms)
+
+
+def map_samples(
+    function: Callable[..., Tensor], info: Any, in_dims: Sequence[int | None], *arguments: Any
+) -> tuple[Tensor, int]:
+    """`torch.vmap`'s rule for a Function without a better one: one call per sample, stacked.
+
+    Args:
+        info: torch's, with `batch_size`.
+        in_dims: the batch dimension of each argument, or None.
+    """
+    calls = (
+        function(
+            *(
+                argument if dim is None else argument.select(dim, sample)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for sample in range(info.batch_size)
+    )
+    return torch.stack(list(calls)), 0
 
 
 def derive(layout: FanInLayout, backend: str, lists: str) -> tuple[list[Tensor], list[Tensor]]:
