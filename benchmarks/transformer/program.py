@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,6 @@ from benchmarks import report
 from benchmarks.transformer import results
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,14 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     )
     reason = why_not(benchmark, options)
     if reason is not None:
-        print(reason, file=sys.stderr)
-        return 2
+        report.refuse(f"python -m benchmarks.{benchmark.name}", reason)
     if options.source is not None:
-        return show(benchmark, options)
+        return show(options)
     try:
         return run(benchmark, options, words)
     except KeyboardInterrupt:
         print("interrupted: --json holds the groups that were complete", file=sys.stderr)
-        return INTERRUPTED
+        return report.INTERRUPTED
 
 
 def why_not(benchmark: Benchmark, options: Options) -> str | None:
@@ -111,12 +107,10 @@ def why_not(benchmark: Benchmark, options: Options) -> str | None:
 
 def _why_no_results(path: Path) -> str | None:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        return f"cannot read {path}: {error}"
-    if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
-        return f"{path} is not a result file: it needs machine and rows"
-    if not all({"phase", "variant", "step_ms"} <= row.keys() for row in content["rows"]):
+        rows = report.read_json(path)["rows"]
+    except ValueError as error:
+        return str(error)
+    if not all({"phase", "variant", "step_ms"} <= row.keys() for row in rows):
         return f"{path} is the result of another benchmark: its rows need phase, variant, step_ms"
     return None
 
@@ -145,18 +139,14 @@ def run(benchmark: Benchmark, options: Options, words: Sequence[str]) -> int:
     return 0 if all(row["correct"] for row in rows) else 1
 
 
-def show(benchmark: Benchmark, options: Options) -> int:
+def show(options: Options) -> int:
     """The tables of a result file."""
     assert options.source is not None
     content = report.read_json(options.source)
-    rows, machine = content["rows"], content["machine"]
     if options.plot is not None:
-        results.draw(rows, options.plot, report.machine_line(machine))
+        results.draw(content["rows"], options.plot, report.machine_line(content["machine"]))
     if options.update is not None:
-        table = results.markdown(content)
-        report.replace_between(options.update, f"measured-{benchmark.name}", table)
-    print(report.machine_line(machine))
-    for part in dict.fromkeys(row.get("part") for row in rows):
-        print("", results.table([row for row in rows if row.get("part") == part]), sep="\n")
-    print("", *results.sentences(rows), sep="\n")
+        for mark, table in results.markdown(content).items():
+            report.replace_between(options.update, mark, table)
+    print(report.machine_line(content["machine"]), "", results.text(content), sep="\n")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import report
 from benchmarks.transformer.parts import PARTS
@@ -35,9 +35,17 @@ def find(rows: Iterable[Row], **wanted: object) -> Row | None:
     return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
-def table(rows: Sequence[Row]) -> str:
+def text(content: Mapping[str, Any]) -> str:
+    """The tables of all parts, and the closing sentences."""
+    rows = content["rows"]
+    parts = dict.fromkeys(row.get("part") for row in rows)
+    tables = [table([row for row in rows if row.get("part") == part]) for part in parts]
+    return "\n\n".join([*tables, "\n".join(sentences(rows))])
+
+
+def table(rows: Sequence[Row], style: Literal["terminal", "markdown"] = "terminal") -> str:
     """A line for each row: the step, its parts in milliseconds, its memory."""
-    return report.table(_HEADINGS, [_cells(row, rows) for row in rows])
+    return report.table(_HEADINGS, [_cells(row, rows) for row in rows], style)
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -67,9 +75,7 @@ def sparse_of(row: Row, rows: Sequence[Row]) -> Row | None:
     same = ("phase", "part", "d_model", "density", "tokens", "dtype")
     wanted = {name: row.get(name) for name in same}
     return (
-        None
-        if row["variant"] == "sparse"
-        else find(rows, variant="sparse", correct=True, **wanted)
+        None if row["variant"] == "sparse" else find(rows, variant="sparse", correct=True, **wanted)
     )
 
 
@@ -79,7 +85,9 @@ def density(row: Row) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.2f}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 # --- the sentences -----------------------------------------------------------------------------
@@ -90,16 +98,17 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     good = [row for row in rows if row["correct"]]
     lines = []
     for row in good:
-        if row["variant"] == "sparse" and row.get("part", "default") == "default":
-            if row["phase"] == "train" or row["dtype"] == "float32":
-                lines.append(_sentence(row, good))
+        is_told = row["phase"] == "train" or row["dtype"] == "float32"
+        if is_told and row["variant"] == "sparse" and row.get("part", "default") == "default":
+            lines.append(_sentence(row, good))
     lines += _growth([r for r in good if r.get("part") == "l0"], "l0", "nonzero weights")
     lines += _growth([r for r in good if r.get("part") == "width"], "d_model", "d_model")
     if len(good) < len(rows):
         lines.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
     disturbed = [r for r in good if r["spread_ms"] > _DISTURBED * r["step_ms"]]
     if disturbed:
-        names = ", ".join(f"{r['variant']} {r['dtype']} {density(r)}" for r in disturbed)
+        each = (f"{r['phase']} {r['variant']} {r['dtype']} {density(r)}" for r in disturbed)
+        names = ", ".join(dict.fromkeys(each))
         lines.append(f"Another process disturbed these, run again when it is idle: {names}.")
     return lines
 
@@ -118,7 +127,7 @@ def _sentence(row: Row, rows: Sequence[Row]) -> str:
     }[row["phase"]]
     names = _NAMES if row["phase"] == "train" else _NAMES | {"masked_dense": "masked dense"}
     faster = " and ".join(
-        f"{report.ratio(other['step_ms'] / row['step_ms'])} as fast as {names[other['variant']]}"
+        f"{_faster(other['step_ms'] / row['step_ms'])} than {names[other['variant']]}"
         for other in others
     )
     return (
@@ -126,6 +135,12 @@ def _sentence(row: Row, rows: Sequence[Row]) -> str:
         f"{density(row)} in {row['dtype']} takes {_number(row['step_ms'])} ms"
         + (f": {faster}." if faster else ".")
     )
+
+
+def _faster(times: float) -> str:
+    if times >= 1:
+        return f"{times:.3g} times faster"
+    return f"{1 / times:.3g} times slower"
 
 
 def _growth(rows: Sequence[Row], key: str, name: str) -> list[str]:
@@ -139,14 +154,16 @@ def _growth(rows: Sequence[Row], key: str, name: str) -> list[str]:
     ]
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """The table of a document: the default part of a training, or every row of an inference."""
+def markdown(content: Mapping[str, Any]) -> dict[str, str]:
+    """By its mark, the table of the default part of a training, or of all of an inference."""
     machine = content["machine"]
     rows = [r for r in content["rows"] if r["correct"] and r.get("part", "default") == "default"]
-    return (
+    name = "training" if any(row["phase"] == "train" for row in rows) else "inference"
+    body = (
         f"Measured on {report.machine_line(machine)}, {machine['date'][:10]}:\n\n"
-        f"    {machine['command']}\n\n{table(rows)}\n"
+        f"    {machine['command']}\n\n{table(rows, 'markdown')}\n"
     )
+    return {f"measured-{name}": body}
 
 
 # --- the plot ----------------------------------------------------------------------------------

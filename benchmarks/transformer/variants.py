@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from benchmarks.problems import DTYPES
 from sparse_transformer.masked import masked_layers, project_
 from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
@@ -48,6 +47,15 @@ class Shape:
     tokens: int = 2048
     vocab_size: int = 2048
     min_nonzeros: int = 4
+
+
+# One that fills a GPU, one whose weights a forward must read, and one for tests.
+GPU_MODEL = Shape(d_model=2048, n_layer=8, density=1 / 256, embedding_density=1 / 32, tokens=16384)
+LARGE_MODEL = replace(GPU_MODEL, tokens=256)
+SMOKE_MODEL = Shape(
+    d_model=64, n_layer=2, density=1 / 8, embedding_density=1 / 4, context=32, tokens=64,
+    vocab_size=128, min_nonzeros=1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,24 @@ class Case:
         """For a person who waits."""
         shape = self.shape
         return f"{self.variant.name} {self.dtype} d_model={shape.d_model} 1/{1 / shape.density:g}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+    def columns(self) -> dict[str, Any]:
+        """What a row says of the case."""
+        shape = self.shape
+        return {
+            "variant": self.variant.name,
+            "dtype": self.dtype,
+            "d_model": shape.d_model,
+            "n_layer": shape.n_layer,
+            "context": shape.context,
+            "density": shape.density,
+            "embedding_density": shape.embedding_density,
+            "tokens": shape.tokens,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON can hold; see `from_dict`."""
@@ -190,7 +216,7 @@ class Training:
                 capture, compute = self.topology.capture(), self.model.loss
         bf16 = self.case.dtype == "bfloat16"
         with capture:
-            with torch.autocast(self.device, DTYPES[self.case.dtype], enabled=bf16):
+            with torch.autocast(self.device, self.case.torch_dtype, enabled=bf16):
                 loss = compute(self._tokens, self._targets)
             loss.backward()
         # The names of the ranges are parts: see benchmarks.transformer.parts.
