@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.problems import DTYPES
 from benchmarks.transformer.variants import Case, Training, draw_tokens, make_model
 from sparse_transformer import keep_freed_memory
 
@@ -62,7 +61,7 @@ def _run(case: Case, device: str, phase: str) -> None:
         if training.changes_connections:
             training.step(rewires=True)
         return
-    model = make_model(case, device, DTYPES[case.dtype])
+    model = make_model(case, device, case.torch_dtype)
     tokens, _ = draw_tokens(case.shape, device)
     with torch.inference_mode():
         for _ in range(STEPS):

@@ -1,137 +1,64 @@
-"""Splits the time of a step, or of a forward, into parts.
+"""Splits the time of a step, or of a forward, into parts with torch's profiler.
 
-Where a part begins and where it ends, its input and its output pass through a function that does
-nothing but tell a clock; in the backward, where gradients pass the other way, so does its
-derivative. At any moment one part is running, so that the parts add up to the whole. The telling
-itself takes some microseconds a time: some percent of a small step, less of a large one.
+Every operator that the profiler sees at the top level belongs to one part by its name; what runs
+between them is "rest". `Training.step` names two ranges itself: "optimizer" and "topology".
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-from unittest import mock
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd.profiler import profile
 
-import sparse_kernels as sk
-from sparse_transformer import model as transformer
-from sparse_transformer.model import SparseEmbedding
-
-# In the order in which they are shown. GELU and the blocks' norms belong to abs_topk where one
-# kernel does both, else to the rest: residuals, embedding and loss.
+# Without this the profiler reports its start and its end on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# In the order of the tables. GELU and the norms of the blocks belong to abs_topk where one kernel
+# does both, else to the rest, as residuals, embedding and loss do.
 PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
-# Where the model calls what is not a layer: holder, attribute, part.
-_CALLS: tuple[tuple[Any, str, str], ...] = (
-    (transformer._Keep, "__call__", "abs_topk"),
-    (transformer._Keep, "of_norm", "abs_topk"),
-    (transformer._KeepGelu, "__call__", "abs_topk"),
-    (transformer, "causal_attention", "attention"),
-    (transformer, "cached_attention", "attention"),
-)
+# The first part of which a word is in the lower-case name; in a backward, of the node's name.
+_WORDS = {
+    "optimizer": ("optimizer",),
+    "topology": ("topology",),
+    "attention": ("attention",),
+    "abs_topk": ("topk", "scatter", "gather", "aten::abs"),
+    "linears": (
+        "sparsematmul", "sparse_kernels::forward", "sparse_kernels::grad_input",
+        "sparse_kernels::schedule", "aten::linear", "mmbackward",
+    ),
+}  # fmt: skip
 
-Call = Callable[..., Tensor]
+
+def part_of(operator: str) -> str:
+    """The part that an operator of the profiler belongs to."""
+    name = operator.lower()
+    found = (part for part, words in _WORDS.items() if any(word in name for word in words))
+    return next(found, "rest")
 
 
-class PartClock:
-    """Adds up the time of each part; at any moment one of them is running.
-
-    On a GPU every change of parts waits for the device, which makes the whole slower.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._waits = device != "cpu"
-        self.part = "rest"
-        self._since = 0.0
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    def start(self) -> None:
-        """Forgets what was measured, and begins with the rest."""
-        self._seconds.clear()
-        self.part = "rest"
-        self._since = self._now()
-
-    def switch(self, part: str) -> None:
-        """From now on `part` is running."""
-        now = self._now()
-        self._seconds[self.part] += now - self._since
-        self.part, self._since = part, now
-
-    def stop(self) -> dict[str, float]:
-        """Milliseconds of each part since `start`."""
-        self.switch("rest")
-        return {part: 1e3 * self._seconds[part] for part in PARTS}
-
-    def _now(self) -> float:
-        if self._waits:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def measure_parts(call: Callable[[], object], device: str) -> dict[str, float]:
+    """Milliseconds of each part of one call, the profiler's own cost included."""
+    on_gpu = device != "cpu"
+    with profile(use_kineto=on_gpu, use_device="cuda" if on_gpu else None) as profiled:
+        start = time.perf_counter()
+        call()
+        whole_ms = 1e3 * (time.perf_counter() - start)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for event in profiled.function_events or ():
+        if event.cpu_parent is None:
+            time_us = event.device_time_total if on_gpu else event.cpu_time_total
+            parts[part_of(event.name)] += time_us / 1e3
+    parts["rest"] = max(0.0, whole_ms - sum(parts.values()) + parts["rest"])
+    return parts
 
 
 def scaled(samples: Sequence[Mapping[str, float]], whole_ms: float) -> dict[str, float]:
     """The parts of the quickest sample, all times one factor, so that they add up to `whole_ms`.
 
-    The quickest is the one that other processes disturbed least; `whole_ms` is what the same takes
-    when nobody listens.
+    The quickest is the one that other processes disturbed least; `whole_ms` is the time of the same
+    call without the profiler.
     """
     least = min(samples, key=lambda sample: sum(sample.values()))
     factor = whole_ms / sum(least.values())
     return {part: least[part] * factor for part in PARTS}
-
-
-@contextlib.contextmanager
-def split(model: nn.Module, clock: PartClock) -> Iterator[None]:
-    """Inside, the clock is told what the model does. Not for a compiled model."""
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            is_linear = isinstance(module, (sk.SparseLinear, nn.Linear))
-            if is_linear and not isinstance(module, SparseEmbedding):
-                timed = _timed(module.forward, clock, "linears", 0)
-                stack.enter_context(mock.patch.object(module, "forward", timed))
-        for holder, name, part in _CALLS:
-            is_method = isinstance(holder, type)
-            timed = _timed(getattr(holder, name), clock, part, int(is_method))
-            stack.enter_context(mock.patch.object(holder, name, timed))
-        yield
-
-
-def _timed(call: Call, clock: PartClock, part: str, position: int) -> Call:
-    """`call` of which the clock knows; its argument at `position` is the one with a gradient."""
-
-    def run(*arguments: Any) -> Tensor:
-        before = clock.part
-        x = _tell(arguments[position], clock, part, before)
-        y = call(*arguments[:position], x, *arguments[position + 1 :])
-        return _tell(y, clock, before, part)
-
-    return run
-
-
-def _tell(x: Tensor, clock: PartClock, forward_part: str, backward_part: str) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        y: Tensor = Tell.apply(x, clock, forward_part, backward_part)
-        return y
-    clock.switch(forward_part)
-    return x
-
-
-class Tell(Function):
-    """`y = x`, and the clock is told which part comes next: after it, and before it in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, clock: PartClock, forward_part: str, backward_part: str
-    ) -> Tensor:
-        ctx.clock, ctx.part = clock, backward_part
-        clock.switch(forward_part)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.clock.switch(ctx.part)
-        return grad, None, None, None

@@ -7,19 +7,23 @@ whatever the values are; nothing here says how well a model learns.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
-from benchmarks.problems import DTYPES
 from sparse_transformer.masked import masked_layers, project_
 from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
 from sparse_transformer.topology import Topology, TopologyConfig
 
+_PROBED_TOKENS = 32
+# Dense bfloat16 is left out where a call takes longer and so many times longer than float32.
+_BF16_MAX_S, _BF16_SLOWER = 10.0, 4.0
 # Larger than any step number here: the share of connections that a change replaces is at its most.
 _RUN = 10**6
 
@@ -43,6 +47,15 @@ class Shape:
     tokens: int = 2048
     vocab_size: int = 2048
     min_nonzeros: int = 4
+
+
+# One that fills a GPU, one whose weights a forward must read, and one for tests.
+GPU_MODEL = Shape(d_model=2048, n_layer=8, density=1 / 256, embedding_density=1 / 32, tokens=16384)
+LARGE_MODEL = replace(GPU_MODEL, tokens=256)
+SMOKE_MODEL = Shape(
+    d_model=64, n_layer=2, density=1 / 8, embedding_density=1 / 4, context=32, tokens=64,
+    vocab_size=128, min_nonzeros=1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,24 @@ class Case:
         """For a person who waits."""
         shape = self.shape
         return f"{self.variant.name} {self.dtype} d_model={shape.d_model} 1/{1 / shape.density:g}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+    def columns(self) -> dict[str, Any]:
+        """What a row says of the case."""
+        shape = self.shape
+        return {
+            "variant": self.variant.name,
+            "dtype": self.dtype,
+            "d_model": shape.d_model,
+            "n_layer": shape.n_layer,
+            "context": shape.context,
+            "density": shape.density,
+            "embedding_density": shape.embedding_density,
+            "tokens": shape.tokens,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON can hold; see `from_dict`."""
@@ -148,9 +179,6 @@ class Training:
         case: what to train.
         device: torch's name.
         period: steps between two changes of the connections.
-
-    Attributes:
-        after_backward: called between backward and optimizer of each step, for who measures.
     """
 
     def __init__(self, case: Case, device: str, *, period: int = TopologyConfig.period) -> None:
@@ -176,14 +204,8 @@ class Training:
         """Whether there are steps of two kinds."""
         return self.topology is not None
 
-    def step(self, *, rewires: bool = False, at: Callable[[str], None] = lambda part: None) -> None:
-        """One optimizer step.
-
-        Args:
-            rewires: the step also changes the connections; the variants that can.
-            at: is told which part begins, as "rest", "optimizer" or "topology".
-        """
-        at("rest")
+    def step(self, *, rewires: bool = False) -> None:
+        """One optimizer step; with `rewires` it also changes the connections."""
         # A change is due at multiples of the period.
         number = self.period if rewires else 1
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -194,20 +216,21 @@ class Training:
                 capture, compute = self.topology.capture(), self.model.loss
         bf16 = self.case.dtype == "bfloat16"
         with capture:
-            with torch.autocast(self.device, DTYPES[self.case.dtype], enabled=bf16):
+            with torch.autocast(self.device, self.case.torch_dtype, enabled=bf16):
                 loss = compute(self._tokens, self._targets)
             loss.backward()
-        at("optimizer")
-        self.loss = float(loss.detach())
-        normalize_gradients_(self._parameters, clip_only=False)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        at("topology")
-        if self.topology is not None:
-            if self.topology.step(number):
-                self.topology.hash()
-        elif self.case.variant.projection is not None:
-            project_(self.model, 1.0, method=self.case.variant.projection)
+        # The names of the ranges are parts: see benchmarks.transformer.parts.
+        with record_function("optimizer"):
+            self.loss = float(loss.detach())
+            normalize_gradients_(self._parameters, clip_only=False)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with record_function("topology"):
+            if self.topology is not None:
+                if self.topology.step(number):
+                    self.topology.hash()
+            elif self.case.variant.projection is not None:
+                project_(self.model, 1.0, method=self.case.variant.projection)
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -220,6 +243,37 @@ class Training:
             return sum(int(torch.count_nonzero(layer.weight)) for layer in masked)
         kinds = (nn.Linear, nn.Embedding)
         return sum(m.weight.numel() for m in self.model.modules() if isinstance(m, kinds))
+
+
+def why_no_bf16_dense(shape: Shape, *, backward: bool) -> str | None:
+    """A sentence if torch's bfloat16 dense products are too slow to time here, else None.
+
+    Processors without bfloat16 multiply-adds run them through a reference loop. Judged by a few
+    tokens through one matrix, where bfloat16 must also be several times slower than float32.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (
+            torch.ones(size, shape.d_model, dtype=dtype, requires_grad=backward)
+            for size in (_PROBED_TOKENS, shape.d_model)
+        )
+        times_s = []
+        for _ in range(3):
+            start = time.perf_counter()
+            y = nn.functional.linear(x, weight)
+            if backward:
+                y.sum().backward()
+            times_s.append(time.perf_counter() - start)
+        # Attention 4 and MLP 8 times d_model^2 in each layer.
+        products = 12 * shape.n_layer * max(1, shape.tokens // _PROBED_TOKENS)
+        seconds[dtype] = products * min(times_s)
+    bf16 = seconds[torch.bfloat16]
+    if bf16 < _BF16_MAX_S or bf16 < _BF16_SLOWER * seconds[torch.float32]:
+        return None
+    return (
+        "dense bfloat16 is left out: torch has no fast bfloat16 product for this processor, "
+        f"and one call would take about {bf16:.0f} s"
+    )
 
 
 def state_bytes(training: Training) -> dict[str, int]:

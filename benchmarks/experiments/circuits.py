@@ -1,7 +1,7 @@
 """Records which tasks trained models solve, and how large the circuits are that do it.
 
-    python -m benchmarks.circuits --out DIR --json FILE RUN...    scores and circuits of each run
-    python -m benchmarks.circuits --from FILE                     the tables of a result file again
+    python -m benchmarks.experiments.circuits --out DIR --json FILE RUN...
+    python -m benchmarks.experiments.circuits --from FILE     the tables of a result file
 
 Each RUN is a folder that `python -m sparse_transformer.train` left. Every task is asked of every
 model (`sparse_transformer.evaluate`), circuits are found for those that it solves
@@ -13,15 +13,16 @@ searched again, so that the same command goes on where it stopped. Options of
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from benchmarks import report
 from sparse_kernels import cpu
@@ -32,9 +33,30 @@ from sparse_transformer.evaluate import SOLVED_ACCURACY, evaluate_task
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS
 
-INTERRUPTED = 130
+MODULE = "benchmarks.experiments.circuits"
+PROGRAM = f"python -m {MODULE}"
 # Of a circuit's summary, what the result file keeps.
 _KEPT = ("accuracy", "sizes", "proof", "curve", "seconds", "model", "error")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Attributes are the options."""
+
+    runs: tyro.conf.Positional[list[Path]] = field(default_factory=list)
+    """folders of training runs"""
+    out: Path | None = None
+    """folder of the circuits"""
+    task: list[str] = field(default_factory=list)
+    """search circuits of this task only; may be repeated"""
+    json: Path | None = None
+    """the result file"""
+    pairs: int = 256
+    """test pairs of each task's score"""
+    threads: int | None = None
+    """threads of torch and of the kernels"""
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """show a result file; searches nothing"""
 
 
 def scores(run: Path, pairs: int) -> dict[str, Any]:
@@ -58,21 +80,18 @@ def training(run: Path) -> dict[str, Any]:
     return {name: last[name] for name in ("step", "tokens", "l0", "val_loss", "seconds")}
 
 
-def record(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Scores and circuits of all runs, into the result file."""
-    machine = report.describe_machine(
-        ["-m", "benchmarks.circuits", *words], isa=cpu.isa() if cpu.isas() else None, ceilings=None
-    )
+def record(options: Options, out: Path, words: Sequence[str], rest: Sequence[str]) -> int:
+    """Scores and circuits of all runs, into the result file; `rest` goes to the search."""
+    isa = cpu.isa() if cpu.isas() else None
+    machine = report.describe_machine(["-m", MODULE, *words], isa=isa, peaks=None)
     print(report.machine_line(machine), flush=True)
     first, *others = map(str, options.runs)
     against = ["--against", *others] if others else []
     which = ["--task", *options.task] if options.task else ["--all"]
-    status = program.main(
-        ["--checkpoint", first, "--out", str(options.out), *which, *against, *options.rest]
-    )
+    status = program.main(["--checkpoint", first, "--out", str(out), *which, *against, *rest])
     if status:
         return status
-    results = json.loads((options.out / "comparison.json").read_text())
+    results = json.loads((out / "comparison.json").read_text())
     rows = []
     for run in options.runs:
         name = run.resolve().name
@@ -90,112 +109,92 @@ def record(options: argparse.Namespace, words: Sequence[str]) -> int:
         )
     if options.json is not None:
         report.write_json(options.json, machine, rows, complete=True)
-    print("\n" + "\n".join(tables(rows)))
+    print("", tables(rows), sep="\n")
     return 0
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each run, then the accuracies and the sizes task by task, as Markdown."""
-    lines = ["| run | L0 | tokens | validation loss | seconds | tasks solved |", "|---" * 6 + "|"]
-    for row in rows:
-        trained = row["training"]
-        solved = sum(
-            score["accuracy"]["value"] >= SOLVED_ACCURACY
-            for score in row["scores"].values()
-            if "error" not in score
-        )
-        lines.append(
-            f"| {row['run']} | {trained['l0']:,} | {trained['tokens']:,} | "
-            f"{trained['val_loss']:.3f} | {trained['seconds']:.0f} | {solved} |"
-        )
-    names = [row["run"] for row in rows]
-    heads = [f"{name}: {what}" for name in names for what in ("accuracy", "edges", "by nodes")]
-    lines += ["", f"| task | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for task in TASKS:
-        cells = [cell for row in rows for cell in _cells(row, task)]
-        lines.append(f"| {task} | {' | '.join(cells)} |")
     results = {row["run"]: row["circuits"] for row in rows}
-    common = compare.common_tasks(results)
+    headings = ("run", "L0", "tokens", "validation loss", "seconds", "tasks solved")
+    runs = report.table(headings, map(_run_cells, rows), "markdown")
+    heads = [f"{name}: {what}" for name in results for what in ("accuracy", "edges", "by nodes")]
+    lines = [[task, *(cell for row in rows for cell in _cells(row, task))] for task in TASKS]
     edges, cut = (compare.geometric_means(results, stage) for stage in ("edges", "cut"))
-    means = [f" | {_number(edges.get(name))} | {_number(cut.get(name))}" for name in names]
-    lines.append(f"| geometric mean of {len(common)} |{' |'.join(means)} |")
-    return [*lines, "", *_by_target(results)]
-
-
-def _by_target(results: compare.Results) -> list[str]:
-    """The geometric means at each target loss, as Markdown."""
+    means = [c for name in results for c in ("", _number(edges.get(name)), _number(cut.get(name)))]
+    lines.append([f"geometric mean of {len(compare.common_tasks(results))}", *means])
+    tasks = report.table(["task", *heads], lines, "markdown")
     curves = compare.curves(results)
-    lines = [f"| target loss | {' | '.join(f'{name}: by nodes' for name in curves)} |"]
-    lines.append("|---" * (1 + len(curves)) + "|")
-    for target in sorted({target for points in curves.values() for target in points}):
-        cells = " | ".join(_number(points.get(target)) for points in curves.values())
-        lines.append(f"| {target:g} | {cells} |")
-    return lines
+    targets = sorted({target for points in curves.values() for target in points})
+    by_target = report.table(
+        ["target loss", *(f"{name}: by nodes" for name in curves)],
+        [[f"{t:g}", *(_number(points.get(t)) for points in curves.values())] for t in targets],
+        "markdown",
+    )
+    return "\n\n".join((runs, tasks, by_target))
+
+
+def _run_cells(row: Mapping[str, Any]) -> list[str]:
+    trained = row["training"]
+    solved = sum(
+        score["accuracy"]["value"] >= SOLVED_ACCURACY
+        for score in row["scores"].values()
+        if "error" not in score
+    )
+    return [
+        row["run"],
+        f"{trained['l0']:,}",
+        f"{trained['tokens']:,}",
+        f"{trained['val_loss']:.3f}",
+        f"{trained['seconds']:.0f}",
+        str(solved),
+    ]
 
 
 def _cells(row: Mapping[str, Any], task: str) -> list[str]:
     score, circuit = row["scores"][task], row["circuits"].get(task, {})
     accuracy = "-" if "error" in score else f"{score['accuracy']['value']:.1%}"
     sizes = circuit.get("sizes", {})
-    return [
-        accuracy, *(str(sizes[stage][1]) if stage in sizes else "-" for stage in ("edges", "cut"))
-    ]  # fmt: skip
+    edges = (str(sizes[stage][1]) if stage in sizes else "-" for stage in ("edges", "cut"))
+    return [accuracy, *edges]
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.circuits",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of trainings")
-    made.add_argument("--out", type=Path, metavar="DIR", help="where circuits go")
-    made.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME",
-        help="circuits of this task only; may be repeated",
-    )
-    made.add_argument("--json", type=Path, metavar="FILE", help="the result file")
-    made.add_argument("--pairs", type=int, default=256, help="test pairs of each task's score")
-    made.add_argument("--threads", type=int, metavar="COUNT", help="torch.set_num_threads")
-    made.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show it")
-    return made
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    parser = _parser()
-    options = parser.parse_args(words[:cut])
-    options.rest = words[cut + 1 :]
+    options = tyro.cli(
+        Options,
+        prog=PROGRAM,
+        description=__doc__,
+        args=words[:cut],
+        config=(tyro.conf.UseAppendAction,),
+    )
     if options.source is not None:
-        if not options.source.is_file():
-            parser.error(f"--from: there is no file {options.source}")
-        content = json.loads(options.source.read_text())
-        print(report.machine_line(content["machine"]), "", *tables(content["rows"]), sep="\n")
+        try:
+            content = report.read_json(options.source)
+        except ValueError as error:
+            report.refuse(PROGRAM, f"--from: {error}")
+        print(report.machine_line(content["machine"]), "", tables(content["rows"]), sep="\n")
         return 0
     if not options.runs or options.out is None:
-        parser.error("name the folders of trainings, and --out")
+        report.refuse(PROGRAM, "name the folders of training runs, and --out")
     if options.json is not None and (reason := report.why_not_writable(options.json)):
-        parser.error(f"--json: {reason}")
+        report.refuse(PROGRAM, f"--json: {reason}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     try:
-        return record(options, words)
+        return record(options, options.out, words, words[cut + 1 :])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        report.refuse(PROGRAM, str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        print("interrupted: the same command continues the search", file=sys.stderr)
+        return report.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compares what the variants of the transformer learn: validation loss at equal L0 and tokens.
 
-    python -m benchmarks.quality --suite main --json FILE        three seeds of the main comparison
-    python -m benchmarks.quality --suite all --json FILE         every suite of the table below
-    python -m benchmarks.quality --from FILE --plot FILE.png     a result file again; trains nothing
-    python -m benchmarks.quality --smoke                         tiny, in seconds
+    python -m benchmarks.experiments.quality --suite main --json FILE    three seeds of each
+    python -m benchmarks.experiments.quality --suite all --json FILE     all but the suite sooner
+    python -m benchmarks.experiments.quality --from FILE --plot FILE.png
+    python -m benchmarks.experiments.quality --smoke                     tiny, in seconds
 
 Runs go one after the other, and the file is written after each. A run that the file already has is
 not repeated, so that the same command goes on where it stopped; `--most 1` does one run and ends.
@@ -18,7 +18,7 @@ not repeated, so that the same command goes on where it stopped; `--most 1` does
                   projection. The same losses, up to ties and rounding; the question is the time.
     dense         nn.Linear, without AbsTopK: the plain model
 
-    python -m benchmarks.quality --suite sooner --json FILE
+    python -m benchmarks.experiments.quality --suite sooner --json FILE
 
 says how much sooner than `released` the others reach its last validation loss, in seconds of steps
 on a machine that should have nothing else to do.
@@ -30,7 +30,6 @@ costs is measured by benchmarks.training.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -45,13 +44,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from benchmarks import report
 from sparse_kernels import cpu
-from sparse_transformer import ModelConfig, UserError, keep_freed_memory
+from sparse_transformer import ModelConfig, keep_freed_memory
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.optimizer import OptimizerConfig
 from sparse_transformer.parallel import Ranks
@@ -61,10 +61,11 @@ from sparse_transformer.train import Diverged, Trainer
 
 Row = Mapping[str, Any]
 
+MODULE = "benchmarks.experiments.quality"
+PROGRAM = f"python -m {MODULE}"
 VARIANTS = ("sparse", "static", "masked_dense", "released", "dense")
 BASELINE = "masked_dense"
 RELEASED = "released"
-INTERRUPTED = 130
 _LINEARS = {"static": "sparse", RELEASED: "masked_dense"}
 _STATIC = {"start_multiple": 1.0, "drop_share": 0.0}
 
@@ -209,28 +210,24 @@ def _work(run: Run, threads: int) -> dict[str, Any]:
     """`perform` in a process of its own."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    return perform(run, prepare(progress=False), report.Progress(1))
+    return perform(run, prepare(progress=False))
 
 
-def _performed(
-    runs: Sequence[Run], corpus: Corpus, jobs: int, progress: report.Progress
-) -> Iterator[dict[str, Any]]:
+def _performed(runs: Sequence[Run], corpus: Corpus, jobs: int) -> Iterator[dict[str, Any]]:
     """The rows of the runs, each as soon as it is finished."""
     if jobs == 1:
         for run in runs:
-            progress.show(_title(run))
-            yield perform(run, corpus, progress)
-            progress.advance()
+            print(_title(run), file=sys.stderr)
+            yield perform(run, corpus)
             gc.collect()
         return
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for future in as_completed([pool.submit(_work, run, threads) for run in runs]):
             yield future.result()
-            progress.advance()
 
 
-def perform(run: Run, corpus: Corpus, progress: report.Progress) -> dict[str, Any]:
+def perform(run: Run, corpus: Corpus) -> dict[str, Any]:
     """Trains; returns the row. A run that diverges has a `failure` and no `val_loss`."""
     trainer = Trainer(run.settings(), corpus, Ranks(0, 1, torch.device("cpu")))
     curve: list[dict[str, float]] = []
@@ -254,10 +251,6 @@ def perform(run: Run, corpus: Corpus, progress: report.Progress) -> dict[str, An
                     }
                 )
                 losses.clear()
-                progress.show(
-                    f"{_title(run)}: step {trainer.step} of {run.steps}, "
-                    f"validation loss {curve[-1]['val_loss']:.4f}"
-                )
     except Diverged as error:
         failure = str(error)
     ordered = sorted(times_s)
@@ -335,41 +328,53 @@ def sooner(rows: Sequence[Row], released: Sequence[Row]) -> list[float]:
     return found
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The lines of the table: a part for each group, a line for each variant."""
-    heading = (
-        f"{'variant':32} {'seeds':>5} {'L0':>8} {'val_loss':>8} {'least':>7} {'most':>7} "
-        f"{'vs masked dense (least, most)':>31} {'step ms':>8} {'sooner':>7}"
-    )
-    lines = []
+def table(rows: Sequence[Row]) -> str:
+    """A table for each group, a line for each variant."""
+    headings = (
+        "variant", "seeds", "L0", "val_loss", "least", "most", "vs masked dense (least, most)",
+        "step ms", "sooner",
+    )  # fmt: skip
+    parts = []
     for group, names in groups(rows).items():
         shape = dict(group)
-        lines += [
-            "",
-            f"d_model {shape['d_model']}, {shape['n_layer']} layers, blocks "
-            f"{_density(shape['density'])}, embeddings {_density(shape['embedding_density'])}, "
-            f"learning rate {shape['learning_rate']:g}, "
-            f"{shape['steps'] * shape['batch_tokens']:,} tokens",
-            heading,
-            "-" * len(heading),
-        ]
-        for name, members in names.items():
-            losses = [row["val_loss"] for row in members]
-            over = difference(members, names.get(BASELINE, ()))
-            against = "-"
-            if name != BASELINE and over:
-                against = f"{statistics.fmean(over):+.2%}"
-                if len(over) > 1:
-                    against += f" ({min(over):+.2%}, {max(over):+.2%})"
-            factors = sooner(members, names.get(RELEASED, ())) if name != RELEASED else []
-            early = f"{min(factors):.1f}x" if factors else "-"
-            lines.append(
-                f"{name:32} {len(members):5} {members[0]['l0']:8,} {statistics.fmean(losses):8.4f} "
-                f"{min(losses):7.4f} {max(losses):7.4f} {against:>31} "
-                f"{statistics.median(row['step_ms'] for row in members):8.1f} {early:>7}"
-            )
-    lines += [f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"]]
-    return lines
+        tokens = shape["steps"] * shape["batch_tokens"]
+        lines = [_cells(name, members, names) for name, members in names.items()]
+        embeddings = _density(shape["embedding_density"])
+        parts.append(
+            f"{_shape(shape)}, embeddings {embeddings}, {tokens:,} tokens\n"
+            + report.table(headings, lines)
+        )
+    parts += [f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"]]
+    return "\n\n".join(parts)
+
+
+def _shape(shape: Row) -> str:
+    return (
+        f"d_model {shape['d_model']}, {shape['n_layer']} layers, blocks "
+        f"{_density(shape['density'])}, learning rate {shape['learning_rate']:g}"
+    )
+
+
+def _cells(name: str, members: Sequence[Row], names: Mapping[str, Sequence[Row]]) -> list[str]:
+    losses = [row["val_loss"] for row in members]
+    over = difference(members, names.get(BASELINE, ()))
+    against = "-"
+    if name != BASELINE and over:
+        against = f"{statistics.fmean(over):+.2%}"
+        if len(over) > 1:
+            against += f" ({min(over):+.2%}, {max(over):+.2%})"
+    factors = sooner(members, names.get(RELEASED, ())) if name != RELEASED else []
+    return [
+        name,
+        str(len(members)),
+        f"{members[0]['l0']:,}",
+        f"{statistics.fmean(losses):.4f}",
+        f"{min(losses):.4f}",
+        f"{max(losses):.4f}",
+        against,
+        f"{statistics.median(row['step_ms'] for row in members):.1f}",
+        f"{min(factors):.1f}x" if factors else "-",
+    ]
 
 
 # --- the plot ----------------------------------------------------------------------------------
@@ -406,11 +411,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
             axis.set_xlabel("tokens" if key == "tokens" else "seconds of steps")
         pair[0].set_ylabel("validation loss")
         pair[0].legend(fontsize=8)
-        pair[0].set_title(
-            f"d_model {shape['d_model']}, {shape['n_layer']} layers, "
-            f"blocks {_density(shape['density'])}, learning rate {shape['learning_rate']:g}",
-            fontsize=9,
-        )
+        pair[0].set_title(_shape(shape), fontsize=9)
     figure.suptitle(title, fontsize=7)
     figure.savefig(path, dpi=100, format="png")
     pyplot.close(figure)
@@ -419,130 +420,125 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 # --- the command line --------------------------------------------------------------------------
 
 
-def _stored(path: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Machine and rows of a result file, empty if there is none.
+@dataclass(frozen=True)
+class Options:
+    """Attributes are the options."""
 
-    Raises:
-        UserError: it is something else.
-    """
-    if path is None or not path.exists():
-        return {}, []
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): choose another file") from error
-    if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
-        raise UserError(f"{path} is not a result file: choose another")
-    if not all({"settings", "curve", "val_loss"} <= row.keys() for row in content["rows"]):
-        raise UserError(f"{path} is the result of another benchmark: choose another file")
-    return content["machine"], content["rows"]
-
-
-def run_all(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Trains what is missing, prints and writes."""
-    names = ["smoke"] if options.smoke else options.suite or ["main"]
-    names = [one for name in names for one in (_ALL if name == "all" else (name,))]
-    wanted = {run.key: run for name in names for run in SUITES[name]}
-    _, rows = _stored(options.json)
-    done = {Run(**row["settings"]).key for row in rows}
-    missing = [run for key, run in wanted.items() if key not in done]
-    chosen = missing[: options.most]
-    before = len(rows)
-    machine = report.describe_machine(
-        ["-m", "benchmarks.quality", *words], isa=cpu.isa() if cpu.isas() else None, ceilings=None
-    )
-    machine |= {"keeps_freed_memory": keep_freed_memory()}
-    print(report.machine_line(machine), flush=True)
-    progress = report.Progress(len(chosen))
-    with tempfile.TemporaryDirectory() as cache:
-        # Before any worker asks for it, so that it is there.
-        corpus = (
-            prepare(Path(__file__).parent, vocab_size=_TINY.vocab_size, cache_dir=cache)
-            if options.smoke
-            else prepare()
-        )
-        for row in _performed(chosen, corpus, options.jobs, progress):
-            rows.append(row)
-            if options.json is not None:
-                complete = len(rows) - before == len(missing)
-                report.write_json(options.json, machine, rows, complete=complete)
-    progress.clear()
-    left = len(missing) - len(chosen)
-    print(*table(rows), sep="\n", flush=True)
-    if left:
-        print(f"\n{left} runs of {', '.join(names)} are still missing")
-    if options.plot is not None:
-        draw(rows, options.plot, report.machine_line(machine))
-    return 1 if any(row["failure"] for row in rows) else 0
-
-
-def show(options: argparse.Namespace) -> int:
-    """The table and the plot of a result file."""
-    machine, rows = _stored(options.source)
-    if options.plot is not None:
-        draw(rows, options.plot, report.machine_line(machine))
-    print(report.machine_line(machine), *table(rows), sep="\n")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument(
-        "--suite",
-        action="append",
-        choices=(*_ALL, "sooner", "all"),
-        help="several may be given; all leaves out sooner",
-    )
-    made.add_argument("--smoke", action="store_true", help="tiny, in seconds")
-    made.add_argument("--json", type=Path, metavar="FILE", help="rows; runs in it are skipped")
-    made.add_argument("--most", type=int, metavar="COUNT", help="end after so many new runs")
-    made.add_argument(
-        "--jobs", type=int, default=1, metavar="COUNT", help="so many runs at a time, in processes"
-    )
-    made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves there")
-    made.add_argument("--threads", type=int, metavar="COUNT", help="torch.set_num_threads")
-    made.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE", help="show it, train nothing"
-    )
-    return made
-
-
-def _refuse(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name in ("threads", "most", "jobs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            made.error(f"--{name} must be at least 1, got {value}")
-    if options.json is not None and (reason := report.why_not_writable(options.json)):
-        made.error(f"--json: {reason}")
-    if options.smoke and options.jobs > 1:
-        made.error("--smoke is one process: leave --jobs out")
-    if options.plot is not None and (reason := report.why_no_plot(options.plot)):
-        made.error(f"--plot: {reason}")
-    if options.source is not None and not options.source.is_file():
-        made.error(f"--from: there is no file {options.source}")
+    suite: list[str] = field(default_factory=list)
+    """a suite, or all (without sooner); may be repeated; default: main"""
+    smoke: bool = False
+    """tiny, in seconds"""
+    json: Path | None = None
+    """write the rows to this file; runs that it holds are not repeated"""
+    most: int | None = None
+    """stop after so many new runs"""
+    jobs: int = 1
+    """train so many runs at a time, each in a process"""
+    plot: Path | None = None
+    """draw the curves into this PNG"""
+    threads: int | None = None
+    """threads of torch and of the kernels"""
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """show a result file; trains nothing"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options = parser.parse_args(words)
-    _refuse(parser, options)
+    options = tyro.cli(
+        Options,
+        prog=PROGRAM,
+        description=__doc__,
+        args=words,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+    )
+    reason = _why_not(options)
+    if reason is not None:
+        report.refuse(PROGRAM, reason)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        return show(options) if options.source is not None else run_all(options, words)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _train(options, words) if options.source is None else _show(options.source, options)
+    except ValueError as error:
+        report.refuse(PROGRAM, str(error))
     except KeyboardInterrupt:
-        print("interrupted: the runs that were complete are in --json", file=sys.stderr)
-        return INTERRUPTED
+        print("interrupted: --json holds the runs that were complete", file=sys.stderr)
+        return report.INTERRUPTED
+
+
+def _why_not(options: Options) -> str | None:
+    known = [*(name for name in SUITES if name != "smoke"), "all"]
+    for name in options.suite:
+        if name not in known:
+            return f"--suite must be one of {', '.join(known)}; got {name}"
+    for name in ("threads", "most", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            return f"--{name} must be at least 1, got {value}"
+    if options.json is not None and (reason := report.why_not_writable(options.json)):
+        return f"--json: {reason}"
+    if options.smoke and options.jobs > 1:
+        return "--smoke is one process: leave --jobs out"
+    if options.plot is not None and (reason := report.why_no_plot(options.plot)):
+        return f"--plot: {reason}"
+    return None
+
+
+def _stored(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Machine and rows of a result file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    content = report.read_json(path)
+    if not all({"settings", "curve", "val_loss"} <= row.keys() for row in content["rows"]):
+        raise ValueError(f"{path} is the result of another benchmark: choose another file")
+    return content["machine"], content["rows"]
+
+
+def _show(path: Path, options: Options) -> int:
+    """The table and the plot of a result file."""
+    machine, rows = _stored(path)
+    if options.plot is not None:
+        draw(rows, options.plot, report.machine_line(machine))
+    print(report.machine_line(machine), "", table(rows), sep="\n")
+    return 0
+
+
+def _train(options: Options, words: Sequence[str]) -> int:
+    """Trains what is missing, prints and writes."""
+    names = ["smoke"] if options.smoke else options.suite or ["main"]
+    names = [one for name in names for one in (_ALL if name == "all" else (name,))]
+    wanted = {run.key: run for name in names for run in SUITES[name]}
+    exists = options.json is not None and options.json.exists()
+    rows = _stored(options.json)[1] if options.json is not None and exists else []
+    done = {Run(**row["settings"]).key for row in rows}
+    missing = [run for key, run in wanted.items() if key not in done]
+    chosen = missing[: options.most]
+    left = len(missing)
+    isa = cpu.isa() if cpu.isas() else None
+    machine = report.describe_machine(["-m", MODULE, *words], isa=isa, peaks=None)
+    machine |= {"keeps_freed_memory": keep_freed_memory()}
+    print(report.machine_line(machine), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        # Made here, so that it exists before any worker asks for it.
+        corpus = (
+            prepare(Path(__file__).parent, vocab_size=_TINY.vocab_size, cache_dir=cache)
+            if options.smoke
+            else prepare()
+        )
+        performed = _performed(chosen, corpus, options.jobs)
+        for row in report.progress(performed, total=len(chosen)):
+            rows.append(row)
+            left -= 1
+            if options.json is not None:
+                report.write_json(options.json, machine, rows, complete=left == 0)
+    print("", table(rows), sep="\n", flush=True)
+    if left:
+        print(f"\n{left} runs of {', '.join(names)} are still missing")
+    if options.plot is not None:
+        draw(rows, options.plot, report.machine_line(machine))
+    return 1 if any(row["failure"] for row in rows) else 0
 
 
 if __name__ == "__main__":
