@@ -30,7 +30,12 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2"
 INSTRUCTION_SETS = [
     ("avx2", "-mavx2 -mfma -mf16c -mbmi2", "__m256 f(__m256 a)", "256_fmadd_ps(a, a, a)"),
     ("avx512", AVX512, "__m512 f(__m512 a)", "512_add_ps(a, a)"),
-    ("avx512bf16", f"{AVX512} -mavx512bf16", "int f(__m512bh a)", "512_dpbf16_ps({}, a, a)[0]"),
+    (
+        "avx512bf16",
+        f"{AVX512} -mavx512bf16",
+        "__m512 f(__m512 a, __m512bh b)",
+        "512_dpbf16_ps(a, b, b)",
+    ),
 ]
 # And a program that needs each.
 OPTIONAL_FLAGS = {
