@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from sparse_kernels import cpu
+
 # Without a GPU the Triton kernels are interpreted, which is decided when triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +23,23 @@ _COMMON = {
 settings.register_profile("dev", max_examples=10, **_COMMON)
 settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# The workers of pytest-xdist share the processors, and so do the processes that their tests start.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of the instruction sets below the best one are slow."""
+    lower = set(cpu.isas()[:-1])
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        target = params.get("isa", params.get("target"))
+        isa = getattr(target, "isa", target)
+        if isinstance(isa, str) and isa.removeprefix("cpu-") in lower:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -383,6 +383,7 @@ def another_layout(layer):
     return sk.FanInLayout.random(old.out_features, old.in_features, old.fan_in, old.block)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     layer = sk.SparseLinear(16, 12, fan_in=4, block=(4, 2))
     torch._dynamo.reset()

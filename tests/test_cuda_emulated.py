@@ -44,6 +44,7 @@ BLOCKS = [(1, 1), (1, 2), (2, 1), (4, 1), (16, 1), (2, 3), (3, 5), (8, 8)]
 ORDERS = ["forward", "reversed", "shuffled"]
 INTEGERS.setdefault(torch.float16, torch.int16)
 
+pytestmark = pytest.mark.slow
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_product = pytest.mark.parametrize("product", PRODUCTS)
 

@@ -12,6 +12,8 @@ kernels = pytest.mark.parametrize(
 fastest = [target for target in TARGETS if target.backend != "reference"][-1]
 PAST = 2**31
 
+pytestmark = pytest.mark.slow
+
 
 def need_memory(gigabytes):
     """Skips, with the reason, where the machine has not this much free memory."""

@@ -37,7 +37,7 @@ from triton.runtime.errors import OutOfResources
 from sparse_kernels.triton import sampled, tiles, topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = [(16, 16), (16, 32), (32, 16), (32, 32), (64, 64)]
 

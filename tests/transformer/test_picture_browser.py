@@ -11,6 +11,8 @@ from sparse_transformer.circuits import picture
 from sparse_transformer.circuits.picture import text
 from sparse_transformer.circuits.picture.layout import lay_out
 
+pytestmark = pytest.mark.slow
+
 
 def find_chromium():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -21,6 +21,9 @@ OPTIONS = (
 LINEARS = ("dense", "masked_dense")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Without `--linear`."""

@@ -89,6 +89,7 @@ def test_run_leaves_what_it_promises(reference):
     assert not list(reference.glob(".*temporary*"))
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
     """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end."""
     seed = random.randrange(2**32)
@@ -322,6 +323,7 @@ def test_bfloat16_trains_to_about_the_same(options, reference, tmp_path):
     torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(reference), rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(options, reference, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     out = tmp_path / "run"
@@ -354,6 +356,7 @@ def start_ranks(arguments, **streams):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.slow
 def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
     out = tmp_path / "run"
     ranks = start_ranks([*command(options, out), "--steps", "4000", "--validate-every", "4000"])
@@ -387,6 +390,7 @@ leave(0)
 """
 
 
+@pytest.mark.slow
 def test_ranks_whose_topologies_differ_stop():
     for process in start_ranks([sys.executable, "-c", DISAGREE]):
         _, error = process.communicate(timeout=60)
