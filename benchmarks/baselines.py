@@ -134,8 +134,8 @@ def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
     """A sentence if torch's bfloat16 dense product is slow, and too slow to time; else None.
 
     Without bfloat16 instructions it can run through a reference loop, up to hundreds of times
-    slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it must also be
-    several times slower than fp32: what is left out can never be the best dense.
+    slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it
+    must also be several times slower than fp32: what is left out can never be the best dense.
     """
     few = slice(PROBED_TOKENS)
     outputs = slice(PROBED_FEATURES)
