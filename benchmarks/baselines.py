@@ -25,6 +25,7 @@ from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_
 BF16_MAX_SECONDS = 2.0
 BF16_SLOWER = 4.0
 PROBED_TOKENS = 32
+PROBED_FEATURES = 256
 
 
 @dataclass(frozen=True)
@@ -133,16 +134,18 @@ def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
     """A sentence if torch's bfloat16 dense product is slow, and too slow to time; else None.
 
     Without bfloat16 instructions it can run through a reference loop, up to hundreds of times
-    slower than fp32, and would take an hour to time. Judged by a few tokens, where it must also be
-    several times slower than fp32: what is left out can never be the best dense.
+    slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it
+    must also be several times slower than fp32: what is left out can never be the best dense.
     """
     few = slice(PROBED_TOKENS)
-    tensors = (operands.x[few], operands.grad_output[few], operands.weight)
+    outputs = slice(PROBED_FEATURES)
+    tensors = (operands.x[few], operands.grad_output[few, outputs], operands.weight[outputs])
+    share = len(tensors[0]) * len(tensors[2]) / (operands.case.tokens * len(operands.weight))
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         call = _plain(product, *(tensor.to(dtype) for tensor in tensors))
         call()
-        seconds[dtype] = sample_s(call) * operands.case.tokens / len(tensors[0])
+        seconds[dtype] = sample_s(call) / share
     bf16 = seconds[torch.bfloat16]
     if bf16 <= BF16_MAX_SECONDS or bf16 <= BF16_SLOWER * seconds[torch.float32]:
         return None

@@ -30,7 +30,7 @@ from sparse_kernels.layout import Problem
 
 PROGRAM = "python -m benchmarks.matmul"
 # Seconds of measuring for each product of a case, once everything is warm.
-BUDGET = Budget(seconds=0.4, limit_s=1.2)
+BUDGET = Budget(seconds=0.3, limit_s=0.8)
 FULL_BUDGET = Budget(seconds=0.6)
 SMOKE_BUDGET = Budget(seconds=0.01)
 

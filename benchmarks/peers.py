@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import sparse_kernels as sk
 from benchmarks.baselines import Operands
@@ -120,7 +119,6 @@ def _torch_csr(operands: Operands, product: str) -> Built:
     dense, activations = _sides(operands, product)
     matrix = _csr(dense, mask if product == "forward" else mask.t())
     feature_major = activations.t().contiguous()
-    yield "torch CSR linear", lambda: functional.linear(activations, matrix)
     yield "torch CSR", lambda: torch.sparse.mm(matrix, activations.t()).t()
     yield "torch CSR feature-major", lambda: (matrix @ feature_major).t()
 
