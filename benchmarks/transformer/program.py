@@ -71,9 +71,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     reason = why_not(benchmark, options)
     if reason is not None:
         report.refuse(f"python -m benchmarks.{benchmark.name}", reason)
-    if options.source is not None:
-        return show(options)
     try:
+        if options.source is not None:
+            return show(options)
         return run(benchmark, options, words)
     except KeyboardInterrupt:
         print("interrupted: --json holds the groups that were complete", file=sys.stderr)
@@ -147,6 +147,9 @@ def show(options: Options) -> int:
         results.draw(content["rows"], options.plot, report.machine_line(content["machine"]))
     if options.update is not None:
         for mark, table in results.markdown(content).items():
-            report.replace_between(options.update, mark, table)
+            try:
+                report.replace_between(options.update, mark, table)
+            except (OSError, ValueError) as error:
+                report.refuse("--update", str(error))
     print(report.machine_line(content["machine"]), "", results.text(content), sep="\n")
     return 0
