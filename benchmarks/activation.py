@@ -4,17 +4,15 @@
     python -m benchmarks.activation --smoke          tiny shapes, in seconds
     python -m benchmarks.activation --device cuda    on a GPU, from a cold second-level cache
 
-The baseline keeps the entries as users do: the indices of `x.abs().topk(k)`, gather, scatter into
-zeros; with and without `sorted`, and the faster one counts. Its backward is autograd's. Correctness
-comes first: a row whose call differs from the specification in one element, or from its gradient,
-prints FAIL instead of a speed, and the exit status is 1.
+The baseline is what users write: the indices of `x.abs().topk(k)`, gather, scatter into zeros; with
+and without `sorted`, and the faster one counts. Its backward is autograd's. A row whose call
+differs from the specification in one element, or from its gradient, prints FAIL instead of a speed.
 
 The bound is the time to read and write each operand once at the bandwidth measured for that size.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from benchmarks import devices, report, roofline
-from benchmarks.machine import Machine
-from benchmarks.problems import CPU_DTYPES, DTYPES
-from sparse_kernels import backends, cpu, reference
-from sparse_kernels.activation import abs_topk
+from benchmarks import run as runner
+from benchmarks.cases import CPU_DTYPES, DTYPES
+from benchmarks.devices import Device
+from benchmarks.timing import Budget
+from sparse_kernels import abs_topk, backends, cpu, reference
 from sparse_kernels.layout import Problem
 
+PROGRAM = "python -m benchmarks.activation"
 BUDGET_S = 1.5
 SMOKE_BUDGET_S = 0.01
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
@@ -68,6 +69,9 @@ class Case:
     def k(self) -> int:
         return self.width // self.share
 
+    def __str__(self) -> str:
+        return f"M={self.tokens} D={self.width} k={self.k} {self.dtype}"
+
 
 def list_cases(*, smoke: bool, device: str = "cpu") -> list[Case]:
     """The cases to run."""
@@ -82,19 +86,17 @@ def list_cases(*, smoke: bool, device: str = "cpu") -> list[Case]:
 
 
 def torch_abs_topk(x: Tensor, k: int, *, is_sorted: bool) -> Tensor:
-    """What users run in PyTorch."""
+    """The usual way in PyTorch."""
     index = x.abs().topk(k, sorted=is_sorted).indices
     return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))
 
 
-def measure_case(
-    case: Case, machine: Machine, budget_s: float, repeats: int | None
-) -> list[dict[str, Any]]:
+def measure_case(case: Case, device: Device, budget: Budget) -> list[dict[str, Any]]:
     """The rows of a case: forward and backward."""
     generator = torch.Generator().manual_seed(case.width + case.share)
     shape = (case.tokens, case.width)
     x, grad = (
-        torch.randn(shape, generator=generator).to(machine.name, DTYPES[case.dtype])
+        torch.randn(shape, generator=generator).to(device.name, DTYPES[case.dtype])
         for _ in range(2)
     )
     k = case.k
@@ -104,7 +106,7 @@ def measure_case(
         name: torch_abs_topk(leaf, k, is_sorted=name == "sorted") for name in ("sorted", "unsorted")
     }
     want = reference.abs_topk(x, k)
-    backend = backends.choose(Problem(machine.name, x.dtype, "abs_topk"))
+    backend = backends.choose(Problem(device.name, x.dtype, "abs_topk"))
 
     def gradient(y: Tensor) -> Tensor:
         return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
@@ -124,15 +126,13 @@ def measure_case(
     rows = []
     for product, candidates in calls.items():
         truth = want if product == "forward" else reference.abs_topk_backward(grad, want)
-        row = describe_row(case, product, machine.name, backend)
+        row = describe_row(case, product, device.name, backend)
         row["error"] = int((candidates["ours"]() != truth).sum())
         row["correct"] = row["error"] == 0
-        bound = machine.bound(count_work(case, product, x.element_size()), case.dtype)
+        bound = device.bound(count_work(case, product, x.element_size()), case.dtype)
         row["bound_ms"] = None if bound is None else bound.ms
         if row["correct"]:
-            timings, row["timed"] = machine.interleave(
-                candidates, budget_s=budget_s, repeats=repeats
-            )
+            timings, row["timed"] = device.interleave(candidates, budget)
             best = min(("sorted", "unsorted"), key=lambda name: timings[name].median_ms)
             row |= {
                 "time_ms": timings["ours"].median_ms,
@@ -176,26 +176,20 @@ def count_work(case: Case, product: str, element_bytes: int) -> roofline.Work:
     )
 
 
-HEADER = (
-    f"{'M':>5} {'D':>6} {'k':>5} {'dtype':<9} {'product':<18} {'differ':>7} {'ms':>9} {'spread':>8}"
-    f" {'torch ms':>9} {'torch':<9} {'speed-up':>8} {'bound ms':>9} {'of bound':>8}"
-)
-
-
-def row_line(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    start = (
-        f"{row['M']:>5} {row['D']:>6} {row['k']:>5} {row['dtype']:<9} {row['product']:<18} "
-        f"{row['error']:>7}"
-    )
-    if not row["correct"]:
-        return start + "  FAIL"
-    bound = row["bound_ms"]
-    tail = "" if bound is None else f" {bound:>9.3f} {bound / row['time_ms']:>8.0%}"
-    return (
-        f"{start} {row['time_ms']:>9.3f} {row['spread_ms']:>8.3f} {row['torch_ms']:>9.2f} "
-        f"{row['torch_kind']:<9} {row['torch_ms'] / row['time_ms']:>7.1f}x{tail}"
-    )
+def case_line(rows: Sequence[report.Row]) -> str:
+    """The rows of a case in one line, as they are measured."""
+    said = [f"M={rows[0]['M']} D={rows[0]['D']} k={rows[0]['k']} {rows[0]['dtype']}"]
+    for row in rows:
+        if not row["correct"]:
+            said.append(f"{row['product']} FAIL: {row['error']} elements differ")
+            continue
+        bound = row["bound_ms"]
+        said.append(
+            f"{row['product']} {report.milliseconds(row['time_ms'])} ms, "
+            f"{report.ratio(row['torch_ms'] / row['time_ms'])} over torch ({row['torch_kind']}), "
+            f"{report.percent(None if bound is None else bound / row['time_ms'])} of the bound"
+        )
+    return "  ".join(said)
 
 
 def summary_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -215,51 +209,57 @@ def summary_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    smoke: bool = False
+    """Tiny shapes, in seconds."""
+    json: Path | None = None
+    """Write the rows to this file."""
+    threads: int | None = None
+    """torch.set_num_threads."""
+    repeats: int | None = None
+    """Samples of each call, in place of a time budget."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.activation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--repeats", type=int, metavar="COUNT", help="samples of each call")
-    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where (default: cpu)")
-    options = parser.parse_args(words)
+    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=words)
     for name in ("threads", "repeats"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if options.json is not None:
-        reason = report.why_not_writable(options.json)
-        if reason is not None:
-            parser.error(f"--json: {reason}")
-    reason = devices.why_not(options.device)
-    if reason is not None:
-        parser.error(f"--device {options.device}: {reason}")
+            report.refuse(PROGRAM, f"--{name} needs a positive whole number, got {value}")
+    if options.json is not None and (reason := report.why_not_writable(options.json)):
+        report.refuse(PROGRAM, f"--json: {reason}")
+    if reason := devices.why_not(options.device):
+        report.refuse(PROGRAM, f"--device {options.device}: {reason}")
     if options.device == "cpu" and not cpu.isas():
-        parser.error("the C++ extension is missing: build it with `pip install .`")
+        report.refuse(PROGRAM, "the C++ extension is missing: build it with `pip install .`")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    machine = devices.connect(options.device)
-    machine.prepare(smoke=options.smoke)
-    description = machine.describe(["-m", "benchmarks.activation", *words])
-    print(report.machine_line(description), "", HEADER, sep="\n", flush=True)
-    rows: list[dict[str, Any]] = []
-    for case in list_cases(smoke=options.smoke, device=options.device):
-        budget_s = SMOKE_BUDGET_S if options.smoke else BUDGET_S
-        case_rows = measure_case(case, machine, budget_s, options.repeats)
-        rows += case_rows
-        print(*map(row_line, case_rows), sep="\n", flush=True)
-        if options.json is not None:
-            report.write_json(options.json, description, rows, complete=False)
-    if options.json is not None:
-        report.write_json(options.json, description, rows, complete=True)
-    print("", *summary_lines(rows), sep="\n", flush=True)
-    return 0 if all(row["correct"] for row in rows) else 1
+    device = devices.connect(options.device)
+    budget = Budget(SMOKE_BUDGET_S if options.smoke else BUDGET_S, options.repeats)
+
+    def measure(case: Case) -> list[dict[str, Any]]:
+        # The backward needs the graph that the runner's no_grad would not record.
+        with torch.enable_grad():
+            return measure_case(case, device, budget)
+
+    outcome = runner.run(
+        list_cases(smoke=options.smoke, device=options.device),
+        measure,
+        case_line,
+        device,
+        command=["-m", "benchmarks.activation", *words],
+        smoke=options.smoke,
+        json=options.json,
+    )
+    print("", *summary_lines(outcome.rows), sep="\n")
+    return outcome.status
 
 
 if __name__ == "__main__":

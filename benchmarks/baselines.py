@@ -1,14 +1,13 @@
-"""The ways to compute the three products that are measured against each other.
+"""Ours and the dense baselines: ways to compute the three products that are compared.
 
 Each candidate is a call without arguments over tensors that exist already. The dense baselines get
-every benefit of the doubt: packed weights, activations in the dtype or layout they like best, and
-no conversions on their clock. Only `masked dense` is what people run today.
+their best conditions: packed weights, activations in the dtype or layout they like best, and no
+conversion is timed. Only `masked dense` is what people run today.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import sparse_kernels as sk
-from benchmarks.problems import Case
+from benchmarks.cases import Case
 from benchmarks.timing import Candidate, sample_s
 from sparse_kernels import ops
 from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
-
-# torch CSR multiplies at about 4 to 20 Gflop/s. A case of more work than this would take seconds.
-CSR_MAX_FLOPS = 16e9
-
 
 # A bfloat16 dense product that would take longer than this, and several times as long as fp32, is
 # not timed.
@@ -210,48 +205,6 @@ def dense_candidates(operands: Operands, product: str, *, bf16: bool) -> dict[st
         if operands.case.dtype == "float32":
             candidates["torch via bf16"] = dense_medium_precision(operands, product)
     return candidates
-
-
-def why_no_csr(case: Case) -> str | None:
-    """None if torch CSR can run the case, else why not."""
-    if case.dtype != "float32":
-        return f"torch has no CSR matmul in {case.dtype}"
-    if not torch.backends.mkl.is_available():
-        return "torch's CSR matmul needs MKL, and this torch has none"
-    if 2.0 * case.tokens * case.nnz > CSR_MAX_FLOPS:
-        return "it would take seconds a call"
-    return None
-
-
-def csr_candidates(operands: Operands, product: str) -> dict[str, Candidate]:
-    """The product with a torch CSR weight, in each form that torch offers; the faster one counts.
-
-    `torch.sparse.mm` returns `Y^T`: its transposition is left out, in CSR's favour. The weight's
-    gradient is `sampled_addmm`, which users have to call themselves: autograd has no such rule.
-    """
-    with warnings.catch_warnings():
-        # CSR is in beta, says torch, once a process.
-        warnings.simplefilter("ignore", UserWarning)
-        weight = _to_csr(operands.weight)
-        transposed = _to_csr(operands.weight.t())
-        pattern = _to_csr(operands.mask)
-        x, grad = operands.x, operands.grad_output
-        if product == "grad_weight":
-            left = grad.t().contiguous()
-            return {"sampled_addmm": lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)}
-        matrix, dense_side = (weight, x) if product == "forward" else (transposed, grad)
-        return {
-            "linear": lambda: functional.linear(dense_side, matrix),
-            "sparse.mm": lambda: torch.sparse.mm(matrix, dense_side.t()).t(),
-        }
-
-
-def _to_csr(matrix: Tensor) -> Tensor:
-    # MKL multiplies with 32-bit indices; given 64-bit ones torch converts them at every call.
-    csr = matrix.to_sparse_csr()
-    return torch.sparse_csr_tensor(
-        csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 `bound = max(compute, operands, memory)`. The three overlap in a good kernel, so the longest of them
 is a lower bound, and `bound / time` is the fraction of the limit that a kernel reaches. Nothing in
 it is fitted: every rate is measured in the same process, with the vectors and the number of threads
-that the kernels use, as the best of several runs (`csrc/cpu/ceilings.h`).
+that the kernels use, as the best of several runs (`benchmarks/peaks.py`).
 
 compute = 2 * M * nnz / (multiply-add rate)
     Each kept weight meets each token once, one multiply and one add. The rate is that of fused
@@ -37,38 +37,14 @@ For one token (M = 1) there is nothing to share: memory, that is values and indi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import ModuleType
 
-import torch  # noqa: F401  before the extension, so that both share one OpenMP runtime
-
-try:
-    import _sparse_kernels_cpu as _extension
-except ImportError:
-    _extension: ModuleType | None = None  # type: ignore[no-redef]
-
-# Where the system does not say how large the first-level data cache is: no smaller than most.
-L1_SIZE_UNKNOWN = 48 * 1024
-VECTOR_BYTES = {"avx512": 64, "avx512_bf16": 64, "avx2": 32}
 TILE_VECTORS = (1, 2, 4, 8, 16)
-
-# 16 KB a thread lie in every L1 data cache; 160 KB in every second-level cache and in no L1.
-L1_BYTES = 16 * 1024
-L2_BYTES = 160 * 1024
-SIZES = tuple(2**20 * 4**i for i in range(5))  # 1 MB to 256 MB, all threads together
-SMOKE_SIZES = (2**20, 2**24)
-
-# Times that each rate is measured, in buffers of its own: another process may be in the way.
-BUFFERS = 4
-
 Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class Peaks:
     """Measured peaks of all `threads` together. A curve is `((bytes, GB/s), ...)`, ascending."""
 
     isa: str
@@ -102,7 +78,7 @@ class Bound:
 
     @property
     def peak_ms(self) -> float:
-        """What not even a kernel whose operands are always at hand can beat."""
+        """The bound of a kernel whose operands are always in registers."""
         return max(self.compute_ms, self.memory_ms)
 
     @property
@@ -116,52 +92,6 @@ class Bound:
         return max(terms, key=lambda name: terms[name])
 
 
-def measure(isa: str, threads: int, sizes: Iterable[int] = SIZES) -> Ceilings | None:
-    """Measures the ceilings of an instruction set, in some seconds.
-
-    Returns None where the C++ extension is missing: there is no bound then.
-    """
-    if _extension is None:
-        return None
-    all_sizes = sorted({L1_BYTES * threads, L2_BYTES * threads, *sizes})
-
-    def curve(name: str) -> Curve:
-        rate = getattr(_extension, name)
-        # How fast memory is depends on where in it a buffer happens to lie: the best of several.
-        return tuple(
-            (size, max(rate(isa, threads, size) for _ in range(BUFFERS))) for size in all_sizes
-        )
-
-    read = curve("measure_read_gbs")
-    rates = dict(read)
-    return Ceilings(
-        isa=isa,
-        threads=threads,
-        vector_bytes=VECTOR_BYTES.get(isa, 16),
-        l1_size=_l1_size(),
-        fma_gflops=max(_extension.measure_fma_gflops(isa, threads) for _ in range(BUFFERS)),
-        bf16_gflops=max(_extension.measure_bf16_gflops(isa, threads) for _ in range(BUFFERS)),
-        l1_read_gbs=rates[L1_BYTES * threads],
-        l2_read_gbs=rates[L2_BYTES * threads],
-        read_gbs=read,
-        write_gbs=curve("measure_write_gbs"),
-        copy_gbs=curve("measure_copy_gbs"),
-    )
-
-
-def _l1_size() -> int:
-    """Bytes of the first-level data cache of a core, as Linux says."""
-    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind = (cache / "level").read_text(), (cache / "type").read_text()
-            size = (cache / "size").read_text().strip()
-        except OSError:
-            continue
-        if level.strip() == "1" and kind.strip() == "Data" and size[:-1].isdigit():
-            return int(size[:-1]) * {"K": 1024, "M": 1024**2}.get(size[-1], 1)
-    return L1_SIZE_UNKNOWN
-
-
 def bandwidth_gbs(curve: Curve, size: int) -> float:
     """The bandwidth that a buffer of `size` bytes may have at best, from a measured curve."""
     at = max((measured for measured, _ in curve if measured <= size), default=curve[0][0])
@@ -170,7 +100,7 @@ def bandwidth_gbs(curve: Curve, size: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one product has to do, whoever does it."""
+    """What one product has to do, whatever the kernel."""
 
     flops: float
     operand_bytes: int  # if each multiply-add read an activation
@@ -227,38 +157,32 @@ def count_work(
     )
 
 
-def bound(work: Work, ceilings: Ceilings, *, is_bf16: bool) -> Bound:
+def bound(work: Work, peaks: Peaks, *, is_bf16: bool) -> Bound:
     """The lower bound of the time of `work`; see the module's docstring."""
-    flops_rate = ceilings.fma_gflops
+    flops_rate = peaks.fma_gflops
     if is_bf16:
-        flops_rate = max(flops_rate, ceilings.bf16_gflops)
+        flops_rate = max(flops_rate, peaks.bf16_gflops)
     total = work.read_bytes + work.write_bytes
-    read = bandwidth_gbs(ceilings.read_gbs, total)
-    write = bandwidth_gbs(ceilings.write_gbs, total)
-    either = max(read, write, bandwidth_gbs(ceilings.copy_gbs, total))
+    read = bandwidth_gbs(peaks.read_gbs, total)
+    write = bandwidth_gbs(peaks.write_gbs, total)
+    either = max(read, write, bandwidth_gbs(peaks.copy_gbs, total))
     memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
     # Giga-anything per second is a million a millisecond.
     return Bound(
         compute_ms=work.flops / flops_rate * 1e-6,
-        operands_ms=work.operand_bytes * _operand_time(work, ceilings) * 1e-6,
+        operands_ms=work.operand_bytes * _operand_time(work, peaks) * 1e-6,
         memory_ms=memory * 1e-6,
     )
 
 
-def _operand_time(work: Work, ceilings: Ceilings) -> float:
+def _operand_time(work: Work, peaks: Peaks) -> float:
     """Nanoseconds for each byte of operands, in the best of the tiles; see the docstring above."""
-    l1_ns, l2_ns = 1 / ceilings.l1_read_gbs, 1 / ceilings.l2_read_gbs
+    l1_ns, l2_ns = 1 / peaks.l1_read_gbs, 1 / peaks.l2_read_gbs
 
     def with_tile(vectors: int) -> float:
-        tile = work.features * vectors * ceilings.vector_bytes
-        share = min(1.0, ceilings.l1_size / max(tile, 1))
+        tile = work.features * vectors * peaks.vector_bytes
+        share = min(1.0, peaks.l1_size / max(tile, 1))
         weights = l1_ns / vectors if work.reads_weights else 0.0
         return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
 
     return min(with_tile(vectors) for vectors in TILE_VECTORS)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean of positive numbers; NaN of none."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan

@@ -1,4 +1,4 @@
-"""Times several ways of doing the same thing side by side, so that drift hits them all alike.
+"""Times several ways of doing the same thing side by side, so that drift affects all equally.
 
 The candidates take turns (ours, masked, dense, ..., ours, masked, ...): a machine that slows down,
 a neighbour that wakes up or a cache that is cold for one is so for all. A sample of a short call is
@@ -38,6 +38,15 @@ class Timing:
     samples: int
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How long the candidates of one product are timed; see `interleave`."""
+
+    seconds: float = 0.5
+    repeats: int | None = None
+    limit_s: float | None = None
+
+
 def summarize(samples_s: Iterable[float]) -> Timing:
     """Median and interquartile range of samples in seconds; one sample has no spread, 0."""
     ordered = sorted(samples_s)
@@ -75,6 +84,7 @@ def interleave(
     *,
     budget_s: float = 0.5,
     repeats: int | None = None,
+    limit_s: float | None = None,
     estimates: Mapping[str, float] | None = None,
     sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
@@ -87,6 +97,8 @@ def interleave(
             keeps its estimate), at most 101. A slow candidate sits out once it has used up an
             equal share of the time.
         repeats: take exactly so many samples of each instead.
+        limit_s: after this long no further round starts, even if some have fewer samples, at
+            least one, than `budget_s` would give them.
         estimates: what `estimate_s` said about these candidates, to not warm them up again.
         sampler: takes one sample; by default with the processor's clock.
     """
@@ -110,6 +122,8 @@ def interleave(
         for _ in range(repeats or MAX_SAMPLES):
             done = all(len(samples[name]) >= wanted[name] for name in turns)
             if done and (repeats or sum(spent.values()) >= budget_s):
+                break
+            if limit_s is not None and all(samples.values()) and sum(spent.values()) >= limit_s:
                 break
             for name, call in turns.items():
                 if len(samples[name]) >= wanted[name] and (repeats or spent[name] > share_s):

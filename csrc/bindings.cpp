@@ -223,21 +223,4 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                     heads(grad_q), heads(grad_k), heads(grad_v), pointer<void>(grad_sinks),
                     threads});
         });
-    module.def("keep_freed_memory", sk::keep_freed_memory);
-
-    module.def("measure_fma_gflops", [](const std::string& isa, int threads) {
-        return sk::table_for(isa).fma_gflops(threads);
-    });
-    module.def("measure_bf16_gflops", [](const std::string& isa, int threads) {
-        return sk::table_for(isa).bf16_gflops(threads);
-    });
-    module.def("measure_read_gbs", [](const std::string& isa, int threads, size_t bytes) {
-        return sk::table_for(isa).read_gbs(threads, bytes);
-    });
-    module.def("measure_write_gbs", [](const std::string& isa, int threads, size_t bytes) {
-        return sk::table_for(isa).write_gbs(threads, bytes);
-    });
-    module.def("measure_copy_gbs", [](const std::string& isa, int threads, size_t bytes) {
-        return sk::table_for(isa).copy_gbs(threads, bytes);
-    });
 }

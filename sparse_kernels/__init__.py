@@ -3,7 +3,6 @@
 from sparse_kernels.activation import abs_topk, gelu_abs_topk, rms_norm_abs_topk
 from sparse_kernels.attention import cached_attention, causal_attention
 from sparse_kernels.backends import available_backends, explain_backend
-from sparse_kernels.break_even import advise_dense, break_even_density
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear
@@ -15,9 +14,7 @@ __all__ = [
     "FanInLayout",
     "SparseLinear",
     "abs_topk",
-    "advise_dense",
     "available_backends",
-    "break_even_density",
     "cached_attention",
     "causal_attention",
     "densify_",

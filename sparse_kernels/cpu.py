@@ -63,17 +63,6 @@ def use_isa(name: str) -> Iterator[None]:
         _isa = before
 
 
-def keep_freed_memory() -> bool:
-    """Asks the C library to keep freed memory for the next tensor instead of returning it.
-
-    A tensor of tens of megabytes otherwise gets fresh pages from the system at every allocation,
-    and the page faults can take longer than the kernel that writes the tensor. Affects the whole
-    process, so the package never calls it by itself. Returns False where the C library has no such
-    setting (it is glibc's `mallopt`).
-    """
-    return bool(_extension.keep_freed_memory()) if _extension is not None else False
-
-
 def why_not(problem: Problem) -> str | None:
     """None if this backend can run `problem`, else a sentence that says why not."""
     if _missing is not None:

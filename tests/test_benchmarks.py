@@ -1,106 +1,111 @@
-"""The benchmarks run, say what they measured in the promised schema, and refuse bad options."""
+"""The numbers that the benchmarks print are those of the rows, and bad options are refused."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import baselines, matmul, problems, report, roofline, timing
-from benchmarks.processor import Processor
+from benchmarks import (
+    baselines,
+    cases,
+    devices,
+    matmul,
+    peers,
+    report,
+    roofline,
+    run,
+    tables,
+    timing,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = (
-    "device", "dtype", "M", "K", "N", "fan_in", "block", "density", "product", "backend",
-    "time_ms", "spread_ms", "masked_dense_ms", "dense_ms", "best_dense_ms", "best_dense_kind",
-    "torch_csr_ms", "bound_ms", "error", "torch_error",
-)  # fmt: skip
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-def run_matmul(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.matmul", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def step(**changes: object) -> dict[str, object]:
+    case = cases.Case(2048, 1024, 1024, 64)
+    row = run.describe_row(case, "step", "cpu", "cpu") | {"correct": True, "time_ms": 2.0}
+    row |= {"masked_dense_ms": 50.0, "best_dense_ms": 10.0, "best_dense_kind": "oneDNN fp32"}
+    return row | {"best_sparse_ms": 7.0, "best_sparse_kind": "SparseLab"} | changes
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("smoke")
-    done = run_matmul(
-        "--smoke", "--json", str(folder / "rows.json"), "--plot", str(folder / "plot.png")
+def test_sentences_are_computed_from_the_rows() -> None:
+    first, second = tables.sentences([step()])
+    assert first == (
+        "On this machine a training step of 1024->1024 with fan-in 64 (float32) is 25.0 times "
+        "faster than masked dense, 5.00 times faster than the best dense (oneDNN fp32) and "
+        "3.50 times faster than the best sparse peer (SparseLab)."
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    assert "No measured case was slower" in second
+    said = tables.sentences([step(), step(best_dense_ms=1.0)])[-1]
+    assert "1 of 2 cases" in said
+    assert "oneDNN fp32 is 2.00 times faster" in said
 
 
-def test_smoke_rows_keep_the_schema(smoke: tuple[Path, str]) -> None:
-    content = json.loads((smoke[0] / "rows.json").read_text())
-    assert content["complete"] is True
-    assert content["machine"]["command"].startswith("python -m benchmarks.matmul --smoke")
-    assert content["machine"]["ceilings"]["fma_gflops"] > 0
+def test_goals_compare_the_measured_ratio() -> None:
+    found = {name: (value, goal) for name, value, goal in tables.goals([step()])}
+    assert found["1024 -> 1024 fan_in 64 fp32 over masked dense"] == (25.0, 12.0)
+    assert found["1024 -> 1024 fan_in 64 fp32 over best dense (oneDNN fp32)"] == (5.0, 2.5)
+
+
+@pytest.mark.parametrize("product", cases.PRODUCTS)
+def test_peers_agree_with_ours_and_a_wrong_one_is_left_out(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = baselines.Operands.draw(cases.Case(40, 64, 48, 8))
+    ours = baselines.ours(operands, product, "reference")
+    found, wrong = peers.candidates(operands, product, ours)
+    assert wrong == []
+    assert "torch CSR" in found
+    monkeypatch.setattr(
+        peers,
+        "_torch_csr",
+        lambda *_: iter([("torch CSR", lambda: peers._expected(operands, product, ours) * 1.01)]),
+    )
+    found, wrong = peers.candidates(operands, product, ours)
+    assert "torch CSR" not in found
+    assert len(wrong) == 1
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_every_committed_result_prints(path: Path) -> None:
+    content = report.read_json(path)
+    assert report.text(content).count("\n") > 2
+
+
+def test_smoke_rows_are_complete_and_a_step_is_the_sum(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    words = ["--smoke", "--case", "M=33", "--json", str(path)]
+    assert matmul.main(words) == 0
+    content = json.loads(path.read_text())
+    assert content["complete"]
     rows = content["rows"]
-    assert len(rows) == 4 * len(problems.smoke_cases())
-    for row in rows:
-        assert set(SCHEMA) <= row.keys()
-        assert row["correct"]
-        for name in ("time_ms", "masked_dense_ms", "dense_ms", "best_dense_ms", "bound_ms"):
-            assert math.isfinite(row[name])
-            assert row[name] > 0
-        assert row["spread_ms"] >= 0
-        assert (row["torch_csr_ms"] is None) == (row["dtype"] == "bfloat16")
-        assert row["density"] == row["fan_in"] / row["K"]
-
-
-def test_smoke_step_is_the_sum_of_the_products(smoke: tuple[Path, str]) -> None:
-    rows = json.loads((smoke[0] / "rows.json").read_text())["rows"]
+    assert len(rows) == 4 * sum(case.tokens == 33 for case in cases.smoke_cases())
     for start in range(0, len(rows), 4):
-        *products, step = rows[start : start + 4]
-        assert [row["product"] for row in products] == list(problems.PRODUCTS)
-        assert step["product"] == "step"
-        for name in ("time_ms", "masked_dense_ms", "best_dense_ms", "bound_ms"):
-            assert step[name] == pytest.approx(sum(row[name] for row in products))
+        *products, total = rows[start : start + 4]
+        assert [row["product"] for row in products] == list(cases.PRODUCTS)
+        for name in ("time_ms", "masked_dense_ms", "best_dense_ms"):
+            if total[name] is not None:
+                assert total[name] == pytest.approx(sum(row[name] for row in products))
+        assert all(row["correct"] for row in rows)
 
 
-def test_smoke_prints_a_table_that_fits_and_a_plot(smoke: tuple[Path, str]) -> None:
-    folder, printed = smoke
-    for word in ("forward", "grad_input", "grad_weight", "step", "bfloat16", "16x16", "M=33"):
-        assert word in printed
-    assert max(len(line) for line in printed.splitlines()[1:]) <= 140
-    image = (folder / "plot.png").read_bytes()
-    assert image.startswith(b"\x89PNG")
-    assert len(image) > 10_000
-
-
-def test_report_fills_the_readme_section(smoke: tuple[Path, str], tmp_path: Path) -> None:
-    content = json.loads((smoke[0] / "rows.json").read_text())
-    content["rows"] = [{**row, "headline": True} for row in content["rows"]]
-    (tmp_path / "rows.json").write_text(json.dumps(content))
-    readme = tmp_path / "README.md"
-    begin, end = report.MARKS["cpu"]
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    words = [str(tmp_path / "rows.json"), "--update-readme", str(readme)]
-    assert report.main(words) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{end}\nafter\n")
-    assert "old" not in text
-    assert "| 33 | 64, 128, 16 | 16x1 | float32 |" in text
-    assert content["machine"]["command"] in text
-
-
-def test_report_refuses_a_readme_without_marks(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here\n")
-    with pytest.raises(ValueError, match="measured:begin"):
-        report.update_readme(readme, "table\n", "cpu")
-    assert readme.read_text() == "nothing here\n"
+def test_a_wrong_result_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = baselines.ours
+    monkeypatch.setattr(
+        run.baselines,
+        "ours",
+        lambda operands, product, backend: lambda: right(operands, product, backend)() * 1.01,
+    )
+    device = devices.Processor()
+    rows = run.measure_case(cases.smoke_cases()[-1], "reference", device, timing.Budget(repeats=1))
+    assert not any(row["correct"] for row in rows)
+    assert all(row["time_ms"] is None for row in rows)
+    assert "FAIL" in tables.case_line(rows)
 
 
 @pytest.mark.parametrize(
@@ -110,75 +115,45 @@ def test_report_refuses_a_readme_without_marks(tmp_path: Path) -> None:
         (["--json", "no/such/folder/rows.json"], "does not exist"),
         (["--json", "."], "is a directory"),
         (["--plot", "plot.pdf"], "does not end in .png"),
-        (["--filter", "1024"], "a shape looks like K,N"),
-        (["--filter", "3,5"], "no case is left"),
-        (["--block", "16"], "a block looks like 16x1"),
+        (["--case", "3->5"], "no case matches"),
         (["--dtype", "float16"], "have no float16"),
-        (["--dtype", "int8"], "invalid choice"),
         (["--threads", "0"], "needs a positive whole number"),
-        (["--repeats", "-1"], "expected one argument|needs a positive whole number"),
-        (["--backend", "cuda"], "cannot run here"),
         (["--backend", "abacus"], "--backend must be one of"),
     ],
 )
-def test_bad_options_are_refused_before_anything_runs(
+def test_bad_options_are_refused_in_one_sentence(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
         matmul.main(words)
     assert exit_info.value.code == 2
     printed = capsys.readouterr()
-    assert any(part in printed.err for part in message.split("|"))
-    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
 
 
-def test_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    # Samples enough that the later cases are still running when the first has been written.
-    words = ["--smoke", "--repeats", "100", "--json", str(path)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.matmul", *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # Where the tests themselves were started in the background, Ctrl-C would be ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=120)
-    assert process.returncode == matmul.INTERRUPTED, printed + errors
-    assert "interrupted after" in printed
-    assert "Traceback" not in errors
-    content = json.loads(path.read_text())
-    assert content["complete"] is False
-    assert len(content["rows"]) % 4 == 0
-    assert content["rows"]
+def test_marks_are_replaced_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("a\n<!-- measured:begin -->\nold\n<!-- measured:end -->\nb\n")
+    report.replace_between(path, "measured", "new")
+    assert path.read_text() == "a\n<!-- measured:begin -->\nnew\n<!-- measured:end -->\nb\n"
+    with pytest.raises(ValueError, match="measured-full:begin"):
+        report.replace_between(path, "measured-full", "new")
 
 
-def test_wrong_result_prints_fail_and_no_speed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = matmul.baselines.ours
-    monkeypatch.setattr(
-        matmul.baselines,
-        "ours",
-        lambda operands, product, backend: lambda: right(operands, product, backend)() * 1.01,
-    )
-    words = ["--smoke", "--tokens", "33", "--block", "16x16", "--backend", "reference"]
-    assert matmul.main(words) == 1
-    printed = capsys.readouterr().out
-    assert "4 of 4 rows are WRONG" in printed
-    (forward,) = (line for line in printed.splitlines() if " forward " in line)
-    assert "FAIL" in forward
-    assert "x " not in forward.partition("FAIL")[2]
+def test_tf32_is_put_back_and_gpu_bound_by_hand() -> None:
+    from benchmarks.gpu import device
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    with device.tf32(not before):
+        assert torch.backends.cuda.matmul.allow_tf32 is not before
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+    work = roofline.Work(flops=2e12, operand_bytes=0, read_bytes=10**9, write_bytes=10**9)
+    bound = device.bound(work, device.GpuPeaks({"bfloat16": 100.0}, 1000.0), "bfloat16")
+    assert (bound.compute_ms, bound.memory_ms) == (pytest.approx(20.0), pytest.approx(2.0))
 
 
-CEILINGS = roofline.Ceilings(
+PEAKS = roofline.Peaks(
     isa="made up",
     threads=1,
     vector_bytes=64,
@@ -194,10 +169,10 @@ CEILINGS = roofline.Ceilings(
 
 
 def test_bandwidth_is_never_below_that_of_a_larger_buffer() -> None:
-    assert roofline.bandwidth_gbs(CEILINGS.read_gbs, 10) == 100.0
-    assert roofline.bandwidth_gbs(CEILINGS.read_gbs, 99_999) == 100.0
-    assert roofline.bandwidth_gbs(CEILINGS.read_gbs, 100_000) == 20.0
-    assert roofline.bandwidth_gbs(CEILINGS.read_gbs, 10**12) == 20.0
+    assert roofline.bandwidth_gbs(PEAKS.read_gbs, 10) == 100.0
+    assert roofline.bandwidth_gbs(PEAKS.read_gbs, 99_999) == 100.0
+    assert roofline.bandwidth_gbs(PEAKS.read_gbs, 100_000) == 20.0
+    assert roofline.bandwidth_gbs(PEAKS.read_gbs, 10**12) == 20.0
 
 
 def test_work_and_bound_by_hand() -> None:
@@ -205,7 +180,7 @@ def test_work_and_bound_by_hand() -> None:
     # nnz = 160; X 1600 bytes, Y 800, values 640, 160 indices of 2 bytes.
     work = roofline.count_work("forward", **shape, block=(1, 1), element_bytes=4)
     assert work == roofline.Work(3200.0, 6400, 1600 + 640 + 320, 800, 1.0, True, 40)
-    bound = roofline.bound(work, CEILINGS, is_bf16=False)
+    bound = roofline.bound(work, PEAKS, is_bf16=False)
     assert bound.compute_ms == pytest.approx(3200 / 100e9 * 1e3)
     # Tiles of 2, 4, 8 and 16 vectors: all of the 40 features fit the first level, half of them,
     # a quarter, an eighth. A byte takes 1/200 ns from the first level and 1/100 from the second.
@@ -217,7 +192,7 @@ def test_work_and_bound_by_hand() -> None:
     assert bound.limit == "operands"
     assert bound.ms == bound.operands_ms
     assert bound.peak_ms == bound.memory_ms
-    faster = replace(CEILINGS, l1_read_gbs=2000.0, l2_read_gbs=1000.0)
+    faster = replace(PEAKS, l1_read_gbs=2000.0, l2_read_gbs=1000.0)
     bound = roofline.bound(work, faster, is_bf16=False)
     assert bound.operands_ms == pytest.approx(6400 * min(bytes_ns) * 1e-7)
     assert bound.limit == "memory"
@@ -230,25 +205,10 @@ def test_work_and_bound_by_hand() -> None:
     )
     assert work == roofline.Work(3200.0, 6400, 800 + 1200 + 320, 640, 1.0, False, 20)
     # 20 features of one vector fit the first level, and no weights are read.
-    bound = roofline.bound(work, CEILINGS, is_bf16=False)
+    bound = roofline.bound(work, PEAKS, is_bf16=False)
     assert bound.operands_ms == pytest.approx(6400 / 200e9 * 1e3)
     # bf16 may be widened: its bound uses the faster of the two multiply-adds.
-    assert roofline.bound(work, CEILINGS, is_bf16=True).compute_ms == pytest.approx(3.2e-5)
-
-
-def test_a_fraction_over_100_percent_is_called_wrong() -> None:
-    operands = baselines.Operands.draw(problems.Case(33, 64, 32, 8))
-    machine = Processor()
-    machine._ceilings = CEILINGS
-    row = matmul.measure_product(operands, "forward", "cpu", machine, budget_s=0.0, repeats=1)
-    for share, is_wrong in ((0.5, False), (1.2, True)):
-        row["bound_ms"] = share * row["time_ms"]
-        assert any("run again" in line for line in report.summary_lines([row])) is is_wrong
-
-
-def test_geometric_mean() -> None:
-    assert roofline.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    assert math.isnan(roofline.geometric_mean([]))
+    assert roofline.bound(work, PEAKS, is_bf16=True).compute_ms == pytest.approx(3.2e-5)
 
 
 def test_candidates_take_turns_and_slow_ones_keep_their_minimum() -> None:
@@ -277,39 +237,6 @@ def test_very_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatc
     assert timings["slow"] == timing.Timing(estimates["slow"] * 1e3, 0.0, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bf16_dense_is_left_out_only_where_it_is_slow(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operands = baselines.Operands.draw(problems.Case(40, 64, 32, 8, dtype=dtype))
-    monkeypatch.setattr(baselines, "BF16_MAX_SECONDS", 0.0)
-    monkeypatch.setattr(baselines, "BF16_SLOWER", 1e9)
-    assert baselines.why_no_bf16_dense(operands, "forward") is None
-    monkeypatch.setattr(baselines, "BF16_SLOWER", 0.0)
-    row = matmul.measure_product(operands, "forward", "cpu", Processor(), budget_s=0.0, repeats=1)
-    assert "not timed" in row["bf16_dense_note"]
-    assert "torch bf16" not in row["baselines"]
-    assert (row["dense_ms"] is None) == (row["masked_dense_ms"] is None) == (dtype == "bfloat16")
-    assert row["best_dense_ms"] > 0
-    step = matmul.sum_rows([row, row])
-    assert step["dense_ms"] is None if dtype == "bfloat16" else step["dense_ms"] > 0
-    assert any("not timed" in line for line in report.summary_lines([row]))
-
-
 def test_summarize_is_median_and_interquartile_range() -> None:
     assert timing.summarize([0.004, 0.001, 0.002, 0.003, 0.005]) == timing.Timing(3.0, 2.0, 5)
     assert timing.summarize([0.002]) == timing.Timing(2.0, 0.0, 1)
-
-
-def test_default_cases_hold_every_promise_once() -> None:
-    cases = problems.default_cases()
-    assert len(set(cases)) == len(cases)
-    for shape in problems.TARGETS:
-        for dtype in problems.CPU_DTYPES:
-            assert problems.Case(2048, *shape, dtype=dtype) in cases
-    assert {case.tokens for case in cases} == set(problems.TOKENS)
-    assert {case.block for case in cases} >= {(1, 1), (4, 1), (16, 1), (16, 16), (32, 32)}
-    assert set(cases) <= set(problems.full_cases())
-    for case in problems.full_cases():
-        assert case.fan_in % case.block[1] == 0
-        assert case.out_features % case.block[0] == 0

@@ -12,21 +12,20 @@ log, gpu-NAME-DAY.log. A step that fails does not stop those that do not need it
     build       the extensions, in place, with the CUDA kernels
     test        the tests on the GPU (pytest -m gpu)
     sanitize    compute-sanitizer over small shapes: memcheck, racecheck, synccheck
-    targets     python -m benchmarks.matmul --device cuda --part targets: the promised cases
-    others      python -m benchmarks.matmul --device cuda --part others
+    goals       python -m benchmarks.matmul --device cuda --goals: the cases with a goal
+    others      python -m benchmarks.matmul --device cuda --no-goals
     activation  python -m benchmarks.activation --device cuda
-    break_even  python -m benchmarks.break_even --device cuda
-    tune        the promised cases of Triton again, with the tiles that a search finds
+    tune        the cases with a goal on Triton again, with the tiles that a search finds
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+import tyro
 
 from benchmarks import report
-from benchmarks.gpu.machine import why_no_gpu
+from benchmarks.devices import why_not as why_no_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-STEPS = ("build", "test", "sanitize", "targets", "others", "activation", "break_even", "tune")
-INTERRUPTED = 130
+STEPS = ("build", "test", "sanitize", "goals", "others", "activation", "tune")
+PROGRAM = "python -m benchmarks.gpu"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plan(*, gpu_name: str, day: str, out: Path, smoke: bool, steps: Sequence[str
     def benchmark(step: str, module: str, *options: str, **environment: str) -> Command:
         name = module if module == step else f"{module}-{step}"
         path = out / f"{name}-{gpu_name}-{day}.json"
-        # There are no promised cases among the tiny ones.
+        # No tiny case has a goal.
         options = tiny or options
         words = (f"benchmarks.{module}", "--device", "cuda", *options, "--json", str(path))
         return Command(step, (python, "-m", *words), environment)
@@ -101,13 +101,12 @@ def plan(*, gpu_name: str, day: str, out: Path, smoke: bool, steps: Sequence[str
             )
             for tool in SANITIZERS
         ],
-        "targets": [benchmark("targets", "matmul", "--part", "targets")],
-        "others": [benchmark("others", "matmul", "--part", "others")],
+        "goals": [benchmark("goals", "matmul", "--goals")],
+        "others": [benchmark("others", "matmul", "--no-goals")],
         "activation": [benchmark("activation", "activation")],
-        "break_even": [benchmark("break_even", "break_even")],
         "tune": [
             benchmark(
-                "tune", "matmul", "--part", "targets", "--backend", "triton",
+                "tune", "matmul", "--goals", "--backend", "triton",
                 SPARSE_KERNELS_TRITON_TUNE="1",
             )
         ],
@@ -133,43 +132,30 @@ def run(command: Command, log: Path, limit_s: float) -> Outcome:
             text=True,
         ) as process:
             assert process.stdout is not None
-            deadline = _Deadline(process, limit_s)
+            is_late = threading.Event()
+
+            def stop() -> None:
+                is_late.set()
+                process.kill()
+
+            timer = threading.Timer(limit_s, stop)
+            timer.start()
             try:
-                with deadline:
-                    for line in process.stdout:
-                        print(line, end="", flush=True)
-                        print(line, end="", file=file, flush=True)
-                    process.wait()
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    print(line, end="", file=file, flush=True)
+                process.wait()
             except BaseException:
                 process.kill()
                 raise
+            finally:
+                timer.cancel()
         seconds = time.monotonic() - started
-        status = None if deadline.has_passed else process.returncode
+        status = None if is_late.is_set() else process.returncode
         ending = "out of time" if status is None else f"exit status {status}"
         for stream in (sys.stdout, file):
             print(f"<== {command.step}: {ending}, {seconds:.0f} s", file=stream, flush=True)
     return Outcome(command, status, seconds)
-
-
-class _Deadline:
-    """Kills a process when its time is up."""
-
-    def __init__(self, process: subprocess.Popen[str], limit_s: float) -> None:
-        from threading import Timer
-
-        self.has_passed = False
-        self._process = process
-        self._timer = Timer(limit_s, self._kill)
-
-    def _kill(self) -> None:
-        self.has_passed = True
-        self._process.kill()
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
 
 
 def why_not(command: Command, failed: Sequence[str]) -> str | None:
@@ -187,34 +173,35 @@ def short_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", metavar="STEP,...", help=f"some of {', '.join(STEPS)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--minutes", type=float, default=60.0, help="the most that a command gets")
-    parser.add_argument("--commit", help="what the results name, where the checkout has no git")
-    return parser
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    only: str = ",".join(STEPS)
+    """Some of the steps, with commas between them."""
+    out: Path = ROOT / "benchmarks" / "results"
+    """The folder of the results and the log."""
+    smoke: bool = False
+    """Tiny shapes."""
+    minutes: float = 60.0
+    """The longest that a command may take."""
+    commit: str | None = None
+    """What the results name, where the checkout has no git."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    steps = STEPS if options.only is None else tuple(options.only.split(","))
+    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=arguments)
+    steps = options.only.split(",")
     unknown = [step for step in steps if step not in STEPS]
     if unknown:
-        parser.error(f"--only: no step is called {unknown[0]!r}, there are {', '.join(STEPS)}")
+        report.refuse(
+            PROGRAM, f"--only: no step is called {unknown[0]!r}; there are {', '.join(STEPS)}"
+        )
     if not options.minutes > 0:
-        parser.error(f"--minutes must be positive, got {options.minutes}")
-    reason = why_no_gpu()
-    if reason is not None:
-        parser.error(f"this needs a GPU: {reason}")
+        report.refuse(PROGRAM, f"--minutes must be positive, got {options.minutes}")
+    if reason := why_no_device("cuda"):
+        report.refuse(PROGRAM, f"this needs a GPU: {reason}")
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     if options.commit:
@@ -240,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines.append(f"{verdict}  {command.step:<11} {outcome.seconds:5.0f} s")
     except KeyboardInterrupt:
         lines.append("interrupted")
-        return INTERRUPTED
+        return report.INTERRUPTED
     finally:
         with log.open("a") as file:
             for stream in (sys.stdout, file):

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu.machine import why_no_gpu
-from benchmarks.problems import DTYPES, PRODUCTS
+from benchmarks.cases import DTYPES, PRODUCTS
+from benchmarks.devices import why_not
 from sparse_kernels import backends, ops, reference
 from sparse_kernels.layout import Problem
 from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
@@ -86,7 +86,7 @@ def wrong_topk(device: str, names: tuple[str, ...]) -> Iterator[str]:
 
 def main() -> int:
     """Runs everything; returns the exit status."""
-    reason = why_no_gpu()
+    reason = why_not("cuda")
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2

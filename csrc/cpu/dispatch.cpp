@@ -1,13 +1,9 @@
 #include "dispatch.h"
 
 #include <cstdlib>
-#include <limits>
 #include <new>
 #include <stdexcept>
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -97,15 +93,6 @@ const KernelTable& table_for(const std::string& name) {
         if (name == isa.name && isa.usable()) return isa.table();
     }
     throw std::invalid_argument("isa is '" + name + "'; this machine can run: " + usable_names());
-}
-
-bool keep_freed_memory() {
-#if defined(__GLIBC__)
-    constexpr int kNever = std::numeric_limits<int>::max();
-    return mallopt(M_MMAP_THRESHOLD, kNever) && mallopt(M_TRIM_THRESHOLD, kNever);
-#else
-    return false;
-#endif
 }
 
 namespace {

@@ -137,11 +137,6 @@ struct KernelTable {
     void (*norm_abs_topk_backward[kDTypes])(const NormAbsTopkBackwardArguments&);
     void (*attention[kDTypes])(const AttentionArguments&);
     void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
-    double (*fma_gflops)(int threads);
-    double (*bf16_gflops)(int threads);
-    double (*read_gbs)(int threads, size_t bytes);
-    double (*write_gbs)(int threads, size_t bytes);
-    double (*copy_gbs)(int threads, size_t bytes);
 };
 
 // The instruction sets that were built and that this processor has, lowest first.
@@ -150,9 +145,5 @@ std::vector<std::string> usable_isas();
 std::string default_isa();
 // Throws std::invalid_argument for a name that is not in usable_isas().
 const KernelTable& table_for(const std::string& isa);
-
-// Asks the C library to keep freed memory for the next allocation; false where it has no such
-// setting.
-bool keep_freed_memory();
 
 }  // namespace sk

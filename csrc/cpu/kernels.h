@@ -1,7 +1,6 @@
 // Fills the dispatch table's row for the instruction set that this translation unit is compiled
 // for. Each isa_*.cpp defines SK_ISA_TABLE, the name of its function, and includes this file.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +24,6 @@
 
 namespace sk {
 namespace {
-#include "ceilings.h"
 
 template <class T>
 GatherProblem<T> gather_problem(const GatherArguments& arguments) {
@@ -182,11 +180,6 @@ const KernelTable& SK_ISA_TABLE() {
         {run_attention<float>, run_attention<Bf16>, run_attention<double>},
         {run_attention_backward<float>, run_attention_backward<Bf16>,
          run_attention_backward<double>},
-        measure_fma_gflops,
-        measure_bf16_gflops,
-        measure_read_gbs,
-        measure_write_gbs,
-        measure_copy_gbs,
     };
     return table;
 }

@@ -1,11 +1,9 @@
-// What this machine can do at most, for the roofline bounds of the benchmarks: multiply-adds per
-// second, and bytes per second from a buffer of a given size. Every function returns the best of
-// several short runs, since a ceiling that is measured too low would flatter the kernels.
+// Peaks of this machine for the roofline bounds of the benchmarks: multiply-adds per second, and
+// bytes per second from a buffer of a given size. Every function returns the best of several short
+// runs, since a peak that is measured too low would flatter the kernels.
 //
-// Included by each isa_*.cpp inside its own namespace, so that the vectors are as wide as that
-// instruction set allows. The standard headers below must therefore have been included by that file
-// before it opens the namespace.
-#pragma once
+// benchmarks/peaks.py compiles this file for one instruction set at its first use and loads it with
+// ctypes. It is in no wheel.
 
 #include <algorithm>
 #include <chrono>
@@ -21,7 +19,8 @@
 #include <immintrin.h>
 #endif
 
-namespace ceilings {
+namespace {
+
 
 #if defined(__AVX512F__)
 constexpr std::size_t kVecBytes = 64;
@@ -65,7 +64,7 @@ double best_seconds(int threads, int runs, const Body& body) {
     return best;
 }
 
-// Without OpenMP the kernels run on one thread, and so do their ceilings.
+// Without OpenMP the kernels run on one thread, and so do their peaks.
 inline int usable_threads(int threads) {
 #if defined(_OPENMP)
     return std::max(1, threads);
@@ -251,10 +250,12 @@ inline double measure_copy_gbs(int threads, std::size_t bytes) {
                     measure_copy_once<true>(threads, bytes));
 }
 
-}  // namespace ceilings
+}  // namespace
 
-using ceilings::measure_bf16_gflops;
-using ceilings::measure_copy_gbs;
-using ceilings::measure_fma_gflops;
-using ceilings::measure_read_gbs;
-using ceilings::measure_write_gbs;
+extern "C" {
+double peaks_fma_gflops(int threads) { return measure_fma_gflops(threads); }
+double peaks_bf16_gflops(int threads) { return measure_bf16_gflops(threads); }
+double peaks_read_gbs(int threads, std::size_t bytes) { return measure_read_gbs(threads, bytes); }
+double peaks_write_gbs(int threads, std::size_t bytes) { return measure_write_gbs(threads, bytes); }
+double peaks_copy_gbs(int threads, std::size_t bytes) { return measure_copy_gbs(threads, bytes); }
+}
