@@ -148,7 +148,7 @@ def test_result_file_of_an_earlier_version_fills_a_document(
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--json", "/no/such/folder/x.json"], "--json: the folder /no/such/folder does not exist"),
         (["--plot", "plot.jpg"], "--plot: the plot is a PNG"),
-        (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
+        (["--device", "tpu"], "--device tpu: it must be one of cpu, cuda, got 'tpu'"),
         (["--part", "l1"], "--part must be one of default, l0, width, all; got l1"),
         (["--update", "README.md"], "--update needs --from FILE"),
         (["--from", "/no/such/file.json"], "--from: cannot read /no/such/file.json"),
