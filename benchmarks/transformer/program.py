@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from benchmarks import report
+from benchmarks import devices, report
 from benchmarks.transformer import results
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
@@ -71,9 +71,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     reason = why_not(benchmark, options)
     if reason is not None:
         report.refuse(f"python -m benchmarks.{benchmark.name}", reason)
-    if options.source is not None:
-        return show(options)
     try:
+        if options.source is not None:
+            return show(options)
         return run(benchmark, options, words)
     except KeyboardInterrupt:
         print("interrupted: --json holds the groups that were complete", file=sys.stderr)
@@ -96,10 +96,8 @@ def why_not(benchmark: Benchmark, options: Options) -> str | None:
     if options.source is not None:
         reason = _why_no_results(options.source)
         return None if reason is None else f"--from: {reason}"
-    if options.device not in ("cpu", "cuda"):
-        return f"--device must be cpu or cuda, got {options.device}"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: torch sees no GPU here"
+    if reason := devices.why_not(options.device):
+        return f"--device {options.device}: {reason}"
     if options.device == "cpu" and not cpu.isas():
         return "the C++ extension is missing: build it with `pip install .`"
     return None
@@ -121,8 +119,7 @@ def run(benchmark: Benchmark, options: Options, words: Sequence[str]) -> int:
         torch.set_num_threads(options.threads)
     kept = keep_freed_memory()
     command = ["-m", f"benchmarks.{benchmark.name}", *words]
-    machine = report.describe_machine(command, isa=cpu.isa() if cpu.isas() else None, peaks=None)
-    machine |= {"keeps_freed_memory": kept}
+    machine = devices.connect(options.device).describe(command) | {"keeps_freed_memory": kept}
     print(report.machine_line(machine), flush=True)
     parts = benchmark.parts if "all" in options.part else options.part or benchmark.default
     rows: list[dict[str, Any]] = []
@@ -147,6 +144,9 @@ def show(options: Options) -> int:
         results.draw(content["rows"], options.plot, report.machine_line(content["machine"]))
     if options.update is not None:
         for mark, table in results.markdown(content).items():
-            report.replace_between(options.update, mark, table)
+            try:
+                report.replace_between(options.update, mark, table)
+            except (OSError, ValueError) as error:
+                report.refuse("--update", str(error))
     print(report.machine_line(content["machine"]), "", results.text(content), sep="\n")
     return 0

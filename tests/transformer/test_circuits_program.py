@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_model import make
 
-from benchmarks import circuits as benchmark
+from benchmarks.experiments import circuits as benchmark
 from sparse_transformer import ModelConfig, checkpoint, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
@@ -187,7 +187,7 @@ def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkey
     shown = capsys.readouterr().out
     content = json.loads(file.read_text())
     (row,) = content["rows"]
-    assert "benchmarks.circuits" in content["machine"]["command"]
+    assert "benchmarks.experiments.circuits" in content["machine"]["command"]
     assert row["training"]["val_loss"] == 5.5
     assert row["scores"][TASK]["pairs"] == 8
     assert row["circuits"][TASK]["sizes"]["cut"][1] >= 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quality
-from benchmarks.quality import SUITES, Run, difference, main, sooner
+from benchmarks.experiments import quality
+from benchmarks.experiments.quality import SUITES, Run, difference, main, sooner
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     words = ["--smoke", "--json", str(path)]
@@ -87,6 +88,8 @@ def test_sooner_counts_seconds_to_the_released_loss() -> None:
 def test_quality_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"machine": {}, "rows": [{}]}')
-    assert main(["--smoke", "--json", str(path)]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["--smoke", "--json", str(path)])
+    assert stopped.value.code == 2
     assert "another benchmark" in capsys.readouterr().err
     assert path.read_text() == '{"machine": {}, "rows": [{}]}'
