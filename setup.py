@@ -23,8 +23,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 # No rule of arithmetic is relaxed, except that multiply and add may fuse.
 FLAGS = ["-std=c++17", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# -O3 would add compile time and no speed: the kernels are written with vectors.
-FLAGS += ["-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2"
 # Lowest first: csrc/cpu/isa_<name>.cpp, its flags, and a function that needs them.
 INSTRUCTION_SETS = [
@@ -39,7 +38,6 @@ INSTRUCTION_SETS = [
 ]
 # And a program that needs each.
 OPTIONAL_FLAGS = {
-    "-fvect-cost-model=dynamic": "int main() {}",
     "-fopenmp": "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }",
 }
 COMPILE_RULE = """rule run
