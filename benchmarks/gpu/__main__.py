@@ -88,7 +88,7 @@ def plan(*, gpu_name: str, day: str, out: Path, smoke: bool, steps: Sequence[str
             )
         ],
         "test": [
-            Command("test", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"))
+            Command("test", (python, "-m", "pytest", "-q", "-o", "addopts=-ra", "-m", "gpu"))
         ],
         "sanitize": [
             Command(
