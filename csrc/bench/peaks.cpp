@@ -21,7 +21,6 @@
 
 namespace {
 
-
 #if defined(__AVX512F__)
 constexpr std::size_t kVecBytes = 64;
 #elif defined(__AVX__)
