@@ -122,8 +122,8 @@ def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
             "no circuit can have 0.01 to spare",
         ),
         (["--task", TASK, "--target", "0"], "--target must be above 0"),
-        ([], "--task NAME for one, or --all"),
-        (["--task", TASK, "--all"], "--task NAME for one, or --all"),
+        ([], "use --task NAME or --all"),
+        (["--task", TASK, "--all"], "use --task NAME or --all"),
         (["--task", TASK, "--step", "99"], "no checkpoint of step 99"),
     ],
 )

@@ -340,7 +340,7 @@ def test_what_a_digraph_cannot_hold_is_refused():
         picture.to_networkx(twice)
     with pytest.raises(ValueError, match="more than one node token:5"):
         picture.to_networkx(dataclasses.replace(circuit, nodes=circuit.nodes + circuit.nodes))
-    with pytest.raises(UserError, match="no circuit"):
+    with pytest.raises(UserError, match="cannot read the circuit"):
         picture.from_networkx(nx.DiGraph())
 
 

@@ -389,7 +389,9 @@ def test_activations_are_shown_at_each_token(run, capsys, tmp_path):
     wanted[-1] += 3
     assert value["after"] == pytest.approx(wanted, abs=1e-5)
     assert f"{wanted[-1] - 3:.3f} -> {wanted[-1]:.3f}" in text
-    # Of many nodes the most active ones.
+    # Of many nodes the most active ones, where nothing is changed.
+    _, report = ran(run, capsys, tmp_path, "--prompt", PROMPT, "--show", "0.mlp.post_act")
+    (shown,) = report["activations"]
     strength = seen["0.mlp.post_act"][0].abs().amax(0)
     channels = {int(node.split(":")[1]) for node in shown["nodes"] if "post_act" in node}
     assert len(channels) == 8

@@ -63,7 +63,9 @@ def test_more_pairs_than_there_are_is_an_error(tmp_path, capsys, monkeypatch):
     few = iter(TASKS["with_as"].drafts("train"))
     monkeypatch.setattr(program, "islice", lambda drafts, count: [next(few) for _ in range(7)])
     assert program.main(["with_as", "--out", str(tmp_path), "--pairs", "8"]) == 2
-    assert "has only 7 different pairs for train: ask for no more" in capsys.readouterr().err
+    assert (
+        "has only 7 different pairs for training: use a smaller --pairs" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
