@@ -42,9 +42,12 @@ def grown_mb(program):
     return float(done.stdout)
 
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="reads /proc, which only Linux has"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="reads /proc, which only Linux has"
+    ),
+]
 
 TRAIN = """
 torch.manual_seed(0)
