@@ -28,7 +28,7 @@ sk::DType dtype_from(const std::string& name) {
 }
 
 // A kernel's arguments, read from left to right. pybind11 would convert them as well, but compiles
-// its conversion again for each list of types: half a minute for these kernels.
+// its conversion again for each list of types, which makes the build slower.
 class Arguments {
     py::tuple items_;
     size_t next_ = 0;
