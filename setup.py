@@ -196,7 +196,8 @@ class BuildExtension(build_ext):
         folder = ROOT / "build" / tag
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(lines))
-        run = [f"{ninja.BIN_DIR}/ninja", "-C", str(folder)]
+        # An isolated build has it on the PATH only; a Python that was not activated beside itself.
+        run = [shutil.which("ninja") or f"{ninja.BIN_DIR}/ninja", "-C", str(folder)]
         run += ["-j", str(self.parallel or os.cpu_count() or 1)]
         target = os.environ.get("MACOSX_DEPLOYMENT_TARGET")
         target = target or str(sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "")
