@@ -589,9 +589,8 @@ def run_sanitized(arguments, **more):
 def test_kernels_stay_in_bounds():
     """The tests above that are quick, again under AddressSanitizer and UBSan."""
     chosen = "match_dense or stable_sort or masked_gradient"
-    done = run_sanitized(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    )
+    options = ["-q", "-x", "-n", "0", "-m", "slow", "-p", "no:cacheprovider", "-k", chosen]
+    done = run_sanitized(["-m", "pytest", *options, __file__])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -608,6 +607,6 @@ print("in bounds")
 broken.run_neighbour(out.data_ptr(), True, 1)
 print("not found")
 """
-    done = run_sanitized(["-c", program])
+    done = run_sanitized(["-u", "-c", program])  # what is buffered is lost when it aborts
     assert done.stdout.strip() == "in bounds", done.stderr
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
