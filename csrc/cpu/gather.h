@@ -322,9 +322,9 @@ __attribute__((noinline)) void dot_rows(const WeightLists<T>& weights, int64_t f
                 return i % 2 == 0 ? lower : without<C>(pairs[i / 2], lower);
             });
         } else {  // past the end, the last row again, so that every sum is taken in the same order
-            sums = sum_each<C>([&](auto i) __attribute__((always_inline)) {
-                return row(std::min(r + i, last - 1));
-            });
+            Vec<C> each[kN];
+            for (int i = 0; i < kN; ++i) each[i] = row(std::min(r + i, last - 1));
+            sums = sum_each<C>([&](auto i) __attribute__((always_inline)) { return each[i]; });
         }
         if (r + kN <= last) {
             if (bias) sums += load_user(bias + r);
