@@ -35,7 +35,7 @@ Tap = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes a model but its weights. The defaults are the small published recipe.
+    """The architecture of a model. The defaults are the small model of the published recipe.
 
     Raises:
         ValueError: a value that does not fit; the message names it.
@@ -49,23 +49,23 @@ class ModelConfig:
     n_head: int | None = None  # None: d_model / d_head
     d_mlp: int | None = None  # None: 4 d_model
     activation: str = "gelu"  # gelu (exact, as released) | gelu_tanh | relu
-    active: float | None = 0.25  # AbsTopK keeps this share, rounded down; None: no AbsTopK
+    active: float | None = 0.25  # share kept by AbsTopK, rounded down; None: no AbsTopK
     active_places: tuple[str, ...] = PLACES
     linear: str = "sparse"  # sparse | masked_dense | dense
-    density: float = 1 / 64  # of the four matrices of a block, at the end of training
-    embedding_density: float = 1 / 16  # of embedding and unembedding
-    min_nonzeros: int = 4  # least fan-in of what reads, least fan-out of what writes
-    writers: str = "fan_out"  # sparse: each input of attn.out and mlp.down feeds as many; fan_in
-    fans: Mapping[str, int] | None = None  # final fans by layer, where density does not say it
+    density: float = 1 / 64  # final density of the four matrices of a block
+    embedding_density: float = 1 / 16  # final density of embedding and unembedding
+    min_nonzeros: int = 4  # minimum fan-in, or fan-out for attn.out and mlp.down
+    writers: str = "fan_out"  # layout of attn.out and mlp.down: fan_out | fan_in
+    fans: Mapping[str, int] | None = None  # final fan by layer name; overrides density
     sinks: bool = True
     bigram: bool = True
-    bias: bool = True  # of all linears but the unembedding
-    positions: int = 0  # learned channels beside the residual stream, which blocks only read
+    bias: bool = True  # biases of all linear layers except the unembedding
+    positions: int = 0  # learned position channels, concatenated to the residual stream, read-only
     added_positions: bool = False  # GPT-2's learned positions, added to the embedding
-    tied: bool = False  # the unembedding is the embedding
-    logits_bias: bool = False  # a constant (V,) added to the logits, which some releases have
+    tied: bool = False  # unembedding and embedding share their weights
+    logits_bias: bool = False  # a learned bias (V,) of the logits, as in some released models
     abs_topk: str = "kernel"  # kernel (sparse_kernels.abs_topk) | torch (topk + scatter, released)
-    backend: str | None = None  # of sparse_kernels; None: the fastest that can run it
+    backend: str | None = None  # backend of sparse_kernels; None: the fastest available
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))

@@ -22,13 +22,13 @@ _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The published constants; `learning_rate` is the published example at d_model 1024."""
+    """AdamW with the published constants; the learning rate is that of d_model 1024."""
 
     learning_rate: float = 1.28e-2
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
-    eps: float = 0.1  # not a slip: against gradients whose RMS is 1
+    eps: float = 0.1  # large, because gradients are normalized to RMS 1
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -73,7 +73,7 @@ def normalize_gradients_(parameters: Iterable[Tensor], *, clip_only: bool) -> fl
     small) weighs more in the mean of the sparse one, so that its weights' gradients come out larger
     after the division. Adam divides that out, up to eps.
 
-    A RMS that is not finite leaves the gradients as they are: the caller is to stop.
+    If the RMS is not finite the gradients are left unchanged; the caller must stop.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     count = sum(grad.numel() for grad in grads)

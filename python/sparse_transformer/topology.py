@@ -1,4 +1,4 @@
-"""Which connections exist, over a training run: annealed fans, and rewiring by sampled gradients.
+"""Changes of the pattern during training: annealed fan-in, rewiring by sampled gradients.
 
 The published recipe anneals the density of a dense matrix and lets weights compete in it. Here a
 dense matrix never exists. Every sparse layer starts with a multiple of its final fan, and every
@@ -32,18 +32,18 @@ import sparse_kernels as sk
 
 @dataclass(frozen=True)
 class TopologyConfig:
-    """How connections come and go.
+    """When and how the pattern of sparse weights changes during training.
 
-    A static random pattern is `start_multiple=1, drop_share=0`.
+    `start_multiple=1, drop_share=0` keeps the initial random pattern.
     """
 
-    start_multiple: float = 8.0  # fans at the start over fans at the end, capped at dense
-    anneal_share: float = 0.5  # share of the run over which the fans go linearly to their end
-    period: int = 20  # steps between changes
-    stop_share: float = 0.75  # share of the run after which nothing changes any more
-    drop_share: float = 0.3  # of each row's connections, replaced at a change; decays as a cosine
-    candidates: float = 0.06  # of a row's columns, sampled; at least twice as many as are to grow
-    grow: str = "gradient"  # or "random": any of the candidates, the control
+    start_multiple: float = 8.0  # initial fan-in over final fan-in, at most dense
+    anneal_share: float = 0.5  # share of the run in which the fan-in falls linearly
+    period: int = 20  # steps between changes of the pattern
+    stop_share: float = 0.75  # share of the run after which the pattern no longer changes
+    drop_share: float = 0.3  # share of each row replaced at a change, with cosine decay
+    candidates: float = 0.06  # share of columns sampled per row; at least twice those that grow
+    grow: str = "gradient"  # "gradient": candidates with the largest; "random": any (control)
     seed: int = 0
 
     def __post_init__(self) -> None:

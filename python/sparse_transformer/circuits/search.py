@@ -27,15 +27,16 @@ from sparse_transformer.circuits.prune import Cut, cut
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to search; whichever ends first.
+    """The limits of a search for a circuit; it stops at the first that it reaches.
 
     Attributes:
-        trials: in all, those of an interrupted search included.
-        together: how many are trained in the same forwards.
-        seconds: no new ones are begun after that.
-        steps, pairs: of the training of a mask; see `PruneConfig`.
-        finalists: how many of the best are refined.
-        refine_seconds: after which taking single nodes and edges away ends, for each.
+        trials: number of trials, including those of an interrupted search.
+        together: trials trained in one batch.
+        seconds: time after which no trial starts.
+        steps: training steps of a mask.
+        pairs: prompt pairs per training step.
+        finalists: number of best trials that are refined by removing single nodes and edges.
+        refine_seconds: time limit of the refinement of each.
     """
 
     trials: int = 8
