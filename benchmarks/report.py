@@ -39,6 +39,7 @@ Item = TypeVar("Item")
 # "measured"; and, if it draws a plot, `draw(rows, path, title)`.
 VIEWS = {
     "matmul": "benchmarks.tables",
+    "activation": "benchmarks.tables",
     "training": "benchmarks.transformer.results",
     "inference": "benchmarks.transformer.results",
 }
