@@ -8,9 +8,7 @@ conversion is timed. Only `masked dense` is what people run today.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +29,6 @@ PROBED_FEATURES = 256
 # Rows of the result that are compared: enough to meet every tile, few enough for float64.
 CHECKED_ROWS = 64
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-T = TypeVar("T")
 
 
 class Rival:
@@ -102,8 +99,9 @@ def ours(operands: Operands, product: str, backend: str) -> Candidate:
     return calls[product]
 
 
-def under(call: Candidate, get: Callable[[], T], put: Callable[[T], object], value: T) -> Candidate:
-    """The same call, with one of torch's global settings at `value` while it runs."""
+def under(call: Candidate, setting: str, value: int | str) -> Candidate:
+    """The same call, with `torch.set_<setting>(value)` while it runs."""
+    get, put = getattr(torch, f"get_{setting}"), getattr(torch, f"set_{setting}")
 
     def run() -> None:
         before = get()
@@ -116,15 +114,9 @@ def under(call: Candidate, get: Callable[[], T], put: Callable[[T], object], val
     return run
 
 
-def on_one_thread(call: Candidate) -> Candidate:
-    """The same call, with torch on one thread while it runs."""
-    return under(call, torch.get_num_threads, torch.set_num_threads, 1)
-
-
 def with_precision(call: Candidate, precision: str) -> Candidate:
     """fp32 in and out; "medium" multiplies in bf16, on a GPU "high" in tf32, "highest" in fp32."""
-    get, put = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    return under(call, get, put, precision)
+    return under(call, "float32_matmul_precision", precision)
 
 
 def masked_dense(operands: Operands, product: str) -> Candidate:
@@ -143,22 +135,26 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     return calls[product]
 
 
-def _plain(product: str, x: Tensor, grad: Tensor, weight: Tensor) -> Candidate:
+def dense(
+    operands: Operands,
+    product: str,
+    dtype: torch.dtype,
+    tokens: slice = slice(None),
+    outputs: slice = slice(None),
+) -> Candidate:
+    """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
+
+    Times the same multiplications whatever the values are, so the masked operands serve. `tokens`
+    and `outputs` make the product smaller.
+    """
+    x, grad = operands.x[tokens].to(dtype), operands.grad_output[tokens, outputs].to(dtype)
+    weight = operands.weight[outputs].to(dtype)
     calls: dict[str, Candidate] = {
         "forward": lambda: functional.linear(x, weight),
         "grad_input": lambda: grad @ weight,
         "grad_weight": lambda: grad.t() @ x,
     }
     return calls[product]
-
-
-def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
-    """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
-
-    Times the same multiplications whatever the values are, so the masked operands serve.
-    """
-    tensors = (operands.x, operands.grad_output, operands.weight)
-    return _plain(product, *(tensor.to(dtype) for tensor in tensors))
 
 
 def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
@@ -168,13 +164,12 @@ def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
     slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it
     must also be several times slower than fp32: what is left out can never be the best dense.
     """
-    few = slice(PROBED_TOKENS)
-    outputs = slice(PROBED_FEATURES)
-    tensors = (operands.x[few], operands.grad_output[few, outputs], operands.weight[outputs])
-    share = len(tensors[0]) * len(tensors[2]) / (operands.case.tokens * len(operands.weight))
+    part = slice(PROBED_TOKENS), slice(PROBED_FEATURES)
+    tokens, outputs = operands.grad_output.shape
+    share = min(1, PROBED_TOKENS / tokens) * min(1, PROBED_FEATURES / outputs)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        call = _plain(product, *(tensor.to(dtype) for tensor in tensors))
+        call = dense(operands, product, dtype, *part)
         call()
         seconds[dtype] = sample_s(call) / share
     bf16 = seconds[torch.bfloat16]

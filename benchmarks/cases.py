@@ -226,30 +226,19 @@ def gpu_cases() -> list[Case]:
     return _grouped(cases)
 
 
-def gpu_full_cases() -> list[Case]:
-    """Every layer of every width at every density, 16384 tokens and one, in bfloat16."""
-    cases = gpu_cases()
-    for _, shape in published_layers():
-        for side, tokens in every((1, 16, 32, 64, 128), (1, GPU_TOKENS)):
-            if shape[2] % side == 0:
-                cases.append(Case(tokens, *shape, (side, side), "bfloat16"))
-    return _grouped(cases)
-
-
 def gpu_smoke_cases() -> list[Case]:
     """Tiny: every kind of case on a GPU in seconds."""
-    cases = [Case(33, 64, 128, 8, dtype=dtype) for dtype in DTYPES]
-    cases += [Case(33, 64, 128, 32, block, "bfloat16") for block in ((16, 1), (16, 16), (32, 32))]
-    return [*cases, Case(1, 64, 128, 8, dtype="bfloat16")]
+    cases = [Case(tokens, 64, 128, 8, dtype=dtype) for tokens in (1, 33) for dtype in DTYPES]
+    blocks = ((16, 1), (16, 16), (32, 32))
+    return cases + [Case(33, 64, 128, 32, block, "bfloat16") for block in blocks]
 
 
 def matmul_cases(device: str, size: str) -> list[Case]:
     """The cases of `benchmarks.matmul`; `size` is "smoke", "default", "wide" or "full"."""
-    sizes = {
-        "cpu": (smoke_cases, default_cases, wide_cases, full_cases),
-        "cuda": (gpu_smoke_cases, gpu_cases, gpu_cases, gpu_full_cases),
-    }
-    return sizes[device][("smoke", "default", "wide", "full").index(size)]()
+    if device == "cuda":
+        return gpu_smoke_cases() if size == "smoke" else gpu_cases()
+    functions = {"smoke": smoke_cases, "default": default_cases, "wide": wide_cases}
+    return functions.get(size, full_cases)()
 
 
 def topk_cases(device: str, size: str) -> list[TopkCase]:

@@ -60,7 +60,7 @@ def rivals(operands: Operands, product: str, ours: Candidate) -> tuple[Rivals, d
             found["compiled masked"] = Rival(compiled, "compiled_masked")
     if case.has_goal and not is_bf16 and not on_gpu and torch.get_num_threads() > 1:
         # Not next to ours, which would find its operands in the caches.
-        found["one thread"] = Rival(baselines.on_one_thread(ours), "one_thread")
+        found["one thread"] = Rival(baselines.under(ours, "num_threads", 1), "one_thread")
     found |= baselines.dense_rivals(operands, product, bf16=no_bf16 is None)
     sparse, why_no_peer = peers.rivals(operands, product, ours)
     if why_no_peer is not None:

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,8 +176,6 @@ def _sparselab(operands: Operands, product: str) -> Built:
 def _mkl(operands: Operands, product: str) -> Built:
     if product == "grad_weight" or importlib.util.find_spec("sparse_dot_mkl") is None:
         return
-    import scipy.sparse
-
     libraries = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
     if libraries:
         os.environ.setdefault("MKL_RT", libraries[0])
@@ -184,9 +183,7 @@ def _mkl(operands: Operands, product: str) -> Built:
         from sparse_dot_mkl import dot_product_mkl
     except (ImportError, OSError):
         return
-    dense, activations = _sides(operands, product)
-    matrix = scipy.sparse.csr_matrix(dense.numpy())
-    right = activations.t().contiguous().numpy()
+    matrix, right = _scipy_operands(operands, product)
     multiply: Callable[..., object] = dot_product_mkl
     yield "MKL", lambda: torch.as_tensor(multiply(matrix, right)).t()
 
@@ -194,9 +191,13 @@ def _mkl(operands: Operands, product: str) -> Built:
 def _scipy(operands: Operands, product: str) -> Built:
     if product == "grad_weight" or importlib.util.find_spec("scipy") is None:
         return
+    matrix, right = _scipy_operands(operands, product)
+    yield "scipy", lambda: (matrix @ right).T
+
+
+def _scipy_operands(operands: Operands, product: str) -> tuple[Any, Any]:
+    """The matrix as scipy's CSR, and the activations feature-major."""
     import scipy.sparse
 
     dense, activations = _sides(operands, product)
-    matrix = scipy.sparse.csr_matrix(dense.numpy())
-    right = activations.t().contiguous().numpy()
-    yield "scipy", lambda: (matrix @ right).T
+    return scipy.sparse.csr_matrix(dense.numpy()), activations.t().contiguous().numpy()

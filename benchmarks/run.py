@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from benchmarks import devices, report, tables
 from benchmarks.baselines import Accuracy, Rivals
-from benchmarks.cases import CPU_DTYPES, Case, TopkCase
+from benchmarks.cases import Case, TopkCase
 from benchmarks.devices import Device
 from benchmarks.roofline import Work
 from benchmarks.timing import Budget, Candidate
@@ -89,11 +89,7 @@ class Options:
     wide: bool = False
     """Every block, dtype and a range of densities; minutes."""
     case: Annotated[str, tyro.conf.arg(aliases=["--filter"])] = ""
-    """Only cases whose name contains these words, such as "1024->4096 bfloat16" or "2048,8192"."""
-    tokens: int | None = None
-    """Only cases of so many tokens (M)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Only cases of this dtype."""
+    """Only cases whose name contains these words, such as "1024->4096 M=64"."""
     goals: bool = False
     """Only the cases with a goal."""
     others: bool = False
@@ -127,7 +123,9 @@ def why_not(options: Options) -> str | None:
         return f"--device {options.device}: {reason}"
     if options.smoke + options.full + options.wide > 1:
         return "--smoke, --full and --wide exclude each other; use one"
-    for name in ("tokens", "threads", "repeats"):
+    if options.device == "cuda" and (options.full or options.wide):
+        return "--full and --wide choose cases of the CPU; with --device cuda leave them out"
+    for name in ("threads", "repeats"):
         value = getattr(options, name)
         if value is not None and value < 1:
             return f"--{name} needs a positive whole number, got {value}"
@@ -135,8 +133,6 @@ def why_not(options: Options) -> str | None:
         return f"--json: {reason}"
     if options.plot is not None and (reason := report.why_no_plot(options.plot)):
         return f"--plot: {reason}"
-    if options.device == "cpu" and options.dtype not in (None, *CPU_DTYPES):
-        return f"--dtype {options.dtype}: the CPU kernels have no {options.dtype}"
     if options.backend not in (None, *backends.NAMES):
         return f"--backend must be one of {', '.join(backends.NAMES)}, got {options.backend!r}"
     return None
@@ -152,8 +148,6 @@ def choose_cases(benchmark: Benchmark, options: Options, backend: str | None) ->
             names += f" {sizes[0]}-{sizes[1]} {sizes[0]},{sizes[1]},{case.fan_in}"
         return (
             all(word in names for word in options.case.split())
-            and options.tokens in (None, case.tokens)
-            and options.dtype in (None, case.dtype)
             and (case.has_goal or not options.goals)
             and not (case.has_goal and options.others)
         )

@@ -47,7 +47,7 @@ def test_without_a_gpu_it_is_refused_in_one_sentence(main, capsys):
     assert all("PyTorch finds no GPU" in line for line in lines)
 
 
-@pytest.mark.parametrize("size", ["smoke", "default", "full"])
+@pytest.mark.parametrize("size", ["smoke", "default"])
 def test_gpu_cases_are_valid_layouts_and_have_the_goals(size):
     found = cases.matmul_cases("cuda", size)
     for case in found:
