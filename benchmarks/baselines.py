@@ -26,6 +26,23 @@ BF16_MAX_SECONDS = 2.0
 BF16_SLOWER = 4.0
 PROBED_TOKENS = 32
 PROBED_FEATURES = 256
+# Rows of the result that are compared: enough to meet every tile, few enough for float64.
+CHECKED_ROWS = 64
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Rival:
+    """Another way to compute what ours computes.
+
+    Its time is a candidate for the columns `GROUP_ms` of a row, which hold the least of each group.
+    """
+
+    def __init__(self, call: Candidate, *groups: str) -> None:
+        self.call = call
+        self.groups = groups
+
+
+Rivals = dict[str, Rival]
 
 
 @dataclass(frozen=True)
@@ -39,18 +56,18 @@ class Operands:
 
     @classmethod
     def draw(cls, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Operands:
-        """The seeded operands of a case, the same on every device."""
-        problem = make_problem(
-            seed,
-            case.tokens,
-            case.in_features,
-            case.out_features,
-            case.fan_in,
-            case.block,
-            case.torch_dtype,
-            bias=False,
-            device=device,
-        )
+        """The seeded operands of a case; on a GPU the activations are drawn there, in seconds."""
+        on_gpu = torch.device(device).type == "cuda"
+        sizes = (case.in_features, case.out_features, case.fan_in, case.block, case.torch_dtype)
+        tokens = 1 if on_gpu else case.tokens
+        problem = make_problem(seed, tokens, *sizes, bias=False, device=device)
+        if on_gpu:
+            generator = torch.Generator(device).manual_seed(seed)
+            x, grad = (
+                torch.randn(case.tokens, n, generator=generator, device=device).to(case.torch_dtype)
+                for n in (case.in_features, case.out_features)
+            )
+            problem = replace(problem, x=x, grad_output=grad)
         pattern = replace(problem, values=torch.ones_like(problem.values))
         return cls(case, problem, problem.dense_weight(), pattern.dense_weight())
 
@@ -82,18 +99,24 @@ def ours(operands: Operands, product: str, backend: str) -> Candidate:
     return calls[product]
 
 
-def on_one_thread(call: Candidate) -> Candidate:
-    """The same call, with torch on one thread while it runs."""
+def under(call: Candidate, setting: str, value: int | str) -> Candidate:
+    """The same call, with `torch.set_<setting>(value)` while it runs."""
+    get, put = getattr(torch, f"get_{setting}"), getattr(torch, f"set_{setting}")
 
     def run() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        before = get()
+        put(value)
         try:
             call()
         finally:
-            torch.set_num_threads(threads)
+            put(before)
 
     return run
+
+
+def with_precision(call: Candidate, precision: str) -> Candidate:
+    """fp32 in and out; "medium" multiplies in bf16, on a GPU "high" in tf32, "highest" in fp32."""
+    return under(call, "float32_matmul_precision", precision)
 
 
 def masked_dense(operands: Operands, product: str) -> Candidate:
@@ -112,22 +135,26 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     return calls[product]
 
 
-def _plain(product: str, x: Tensor, grad: Tensor, weight: Tensor) -> Candidate:
+def dense(
+    operands: Operands,
+    product: str,
+    dtype: torch.dtype,
+    tokens: slice = slice(None),
+    outputs: slice = slice(None),
+) -> Candidate:
+    """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
+
+    Times the same multiplications whatever the values are, so the masked operands serve. `tokens`
+    and `outputs` make the product smaller.
+    """
+    x, grad = operands.x[tokens].to(dtype), operands.grad_output[tokens, outputs].to(dtype)
+    weight = operands.weight[outputs].to(dtype)
     calls: dict[str, Candidate] = {
         "forward": lambda: functional.linear(x, weight),
         "grad_input": lambda: grad @ weight,
         "grad_weight": lambda: grad.t() @ x,
     }
     return calls[product]
-
-
-def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
-    """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
-
-    Times the same multiplications whatever the values are, so the masked operands serve.
-    """
-    tensors = (operands.x, operands.grad_output, operands.weight)
-    return _plain(product, *(tensor.to(dtype) for tensor in tensors))
 
 
 def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
@@ -137,34 +164,18 @@ def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
     slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it
     must also be several times slower than fp32: what is left out can never be the best dense.
     """
-    few = slice(PROBED_TOKENS)
-    outputs = slice(PROBED_FEATURES)
-    tensors = (operands.x[few], operands.grad_output[few, outputs], operands.weight[outputs])
-    share = len(tensors[0]) * len(tensors[2]) / (operands.case.tokens * len(operands.weight))
+    part = slice(PROBED_TOKENS), slice(PROBED_FEATURES)
+    tokens, outputs = operands.grad_output.shape
+    share = min(1, PROBED_TOKENS / tokens) * min(1, PROBED_FEATURES / outputs)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        call = _plain(product, *(tensor.to(dtype) for tensor in tensors))
+        call = dense(operands, product, dtype, *part)
         call()
         seconds[dtype] = sample_s(call) / share
     bf16 = seconds[torch.bfloat16]
     if bf16 <= BF16_MAX_SECONDS or bf16 <= BF16_SLOWER * seconds[torch.float32]:
         return None
     return f"torch's bfloat16 dense product is not timed: it would take about {bf16:.0f} s"
-
-
-def dense_medium_precision(operands: Operands, product: str) -> Candidate:
-    """fp32 in and out with `set_float32_matmul_precision("medium")`: bf16 inside."""
-    call = dense(operands, product, torch.float32)
-
-    def run() -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        try:
-            call()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return run
 
 
 def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
@@ -183,52 +194,60 @@ def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candid
     return lambda: linear(left, packed, None, "none", [], None)
 
 
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have oneDNN's inner product in `dtype`."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return True
+def dense_rivals(operands: Operands, product: str, *, bf16: bool) -> Rivals:
+    """Every dense way there is in this process; a name ends with the precision of its products.
 
-
-def dense_candidates(operands: Operands, product: str, *, bf16: bool) -> dict[str, Candidate]:
-    """Every dense way there is in this process, by the name that a result gives it.
-
-    The name says the precision of the multiplications: fp32, or bf16. torch's own bf16 is left out
-    if `bf16` is False.
+    torch's own bf16 is left out if `bf16` is False.
     """
-    candidates = {"torch fp32": dense(operands, product, torch.float32)}
-    if bf16:
-        candidates["torch bf16"] = dense(operands, product, torch.bfloat16)
-    if has_onednn(torch.float32):
-        candidates["oneDNN fp32"] = dense_onednn(operands, product, torch.float32)
-    if has_onednn(torch.bfloat16):
-        candidates["oneDNN bf16"] = dense_onednn(operands, product, torch.bfloat16)
-        if operands.case.dtype == "float32":
-            candidates["torch via bf16"] = dense_medium_precision(operands, product)
-    return candidates
+    fp32 = dense(operands, product, torch.float32)
+    calls: dict[str, Candidate] = {}
+    if operands.x.is_cuda:
+        dtype = operands.case.torch_dtype
+        if dtype == torch.float32:
+            calls["cuBLAS fp32"] = with_precision(fp32, "highest")
+            calls["cuBLAS tf32"] = with_precision(fp32, "high")
+        if dtype == torch.float16:
+            calls["cuBLAS fp16"] = dense(operands, product, dtype)
+        else:
+            calls["cuBLAS bf16"] = dense(operands, product, torch.bfloat16)
+    else:
+        calls["torch fp32"] = fp32
+        if bf16:
+            calls["torch bf16"] = dense(operands, product, torch.bfloat16)
+        if torch.backends.mkldnn.is_available():
+            calls["oneDNN fp32"] = dense_onednn(operands, product, torch.float32)
+            if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                calls["oneDNN bf16"] = dense_onednn(operands, product, torch.bfloat16)
+                if operands.case.dtype == "float32":
+                    calls["torch via bf16"] = with_precision(fp32, "medium")
+    library = "cuBLAS" if operands.x.is_cuda else "torch"
+    stock = f"{library} {SHORT_NAMES[operands.case.dtype]}"
+    return {
+        name: Rival(
+            call,
+            "best_dense",
+            *(["best_fp32_dense"] if name.endswith(" fp32") else []),
+            *(["dense"] if name == stock else []),
+        )
+        for name, call in calls.items()
+    }
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors relative to the largest element of the float64 result, and the verdict."""
+    """Errors, for products relative to the largest element in float64, and the verdict."""
 
     error: float
     torch_error: float
-    is_good: bool
+    correct: bool
     checked: str
 
 
-# Rows of the result that are compared: enough to meet every tile, few enough for float64.
-CHECKED_ROWS = 64
-
-
-def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
+def check(operands: Operands, product: str, call: Candidate, limit: int = CHECKED_ROWS) -> Accuracy:
     """Compares the call that is going to be timed with float64, beside torch's dense product.
 
     The verdict is that of the tests: at most twice torch's error in the same dtype, plus one
-    rounding. Only some rows of the result are compared, each of them whole: tokens, or for
+    rounding. Only `limit` rows of the result are compared, each of them whole: tokens, or for
     `grad_weight` output features, spread evenly from the first to the last.
     """
     problem, case = operands.problem, operands.case
@@ -236,7 +255,7 @@ def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
     assert isinstance(result, Tensor)
     if product == "grad_weight":
         block_out = case.block[0]
-        rows = _spread(problem.layout.block_rows, max(1, CHECKED_ROWS // block_out))
+        rows = _spread(problem.layout.block_rows, max(1, limit // block_out))
         features = (rows[:, None] * block_out + torch.arange(block_out)).flatten()
         part = replace(
             problem,
@@ -248,16 +267,16 @@ def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
         )
         checked = f"{len(features)} of {case.out_features} output features"
     else:
-        rows = _spread(case.tokens, CHECKED_ROWS)
+        rows = _spread(case.tokens, limit)
         part = replace(problem, x=problem.x[rows], grad_output=problem.grad_output[rows])
         checked = f"{len(rows)} of {case.tokens} tokens"
     truth, stock = part.reference64(product), part.torch_dense(product)
     error = max_error(result[rows], truth)
-    largest = max(float(truth.abs().max()), torch.finfo(torch.float64).tiny)
+    largest = max(max_error(torch.zeros_like(truth), truth), torch.finfo(torch.float64).tiny)
     return Accuracy(
         error=min(error, sys.float_info.max) / largest,
         torch_error=max_error(stock, truth) / largest,
-        is_good=error <= allowed_error(stock, truth),
+        correct=error <= allowed_error(stock, truth),
         checked=checked,
     )
 

@@ -13,147 +13,80 @@ instead of a speed and makes the exit status 1. Ctrl-C ends the run and keeps th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
-import tyro
 
-from benchmarks import devices, report, tables
-from benchmarks import run as runner
-from benchmarks.cases import CPU_DTYPES, PRODUCTS, REGISTRY, Case, wide_cases
-from benchmarks.timing import Budget
+from benchmarks import baselines, peers, run
+from benchmarks.baselines import Operands, Rival, Rivals
+from benchmarks.cases import Case, matmul_cases
+from benchmarks.roofline import count_work
+from benchmarks.run import Benchmark, Operation
+from benchmarks.timing import Budget, Candidate
 from sparse_kernels import backends
-from sparse_kernels.layout import Problem
-
-PROGRAM = "python -m benchmarks.matmul"
-# Seconds of measuring for each product of a case, once everything is warm.
-BUDGET = Budget(seconds=0.3, limit_s=0.8)
-FULL_BUDGET = Budget(seconds=0.6)
-SMOKE_BUDGET = Budget(seconds=0.01)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the command line."""
-
-    smoke: bool = False
-    """Tiny shapes, in seconds."""
-    full: bool = False
-    """Every published shape; hours."""
-    wide: bool = False
-    """Every block, dtype and a range of densities; minutes."""
-    case: Annotated[str, tyro.conf.arg(aliases=["--filter"])] = ""
-    """Only cases whose name contains these words, such as "1024->4096 bfloat16" or "2048,8192"."""
-    tokens: int | None = None
-    """Only cases of so many tokens (M)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Only cases of this dtype."""
-    goals: bool | None = None
-    """Only the cases with a goal, or with --no-goals only the others."""
-    json: Path | None = None
-    """Write the rows to this file."""
-    plot: Path | None = None
-    """Draw speed-up against density into this PNG."""
-    threads: int | None = None
-    """torch.set_num_threads."""
-    repeats: int | None = None
-    """Samples of each call, in place of a time budget."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    backend: str | None = None
-    """Which backend is ours (default: the fastest that runs on the device)."""
+def operations(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
+    """The three products of a case, over the same operands."""
+    operands = Operands.draw(case, device=device)
+    for problem in case.problems(device):
+        name, product = backends.choose(problem, backend), problem.product
+        ours = baselines.ours(operands, product, name)
+        yield Operation(
+            product=product,
+            backend=name,
+            ours=ours,
+            check=partial(baselines.check, operands, product, ours),
+            work=count_work(case, product, operands.used_in_features),
+            rivals=partial(rivals, operands, product, ours),
+        )
 
 
-def choose_cases(options: Options) -> list[Case]:
-    """The cases to run. Ends the program with a sentence if an option cannot be met."""
-    if reason := devices.why_not(options.device):
-        report.refuse(PROGRAM, f"--device {options.device}: {reason}")
-    if options.smoke + options.full + options.wide > 1:
-        report.refuse(PROGRAM, "--smoke, --full and --wide exclude each other; use one")
-    for name in ("tokens", "threads", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            report.refuse(PROGRAM, f"--{name} needs a positive whole number, got {value}")
-    if options.json is not None and (reason := report.why_not_writable(options.json)):
-        report.refuse(PROGRAM, f"--json: {reason}")
-    if options.plot is not None and (reason := report.why_no_plot(options.plot)):
-        report.refuse(PROGRAM, f"--plot: {reason}")
-    if options.device == "cpu" and options.dtype not in (None, *CPU_DTYPES):
-        report.refuse(PROGRAM, f"--dtype {options.dtype}: the CPU kernels have no {options.dtype}")
-    size = "smoke" if options.smoke else "full" if options.full else "default"
-    every = REGISTRY[options.device, size]()
-    if options.wide and options.device == "cpu":
-        every = wide_cases()
-    cases = [
-        case
-        for case in every
-        if all(word in _names(case) for word in options.case.split())
-        and options.tokens in (None, case.tokens)
-        and options.dtype in (None, case.dtype)
-        and options.goals in (None, case.has_goal)
-    ]
-    if not cases:
-        known = "; ".join(map(str, every[:12])) + ("; ..." if len(every) > 12 else "")
-        report.refuse(PROGRAM, f"no case matches the options; there are: {known}")
-    if options.backend is not None:
-        if options.backend not in backends.NAMES:
-            names = ", ".join(backends.NAMES)
-            report.refuse(PROGRAM, f"--backend must be one of {names}, got {options.backend!r}")
-        reasons = {case: _why_not(options.backend, case, options.device) for case in cases}
-        cases = [case for case in cases if reasons[case] is None]
-        if not cases:
-            reason = next(iter(reasons.values()))
-            report.refuse(PROGRAM, f"the backend {options.backend} cannot run here: {reason}")
-        for case, reason in reasons.items():
-            if reason is not None:
-                print(f"{case} is left out: {reason}")
-    return cases
+def rivals(operands: Operands, product: str, ours: Candidate) -> tuple[Rivals, dict[str, str]]:
+    """Masked dense, dense and sparse ways to compute the product, and why some are missing."""
+    case, on_gpu = operands.case, operands.x.is_cuda
+    is_bf16 = case.dtype == "bfloat16"
+    notes = {}
+    no_bf16 = None if on_gpu else baselines.why_no_bf16_dense(operands, product)
+    if no_bf16 is not None:
+        notes["bf16_dense_note"] = no_bf16
+    found: Rivals = {}
+    if not (is_bf16 and no_bf16):
+        masked = baselines.masked_dense(operands, product)
+        found["masked dense"] = Rival(masked, "masked_dense")
+        if on_gpu and case.has_goal:
+            compiled = torch.compile(masked, fullgraph=True, dynamic=False)
+            found["compiled masked"] = Rival(compiled, "compiled_masked")
+    if case.has_goal and not is_bf16 and not on_gpu and torch.get_num_threads() > 1:
+        # Not next to ours, which would find its operands in the caches.
+        found["one thread"] = Rival(baselines.under(ours, "num_threads", 1), "one_thread")
+    found |= baselines.dense_rivals(operands, product, bf16=no_bf16 is None)
+    sparse, why_no_peer = peers.rivals(operands, product, ours)
+    if why_no_peer is not None:
+        notes["sparse_note"] = why_no_peer
+    return found | sparse, notes
 
 
-def _names(case: Case) -> str:
-    """Every spelling that --case finds."""
-    comma = f"{case.in_features},{case.out_features},{case.fan_in}"
-    return f"{case} {case.in_features}-{case.out_features} {comma}"
-
-
-def _why_not(backend: str, case: Case, device: str) -> str | None:
-    """None if the backend can run every product of the case on that device, else a sentence."""
-    sizes = (case.out_features, case.in_features, case.fan_in, case.block)
-    problems = (Problem(device, case.torch_dtype, product, *sizes) for product in PRODUCTS)
-    return next(filter(None, (backends.why_not(backend, p) for p in problems)), None)
+BENCHMARK = Benchmark(
+    name="matmul",
+    description=__doc__,
+    cases=matmul_cases,
+    operations=operations,
+    # Seconds of measuring for each product, once everything is warm.
+    budgets={
+        "smoke": Budget(0.01),
+        "default": Budget(0.3, limit_s=0.8),
+        "wide": Budget(0.6),
+        "full": Budget(0.6),
+    },
+    missing=peers.missing,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=words)
-    cases = choose_cases(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = devices.connect(options.device)
-    backend = device.backend if options.backend is None else options.backend
-    budget = SMOKE_BUDGET if options.smoke else BUDGET
-    if options.full or options.wide or options.device == "cuda":
-        budget = FULL_BUDGET
-    if options.repeats is not None:
-        budget = Budget(repeats=options.repeats)
-    outcome = runner.run(
-        cases,
-        lambda case: runner.measure_case(case, backend, device, budget),
-        tables.case_line,
-        device,
-        command=["-m", "benchmarks.matmul", *words],
-        smoke=options.smoke,
-        json=options.json,
-    )
-    if outcome.rows:
-        print("", *tables.goal_lines(outcome.rows), "", *tables.sentences(outcome.rows), sep="\n")
-        if options.plot is not None:
-            tables.draw(outcome.rows, options.plot, report.machine_line(outcome.machine))
-    return outcome.status
+    return run.main(BENCHMARK, arguments)
 
 
 if __name__ == "__main__":

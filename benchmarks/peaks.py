@@ -1,4 +1,4 @@
-"""Measures the peaks of this processor for `benchmarks.roofline`.
+"""Measures the peaks of this processor or GPU for `benchmarks.roofline`.
 
 The C++ is csrc/bench/peaks.cpp. It is compiled at first use, with the compiler that CXX names or
 c++, g++ or clang++, into the user's cache folder, under a name that changes with source and flags.

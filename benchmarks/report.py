@@ -39,6 +39,7 @@ Item = TypeVar("Item")
 # "measured"; and, if it draws a plot, `draw(rows, path, title)`.
 VIEWS = {
     "matmul": "benchmarks.tables",
+    "activation": "benchmarks.tables",
     "training": "benchmarks.transformer.results",
     "inference": "benchmarks.transformer.results",
 }
@@ -60,9 +61,6 @@ def refuse(program: str, sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# --- the machine -------------------------------------------------------------------------------
-
-
 def describe_machine(
     command: Sequence[str], *, isa: str | None, peaks: Mapping[str, object] | None
 ) -> dict[str, Any]:
@@ -79,13 +77,13 @@ def describe_machine(
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "flags": sorted(set((cpu.get("flags") or cpu.get("Features") or "").split()) & set(_FLAGS)),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "isa": isa,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": os.getloadavg()[0],
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -103,17 +101,9 @@ def _cpu_info() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        found = output_of("sysctl", "-n", "machdep.cpu.brand_string")
-        return {"model name": found} if found else {}
+        return {"model name": output_of("sysctl", "-n", "machdep.cpu.brand_string") or ""}
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def version_of(package: str) -> str | None:
@@ -150,20 +140,20 @@ def commit() -> str | None:
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line."""
     gpu = machine.get("gpu")
-    if gpu is not None:
-        return (
-            f"{gpu['name']} ({gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors, "
-            f"driver {gpu['driver']}), CUDA {gpu['cuda']}, torch {machine['torch']}, "
-            f"Triton {gpu['triton']}, Python {machine['python']}, commit {machine['commit']}"
+    if gpu is None:
+        where = (
+            f"{machine['cpu'] or machine['architecture']}, {machine['threads']} of "
+            f"{machine['cores']} cores, {machine['isa'] or 'no C++ extension'}"
+        )
+    else:
+        where = (
+            f"{gpu['name']} ({gpu['memory_gib']} GiB, driver {gpu['driver']}), CUDA {gpu['cuda']}, "
+            f"Triton {gpu['triton']}"
         )
     return (
-        f"{machine['cpu'] or machine['architecture']}, {machine['threads']} of {machine['cores']} "
-        f"cores, {machine['isa'] or 'no C++ extension'}, torch {machine['torch']}, "
-        f"Python {machine['python']}, {machine['os']}, commit {machine['commit']}"
+        f"{where}, torch {machine['torch']}, Python {machine['python']}, {machine['os']}, "
+        f"commit {machine['commit']}"
     )
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def why_not_writable(path: Path) -> str | None:
@@ -226,9 +216,6 @@ def replace_between(path: Path, mark: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")
 
 
-# --- tables and progress -----------------------------------------------------------------------
-
-
 def table(
     headings: Sequence[str],
     rows: Iterable[Sequence[object]],
@@ -251,16 +238,14 @@ def ratio(value: float | None) -> str:
     """`2.34x`, `23.4x`, `234x`, or `-` for None."""
     if value is None:
         return "-"
-    return (
-        f"{value:.0f}x" if value >= 99.5 else f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
-    )
+    return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}x"
 
 
 def milliseconds(value: float | None) -> str:
     """A time with three or four digits, or `-` for None."""
     if value is None:
         return "-"
-    return f"{value:.1f}" if value >= 99.95 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+    return f"{value:.{1 if value >= 99.95 else 2 if value >= 1 else 4}f}"
 
 
 def percent(value: float | None) -> str:
@@ -284,38 +269,51 @@ def progress(items: Iterable[Item] | None = None, total: int | None = None) -> t
     return tqdm(items, total=total, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
 
 
-# --- the program -------------------------------------------------------------------------------
-
-
-def benchmark_of(content: Mapping[str, Any]) -> str:
-    """The benchmark that wrote a result file: `matmul`, `training`, ..."""
+def view_of(content: Mapping[str, Any]) -> Any:
+    """The module that knows the rows of a result file, or None."""
     words = shlex.split(content["machine"]["command"])
-    return next((w.removeprefix("benchmarks.") for w in words if w.startswith("benchmarks.")), "")
+    names = (word.removeprefix("benchmarks.") for word in words)
+    found = next((VIEWS[name] for name in names if name in VIEWS), None)
+    return found and importlib.import_module(found)
 
 
 def text(content: Mapping[str, Any]) -> str:
     """The table of a result file for the terminal."""
-    view = VIEWS.get(benchmark_of(content))
-    known = importlib.import_module(view) if view else None
-    body = known.text(content) if known else plain_table(content["rows"])
+    view = view_of(content)
+    body = view.text(content) if view else plain_table(content["rows"])
     return f"{machine_line(content['machine'])}\n\n{body}"
 
 
 def plain_table(rows: Sequence[Row]) -> str:
     """Every number and word of the rows, as they are."""
-    names = dict.fromkeys(
-        name
-        for row in rows
-        for name, value in row.items()
-        if isinstance(value, (bool, int, float, str)) and len(str(value)) < 40
-    )
 
     def cell(value: object) -> str:
-        if value is None or isinstance(value, (list, dict)):
+        if not isinstance(value, (bool, int, float, str)):
             return "-"
         return f"{value:.5g}" if isinstance(value, float) else str(value)
 
-    return table(list(names), ([cell(row.get(name)) for name in names] for row in rows))
+    cells = {
+        name: column
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if set(column := [cell(row.get(name)) for row in rows]) != {"-"}
+        and max(map(len, column)) < 40
+    }
+    return table(list(cells), zip(*cells.values(), strict=True))
+
+
+def update_document(path: Path, tables: Mapping[str, str]) -> None:
+    """Writes each table whose marks are in the document.
+
+    Raises:
+        ValueError: no mark is there, or a mark has no end.
+    """
+    document = path.read_text() if path.is_file() else ""
+    found = [mark for mark in tables if f"<!-- {mark}:begin -->" in document]
+    if not found:
+        marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
+        raise ValueError(f"{path} has no mark {marks}; add it with its end")
+    for mark in found:
+        replace_between(path, mark, tables[mark])
 
 
 def main(
@@ -336,32 +334,18 @@ def main(
     program = "python -m benchmarks.report"
     try:
         content = read_json(file)
-    except ValueError as error:
+        view = view_of(content)
+        if view is None and (markdown or update or plot):
+            refuse(program, f"results of `{content['machine']['command']}` can only be printed")
+        if plot is not None:
+            if reason := why_no_plot(plot):
+                refuse(program, f"--plot: {reason}")
+            view.draw(content["rows"], plot, machine_line(content["machine"]))
+        if update is not None:
+            update_document(update, view.markdown(content))
+    except (OSError, ValueError) as error:
         refuse(program, str(error))
-    name = benchmark_of(content)
-    view = importlib.import_module(VIEWS[name]) if name in VIEWS else None
-    if view is None and (markdown or update or plot):
-        refuse(program, f"results of {name or 'an unknown benchmark'} can only be printed")
-    if plot is not None and view is not None:
-        if reason := why_no_plot(plot):
-            refuse(program, f"--plot: {reason}")
-        view.draw(content["rows"], plot, machine_line(content["machine"]))
-    if update is not None and view is not None:
-        document = update.read_text() if update.is_file() else ""
-        tables = {
-            mark: body
-            for mark, body in view.markdown(content).items()
-            if f"<!-- {mark}:begin -->" in document
-        }
-        if not tables:
-            marks = " or ".join(f"<!-- {mark}:begin -->" for mark in view.markdown(content))
-            refuse(program, f"--update: {update} has no mark {marks}; add it with its end")
-        try:
-            for mark, body in tables.items():
-                replace_between(update, mark, body)
-        except (OSError, ValueError) as error:
-            refuse(program, f"--update: {error}")
-    if markdown and view is not None:
+    if markdown:
         print("\n\n".join(view.markdown(content).values()))
     elif plot is None and update is None:
         print(text(content))

@@ -33,35 +33,20 @@ memory = compulsory bytes / (bandwidth of a buffer of that size)
     larger buffer reached. That is the best case: nothing else has used the caches in between.
 
 For one token (M = 1) there is nothing to share: memory, that is values and indices, decides.
+
+On a GPU compute is at torch's rate of dense products of 8192 x 8192 matrices in that dtype, memory
+at the rate of a large copy, and there is no term for operands. Blocks may reach `compute` on the
+tensor cores; unstructured weights cannot.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from benchmarks.cases import Case
 
 TILE_VECTORS = (1, 2, 4, 8, 16)
 Curve = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Measured peaks of all `threads` together. A curve is `((bytes, GB/s), ...)`, ascending."""
-
-    isa: str
-    threads: int
-    vector_bytes: int
-    l1_size: int  # bytes of one core's data cache
-    fma_gflops: float
-    bf16_gflops: float
-    l1_read_gbs: float
-    l2_read_gbs: float
-    read_gbs: Curve
-    write_gbs: Curve
-    copy_gbs: Curve
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -84,18 +69,7 @@ class Bound:
     @property
     def limit(self) -> str:
         """Which term decides: "compute", "operands" or "memory"."""
-        terms = {
-            "compute": self.compute_ms,
-            "operands": self.operands_ms,
-            "memory": self.memory_ms,
-        }
-        return max(terms, key=lambda name: terms[name])
-
-
-def bandwidth_gbs(curve: Curve, size: int) -> float:
-    """The bandwidth that a buffer of `size` bytes may have at best, from a measured curve."""
-    at = max((measured for measured, _ in curve if measured <= size), default=curve[0][0])
-    return max(rate for measured, rate in curve if measured >= at)
+        return max(("compute", "operands", "memory"), key=lambda name: getattr(self, f"{name}_ms"))
 
 
 @dataclass(frozen=True)
@@ -111,78 +85,100 @@ class Work:
     features: int = 1  # that the activations are taken from
 
 
-def count_work(
-    product: str,
-    *,
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    fan_in: int,
-    block: tuple[int, int],
-    element_bytes: int,
-    used_in_features: int | None = None,
-) -> Work:
+def count_work(case: Case, product: str, used_in_features: int | None = None) -> Work:
     """The `Work` of a product ("forward", "grad_input" or "grad_weight"), without bias.
 
     Args:
         used_in_features: inputs that at least one output reads; by default all.
     """
-    nnz = out_features * fan_in
-    used = in_features if used_in_features is None else used_in_features
-    blocks = nnz // (block[0] * block[1])
-    index_bytes = blocks * (2 if in_features // block[1] <= 2**16 else 4)
-    values_bytes = nnz * element_bytes
-    read_x = tokens * used * element_bytes
-    outputs = tokens * out_features * element_bytes
-    if product == "forward":
-        features = used
-        read, write = read_x + values_bytes + index_bytes, outputs
-    elif product == "grad_input":
-        features = out_features
-        read = outputs + values_bytes + index_bytes
-        write = tokens * in_features * element_bytes
-    elif product == "grad_weight":
-        features = min(used, out_features)
-        read, write = outputs + read_x + index_bytes, values_bytes
-    else:
-        raise ValueError(f"product must be forward, grad_input or grad_weight, got {product!r}")
+    element_bytes = case.torch_dtype.itemsize
+    nnz = case.out_features * case.fan_in
+    used = case.in_features if used_in_features is None else used_in_features
+    blocks = nnz // (case.block[0] * case.block[1])
+    indices = blocks * (2 if case.in_features // case.block[1] <= 2**16 else 4)
+    values = nnz * element_bytes
+    x = case.tokens * used * element_bytes
+    y = case.tokens * case.out_features * element_bytes
+    grad_x = case.tokens * case.in_features * element_bytes
+    read, write, features = {
+        "forward": (x + values + indices, y, used),
+        "grad_input": (y + values + indices, grad_x, case.out_features),
+        "grad_weight": (y + x + indices, values, min(used, case.out_features)),
+    }[product]
     return Work(
-        flops=2.0 * tokens * nnz,
-        operand_bytes=tokens * nnz * element_bytes,
+        flops=2.0 * case.tokens * nnz,
+        operand_bytes=case.tokens * nnz * element_bytes,
         read_bytes=read,
         write_bytes=write,
-        loads=1 / max(block),
+        loads=1 / max(case.block),
         reads_weights=product != "grad_weight",
         features=features,
     )
 
 
-def bound(work: Work, peaks: Peaks, *, is_bf16: bool) -> Bound:
-    """The lower bound of the time of `work`; see the module's docstring."""
-    flops_rate = peaks.fma_gflops
-    if is_bf16:
-        flops_rate = max(flops_rate, peaks.bf16_gflops)
-    total = work.read_bytes + work.write_bytes
-    read = bandwidth_gbs(peaks.read_gbs, total)
-    write = bandwidth_gbs(peaks.write_gbs, total)
-    either = max(read, write, bandwidth_gbs(peaks.copy_gbs, total))
-    memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
-    # Giga-anything per second is a million a millisecond.
-    return Bound(
-        compute_ms=work.flops / flops_rate * 1e-6,
-        operands_ms=work.operand_bytes * _operand_time(work, peaks) * 1e-6,
-        memory_ms=memory * 1e-6,
-    )
+@dataclass(frozen=True)
+class Peaks:
+    """Measured peaks of all `threads` together. A curve is `((bytes, GB/s), ...)`, ascending."""
+
+    isa: str
+    threads: int
+    vector_bytes: int
+    l1_size: int  # bytes of one core's data cache
+    fma_gflops: float
+    bf16_gflops: float
+    l1_read_gbs: float
+    l2_read_gbs: float
+    read_gbs: Curve
+    write_gbs: Curve
+    copy_gbs: Curve
+
+    def bound(self, work: Work, dtype: str) -> Bound:
+        """The lower bound of the time of `work`; see the module's docstring."""
+        rate = max(self.fma_gflops, self.bf16_gflops if dtype == "bfloat16" else 0.0)
+        total = work.read_bytes + work.write_bytes
+        read, write, copy = (
+            bandwidth_gbs(curve, total) for curve in (self.read_gbs, self.write_gbs, self.copy_gbs)
+        )
+        either = max(read, write, copy)
+        memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
+        # Giga-anything per second is a million a millisecond.
+        return Bound(
+            compute_ms=work.flops / rate * 1e-6,
+            operands_ms=work.operand_bytes * self._operand_ns(work) * 1e-6,
+            memory_ms=memory * 1e-6,
+        )
+
+    def _operand_ns(self, work: Work) -> float:
+        """Nanoseconds for each byte of operands, in the best of the tiles."""
+        l1_ns, l2_ns = 1 / self.l1_read_gbs, 1 / self.l2_read_gbs
+
+        def with_tile(vectors: int) -> float:
+            tile = work.features * vectors * self.vector_bytes
+            share = min(1.0, self.l1_size / max(tile, 1))
+            weights = l1_ns / vectors if work.reads_weights else 0.0
+            return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
+
+        return min(with_tile(vectors) for vectors in TILE_VECTORS)
 
 
-def _operand_time(work: Work, peaks: Peaks) -> float:
-    """Nanoseconds for each byte of operands, in the best of the tiles; see the docstring above."""
-    l1_ns, l2_ns = 1 / peaks.l1_read_gbs, 1 / peaks.l2_read_gbs
+@dataclass(frozen=True)
+class GpuPeaks:
+    """Measured peaks: dense Tflop/s by dtype (float32 is IEEE, tf32 its short form), copy GB/s."""
 
-    def with_tile(vectors: int) -> float:
-        tile = work.features * vectors * peaks.vector_bytes
-        share = min(1.0, peaks.l1_size / max(tile, 1))
-        weights = l1_ns / vectors if work.reads_weights else 0.0
-        return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
+    dense_tflops: dict[str, float]
+    copy_gbs: float
 
-    return min(with_tile(vectors) for vectors in TILE_VECTORS)
+    def bound(self, work: Work, dtype: str) -> Bound:
+        """The lower bound of the time of `work`; see the module's docstring."""
+        total = work.read_bytes + work.write_bytes
+        return Bound(
+            compute_ms=work.flops / self.dense_tflops[dtype] * 1e-9,
+            operands_ms=0.0,
+            memory_ms=total / self.copy_gbs * 1e-6,
+        )
+
+
+def bandwidth_gbs(curve: Curve, size: int) -> float:
+    """The bandwidth that a buffer of `size` bytes may have at best, from a measured curve."""
+    at = max((measured for measured, _ in curve if measured <= size), default=curve[0][0])
+    return max(rate for measured, rate in curve if measured >= at)

@@ -1,260 +1,312 @@
-"""The runner: measures one case after another, keeps the rows, shows progress and time left.
+"""One command line and one runner for every benchmark of operations.
 
-A case comes with a function that measures it and returns its rows. Correctness comes first: a row
-that is wrong has no times. Ctrl-C ends the run and keeps the rows.
+A benchmark has cases, and each case has operations: calls that are checked, and then timed in turns
+with their rivals. A row of the result is one operation of one case, or `step`, their sum.
+Correctness comes first: a row that is wrong has no times. Ctrl-C ends the run and keeps the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import torch
+import tyro
 
-from benchmarks import baselines, report, roofline
-from benchmarks.baselines import Operands
-from benchmarks.cases import PRODUCTS, Case
+from benchmarks import devices, report, tables
+from benchmarks.baselines import Accuracy, Rivals
+from benchmarks.cases import Case, TopkCase
 from benchmarks.devices import Device
-from benchmarks.timing import Budget, Candidate, Timing
+from benchmarks.roofline import Work
+from benchmarks.timing import Budget, Candidate
 from sparse_kernels import backends
 
-AnyCase = TypeVar("AnyCase")
-# A baseline that is this much slower than the fastest when it is warm cannot be the best one.
+AnyCase = Case | TopkCase
+# A rival that is this much slower than the fastest of its group cannot be the best one.
 HOPELESS = 2.0
-# Columns that a step adds up.
-TIMES = (
-    "time_ms", "masked_dense_ms", "dense_ms", "best_dense_ms", "best_fp32_dense_ms",
-    "best_sparse_ms", "torch_csr_ms", "torch_bsr_ms", "compiled_masked_ms", "bound_ms",
-    "peak_bound_ms", "one_thread_ms",
-)  # fmt: skip
-_NOTES = (
-    "sparse_note", "torch_csr_note", "torch_bsr_note", "bf16_dense_note", "compiled_masked_note",
-)  # fmt: skip
-_KINDS = ("best_dense_kind", "best_fp32_dense_kind", "best_sparse_kind", "bound_limit")
+# Groups of which the fastest alone counts.
+ONLY_FASTEST = ("torch_csr", "torch_bsr")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run leaves: its rows, and the exit status."""
-
-    machine: dict[str, Any]
-    rows: list[dict[str, Any]]
-    status: int
-
-
-def run(
-    cases: Sequence[AnyCase],
-    measure: Callable[[AnyCase], list[dict[str, Any]]],
-    show: Callable[[Sequence[report.Row]], str],
-    device: Device,
-    *,
-    command: Sequence[str],
-    smoke: bool,
-    json: Path | None,
-) -> Outcome:
-    """Measures the cases in order.
+class Operation:
+    """One call that is measured.
 
     Args:
-        measure: returns the rows of one case.
-        show: one line for the rows of one case, printed as soon as they are measured.
-        command: the words after `python`, for the result file.
-        json: where the rows are written after each case, or None.
+        product: its name in the rows.
+        backend: what runs it.
+        ours: the call.
+        check: compares the result of the call with the truth.
+        work: for the bound.
+        rivals: the other ways to compute it, and a column -> a sentence that says why some are
+            missing. Asked for only if ours is right.
     """
+
+    product: str
+    backend: str
+    ours: Candidate
+    check: Callable[[], Accuracy]
+    work: Work
+    rivals: Callable[[], tuple[Rivals, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What differs between benchmarks.
+
+    Args:
+        name: the module is benchmarks.NAME.
+        description: the text of --help.
+        cases: for a device and a size, "smoke", "default", "wide" or "full".
+        operations: of a case, on a device and a backend (None: the one that sk chooses).
+        budgets: how long each operation is timed, by size.
+        missing: sentences about what is not compared.
+    """
+
+    name: str
+    description: str
+    cases: Callable[[str, str], Sequence[AnyCase]]
+    operations: Callable[[Any, str, str | None], Iterable[Operation]]
+    budgets: Mapping[str, Budget]
+    missing: Callable[[], list[str]]
+
+    @property
+    def program(self) -> str:
+        return f"python -m benchmarks.{self.name}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    smoke: bool = False
+    """Tiny shapes, in seconds."""
+    full: bool = False
+    """Every published shape; hours."""
+    wide: bool = False
+    """Every block, dtype and a range of densities; minutes."""
+    case: Annotated[str, tyro.conf.arg(aliases=["--filter"])] = ""
+    """Only cases whose name contains these words, such as "1024->4096 M=64"."""
+    goals: bool = False
+    """Only the cases with a goal."""
+    others: bool = False
+    """Only the cases without a goal."""
+    json: Path | None = None
+    """Write the rows to this file."""
+    plot: Path | None = None
+    """Draw speed-up against density into this PNG."""
+    threads: int | None = None
+    """torch.set_num_threads."""
+    repeats: int | None = None
+    """Samples of each call, in place of a time budget."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    backend: str | None = None
+    """Which backend is ours (default: the fastest that runs on the device)."""
+
+    @property
+    def size(self) -> str:
+        return next((s for s in ("smoke", "full", "wide") if getattr(self, s)), "default")
+
+
+def parse(benchmark: Benchmark, words: Sequence[str]) -> Options:
+    """The options that the words of a command line ask for."""
+    return tyro.cli(Options, prog=benchmark.program, description=benchmark.description, args=words)
+
+
+def why_not(options: Options) -> str | None:
+    """None if the options can be met, else a sentence."""
+    if reason := devices.why_not(options.device):
+        return f"--device {options.device}: {reason}"
+    if options.smoke + options.full + options.wide > 1:
+        return "--smoke, --full and --wide exclude each other; use one"
+    if options.device == "cuda" and (options.full or options.wide):
+        return "--full and --wide choose cases of the CPU; with --device cuda leave them out"
+    for name in ("threads", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            return f"--{name} needs a positive whole number, got {value}"
+    if options.json is not None and (reason := report.why_not_writable(options.json)):
+        return f"--json: {reason}"
+    if options.plot is not None and (reason := report.why_no_plot(options.plot)):
+        return f"--plot: {reason}"
+    if options.backend not in (None, *backends.NAMES):
+        return f"--backend must be one of {', '.join(backends.NAMES)}, got {options.backend!r}"
+    return None
+
+
+def choose_cases(benchmark: Benchmark, options: Options, backend: str | None) -> list[AnyCase]:
+    """The cases to run. Ends the program with a sentence if there are none."""
+
+    def is_wanted(case: AnyCase) -> bool:
+        names = str(case)
+        if isinstance(case, Case):
+            sizes = (case.in_features, case.out_features)
+            names += f" {sizes[0]}-{sizes[1]} {sizes[0]},{sizes[1]},{case.fan_in}"
+        return (
+            all(word in names for word in options.case.split())
+            and (case.has_goal or not options.goals)
+            and not (case.has_goal and options.others)
+        )
+
+    every = benchmark.cases(options.device, options.size)
+    cases = list(filter(is_wanted, every))
+    if not cases:
+        known = "; ".join(map(str, every[:12])) + ("; ..." if len(every) > 12 else "")
+        report.refuse(benchmark.program, f"no case matches the options; there are: {known}")
+    if backend is None:
+        return cases
+    reasons = {}
+    for case in cases:
+        found = (backends.why_not(backend, problem) for problem in case.problems(options.device))
+        if reason := next(filter(None, found), None):
+            reasons[case] = reason
+    if len(reasons) == len(cases):
+        reason = next(iter(reasons.values()))
+        report.refuse(benchmark.program, f"the backend {backend} cannot run here: {reason}")
+    for case, reason in reasons.items():
+        print(f"{case} is left out: {reason}")
+    return [case for case in cases if case not in reasons]
+
+
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; `arguments` are the words after the module's name."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(benchmark, words)
+    if reason := why_not(options):
+        report.refuse(benchmark.program, reason)
+    if options.plot is not None and benchmark.name != "matmul":
+        report.refuse(benchmark.program, "--plot: only products of matrices are drawn")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = devices.connect(options.device)
+    backend = options.backend or device.backend
+    cases = choose_cases(benchmark, options, backend)
+    budget = benchmark.budgets["full" if options.device == "cuda" else options.size]
+    if options.repeats is not None:
+        budget = Budget(repeats=options.repeats)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     machine: dict[str, Any] = {}
     is_interrupted = False
 
     def save(*, complete: bool) -> None:
-        if json is not None:
+        if options.json is not None and machine:
             extra = {"failed": failed} if failed else {}
-            report.write_json(json, machine, rows, complete=complete, **extra)
+            report.write_json(options.json, machine, rows, complete=complete, **extra)
 
-    with report.progress(total=len(cases) + 1) as bar:
+    with report.progress(total=len(cases) + 1) as bar, torch.no_grad():
         try:
             bar.set_description("peaks of this machine")
-            sentences = device.prepare(smoke=smoke)
-            machine = device.describe(command)
+            sentences = [*device.prepare(smoke=options.smoke), *benchmark.missing()]
+            machine = device.describe(["-m", f"benchmarks.{benchmark.name}", *words])
             bar.write("\n".join([report.machine_line(machine), *sentences, ""]))
             bar.update()
             for case in cases:
                 bar.set_description(str(case))
                 try:
-                    with torch.no_grad():
-                        measured = measure(case)
+                    operations = benchmark.operations(case, device.name, backend)
+                    measured = [measure(o, case, device, budget) for o in operations]
                 except RuntimeError as error:
                     # Out of memory, or a refused launch: the other cases may still run.
                     failed[str(case)] = str(error).splitlines()[0]
                     bar.write(f"{case}: FAIL, {failed[str(case)]}")
                 else:
-                    rows += measured
-                    bar.write(show(measured))
-                    save(complete=False)
+                    rows += [*measured, sum_rows(measured)]
+                    bar.write(tables.case_line(rows[-1]))
+                save(complete=False)
                 bar.update()
         except KeyboardInterrupt:
             is_interrupted = True
-    if machine:
-        save(complete=not is_interrupted)
+    save(complete=not is_interrupted)
+    return finish(options, machine, rows, failed, is_interrupted)
+
+
+def finish(
+    options: Options,
+    machine: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    failed: Mapping[str, str],
+    is_interrupted: bool,
+) -> int:
+    """Prints and draws what the rows say; returns the exit status."""
     wrong = sum(not row["correct"] for row in rows)
     if failed:
-        print(f"{len(failed)} of {len(cases)} cases did not run: see FAIL above")
+        print(f"{len(failed)} cases did not run: see FAIL above")
     if wrong:
         print(f"{wrong} of {len(rows)} rows are WRONG: see FAIL above")
     if is_interrupted:
         print(f"interrupted; the rows of the finished cases are kept ({len(rows)})")
-        return Outcome(machine, rows, report.INTERRUPTED)
-    return Outcome(machine, rows, 1 if wrong or failed else 0)
+    if rows:
+        print("", *tables.closing_lines(rows), sep="\n")
+        if options.plot is not None:
+            tables.draw(rows, options.plot, report.machine_line(machine))
+    return report.INTERRUPTED if is_interrupted else 1 if wrong or failed else 0
 
 
-def measure_case(
-    case: Case, backend: str | None, device: Device, budget: Budget
-) -> list[dict[str, Any]]:
-    """The four rows of a matmul case: forward, grad_input, grad_weight and step."""
-    operands = Operands.draw(case, device=device.name)
-    rows = [measure_product(operands, product, backend, device, budget) for product in PRODUCTS]
-    return [*rows, sum_rows(rows)]
-
-
-def measure_product(
-    operands: Operands, product: str, backend: str | None, device: Device, budget: Budget
-) -> dict[str, Any]:
-    """Checks one product, then times it in turns with its baselines."""
-    case = operands.case
-    problem = backends.problem_of(operands.x, operands.problem.layout, product)
-    backend = backends.choose(problem, backend)
-    ours = baselines.ours(operands, product, backend)
-    accuracy = baselines.check(operands, product, ours)
-    row = describe_row(case, product, backend, device.name)
-    row |= {
-        "error": accuracy.error,
-        "torch_error": accuracy.torch_error,
-        "correct": accuracy.is_good,
-        "checked": accuracy.checked,
-    }
-    bound = device.bound(count_work(operands, product), case.dtype)
+def measure(operation: Operation, case: AnyCase, device: Device, budget: Budget) -> dict[str, Any]:
+    """Checks one operation, then times it in turns with its rivals."""
+    row = {"device": device.name, **case.columns, "product": operation.product}
+    row |= {"backend": operation.backend, "threads": torch.get_num_threads()}
+    accuracy = operation.check()
+    row |= asdict(accuracy)
+    bound = device.bound(operation.work, case.dtype)
     if bound is not None:
         row |= {"bound_ms": bound.ms, "bound_limit": bound.limit, "peak_bound_ms": bound.peak_ms}
-    if not accuracy.is_good:
+    if not accuracy.correct:
         return row
-    others = device.baselines(operands, product, ours)
-    # The isolated ones are not next to ours, which would find its operands in the caches.
-    every = {"ours": ours, **others.masked, **others.isolated, **others.dense, **others.sparse}
-    estimates = device.estimate_s(every)
+    rivals, notes = operation.rivals()
+    calls = {"ours": operation.ours, **{name: rival.call for name, rival in rivals.items()}}
+    estimates = device.estimate_s(calls)
     if budget.limit_s is not None:
         # One sample of the slowest may take longer than everything else: its estimate counts.
         budget = replace(budget, limit_s=max(budget.limit_s, 2 * estimates["ours"]))
-    kept = {
-        "ours", *others.masked, *others.isolated, others.same_dtype,
-        *_contenders(others.dense, estimates),
-        *_contenders({n: c for n, c in others.dense.items() if n.endswith(" fp32")}, estimates),
-        *_contenders(others.sparse, estimates),
-        *_contenders(_named(others.sparse, "torch CSR"), estimates, 1.0),
-        *_contenders(_named(others.sparse, "torch BSR"), estimates, 1.0),
-    }  # fmt: skip
-    timings, timed = device.interleave(
-        {name: call for name, call in every.items() if name in kept}, budget, estimates
+    groups: dict[str, list[str]] = {}
+    for name, rival in rivals.items():
+        for group in rival.groups:
+            groups.setdefault(group, []).append(name)
+    contenders = {"ours"}
+    for group, names in groups.items():
+        limit = min(map(estimates.__getitem__, names)) * (1 if group in ONLY_FASTEST else HOPELESS)
+        contenders |= {name for name in names if estimates[name] <= limit}
+    timings, row["timed"] = device.interleave(
+        {name: call for name, call in calls.items() if name in contenders}, budget, estimates
     )
-
-    def time_of(prefix: str) -> float | None:
-        return min((t.median_ms for n, t in timings.items() if n.startswith(prefix)), default=None)
-
-    dense = {name: timings[name] for name in others.dense if name in kept}
-    row |= _best("best_dense", dense)
-    row |= _best("best_fp32_dense", {k: v for k, v in dense.items() if k.endswith(" fp32")})
-    row |= _best("best_sparse", {name: timings[name] for name in others.sparse if name in kept})
-    row |= {
-        "time_ms": timings["ours"].median_ms,
-        "spread_ms": timings["ours"].spread_ms,
-        "samples": timings["ours"].samples,
-        "timed": timed,
-        "one_thread_ms": time_of("one thread"),
-        "masked_dense_ms": time_of("masked dense"),
-        "compiled_masked_ms": time_of("compiled masked"),
-        "dense_ms": time_of(others.same_dtype),
-        "torch_csr_ms": time_of("torch CSR"),
-        "torch_bsr_ms": time_of("torch BSR"),
-        **others.notes,
-        "baselines": {
-            name: {"time_ms": t.median_ms, "spread_ms": t.spread_ms, "samples": t.samples}
-            for name, t in timings.items()
-            if name != "ours" and name not in others.isolated
-        },
+    ours = timings.pop("ours")
+    row |= {"time_ms": ours.median_ms, "spread_ms": ours.spread_ms, "samples": ours.samples}
+    for group, names in groups.items():
+        best = min((n for n in names if n in timings), key=lambda name: timings[name].median_ms)
+        row |= {f"{group}_ms": timings[best].median_ms, f"{group}_kind": best}
+    every = {
+        name: {"time_ms": t.median_ms, "spread_ms": t.spread_ms, "samples": t.samples}
+        for name, t in timings.items()
     }
-    return row
-
-
-def _named(candidates: Mapping[str, Candidate], prefix: str) -> dict[str, Candidate]:
-    return {name: call for name, call in candidates.items() if name.startswith(prefix)}
-
-
-def _contenders(
-    candidates: Mapping[str, Candidate], estimates: Mapping[str, float], factor: float = HOPELESS
-) -> set[str]:
-    """Those that may turn out the fastest of these."""
-    fastest = min((estimates[name] for name in candidates), default=0.0)
-    return {name for name in candidates if estimates[name] <= factor * fastest}
-
-
-def _best(prefix: str, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    if not timings:
-        return {}
-    name = min(timings, key=lambda name: timings[name].median_ms)
-    return {f"{prefix}_ms": timings[name].median_ms, f"{prefix}_kind": name}
-
-
-def describe_row(case: Case, product: str, backend: str, device: str) -> dict[str, Any]:
-    """A row with nothing measured yet."""
-    measured = (*TIMES, *_NOTES, *_KINDS, "spread_ms", "samples", "error", "torch_error", "timed")
-    is_decode = case.tokens == 1 and (case.in_features, case.out_features) == (2048, 8192)
-    return {
-        "device": device,
-        "dtype": case.dtype,
-        "M": case.tokens,
-        "K": case.in_features,
-        "N": case.out_features,
-        "fan_in": case.fan_in,
-        "block": case.block_name,
-        "density": case.density,
-        "product": product,
-        "backend": backend,
-        **dict.fromkeys(measured),
-        "threads": torch.get_num_threads(),
-        "headline": case.has_goal or is_decode or case.fan_in == 128,
-    }
-
-
-def count_work(operands: Operands, product: str) -> roofline.Work:
-    """The work of one product of a case."""
-    case = operands.case
-    return roofline.count_work(
-        product,
-        tokens=case.tokens,
-        in_features=case.in_features,
-        out_features=case.out_features,
-        fan_in=case.fan_in,
-        block=case.block,
-        element_bytes=operands.x.element_size(),
-        used_in_features=operands.used_in_features,
-    )
+    return row | notes | {"baselines": every}
 
 
 def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The `step` row: times and bounds added up, spreads as independent, errors the largest."""
-    step = dict(rows[0]) | {"product": "step"}
-    for name in TIMES:
-        parts = [row[name] for row in rows]
-        step[name] = None if None in parts else sum(parts)
-    spreads = [row["spread_ms"] for row in rows]
-    step["spread_ms"] = None if None in spreads else sum(s * s for s in spreads) ** 0.5
-    for name in (*_KINDS, "backend", "timed"):
-        kinds = list(dict.fromkeys(row[name] for row in rows))
-        step[name] = None if None in kinds else " + ".join(kinds)
-    for name in ("error", "torch_error"):
-        step[name] = max(row[name] for row in rows)
-    step["correct"] = all(row["correct"] for row in rows)
-    step["samples"] = None if None in spreads else min(row["samples"] for row in rows)
-    step["checked"] = "; ".join(dict.fromkeys(row["checked"] for row in rows))
-    step.pop("baselines", None)
-    return step
+    """The `step` row: times and bounds added up, spreads as independent, errors the largest.
+
+    It has a column only where every operation has it.
+    """
+    step: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        if not all(name in row for row in rows) or name == "baselines":
+            continue
+        values = [row[name] for row in rows]
+        if name == "spread_ms":
+            step[name] = sum(value**2 for value in values) ** 0.5
+        elif name.endswith("_ms"):
+            step[name] = sum(values)
+        elif name in ("error", "torch_error"):
+            step[name] = max(values)
+        elif name in ("samples", "correct"):
+            step[name] = min(values)
+        elif isinstance(first, str):
+            step[name] = " + ".join(dict.fromkeys(values))
+        else:
+            step[name] = first
+    return step | {"product": "step"}

@@ -40,9 +40,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long the candidates of one product are timed; see `interleave`."""
+    """How long candidates are timed: the arguments of `interleave` of the same names."""
 
-    seconds: float = 0.5
+    budget_s: float = 0.5
     repeats: int | None = None
     limit_s: float | None = None
 
@@ -103,17 +103,18 @@ def interleave(
         sampler: takes one sample; by default with the processor's clock.
     """
     guesses = estimate_s(candidates, sampler) if estimates is None else estimates
-    once = {name for name in candidates if guesses[name] > VERY_SLOW_S and not repeats}
-    calls = {
-        name: max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9))) for name in candidates
-    }
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    turns = dict(candidates)
+    for name in candidates:
+        if guesses[name] > VERY_SLOW_S and not repeats:
+            samples[name].append(guesses[name])
+            del turns[name]
+    calls = {name: max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9))) for name in turns}
     wanted = {
         name: repeats or (MIN_SAMPLES_SLOW if guesses[name] > SLOW_S else MIN_SAMPLES)
-        for name in candidates
+        for name in turns
     }
     share_s = budget_s / max(1, len(candidates))
-    samples = {name: [guesses[name]] if name in once else [] for name in candidates}
-    turns = {name: call for name, call in candidates.items() if name not in once}
     spent = dict.fromkeys(turns, 0.0)
     collects = gc.isenabled()
     gc.collect()

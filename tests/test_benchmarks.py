@@ -10,46 +10,68 @@ import pytest
 import torch
 
 from benchmarks import (
+    activation,
     baselines,
     cases,
-    devices,
     matmul,
     peers,
     report,
     roofline,
-    run,
     tables,
     timing,
 )
+from sparse_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 def step(**changes: object) -> dict[str, object]:
-    case = cases.Case(2048, 1024, 1024, 64)
-    row = run.describe_row(case, "step", "cpu", "cpu") | {"correct": True, "time_ms": 2.0}
-    row |= {"masked_dense_ms": 50.0, "best_dense_ms": 10.0, "best_dense_kind": "oneDNN fp32"}
+    row = {"device": "cpu", **cases.Case(2048, 1024, 1024, 64).columns, "product": "step"}
+    row |= {"correct": True, "time_ms": 2.0, "masked_dense_ms": 50.0, "threads": 2}
+    row |= {"best_dense_ms": 10.0, "best_dense_kind": "oneDNN fp32"}
     return row | {"best_sparse_ms": 7.0, "best_sparse_kind": "SparseLab"} | changes
 
 
 def test_sentences_are_computed_from_the_rows() -> None:
     first, second = tables.sentences([step()])
     assert first == (
-        "On this machine a training step of 1024->1024 with fan-in 64 (float32) is 25.0 times "
-        "faster than masked dense, 5.00 times faster than the best dense (oneDNN fp32) and "
-        "3.50 times faster than the best sparse peer (SparseLab)."
+        "On this machine a training step of 1024->1024 with fan-in 64 (float32) is 25 times "
+        "faster than masked dense, 5 times faster than the best dense (oneDNN fp32) and "
+        "3.5 times faster than the best sparse peer (SparseLab)."
     )
     assert "No measured case was slower" in second
     said = tables.sentences([step(), step(best_dense_ms=1.0)])[-1]
     assert "1 of 2 cases" in said
-    assert "oneDNN fp32 is 2.00 times faster" in said
+    assert "2 times slower than the best dense (oneDNN fp32)" in said
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [(1.3, "1.3 times faster"), (122.0, "120 times faster"), (0.98, "as fast as"), (1.0, "as fast"),
+     (0.78, "1.3 times slower"), (1.05, "1.1 times faster"), (0.952, "as fast")],
+)  # fmt: skip
+def test_a_comparison_has_two_digits_and_is_never_one_time(times: float, words: str) -> None:
+    assert tables.compare(times, "dense").startswith(words)
 
 
 def test_goals_compare_the_measured_ratio() -> None:
-    found = {name: (value, goal) for name, value, goal in tables.goals([step()])}
-    assert found["1024 -> 1024 fan_in 64 fp32 over masked dense"] == (25.0, 12.0)
-    assert found["1024 -> 1024 fan_in 64 fp32 over best dense (oneDNN fp32)"] == (5.0, 2.5)
+    case = "1024->1024 fan-in 64 1x1 float32 M=2048 step over"
+    other = step(dtype="bfloat16", time_ms=1.0)
+    found = {
+        name: (value, goal) for name, value, goal in tables.goals([step(one_thread_ms=3.0), other])
+    }
+    assert found[f"{case} masked dense"] == (25.0, 12.0)
+    assert found[f"{case} best dense (oneDNN fp32)"] == (5.0, 2.5)
+    assert found[f"{case} one thread"] == (1.5, 1.7)
+    assert found[f"{case.replace('float32', 'bfloat16')} float32"] == (2.0, 1.3)
+
+
+def test_an_impossible_fraction_of_the_bound_is_flagged() -> None:
+    possible = step(product="forward", bound_ms=1.9)
+    assert "above 100%" not in "\n".join(tables.closing_lines([possible]))
+    said = "\n".join(tables.closing_lines([possible, step(product="forward", bound_ms=2.2)]))
+    assert "A fraction above 100% means" in said
 
 
 @pytest.mark.parametrize("product", cases.PRODUCTS)
@@ -58,17 +80,18 @@ def test_peers_agree_with_ours_and_a_wrong_one_is_left_out(
 ) -> None:
     operands = baselines.Operands.draw(cases.Case(40, 64, 48, 8))
     ours = baselines.ours(operands, product, "reference")
-    found, wrong = peers.candidates(operands, product, ours)
-    assert wrong == []
+    found, wrong = peers.rivals(operands, product, ours)
+    assert wrong is None
     assert "torch CSR" in found
     monkeypatch.setattr(
         peers,
         "_torch_csr",
         lambda *_: iter([("torch CSR", lambda: peers._expected(operands, product, ours) * 1.01)]),
     )
-    found, wrong = peers.candidates(operands, product, ours)
+    found, wrong = peers.rivals(operands, product, ours)
     assert "torch CSR" not in found
-    assert len(wrong) == 1
+    assert wrong is not None
+    assert wrong.startswith("torch CSR is not compared")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
@@ -94,18 +117,105 @@ def test_smoke_rows_are_complete_and_a_step_is_the_sum(tmp_path: Path) -> None:
         assert all(row["correct"] for row in rows)
 
 
-def test_a_wrong_result_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_has_no_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     right = baselines.ours
     monkeypatch.setattr(
-        run.baselines,
+        baselines,
         "ours",
         lambda operands, product, backend: lambda: right(operands, product, backend)() * 1.01,
     )
-    device = devices.Processor()
-    rows = run.measure_case(cases.smoke_cases()[-1], "reference", device, timing.Budget(repeats=1))
-    assert not any(row["correct"] for row in rows)
-    assert all(row["time_ms"] is None for row in rows)
-    assert "FAIL" in tables.case_line(rows)
+    path = tmp_path / "rows.json"
+    assert matmul.main([*ONE_CASE, "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 4
+    assert not any(row["correct"] or "time_ms" in row for row in rows)
+    assert "4 of 4 rows are WRONG" in capsys.readouterr().out
+
+
+ONE_CASE = ["--smoke", "--case", "64->48", "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, report.INTERRUPTED), (RuntimeError("no memory\nat all"), 1)],
+)
+def test_rows_are_kept_after_an_interruption_and_a_case_that_fails_alone(
+    error: BaseException | type[BaseException],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw = baselines.Operands.draw
+
+    def fail(case: cases.Case, **options: str) -> baselines.Operands:
+        if case.dtype == "bfloat16":
+            raise error
+        return draw(case, **options)
+
+    monkeypatch.setattr(baselines.Operands, "draw", fail)
+    path = tmp_path / "rows.json"
+    words = ["--smoke", "--case", "M=33", "--repeats", "1", "--json", str(path)]
+    assert matmul.main(words) == status
+    content = json.loads(path.read_text())
+    shapes = [(row["fan_in"], row["block"]) for row in content["rows"] if row["product"] == "step"]
+    printed = capsys.readouterr().out
+    if error is KeyboardInterrupt:
+        assert not content["complete"]
+        assert shapes == [(8, "1x1")]
+        assert "interrupted; the rows of the finished cases are kept (4)" in printed
+    else:
+        assert content["complete"]
+        assert list(content["failed"].values()) == ["no memory"]
+        assert shapes == [(8, "1x1"), (16, "16x1"), (16, "16x16")]
+        assert "1 cases did not run" in printed
+
+
+def test_slow_bf16_dense_is_left_out_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(baselines, "BF16_MAX_SECONDS", 0.0)
+    monkeypatch.setattr(baselines, "BF16_SLOWER", 0.0)
+    path = tmp_path / "rows.json"
+    words = ["--smoke", "--case", "bfloat16 M=33", "--repeats", "1", "--json", str(path)]
+    assert matmul.main(words) == 0
+    *products, total = json.loads(path.read_text())["rows"]
+    for row in products:
+        assert "torch's bfloat16 dense product is not timed" in row["bf16_dense_note"]
+        assert not {"torch bf16", "masked dense"} & row["baselines"].keys()
+    assert "masked_dense_ms" not in total
+    assert "torch's bfloat16 dense takes seconds a call here" in capsys.readouterr().out
+
+
+def test_cases_that_a_backend_cannot_run_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        backends, "why_not", lambda _, p: "it has no blocks" if p.block != (1, 1) else None
+    )
+    path = tmp_path / "rows.json"
+    words = ["--smoke", "--case", "fan_in=16", "--repeats", "1", "--json", str(path)]
+    with pytest.raises(SystemExit):
+        matmul.main(words)
+    assert "the backend cpu cannot run here: it has no blocks" in capsys.readouterr().err
+    words[2] = "float32 M=33"
+    assert matmul.main(words) == 0
+    assert {row["block"] for row in json.loads(path.read_text())["rows"]} == {"1x1"}
+    assert "16x16 float32 M=33 is left out: it has no blocks" in capsys.readouterr().out
+
+
+def test_activation_rows_compare_with_torch(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    words = ["--smoke", "--case", "D=64 k=16 float32", "--repeats", "2", "--json", str(path)]
+    assert activation.main(words) == 0
+    forward, backward, total = json.loads(path.read_text())["rows"]
+    assert (forward["product"], backward["product"]) == ("abs_topk forward", "abs_topk backward")
+    for row in (forward, backward):
+        assert row["correct"]
+        assert row["torch_ms"] == row["baselines"][row["torch_kind"]]["time_ms"]
+    assert total["torch_ms"] == pytest.approx(forward["torch_ms"] + backward["torch_ms"])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +226,7 @@ def test_a_wrong_result_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--json", "."], "is a directory"),
         (["--plot", "plot.pdf"], "does not end in .png"),
         (["--case", "3->5"], "no case matches"),
-        (["--dtype", "float16"], "have no float16"),
+        (["--backend", "triton", "--repeats", "1"], "the backend triton cannot run here"),
         (["--threads", "0"], "needs a positive whole number"),
         (["--backend", "abacus"], "--backend must be one of"),
     ],
@@ -141,16 +251,18 @@ def test_marks_are_replaced_or_refused(tmp_path: Path) -> None:
         report.replace_between(path, "measured-full", "new")
 
 
-def test_tf32_is_put_back_and_gpu_bound_by_hand() -> None:
-    from benchmarks.gpu import device
-
-    before = torch.backends.cuda.matmul.allow_tf32
-    with device.tf32(not before):
-        assert torch.backends.cuda.matmul.allow_tf32 is not before
-    assert torch.backends.cuda.matmul.allow_tf32 is before
+def test_a_setting_is_put_back_and_gpu_bound_by_hand() -> None:
+    seen = []
+    call = baselines.with_precision(
+        lambda: seen.append(torch.get_float32_matmul_precision()), "medium"
+    )
+    before = torch.get_float32_matmul_precision()
+    call()
+    assert (seen, torch.get_float32_matmul_precision()) == (["medium"], before)
     work = roofline.Work(flops=2e12, operand_bytes=0, read_bytes=10**9, write_bytes=10**9)
-    bound = device.bound(work, device.GpuPeaks({"bfloat16": 100.0}, 1000.0), "bfloat16")
+    bound = roofline.GpuPeaks({"bfloat16": 100.0}, 1000.0).bound(work, "bfloat16")
     assert (bound.compute_ms, bound.memory_ms) == (pytest.approx(20.0), pytest.approx(2.0))
+    assert bound.limit == "compute"
 
 
 PEAKS = roofline.Peaks(
@@ -176,11 +288,11 @@ def test_bandwidth_is_never_below_that_of_a_larger_buffer() -> None:
 
 
 def test_work_and_bound_by_hand() -> None:
-    shape = {"tokens": 10, "in_features": 40, "out_features": 20, "fan_in": 8}
+    case = cases.Case(10, 40, 20, 8)
     # nnz = 160; X 1600 bytes, Y 800, values 640, 160 indices of 2 bytes.
-    work = roofline.count_work("forward", **shape, block=(1, 1), element_bytes=4)
+    work = roofline.count_work(case, "forward")
     assert work == roofline.Work(3200.0, 6400, 1600 + 640 + 320, 800, 1.0, True, 40)
-    bound = roofline.bound(work, PEAKS, is_bf16=False)
+    bound = PEAKS.bound(work, "float32")
     assert bound.compute_ms == pytest.approx(3200 / 100e9 * 1e3)
     # Tiles of 2, 4, 8 and 16 vectors: all of the 40 features fit the first level, half of them,
     # a quarter, an eighth. A byte takes 1/200 ns from the first level and 1/100 from the second.
@@ -193,22 +305,21 @@ def test_work_and_bound_by_hand() -> None:
     assert bound.ms == bound.operands_ms
     assert bound.peak_ms == bound.memory_ms
     faster = replace(PEAKS, l1_read_gbs=2000.0, l2_read_gbs=1000.0)
-    bound = roofline.bound(work, faster, is_bf16=False)
+    bound = faster.bound(work, "float32")
     assert bound.operands_ms == pytest.approx(6400 * min(bytes_ns) * 1e-7)
     assert bound.limit == "memory"
     assert bound.ms == bound.peak_ms == bound.memory_ms
-    work = roofline.count_work("grad_input", **shape, block=(4, 2), element_bytes=2)
+    bf16 = replace(case, block=(4, 2), dtype="bfloat16")
+    work = roofline.count_work(bf16, "grad_input")
     # 20 blocks, shared by the longer side 4; dY 400 bytes, values 320, dX 800.
     assert work == roofline.Work(3200.0, 3200, 400 + 320 + 40, 800, 1 / 4, True, 20)
-    work = roofline.count_work(
-        "grad_weight", **shape, block=(1, 1), element_bytes=4, used_in_features=30
-    )
+    work = roofline.count_work(case, "grad_weight", used_in_features=30)
     assert work == roofline.Work(3200.0, 6400, 800 + 1200 + 320, 640, 1.0, False, 20)
     # 20 features of one vector fit the first level, and no weights are read.
-    bound = roofline.bound(work, PEAKS, is_bf16=False)
+    bound = PEAKS.bound(work, "float32")
     assert bound.operands_ms == pytest.approx(6400 / 200e9 * 1e3)
     # bf16 may be widened: its bound uses the faster of the two multiply-adds.
-    assert roofline.bound(work, PEAKS, is_bf16=True).compute_ms == pytest.approx(3.2e-5)
+    assert PEAKS.bound(work, "bfloat16").compute_ms == pytest.approx(3.2e-5)
 
 
 def test_candidates_take_turns_and_slow_ones_keep_their_minimum() -> None:

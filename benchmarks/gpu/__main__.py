@@ -1,239 +1,137 @@
 """Everything that has to be done on a machine with a GPU, in one go.
 
-    python -m benchmarks.gpu                         build, test, check, measure: about 25 minutes
-    python -m benchmarks.gpu --only build,test       some of the steps, in their order
+    python -m benchmarks.gpu                         build, check, measure, profile, test: 8 minutes
+    python -m benchmarks.gpu --only build,goals      some of the steps, in their order
     python -m benchmarks.gpu --smoke                 tiny shapes: does everything run?
 
 Needs a checkout, PyTorch with CUDA, Triton, nvcc, pybind11, setuptools, ninja, pytest, hypothesis;
-no network. Leaves, in `--out` (default benchmarks/results), JSON files named by GPU and day and one
-log, gpu-NAME-DAY.log. A step that fails does not stop those that do not need it; the exit status is
-1 if any failed. The steps:
-
-    build       the extensions, in place, with the CUDA kernels
-    test        the tests on the GPU (pytest -m gpu)
-    sanitize    compute-sanitizer over small shapes: memcheck, racecheck, synccheck
-    goals       python -m benchmarks.matmul --device cuda --goals: the cases with a goal
-    others      python -m benchmarks.matmul --device cuda --no-goals
-    activation  python -m benchmarks.activation --device cuda
-    tune        the cases with a goal on Triton again, with the tiles that a search finds
+no network. Each step has a time limit and leaves its output in STEP.log in the folder `--out`, the
+benchmarks also STEP.json, which has every case as soon as it is measured. gpu.json says how each
+step ended. A step that fails does not stop the others, except that all need the build; the exit
+status is 1 if any failed.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-import torch
 import tyro
 
-from benchmarks import report
-from benchmarks.devices import why_not as why_no_device
+from benchmarks import devices, report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
-STEPS = ("build", "test", "sanitize", "goals", "others", "activation", "tune")
 PROGRAM = "python -m benchmarks.gpu"
+SMALL = (sys.executable, "-m", "benchmarks.gpu.small")
+# The tests that run on a GPU; others need packages that a machine with a GPU may lack.
+TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_refusals", "gpu_benchmarks")
+)
+METRICS = (
+    "sm__inst_executed.avg.per_cycle_active,lts__t_bytes.sum.per_second,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,dram__bytes.sum.per_second"
+)
 
 
 @dataclass(frozen=True)
-class Command:
-    """One process of a step."""
+class Step:
+    """One command, and how long it may take."""
 
-    step: str
-    words: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: its exit status, or None where it ran out of time."""
-
-    command: Command
-    status: int | None
-    seconds: float
-
-    @property
-    def is_good(self) -> bool:
-        return self.status == 0
+    name: str
+    limit_s: float
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(*, gpu_name: str, day: str, out: Path, smoke: bool, steps: Sequence[str]) -> list[Command]:
-    """The commands of the steps, in order."""
-    python = sys.executable
-    tiny = ("--smoke",) if smoke else ()
+def plan(out: Path, *, smoke: bool = False) -> list[Step]:
+    """The steps, in order. They end in 8 minutes, others and tune not counted."""
 
-    def benchmark(step: str, module: str, *options: str, **environment: str) -> Command:
-        name = module if module == step else f"{module}-{step}"
-        path = out / f"{name}-{gpu_name}-{day}.json"
-        # No tiny case has a goal.
-        options = tiny or options
-        words = (f"benchmarks.{module}", "--device", "cuda", *options, "--json", str(path))
-        return Command(step, (python, "-m", *words), environment)
+    def benchmark(name: str, module: str, limit_s: float, *options: str, **extra: str) -> Step:
+        options = ("--smoke",) if smoke else options  # no tiny case has a goal
+        words = ("-m", f"benchmarks.{module}", "--device", "cuda", *options)
+        command = (sys.executable, *words, "--json", str(out / f"{name}.json"))
+        return Step(name, limit_s, command, extra)
 
-    commands = {
-        "build": [
-            Command(
-                "build",
-                (python, "setup.py", "build_ext", "--inplace"),
-                {"SPARSE_KERNELS_CUDA": "1"},
-            )
-        ],
-        "test": [
-            Command("test", (python, "-m", "pytest", "-q", "-o", "addopts=-ra", "-m", "gpu"))
-        ],
-        "sanitize": [
-            Command(
-                "sanitize",
-                (
-                    "compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
-                    python, "-m", "benchmarks.gpu.small",
-                ),
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            for tool in SANITIZERS
-        ],
-        "goals": [benchmark("goals", "matmul", "--goals")],
-        "others": [benchmark("others", "matmul", "--no-goals")],
-        "activation": [benchmark("activation", "activation")],
-        "tune": [
-            benchmark(
-                "tune", "matmul", "--goals", "--backend", "triton",
-                SPARSE_KERNELS_TRITON_TUNE="1",
-            )
-        ],
-    }  # fmt: skip
-    return [command for step in STEPS if step in steps for command in commands[step]]
+    def sanitizer(tool: str) -> Step:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *SMALL)
+        # Each tensor gets memory of its own, so that an access outside of one is seen.
+        return Step(tool, 45, (*command, "cuda"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    profile = ("ncu", "--metrics", METRICS, "--kernel-name-base", "demangled", "--csv", *SMALL)
+    test = (sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=-ra", "-m", "gpu", *TESTS)
+    return [
+        Step("build", 60, build, {"SPARSE_KERNELS_CUDA": "1"}),
+        Step("small", 40, SMALL),
+        benchmark("goals", "matmul", 150, "--goals"),
+        benchmark("activation", "activation", 20, "--goals"),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        Step("profile", 45, (*profile, "cuda")),
+        Step("test", 75, test),
+        benchmark("others", "matmul", 3600, "--others"),
+        benchmark(
+            "tune", "matmul", 3600, "--goals", "--backend", "triton", SPARSE_KERNELS_TRITON_TUNE="1"
+        ),
+    ]
 
 
-def run(command: Command, log: Path, limit_s: float) -> Outcome:
-    """Runs one command in the checkout; what it prints goes to the terminal and the log."""
+def run(step: Step, log: Path) -> dict[str, Any]:
+    """Runs one step in the checkout, with its output in the log; returns how it ended."""
     started = time.monotonic()
-    shown = " ".join(
-        [*(f"{name}={value}" for name, value in command.environment.items()), *command.words]
-    )
-    with log.open("a") as file:
-        for stream in (sys.stdout, file):
-            print(f"\n==> {command.step}: {shown}", file=stream, flush=True)
-        with subprocess.Popen(
-            command.words,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **command.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            is_late = threading.Event()
-
-            def stop() -> None:
-                is_late.set()
-                process.kill()
-
-            timer = threading.Timer(limit_s, stop)
-            timer.start()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    ending = "passed"
+    if shutil.which(step.command[0]) is None:
+        ending = f"{step.command[0]} is not installed"
+    else:
+        with log.open("w") as file:
             try:
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    print(line, end="", file=file, flush=True)
-                process.wait()
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                timer.cancel()
-        seconds = time.monotonic() - started
-        status = None if is_late.is_set() else process.returncode
-        ending = "out of time" if status is None else f"exit status {status}"
-        for stream in (sys.stdout, file):
-            print(f"<== {command.step}: {ending}, {seconds:.0f} s", file=stream, flush=True)
-    return Outcome(command, status, seconds)
+                done = subprocess.run(
+                    step.command, cwd=ROOT, env=environment, timeout=step.limit_s,
+                    stdout=file, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                if done.returncode != 0:
+                    ending = f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                ending = f"stopped after {step.limit_s:.0f} s"
+    seconds = round(time.monotonic() - started, 1)
+    return {"step": step.name, "ending": ending, "seconds": seconds, "command": step.command}
 
 
-def why_not(command: Command, failed: Sequence[str]) -> str | None:
-    """None if the command can run, else a sentence."""
-    if command.step != "build" and "build" in failed:
-        return "the build failed"
-    if shutil.which(command.words[0]) is None:
-        return f"{command.words[0]} is not installed"
-    return None
+def main(only: str = "", out: Path = Path("gpu-results"), smoke: bool = False) -> int:
+    """Runs the steps.
 
-
-def short_name(gpu: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `h100-80gb-hbm3`, for names of files."""
-    name = gpu.lower().replace("nvidia", "").strip()
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command line."""
-
-    only: str = ",".join(STEPS)
-    """Some of the steps, with commas between them."""
-    out: Path = ROOT / "benchmarks" / "results"
-    """The folder of the results and the log."""
-    smoke: bool = False
-    """Tiny shapes."""
-    minutes: float = 60.0
-    """The longest that a command may take."""
-    commit: str | None = None
-    """What the results name, where the checkout has no git."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=arguments)
-    steps = options.only.split(",")
-    unknown = [step for step in steps if step not in STEPS]
-    if unknown:
-        report.refuse(
-            PROGRAM, f"--only: no step is called {unknown[0]!r}; there are {', '.join(STEPS)}"
-        )
-    if not options.minutes > 0:
-        report.refuse(PROGRAM, f"--minutes must be positive, got {options.minutes}")
-    if reason := why_no_device("cuda"):
+    Args:
+        only: some of the steps, with commas between them; by default all but others and tune.
+        out: the folder of the results and the logs.
+        smoke: tiny shapes.
+    """
+    steps = {step.name: step for step in plan(out.absolute(), smoke=smoke)}
+    names = only.split(",") if only else [name for name in steps if name not in ("others", "tune")]
+    if unknown := [name for name in names if name not in steps]:
+        report.refuse(PROGRAM, f"--only: no step is {unknown[0]!r}; there are {', '.join(steps)}")
+    if reason := devices.why_not("cuda"):
         report.refuse(PROGRAM, f"this needs a GPU: {reason}")
-    out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    if options.commit:
-        os.environ["BENCHMARK_COMMIT"] = options.commit
-    name = short_name(torch.cuda.get_device_name())
-    day = datetime.now(timezone.utc).date().isoformat()
-    log = out / f"gpu-{name}-{day}.log"
-    with log.open("a") as file:
-        print(f"{torch.cuda.get_device_name()}, commit {report.commit()}", file=file)
-    outcomes: list[Outcome] = []
-    lines: list[str] = []
-    try:
-        for command in plan(gpu_name=name, day=day, out=out, smoke=options.smoke, steps=steps):
-            failed = [done.command.step for done in outcomes if not done.is_good]
-            reason = why_not(command, failed)
-            if reason is not None:
-                outcomes.append(Outcome(command, None, 0.0))
-                lines.append(f"FAILED  {command.step:<11} did not run: {reason}")
-                continue
-            outcome = run(command, log, options.minutes * 60)
-            outcomes.append(outcome)
-            verdict = "passed" if outcome.is_good else "FAILED"
-            lines.append(f"{verdict}  {command.step:<11} {outcome.seconds:5.0f} s")
-    except KeyboardInterrupt:
-        lines.append("interrupted")
-        return report.INTERRUPTED
-    finally:
-        with log.open("a") as file:
-            for stream in (sys.stdout, file):
-                print("", *lines, f"log: {log}", sep="\n", file=stream, flush=True)
-    return 0 if all(outcome.is_good for outcome in outcomes) else 1
+    machine = devices.connect("cuda").describe(["-m", "benchmarks.gpu"])
+    rows: list[dict[str, Any]] = []
+    for name in (name for name in steps if name in names):
+        if rows and rows[0]["step"] == "build" and rows[0]["ending"] != "passed":
+            row = {"step": name, "ending": "the build failed", "seconds": 0.0}
+        else:
+            row = run(steps[name], out / f"{name}.log")
+        rows.append(row)
+        print(f"{name:<12} {row['seconds']:6.1f} s  {row['ending']}", flush=True)
+        report.write_json(out / "gpu.json", machine, rows, complete=len(rows) == len(names))
+    return 0 if all(row["ending"] == "passed" for row in rows) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main, prog=PROGRAM, description=__doc__))

@@ -1,24 +1,24 @@
-"""Every GPU kernel once on small shapes, checked: for `compute-sanitizer`, under which all is slow.
+"""Every GPU kernel once on small shapes, checked: for compute-sanitizer and a profiler.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.gpu.small
+    python -m benchmarks.gpu.small [BACKEND...]     by default cuda and triton
 
 Odd sizes, empty inputs, strided inputs, blocks of every backend, all dtypes; the exit status is 1
-if a result is wrong. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives each tensor memory of its own, so that
-an access outside of one is seen.
+if a result is wrong.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import DTYPES, PRODUCTS
+from benchmarks import baselines
+from benchmarks.baselines import Operands
+from benchmarks.cases import DTYPES, Case, TopkCase
 from benchmarks.devices import why_not
 from sparse_kernels import backends, ops, reference
-from sparse_kernels.layout import Problem
-from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
 
 # tokens, in_features, out_features, fan_in, block.
 SHAPES = (
@@ -32,71 +32,58 @@ SHAPES = (
     (70, 256, 128, 128, (64, 64)),
     (1, 256, 128, 128, (128, 128)),
 )
+EVERY_ROW = 1000
 TOPK_SHAPES = ((5, 33, 7), (3, 2048, 512), (1, 9000, 1), (0, 16, 4))
 
 
-def wrong_products(device: str, names: tuple[str, ...]) -> Iterator[str]:
+def wrong_products(
+    device: str, names: Sequence[str], dtypes: Sequence[str] = tuple(DTYPES)
+) -> Iterator[str]:
     """Runs every product of every shape and dtype on each backend that can; yields what is off."""
-    for name in names:
-        for dtype in DTYPES.values():
-            for tokens, in_features, out_features, fan_in, block in SHAPES:
-                sizes = (in_features, out_features, fan_in)
-                if any(
-                    backends.why_not(
-                        name,
-                        Problem(device, dtype, product, out_features, in_features, fan_in, block),
-                    )
-                    for product in PRODUCTS
-                ):
-                    continue
-                case = make_problem(0, tokens, *sizes, block, dtype, device=device)
-                for product in PRODUCTS:
-                    actual = run(case, product, name)
-                    truth, stock = case.reference64(product), case.torch_dense(product)
-                    if not max_error(actual, truth) <= allowed_error(stock, truth):
-                        yield f"{name} {product} {dtype} {tokens} {sizes} {block}"
+    for case in (Case(*shape, dtype) for dtype in dtypes for shape in SHAPES):
+        operands = Operands.draw(case, device=device)
+        # Rows that are not adjacent.
+        x, grad = (
+            torch.cat([t, t], dim=1)[:, : t.shape[1]] for t in (operands.x, operands.grad_output)
+        )
+        problem = replace(operands.problem, x=x, grad_output=grad)
+        operands = replace(operands, problem=problem)
+        for name in names:
+            for wanted in case.problems(device):
+                if backends.why_not(name, wanted) is None:
+                    call = baselines.ours(operands, wanted.product, name)
+                    if not baselines.check(operands, wanted.product, call, EVERY_ROW).correct:
+                        yield f"{name} {wanted.product} {case}"
 
 
-def run(case: MatmulCase, product: str, backend: str) -> torch.Tensor:
-    """One product of the case, with an input whose rows are not adjacent."""
-    x, grad = (torch.cat([t, t], dim=1)[:, : t.shape[1]] for t in (case.x, case.grad_output))
-    if product == "forward":
-        return ops.forward(x, case.values, case.layout, case.bias, backend)
-    if product == "grad_input":
-        return ops.grad_input(grad, case.values, case.layout, case.input_bias, backend)
-    return ops.grad_weight(grad, x, case.layout, backend)
-
-
-def wrong_topk(device: str, names: tuple[str, ...]) -> Iterator[str]:
+def wrong_topk(
+    device: str, names: Sequence[str], dtypes: Sequence[str] = tuple(DTYPES)
+) -> Iterator[str]:
     """The same for `abs_topk` and its backward."""
-    for name in names:
-        for dtype in DTYPES.values():
-            if backends.why_not(name, Problem(device, dtype, "abs_topk")):
-                continue
-            for rows, columns, k in TOPK_SHAPES:
-                generator = torch.Generator().manual_seed(rows)
-                x = torch.randn(rows, columns, generator=generator).to(device, dtype)
-                y = ops.abs_topk(x, k, name)
-                if not torch.equal(y, reference.abs_topk(x, k)):
-                    yield f"{name} abs_topk {dtype} {(rows, columns, k)}"
-                back = ops.abs_topk_backward(x, y, name)
-                if not torch.equal(back, reference.abs_topk_backward(x, y)):
-                    yield f"{name} abs_topk_backward {dtype} {(rows, columns, k)}"
+    for case in (TopkCase(*shape, dtype) for dtype in dtypes for shape in TOPK_SHAPES):
+        generator = torch.Generator().manual_seed(case.tokens)
+        x = torch.randn(case.tokens, case.width, generator=generator).to(device, case.torch_dtype)
+        (problem,) = case.problems(device)
+        for name in (name for name in names if backends.why_not(name, problem) is None):
+            y = ops.abs_topk(x, case.k, name)
+            if not torch.equal(y, reference.abs_topk(x, case.k)):
+                yield f"{name} abs_topk {case}"
+            back = ops.abs_topk_backward(x, y, name)
+            if not torch.equal(back, reference.abs_topk_backward(x, y)):
+                yield f"{name} abs_topk_backward {case}"
 
 
-def main() -> int:
+def main(names: Sequence[str]) -> int:
     """Runs everything; returns the exit status."""
-    reason = why_not("cuda")
-    if reason is not None:
+    if reason := why_not("cuda"):
         print(reason, file=sys.stderr)
         return 2
-    names = ("cuda", "triton")
+    names = names or ("cuda", "triton")
     wrong = [*wrong_products("cuda", names), *wrong_topk("cuda", names)]
     torch.cuda.synchronize()
-    print(*(f"WRONG: {line}" for line in wrong), sep="\n")
-    print(f"{len(wrong)} wrong")
+    print(*(f"WRONG: {line}" for line in wrong), f"{len(wrong)} wrong", sep="\n")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
