@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from torch.autograd.profiler import profile
 
@@ -51,14 +51,3 @@ def measure_parts(call: Callable[[], object], device: str) -> dict[str, float]:
             parts[part_of(event.name)] += time_us / 1e3
     parts["rest"] = max(0.0, whole_ms - sum(parts.values()) + parts["rest"])
     return parts
-
-
-def scaled(samples: Sequence[Mapping[str, float]], whole_ms: float) -> dict[str, float]:
-    """The parts of the quickest sample, all times one factor, so that they add up to `whole_ms`.
-
-    The quickest is the one that other processes disturbed least; `whole_ms` is the time of the same
-    call without the profiler.
-    """
-    least = min(samples, key=lambda sample: sum(sample.values()))
-    factor = whole_ms / sum(least.values())
-    return {part: least[part] * factor for part in PARTS}
