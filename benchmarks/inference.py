@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, command = program.parse(program.Options, "inference", __doc__, arguments)
     groups = plan(options)
     sparse = make_model(groups[0].cases[0], options.device)
-    verdict = check(sparse, inference=True)
+    verdict = check(sparse, gradients=False)
 
     @functools.cache
     def model_of(config: ModelConfig, variant: Variant, dtype: str) -> Transformer:

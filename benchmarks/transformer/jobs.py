@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
+from benchmarks.timing import Candidate
 from benchmarks.transformer.check import Verdict
 from benchmarks.transformer.variants import Case, make_model
 from sparse_transformer import KVCache, Transformer
@@ -21,28 +22,24 @@ _RUN = 10**6
 
 
 class Job:
-    """A model of a case and the call that is timed.
-
-    Attributes:
-        verdict: of the correctness check, where there is one.
-        topology: changes the connections of a sparse model that is trained, else None.
-        optimizer: None for a forward.
-        loss: of the last step; None for a forward.
-    """
-
-    topology: Topology | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    loss: float | None = None
+    """A model of a case and the calls that are timed, in the order in which they warm up."""
 
     def __init__(self, case: Case, device: str, model: Transformer) -> None:
         self.case, self.device, self.model = case, device, model
-        self.verdict: Verdict | None = None
+        self.calls: dict[str, Candidate] = {"step": self.step}
+        self.verdict: Verdict | None = None  # of the correctness check, where there is one
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.loss: float | None = None  # of the last training step
         generator = torch.Generator().manual_seed(0)
-        size = (case.batch, case.length)
+        shape = (case.batch, case.length)
         self.tokens, self.targets = (
-            torch.randint(case.model.vocab_size, size, generator=generator).to(device)
+            torch.randint(case.model.vocab_size, shape, generator=generator).to(device)
             for _ in range(2)
         )
+
+    def step(self) -> None:
+        """The call that is timed."""
+        raise NotImplementedError
 
     @property
     def failure(self) -> str | None:
@@ -53,10 +50,6 @@ class Job:
             return f"the loss is {self.loss}"
         return None
 
-    def step(self) -> None:
-        """The call that is timed."""
-        raise NotImplementedError
-
     def l0(self) -> int:
         """Nonzero weights of all matrices, embedding and unembedding included."""
         sparse = sum(layer.weight.numel() for layer in self.model.sparse_layers().values())
@@ -64,19 +57,18 @@ class Job:
         return sparse + sum(int(torch.count_nonzero(weight)) for weight in dense)
 
     def state_mb(self) -> dict[str, float]:
-        """MB of the parameters and, where they are trained, gradients and optimizer state.
+        """MB of the parameters and, in training, their gradients and optimizer state.
 
-        The bigram table, dense in every variant, counts apart; so do the index buffers.
+        "bigram_mb" is the bigram table, dense in every variant; "patterns_mb" the index buffers.
         """
-        sizes = dict.fromkeys(("state_mb", "bigram_mb"), 0.0)
+        sizes = {"state_mb": 0.0, "bigram_mb": 0.0}
         for parameter in self.model.parameters():
             tensors: list[Tensor] = [parameter]
             if self.optimizer is not None:
-                kept = self.optimizer.state.get(parameter, {}).values()
                 # The gradient, of the parameter's size and dtype, is freed after a step.
-                tensors += [parameter, *(t for t in kept if isinstance(t, Tensor))]
+                tensors += [parameter, *self.optimizer.state[parameter].values()]
             name = "bigram_mb" if parameter is self.model.bigram else "state_mb"
-            sizes[name] += sum(t.nbytes for t in tensors) / 1e6
+            sizes[name] += sum(tensor.nbytes for tensor in tensors) / 1e6
         patterns = sum(layer.indices.nbytes for layer in self.model.sparse_layers().values())
         return sizes | {"patterns_mb": patterns / 1e6}
 
@@ -87,32 +79,33 @@ class Training(Job):
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device, make_model(case, device))
         self.optimizer: torch.optim.Optimizer = make_optimizer(self.model, OptimizerConfig())
+        self.topology: Topology | None = None
         if case.variant.linear == "sparse":
             # At the final density: what annealing adds before, the sweep over L0 shows.
             config = TopologyConfig(start_multiple=1)
             self.topology = Topology(self.model, self.optimizer, config, _RUN)
+            self.calls = {"rewiring": self.rewire, "step": self.step}
         self._compute = self.model.loss
         if case.variant.compiled:
             self._compute = torch.compile(self.model.loss)
         self._parameters = list(self.model.parameters())
 
     def step(self) -> None:
-        self._step(rewires=False)
+        self._step(1)
 
     def rewire(self) -> None:
         """A step that changes the connections, and the next one, which builds new schedules."""
-        self._step(rewires=True)
-        self._step(rewires=False)
+        self._step(TopologyConfig.period)
+        self._step(1)
 
-    def _step(self, *, rewires: bool) -> None:
-        # A change is due at multiples of the period.
-        number = TopologyConfig.period if rewires else 1
+    def _step(self, number: int) -> None:
+        """Changes the connections where `number` is a multiple of the period."""
+        case = self.case
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.topology is not None and self.topology.wants_gradients(number):
             capture = self.topology.capture()
         with capture:
-            bf16 = self.case.dtype == "bfloat16"
-            with torch.autocast(self.device, self.case.torch_dtype, enabled=bf16):
+            with torch.autocast(self.device, case.torch_dtype, enabled=case.dtype == "bfloat16"):
                 loss = self._compute(self.tokens, self.targets)
             loss.backward()
         # The names of the ranges are parts: see benchmarks.transformer.parts.
@@ -125,8 +118,8 @@ class Training(Job):
             if self.topology is not None:
                 if self.topology.step(number):
                     self.topology.hash()
-            elif self.case.variant.projection is not None:
-                project_(self.model, 1.0, method=self.case.variant.projection)
+            elif case.variant.projection is not None:
+                project_(self.model, 1.0, method=case.variant.projection)
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -138,7 +131,8 @@ class Inference(Job):
         super().__init__(case, device, model.eval())
         self._cache = None
         if case.phase == "decode":
-            self._cache = KVCache(model.config, case.batch, device=device, dtype=case.torch_dtype)
+            where = {"device": device, "dtype": case.torch_dtype}
+            self._cache = KVCache(model.config, case.batch, **where)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -15,18 +15,13 @@ from benchmarks.transformer.jobs import Inference, Job, Training
 from benchmarks.transformer.variants import Case, make_model
 from sparse_transformer import keep_freed_memory
 
-STEPS = 2
-
 
 def measure_peak_mb(case: Case, device: str) -> float:
-    """MB (10^6 bytes) of a case in a fresh process.
+    """MB (10^6 bytes) of a case in a fresh process; raises RuntimeError if that process dies.
 
     On the CPU it is how far the peak resident size of the process rises while the model is built
     and takes its steps: weights, gradients, optimizer, activations, temporary tensors and what the
     allocator loses. On a GPU it is what `torch.cuda.max_memory_allocated` says.
-
-    Raises:
-        RuntimeError: that process failed, for example for lack of memory.
     """
     spawn = multiprocessing.get_context("spawn")
     ignores = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
@@ -38,15 +33,12 @@ def _peak_mb(case: Case, device: str, threads: int) -> float:
     torch.set_num_threads(threads)
     keep_freed_memory()
     before = _resident_peak()
-    job: Job = (
-        Training(case, device)
-        if case.phase == "train"
-        else Inference(case, device, make_model(case, device, case.torch_dtype))
-    )
-    for _ in range(STEPS):
-        job.step()
-    if isinstance(job, Training) and job.topology is not None:
-        job.rewire()
+    if case.phase == "train":
+        job: Job = Training(case, device)
+    else:
+        job = Inference(case, device, make_model(case, device, case.torch_dtype))
+    for call in (job.step, *reversed(job.calls.values())):
+        call()
     peak = _resident_peak() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     return round(peak / 1e6, 1)
 
