@@ -19,7 +19,6 @@ of masked dense with the same weights. Otherwise its rows say FAIL and the exit 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 
@@ -27,20 +26,11 @@ from benchmarks.transformer import program
 from benchmarks.transformer.check import check, densified
 from benchmarks.transformer.jobs import Inference
 from benchmarks.transformer.program import Group
-from benchmarks.transformer.variants import (
-    DENSE,
-    LARGE_MODEL,
-    MASKED_DENSE_AT_REST,
-    SMOKE_MODEL,
-    SPARSE,
-    Case,
-    Variant,
-    make_model,
-)
-from sparse_transformer import ModelConfig, Transformer
+from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, make_model
+from sparse_transformer import Transformer
 
 
-def plan(options: program.Options) -> list[Group]:
+def plan(options: program.SpeedOptions) -> list[Group]:
     """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
     return [
@@ -49,7 +39,7 @@ def plan(options: program.Options) -> list[Group]:
             tuple(
                 Case(model, variant, dtype, phase, batch)
                 for dtype in ("float32", "bfloat16")
-                for variant in (SPARSE, MASKED_DENSE_AT_REST, DENSE)
+                for variant in ("sparse", "masked_dense_kernel", "dense")
             ),
             memory=phase == "prefill",
         )
@@ -59,22 +49,20 @@ def plan(options: program.Options) -> list[Group]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
-    options, command = program.parse(program.Options, "inference", __doc__, arguments)
+    options, command = program.parse(program.SpeedOptions, "inference", __doc__, arguments)
     groups = plan(options)
     sparse = make_model(groups[0].cases[0], options.device)
     verdict = check(sparse, gradients=False)
-
-    @functools.cache
-    def model_of(config: ModelConfig, variant: Variant, dtype: str) -> Transformer:
-        case = Case(config, variant, dtype)
-        is_masked = variant == MASKED_DENSE_AT_REST
-        model = densified(sparse) if is_masked else make_model(case, options.device)
-        return model.to(case.torch_dtype)
+    models: dict[tuple[str, str], Transformer] = {}
 
     def make(case: Case) -> Inference:
-        model = model_of(case.model, case.variant, case.dtype)
-        job = Inference(case, options.device, model)
-        if case.variant == SPARSE:
+        key = (case.variant, case.dtype)
+        if key not in models:
+            is_masked = case.variant == "masked_dense_kernel"
+            model = densified(sparse) if is_masked else make_model(case, options.device)
+            models[key] = model.to(case.torch_dtype)
+        job = Inference(case, options.device, models[key])
+        if case.variant == "sparse":
             job.verdict = verdict
         return job
 

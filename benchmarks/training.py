@@ -15,7 +15,6 @@ The default takes at most five minutes on two idle cores. The variants take turn
     masked_dense_abs_topk   the same with our abs_topk (in bfloat16)
     masked_dense_kernel     the same with our abs_topk and the fastest projection known
     dense                   nn.Linear, without AbsTopK: the plain model
-    masked_dense_compiled   on a GPU: masked_dense_kernel through torch.compile
 
 All of them have our attention, norms and loss, and an allocator that keeps its pages.
 
@@ -28,24 +27,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.transformer import program
 from benchmarks.transformer.check import check
 from benchmarks.transformer.jobs import Training
 from benchmarks.transformer.program import Group
-from benchmarks.transformer.variants import (
-    COMPILED,
-    DENSE,
-    LARGE_MODEL,
-    MASKED_DENSE,
-    MASKED_DENSE_ABS_TOPK,
-    MASKED_DENSE_KERNEL,
-    MODEL,
-    SMOKE_MODEL,
-    SPARSE,
-    Case,
-)
+from benchmarks.transformer.variants import LARGE_MODEL, MODEL, SMOKE_MODEL, Case
 
 L0_INVERSES = (1024, 512, 256, 128, 64, 32, 16)
 WIDTHS = (256, 512, 1024, 2048)
@@ -53,7 +41,7 @@ GPU_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Options(program.Options):
+class Options(program.SpeedOptions):
     """Options of the command line."""
 
     part: Literal["default", "l0", "width", "all"] = "default"
@@ -64,47 +52,46 @@ def plan(options: Options) -> list[Group]:
     """What is to be measured."""
     smoke, on_gpu = options.smoke, options.device != "cpu"
     model = SMOKE_MODEL if smoke else LARGE_MODEL if on_gpu else MODEL
-    batch = 2 if smoke else GPU_BATCH if on_gpu else 8
-    base = Case(model, SPARSE, batch=batch)
-    sparser = replace(base, model=replace(model, density=model.density / 4))
-    default = [
-        *(replace(base, variant=v) for v in (SPARSE, MASKED_DENSE, MASKED_DENSE_KERNEL, DENSE)),
-        *(
-            replace(base, variant=v, dtype="bfloat16")
-            for v in (SPARSE, MASKED_DENSE_ABS_TOPK, MASKED_DENSE_KERNEL, DENSE)
-        ),
-        *([replace(base, variant=COMPILED, dtype="bfloat16")] if on_gpu else []),
-        *(replace(sparser, variant=v) for v in (SPARSE, MASKED_DENSE)),
-    ]
+    base = Case(model, "sparse", batch=2 if smoke else GPU_BATCH if on_gpu else 8)
+    kernels = ("masked_dense_kernel", "dense")
+    variants = (
+        (base, ("sparse", "masked_dense", *kernels)),
+        (replace(base, dtype="bfloat16"), ("sparse", "masked_dense_abs_topk", *kernels)),
+        (_with(base, density=model.density / 4), ("sparse", "masked_dense")),
+    )
+    default = [replace(case, variant=name) for case, names in variants for name in names]
     # All of L0 grows alike: the ratio of the two densities stays.
     ratio = model.embedding_density / model.density
-    l0 = [_at(base, density=1 / n, embedding_density=ratio / n)
-          for n in ((16, 8, 4) if smoke else L0_INVERSES)]  # fmt: skip
-    width = [_of_width(base, width) for width in ((32, 64) if smoke else WIDTHS)]
+    l0 = [
+        _with(base, density=1 / n, embedding_density=ratio / n, min_nonzeros=1)
+        for n in ((16, 8, 4) if smoke else L0_INVERSES)
+    ]
+    width = [
+        replace(_of_width(base, width), variant=name)
+        for width in ((32, 64) if smoke else WIDTHS)
+        for name in ("sparse", "masked_dense")
+    ]
     groups = {
         "default": Group("default", tuple(default), memory=True),
-        "l0": Group("l0", (*l0, replace(base, variant=MASKED_DENSE))),
-        "width": Group(
-            "width", tuple(replace(c, variant=v) for c in width for v in (SPARSE, MASKED_DENSE))
-        ),
+        "l0": Group("l0", (*l0, replace(base, variant="masked_dense"))),
+        "width": Group("width", tuple(width)),
     }
     return list(groups.values()) if options.part == "all" else [groups[options.part]]
 
 
-def _at(case: Case, **changes: float) -> Case:
-    """The case with another model, whose densities are exact."""
-    return replace(case, model=replace(case.model, min_nonzeros=1, **changes))  # type: ignore[arg-type]
+def _with(case: Case, **changes: Any) -> Case:
+    return replace(case, model=replace(case.model, **changes))
 
 
 def _of_width(case: Case, width: int) -> Case:
     """The case with another width and the same L0."""
-    model = case.model
-    ratio = model.d_model / width
-    return _at(
+    model, ratio = case.model, case.model.d_model / width
+    return _with(
         case,
         d_model=width,
         density=min(1.0, model.density * ratio**2),
         embedding_density=min(1.0, model.embedding_density * ratio),
+        min_nonzeros=1,
     )
 
 
@@ -114,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def make(case: Case) -> Training:
         job = Training(case, options.device)
-        if case.variant == SPARSE:
+        if case.variant == "sparse":
             job.verdict = check(job.model)
         return job
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,12 @@ WINDOWS, TOKENS = 4, 16
 _EXACT = 1e-10
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Errors relative to the largest logit; `failure` is a sentence, or None if all is well."""
 
-    error: float
-    dense_error: float
-    failure: str | None
+    error: float | None = None
+    dense_error: float | None = None
+    failure: str | None = None
 
 
 def densified(model: Transformer) -> Transformer:

@@ -11,7 +11,7 @@ from torch.autograd.profiler import record_function
 
 from benchmarks.timing import Candidate
 from benchmarks.transformer.check import Verdict
-from benchmarks.transformer.variants import Case, make_model
+from benchmarks.transformer.variants import PROJECTIONS, Case, make_model
 from sparse_transformer import KVCache, Transformer
 from sparse_transformer.masked import project_
 from sparse_transformer.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
@@ -27,7 +27,7 @@ class Job:
     def __init__(self, case: Case, device: str, model: Transformer) -> None:
         self.case, self.device, self.model = case, device, model
         self.calls: dict[str, Candidate] = {"step": self.step}
-        self.verdict: Verdict | None = None  # of the correctness check, where there is one
+        self.verdict = Verdict()  # of the correctness check, where there is one
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: float | None = None  # of the last training step
         generator = torch.Generator().manual_seed(0)
@@ -44,11 +44,8 @@ class Job:
     @property
     def failure(self) -> str | None:
         """A sentence, or None."""
-        if self.verdict is not None and self.verdict.failure is not None:
-            return self.verdict.failure
-        if self.loss is not None and not math.isfinite(self.loss):
-            return f"the loss is {self.loss}"
-        return None
+        is_finite = self.loss is None or math.isfinite(self.loss)
+        return self.verdict.failure or (None if is_finite else f"the loss is {self.loss}")
 
     def l0(self) -> int:
         """Nonzero weights of all matrices, embedding and unembedding included."""
@@ -59,7 +56,7 @@ class Job:
     def state_mb(self) -> dict[str, float]:
         """MB of the parameters and, in training, their gradients and optimizer state.
 
-        "bigram_mb" is the bigram table, dense in every variant; "patterns_mb" the index buffers.
+        "bigram_mb" is the bigram table, which is dense in every variant.
         """
         sizes = {"state_mb": 0.0, "bigram_mb": 0.0}
         for parameter in self.model.parameters():
@@ -69,8 +66,7 @@ class Job:
                 tensors += [parameter, *self.optimizer.state[parameter].values()]
             name = "bigram_mb" if parameter is self.model.bigram else "state_mb"
             sizes[name] += sum(tensor.nbytes for tensor in tensors) / 1e6
-        patterns = sum(layer.indices.nbytes for layer in self.model.sparse_layers().values())
-        return sizes | {"patterns_mb": patterns / 1e6}
+        return sizes
 
 
 class Training(Job):
@@ -80,14 +76,11 @@ class Training(Job):
         super().__init__(case, device, make_model(case, device))
         self.optimizer: torch.optim.Optimizer = make_optimizer(self.model, OptimizerConfig())
         self.topology: Topology | None = None
-        if case.variant.linear == "sparse":
+        if case.variant == "sparse":
             # At the final density: what annealing adds before, the sweep over L0 shows.
             config = TopologyConfig(start_multiple=1)
             self.topology = Topology(self.model, self.optimizer, config, _RUN)
             self.calls = {"rewiring": self.rewire, "step": self.step}
-        self._compute = self.model.loss
-        if case.variant.compiled:
-            self._compute = torch.compile(self.model.loss)
         self._parameters = list(self.model.parameters())
 
     def step(self) -> None:
@@ -106,7 +99,7 @@ class Training(Job):
             capture = self.topology.capture()
         with capture:
             with torch.autocast(self.device, case.torch_dtype, enabled=case.dtype == "bfloat16"):
-                loss = self._compute(self.tokens, self.targets)
+                loss = self.model.loss(self.tokens, self.targets)
             loss.backward()
         # The names of the ranges are parts: see benchmarks.transformer.parts.
         with record_function("optimizer"):
@@ -118,8 +111,8 @@ class Training(Job):
             if self.topology is not None:
                 if self.topology.step(number):
                     self.topology.hash()
-            elif case.variant.projection is not None:
-                project_(self.model, 1.0, method=case.variant.projection)
+            elif case.variant in PROJECTIONS:
+                project_(self.model, 1.0, method=PROJECTIONS[case.variant])
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -131,8 +124,8 @@ class Inference(Job):
         super().__init__(case, device, model.eval())
         self._cache = None
         if case.phase == "decode":
-            where = {"device": device, "dtype": case.torch_dtype}
-            self._cache = KVCache(model.config, case.batch, **where)
+            dtype = case.torch_dtype
+            self._cache = KVCache(model.config, case.batch, device=device, dtype=dtype)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -19,7 +19,6 @@ from benchmarks.transformer.jobs import Job
 from benchmarks.transformer.memory import measure_peak_mb
 from benchmarks.transformer.parts import measure_parts
 from benchmarks.transformer.variants import Case, why_no_bf16_dense
-from sparse_kernels import cpu
 from sparse_transformer.topology import TopologyConfig
 
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
@@ -31,16 +30,28 @@ SPLIT_CALLS = 3
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
+    """Options of every program."""
+
+    json: Path | None = None
+    """Write the rows to this file."""
+    threads: int | None = None
+    """torch.set_num_threads."""
+
+
+@dataclass(frozen=True)
+class PlotOptions(Options):
+    """Options of a program that draws."""
 
     smoke: bool = False
     """Tiny models, in seconds."""
-    json: Path | None = None
-    """Write the rows to this file."""
     plot: Path | None = None
-    """Draw the sweeps over L0 and width into this PNG."""
-    threads: int | None = None
-    """torch.set_num_threads."""
+    """Draw into this PNG."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions(PlotOptions):
+    """Options of a program that measures speed."""
+
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -58,6 +69,7 @@ class Group:
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+Make = Callable[[Case], Job]
 
 
 def parse(
@@ -66,34 +78,34 @@ def parse(
     """The options, and the words after `python`. Refuses what cannot be done; sets the threads."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     program = f"python -m benchmarks.{name}"
-    options = tyro.cli(kind, prog=program, description=description, args=words)
-    reason = None
-    if options.threads is not None and options.threads < 1:
-        reason = f"--threads must be at least 1, got {options.threads}"
-    elif options.json is not None and (why := report.why_not_writable(options.json)):
-        reason = f"--json: {why}"
-    elif options.plot is not None and (why := report.why_no_plot(options.plot)):
-        reason = f"--plot: {why}"
-    elif why := devices.why_not(options.device):
-        reason = f"--device {options.device}: {why}"
-    elif options.device == "cpu" and not cpu.isas():
-        reason = "the C++ extension is missing: build it with `pip install .`"
-    if reason is not None:
-        report.refuse(program, reason)
+    config = (tyro.conf.UseAppendAction,)
+    options = tyro.cli(kind, prog=program, description=description, args=words, config=config)
+    checks: dict[str, Callable[[Any], str | None]]
+    checks = {
+        "json": report.why_not_writable,
+        "plot": report.why_no_plot,
+        "device": devices.why_not,
+    }
+    for option, value in vars(options).items():
+        if value is not None and option in checks and (reason := checks[option](value)):
+            report.refuse(program, f"--{option}: {reason}")
     if options.threads is not None:
+        if options.threads < 1:
+            report.refuse(program, f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     return options, ["-m", f"benchmarks.{name}", *words]
 
 
-def run(
-    groups: Sequence[Group],
-    make: Callable[[Case], Job],
-    options: Options,
-    command: Sequence[str],
-) -> int:
+def run(groups: Sequence[Group], make: Make, options: SpeedOptions, command: Sequence[str]) -> int:
     """Measures the groups in order, prints and writes; returns the exit status."""
+    dense = [case for group in groups for case in group.cases if case.is_bf16_dense]
+    reason = why_no_bf16_dense(dense[0]) if dense and options.device == "cpu" else None
+    if reason is not None:
+        print(reason, flush=True)
+        kept = [tuple(case for case in g.cases if not case.is_bf16_dense) for g in groups]
+        groups = [replace(g, cases=cases) for g, cases in zip(groups, kept, strict=True)]
     outcome = runner.run(
-        without_slow_bf16(groups, options.device),
+        groups,
         lambda group: measure_group(group, make, options),
         lambda rows: f"{results.table(rows)}\n",
         devices.connect(options.device),
@@ -107,24 +119,8 @@ def run(
     return outcome.status
 
 
-def without_slow_bf16(groups: Sequence[Group], device: str) -> list[Group]:
-    """Leaves dense bfloat16 out where the processor is too slow at it, with a sentence."""
-
-    def others(group: Group) -> tuple[Case, ...]:
-        return tuple(c for c in group.cases if c.dtype == "float32" or c.variant.linear == "sparse")
-
-    dense = [case for group in groups for case in group.cases if case not in others(group)]
-    reason = why_no_bf16_dense(dense[0]) if dense and device == "cpu" else None
-    if reason is None:
-        return list(groups)
-    print(reason, flush=True)
-    return [replace(group, cases=others(group)) for group in groups]
-
-
 @torch.enable_grad()
-def measure_group(
-    group: Group, make: Callable[[Case], Job], options: Options
-) -> list[dict[str, Any]]:
+def measure_group(group: Group, make: Make, options: SpeedOptions) -> list[dict[str, Any]]:
     """The rows of a group."""
     with report.progress(total=3 * len(group.cases)) as bar:
 
@@ -154,27 +150,27 @@ def measure_group(
             estimates={name: min(s, timing.VERY_SLOW_S) for name, s in first_s.items()},
         )
         return [
-            describe(jobs[case], timings) | {"part": group.name, "peak_mb": peaks.get(case)}
+            describe(jobs[case], timings, 1 if options.smoke else SPLIT_CALLS)
+            | {"part": group.name, "peak_mb": peaks.get(case)}
             for case in each("parts of")
         ]
 
 
-def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
+def describe(job: Job, timings: Mapping[str, Timing], split_calls: int) -> dict[str, Any]:
     """The row of a case.
 
     A step has its share of the rewiring: what that adds to two ordinary steps, over the period.
     """
-    case, verdict = job.case, job.verdict
+    case = job.case
     row = {
         **case.columns(),
+        **dict.fromkeys(results.TIMED),
+        **job.verdict._asdict(),
         "device": job.device,
         "threads": torch.get_num_threads(),
         "l0": job.l0(),
         "correct": job.failure is None,
         "failure": job.failure,
-        "error": verdict.error if verdict else None,
-        "dense_error": verdict.dense_error if verdict else None,
-        **dict.fromkeys(results.TIMED),
     }
     if job.failure is not None:
         return row
@@ -182,14 +178,13 @@ def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
     change_ms = rewiring.median_ms - 2 * step.median_ms if rewiring else 0.0
     share_ms = change_ms / TopologyConfig.period
     step_ms = step.median_ms + share_ms
-    if not case.variant.compiled:
-        # The quickest call is the one that other processes disturbed least. Its parts are scaled to
-        # add up to the time without the profiler.
-        split = [measure_parts(job.step, job.device) for _ in range(SPLIT_CALLS)]
-        quickest = min(split, key=lambda parts: sum(parts.values()))
-        factor = step.median_ms / sum(quickest.values())
-        row["parts_ms"] = {part: factor * ms for part, ms in quickest.items()}
-        row["parts_ms"]["topology"] += share_ms
+    # The quickest call is the one that other processes disturbed least. Its parts are scaled to add
+    # up to the time without the profiler.
+    split = [measure_parts(job.step, job.device) for _ in range(split_calls)]
+    quickest = min(split, key=lambda parts: sum(parts.values()))
+    factor = step.median_ms / sum(quickest.values())
+    parts_ms = {part: factor * ms for part, ms in quickest.items()}
+    parts_ms["topology"] += share_ms
     return row | {
         "step_ms": step_ms,
         "tokens_per_s": 1e3 * job.tokens.numel() / step_ms,
@@ -198,6 +193,7 @@ def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
         "period": TopologyConfig.period if rewiring else None,
         "spread_ms": step.spread_ms,
         "samples": step.samples,
+        "parts_ms": parts_ms,
         "loss": job.loss,
         **job.state_mb(),
     }

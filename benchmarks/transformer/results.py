@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,25 +14,15 @@ from benchmarks.transformer.parts import PARTS
 # Columns that are empty where a row is not correct.
 TIMED = (
     "step_ms", "tokens_per_s", "ordinary_ms", "rewiring_ms", "period", "spread_ms", "samples",
-    "parts_ms", "state_mb", "bigram_mb", "patterns_mb", "loss",
+    "parts_ms", "state_mb", "bigram_mb", "loss",
 )  # fmt: skip
 # Quartiles further apart than this share of the median: another process was in the way.
 _DISTURBED = 0.2
 _SWEEPS = {"l0": ("l0", "nonzero weights"), "width": ("d_model", "d_model")}
-_NAMES = {
-    "masked_dense": "the published masked-dense recipe",
-    "masked_dense_abs_topk": "masked dense with our AbsTopK",
-    "dense": "dense",
-}
 _HEADINGS = (
     "phase", "variant", "dtype", "d_model", "density", "tokens", "ms", "iqr", "tokens/s",
     "sparse is faster by", "rewiring", *PARTS, "peak MB", "state MB",
 )  # fmt: skip
-
-
-def find(rows: Iterable[Row], **wanted: object) -> Row | None:
-    """The first row with these values."""
-    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
 def table(rows: Sequence[Row], style: Literal["terminal", "markdown"] = "terminal") -> str:
@@ -47,22 +37,30 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
     if not row["correct"]:
         return [*start, f"FAIL: {row['failure']}", *[""] * (len(_HEADINGS) - len(start) - 1)]
-    parts = row["parts_ms"] or {}
-    same = ("phase", "part", "d_model", "density", "tokens", "dtype")
-    wanted = {name: row.get(name) for name in same}
-    ours = None
-    if row["variant"] != "sparse":
-        ours = find(rows, variant="sparse", correct=True, **wanted)
+    ours = [other for other in _alike(row, rows) if other["variant"] == "sparse"]
+    is_ours = row["variant"] == "sparse" or not ours
     return [
         *start,
         _number(row["step_ms"]),
         _number(row["spread_ms"]),
         f"{row['tokens_per_s']:.0f}",
-        "" if ours is None else report.ratio(row["step_ms"] / ours["step_ms"]),
+        "" if is_ours else report.ratio(row["step_ms"] / ours[0]["step_ms"]),
         _number(row["rewiring_ms"]),
-        *(_number(parts.get(part)) for part in PARTS),
+        *(_number(row["parts_ms"].get(part)) for part in PARTS),
         "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
         f"{row['state_mb']:.1f} + {row['bigram_mb']:.0f}",
+    ]
+
+
+def _alike(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The correct rows that may be compared; dense takes as long at any density."""
+    same = ("phase", "part", "d_model", "tokens", "dtype")
+    return [
+        other
+        for other in rows
+        if other["correct"]
+        and all(other.get(name) == row.get(name) for name in same)
+        and (other["density"] == row["density"] or other["variant"] == "dense")
     ]
 
 
@@ -98,11 +96,8 @@ def markdown(content: Mapping[str, Any]) -> dict[str, str]:
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What a person can repeat, and what to beware of."""
     good = [row for row in rows if row["correct"]]
-    lines = []
-    for row in good:
-        is_told = row["phase"] == "train" or row["dtype"] == "float32"
-        if is_told and row["variant"] == "sparse" and row.get("part") not in _SWEEPS:
-            lines.append(_sentence(row, good))
+    ours = [row for row in good if row["variant"] == "sparse" and row.get("part") not in _SWEEPS]
+    lines = [_sentence(row, _alike(row, good)) for row in ours]
     for part, (key, name) in _SWEEPS.items():
         lines += [
             f"From {less[key]:,} to {more[key]:,} {name}, a sparse step takes "
@@ -112,7 +107,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         ]
     if len(good) < len(rows):
         lines.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
-    disturbed = [r for r in good if r["spread_ms"] > _DISTURBED * r["step_ms"]]
+    disturbed = [row for row in good if row["spread_ms"] > _DISTURBED * row["step_ms"]]
     if disturbed:
         each = (f"{r['phase']} {r['variant']} {r['dtype']} {density(r)}" for r in disturbed)
         names = ", ".join(dict.fromkeys(each))
@@ -120,32 +115,21 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _sentence(row: Row, rows: Sequence[Row]) -> str:
-    same = {name: row.get(name) for name in ("phase", "part", "d_model", "tokens", "dtype")}
-    masked = find(rows, variant="masked_dense", density=row["density"], **same) or find(
-        rows, variant="masked_dense_abs_topk", density=row["density"], **same
-    )
-    # Dense takes as long at any density, so it is measured at one.
-    others = [other for other in (masked, find(rows, variant="dense", **same)) if other is not None]
+def _sentence(row: Row, alike: Sequence[Row]) -> str:
     what = {
         "train": "A training step",
         "prefill": f"A prompt of {row['tokens']} tokens",
         "decode": f"One more token for each of a batch of {row['tokens']}",
     }[row["phase"]]
-    names = _NAMES if row["phase"] == "train" else _NAMES | {"masked_dense": "masked dense"}
-    faster = " and ".join(
-        f"{_faster(other['step_ms'] / row['step_ms'])} than {names[other['variant']]}"
-        for other in others
-    )
-    return (
+    text = (
         f"{what} of a {row['n_layer']}-layer d_model {row['d_model']} model at density "
         f"{density(row)} in {row['dtype']} takes {_number(row['step_ms'])} ms"
-        + (f": {faster}." if faster else ".")
     )
-
-
-def _faster(times: float) -> str:
-    return f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
+    for other in alike:
+        times = other["step_ms"] / row["step_ms"]
+        speed = f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
+        text += f", {speed} than {other['variant']}" if other["variant"] != "sparse" else ""
+    return f"{text}."
 
 
 def _sweep(rows: Sequence[Row], part: str) -> tuple[list[Row], list[Row]]:

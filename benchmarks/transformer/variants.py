@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import timing
 from sparse_transformer.model import ModelConfig, Transformer
 
 _PROBED_TOKENS = 32
-# Dense bfloat16 is left out where a call takes longer and so many times longer than float32.
-_BF16_MAX_S, _BF16_SLOWER = 10.0, 4.0
+# Dense bfloat16 is left out where it is so many times slower than float32.
+BF16_SLOWER = 4.0
 
 MODEL = ModelConfig(d_model=1024)
 # One whose weights a forward must read, and one for tests.
@@ -27,33 +27,19 @@ SMOKE_MODEL = ModelConfig(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to train or run a model.
-
-    Args:
-        name: as in the rows.
-        linear, abs_topk, active: as in `ModelConfig`.
-        projection: how `project_` makes a masked dense weight sparse after each step, or None.
-        compiled: whether `torch.compile` compiles the loss.
-    """
-
-    name: str
-    linear: str
-    abs_topk: str = "kernel"
-    active: float | None = 0.25
-    projection: str | None = None
-    compiled: bool = False
-
-
-SPARSE = Variant("sparse", "sparse")
-MASKED_DENSE = Variant("masked_dense", "masked_dense", abs_topk="torch", projection="topk")
-MASKED_DENSE_ABS_TOPK = Variant("masked_dense_abs_topk", "masked_dense", projection="topk")
-MASKED_DENSE_KERNEL = Variant("masked_dense_kernel", "masked_dense", projection="select")
-DENSE = Variant("dense", "dense", active=None)
-COMPILED = replace(MASKED_DENSE_KERNEL, name="masked_dense_compiled", compiled=True)
-# A model at rest has its zeros already: one kind of masked dense, with the fastest AbsTopK.
-MASKED_DENSE_AT_REST = Variant("masked_dense", "masked_dense")
+# What differs from the sparse model, and how `project_` makes a weight sparse after each step.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "masked_dense": {"linear": "masked_dense", "abs_topk": "torch"},
+    "masked_dense_abs_topk": {"linear": "masked_dense"},
+    "masked_dense_kernel": {"linear": "masked_dense"},
+    "dense": {"linear": "dense", "active": None},
+}
+PROJECTIONS = {
+    "masked_dense": "topk",
+    "masked_dense_abs_topk": "topk",
+    "masked_dense_kernel": "select",
+}
 
 
 @dataclass(frozen=True)
@@ -61,13 +47,13 @@ class Case:
     """One line of the table: what is timed of a variant of a model, its products in a dtype.
 
     Args:
-        model: of the sparse variant; the others differ from it as `variant` says.
+        model: of the sparse variant; see `VARIANTS`.
         phase: "train", "prefill" or "decode".
         batch: sequences in a call, each of `length` tokens after `cached` ones.
     """
 
     model: ModelConfig
-    variant: Variant
+    variant: str
     dtype: str = "float32"
     phase: str = "train"
     batch: int = 8
@@ -84,66 +70,59 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
-    @property
-    def config(self) -> ModelConfig:
-        """Of the variant's model."""
-        variant = self.variant
-        return replace(
-            self.model, linear=variant.linear, abs_topk=variant.abs_topk, active=variant.active
-        )
-
     def __str__(self) -> str:
-        name = f"{self.phase} {self.variant.name} {self.dtype}"
-        return f"{name} d_model={self.model.d_model} 1/{1 / self.model.density:g}"
+        name = f"{self.phase} {self.variant} {self.dtype} d_model={self.model.d_model}"
+        return f"{name} 1/{1 / self.model.density:g}"
+
+    @property
+    def is_bf16_dense(self) -> bool:
+        return self.dtype == "bfloat16" and self.variant != "sparse"
 
     def columns(self) -> dict[str, Any]:
         """What a row says of the case."""
         shape = ("d_model", "n_layer", "context", "density", "embedding_density")
+        # Without training there is no projection, and one masked dense.
+        name = self.variant if self.phase == "train" else self.variant.removesuffix("_kernel")
         return {
             "phase": self.phase,
-            "variant": self.variant.name,
+            "variant": name,
             "dtype": self.dtype,
             **{name: getattr(self.model, name) for name in shape},
             "tokens": self.batch * self.length,
             "batch": self.batch,
             "cached": self.cached,
-            "projection": self.variant.projection,
         }
 
 
 def make_model(case: Case, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """The seeded model of a case, with float32 parameters unless told otherwise."""
     generator = torch.Generator().manual_seed(0)
-    return Transformer(case.config, generator=generator, device=device, dtype=dtype)
+    config = replace(case.model, **VARIANTS[case.variant])
+    return Transformer(config, generator=generator, device=device, dtype=dtype)
 
 
 def why_no_bf16_dense(case: Case) -> str | None:
-    """A sentence if torch's bfloat16 dense products are too slow to time here, else None.
+    """A sentence if torch's bfloat16 dense product is several times slower than float32, else None.
 
-    Processors without bfloat16 multiply-adds run them through a reference loop. A few tokens
-    through one matrix are timed; bfloat16 must also be several times slower than float32.
+    Processors without bfloat16 multiply-adds run it through a reference loop: a step of a dense
+    model takes minutes there. A few tokens through one matrix are timed.
     """
-    model, backward = case.model, case.phase == "train"
-    # Attention 4 and MLP 8 times d_model^2 in each layer.
-    products = 12 * model.n_layer * max(1, case.batch * case.length // _PROBED_TOKENS)
-
-    def call_s(dtype: torch.dtype) -> float:
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
         x, weight = (
-            torch.ones(rows, model.d_model, dtype=dtype, requires_grad=backward)
-            for rows in (_PROBED_TOKENS, model.d_model)
+            torch.ones(rows, case.model.d_model, dtype=dtype, requires_grad=case.phase == "train")
+            for rows in (_PROBED_TOKENS, case.model.d_model)
         )
 
-        def product() -> None:
+        def product(x: Tensor = x, weight: Tensor = weight) -> None:
             y = nn.functional.linear(x, weight)
-            if backward:
+            if y.requires_grad:
                 y.sum().backward()
 
-        return products * min(timing.sample_s(product) for _ in range(3))
-
-    bf16 = call_s(torch.bfloat16)
-    if bf16 < max(_BF16_MAX_S, _BF16_SLOWER * call_s(torch.float32)):
+        seconds.append(min(timing.sample_s(product) for _ in range(3)))
+    slower = seconds[1] / seconds[0]
+    if slower < BF16_SLOWER:
         return None
     return (
-        "dense bfloat16 is left out: torch has no fast bfloat16 product for this processor, "
-        f"and one call would take about {bf16:.0f} s"
+        f"dense bfloat16 is left out: on this processor it is {slower:.0f} times slower than fp32"
     )
