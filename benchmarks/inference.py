@@ -30,7 +30,7 @@ from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, make
 from sparse_transformer import Transformer
 
 
-def plan(options: program.SpeedOptions) -> list[Group]:
+def plan(options: program.Options) -> list[Group]:
     """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
     return [
@@ -49,7 +49,7 @@ def plan(options: program.SpeedOptions) -> list[Group]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
-    options, command = program.parse(program.SpeedOptions, "inference", __doc__, arguments)
+    options, command = program.parse(program.Options, "inference", __doc__, arguments)
     groups = plan(options)
     sparse = make_model(groups[0].cases[0], options.device)
     verdict = check(sparse, gradients=False)

@@ -41,7 +41,7 @@ GPU_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Options(program.SpeedOptions):
+class Options(program.Options):
     """Options of the command line."""
 
     part: Literal["default", "l0", "width", "all"] = "default"

@@ -12,30 +12,23 @@ searched again: the same command continues an interrupted search. Options of
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from benchmarks import devices, report
-from benchmarks.report import Row
-from sparse_transformer import UserError, keep_freed_memory
-from sparse_transformer.circuits import __main__ as program
+from benchmarks.transformer import program
+from sparse_transformer import UserError, evaluate, keep_freed_memory
+from sparse_transformer.circuits import __main__ as search
 from sparse_transformer.circuits import compare
-from sparse_transformer.evaluate import SOLVED_ACCURACY, evaluate_task
-from sparse_transformer.run import load_run
-from sparse_transformer.tasks import TASKS
 
 PROGRAM = "python -m benchmarks.experiments.circuits"
-# Of a circuit's summary, what the result file keeps.
-_KEPT = ("accuracy", "sizes", "proof", "curve", "seconds", "model", "error")
-_TRAINING = ("step", "tokens", "l0", "val_loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -49,108 +42,67 @@ class Options:
     task: list[str] = field(default_factory=list)
     """Search circuits of this task only; may be repeated."""
     json: Path | None = None
-    """The result file."""
+    """Write the rows to this file."""
     pairs: int = 256
     """Test pairs of each task's score."""
     threads: int | None = None
     """torch.set_num_threads."""
 
 
-def scores(run: Path, pairs: int) -> dict[str, Any]:
-    """Of each task that can be asked: accuracy and two-way loss on test pairs, with intervals."""
-    model, tokenizer = load_run(run)
-    found: dict[str, Any] = {}
-    for name, task in TASKS.items():
-        try:
-            drawn = task.pairs(tokenizer, pairs, split="test", context=model.config.context)
-            found[name] = dataclasses.asdict(evaluate_task(model, drawn))
-        except UserError as error:
-            found[name] = {"error": str(error)}
-    return found
-
-
-def row(run: Path, circuits: Mapping[str, Row], pairs: int) -> dict[str, Any]:
-    """A model: its last validation, its scores, its circuits by task."""
+def record(run: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """The row of a model: its last validation, its scores and its circuits by task."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "val_loss" in line][-1]
+    with tempfile.TemporaryDirectory() as folder:
+        scores = Path(folder) / "scores.json"
+        evaluate.run(evaluate.EvaluateConfig(run, pairs=pairs, json=scores), sys.stdout)
+        tasks = json.loads(scores.read_text())["tasks"]
+    kept = ("accuracy", "sizes", "proof", "curve", "seconds", "model", "error")
     return {
         "run": run.resolve().name,
-        "training": {name: last[name] for name in _TRAINING},
-        "scores": scores(run, pairs),
-        "circuits": {
-            task: {name: found[name] for name in _KEPT if name in found}
-            for task, found in circuits.items()
-        },
+        "training": {name: last[name] for name in ("step", "tokens", "l0", "val_loss", "seconds")},
+        "scores": tasks,
+        "circuits": {t: {k: v for k, v in row.items() if k in kept} for t, row in found.items()},
     }
 
 
 def text(content: Mapping[str, Any]) -> str:
-    """A line for each run, the accuracies, then the sizes of the circuits task by task."""
-    rows = content["rows"]
-    scores = [row["scores"] for row in rows]
-    values = [
-        {task: score["accuracy"]["value"] for task, score in found.items() if "error" not in score}
-        for found in scores
-    ]
-    runs = [
-        [
-            row["run"], f"{row['training']['l0']:,}", f"{row['training']['tokens']:,}",
-            f"{row['training']['val_loss']:.3f}", f"{row['training']['seconds']:.0f}",
-            sum(value >= SOLVED_ACCURACY for value in solved.values()),
-        ]
-        for row, solved in zip(rows, values, strict=True)
-    ]  # fmt: skip
-    headings = ("run", "L0", "tokens", "validation loss", "seconds", "tasks solved")
-    accuracies = [
-        [task, *(f"{found[task]:.1%}" if task in found else "-" for found in values)]
-        for task in TASKS
-    ]
-    return "\n\n".join(
-        (
-            report.table(headings, runs),
-            report.table(("accuracy", *(row["run"] for row in rows)), accuracies),
-            compare.table({row["run"]: row["circuits"] for row in rows}),
-        )
-    )
-
-
-def record(options: Options, machine: Row, rest: Sequence[str]) -> int:
-    """Scores and circuits of all runs, into the result file; `rest` goes to the search."""
-    first, *others = map(str, options.runs)
-    against = ["--against", *others] if others else []
-    which = ["--task", *options.task] if options.task else ["--all"]
-    out = str(options.out)
-    status = program.main(["--checkpoint", first, "--out", out, *which, *against, *rest])
-    if status:
-        return status
-    found = json.loads((options.out / "comparison.json").read_text())
-    rows = [row(run, found[run.resolve().name], options.pairs) for run in options.runs]
-    if options.json is not None:
-        report.write_json(options.json, machine, rows, complete=True)
-    print("", text({"rows": rows}), sep="\n")
-    return 0
+    """A line for each run, then the sizes of the circuits task by task."""
+    lines = []
+    for row in content["rows"]:
+        trained = row["training"]
+        scores = [score["accuracy"]["value"] for score in row["scores"].values() if "loss" in score]
+        solved = sum(value >= evaluate.SOLVED_ACCURACY for value in scores)
+        numbers = (f"{trained[name]:,.0f}" for name in ("l0", "tokens", "seconds"))
+        lines.append([row["run"], *numbers, f"{trained['val_loss']:.3f}", solved])
+    headings = ("run", "L0", "tokens", "seconds", "validation loss", "tasks solved")
+    circuits = {row["run"]: row["circuits"] for row in content["rows"]}
+    return f"{report.table(headings, lines)}\n\n{compare.table(circuits)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    config = (tyro.conf.UseAppendAction,)
-    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=words[:cut], config=config)
-    if options.json is not None and (reason := report.why_not_writable(options.json)):
-        report.refuse(PROGRAM, f"--json: {reason}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options, command = program.parse(Options, "experiments.circuits", __doc__, words[:cut])
     keep_freed_memory()
-    machine = devices.connect("cpu").describe(["-m", *PROGRAM.split()[2:], *words])
+    machine = devices.connect("cpu").describe([*command, *words[cut:]])
     print(report.machine_line(machine), flush=True)
+    first, *others = map(str, options.runs)
+    which = ["--task", *options.task] if options.task else ["--all"]
+    which += ["--against", *others] if others else []
+    out = str(options.out)
+    if status := search.main(["--checkpoint", first, "--out", out, *which, *words[cut + 1 :]]):
+        return status
+    found = json.loads((options.out / "comparison.json").read_text())
     try:
-        return record(options, machine, words[cut + 1 :])
+        rows = [record(run, found[run.resolve().name], options.pairs) for run in options.runs]
     except UserError as error:
         report.refuse(PROGRAM, str(error))
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues the search", file=sys.stderr)
-        return report.INTERRUPTED
+    if options.json is not None:
+        report.write_json(options.json, machine, rows, complete=True)
+    print("", text({"rows": rows}), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

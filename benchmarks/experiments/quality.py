@@ -27,9 +27,8 @@ benchmarks.training measures what a step costs.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
-import json
+import math
 import statistics
 import sys
 import tempfile
@@ -38,15 +37,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import torch
-import tyro
 
 from benchmarks import devices, report
+from benchmarks import run as runner
 from benchmarks.report import Row
+from benchmarks.transformer import program
 from benchmarks.transformer.variants import PROJECTIONS, VARIANTS
-from sparse_transformer import ModelConfig, keep_freed_memory
+from sparse_transformer import ModelConfig
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.optimizer import OptimizerConfig
 from sparse_transformer.parallel import Ranks
@@ -63,11 +63,6 @@ MODELS = {
     "released": "masked_dense",
     "dense": "dense",
 }
-_OF_MODEL = (
-    "d_model", "n_layer", "context", "vocab_size", "density", "embedding_density", "min_nonzeros",
-    "writers",
-)  # fmt: skip
-_OF_TRAINING = ("seed", "steps", "batch_tokens", "validate_every", "validation_tokens")
 
 
 @dataclass(frozen=True)
@@ -100,34 +95,33 @@ class Run:
         changed = self.topology | ({"writers": self.writers} if self.writers != "fan_out" else {})
         return " ".join((self.variant, *(f"{name}={value}" for name, value in changed.items())))
 
-    def settings(self) -> Settings:
+    def settings(self, device: Literal["cpu", "cuda"] = "cpu") -> Settings:
         """For the trainer."""
+
+        def given(kind: type[Any]) -> dict[str, Any]:
+            names = (one.name for one in dataclasses.fields(kind) if hasattr(self, one.name))
+            return {name: getattr(self, name) for name in names}
+
         model = MODELS[self.variant]
+        projection: Any = PROJECTIONS.get(model, "select")
         static = {"start_multiple": 1.0, "drop_share": 0.0} if self.variant == "static" else {}
         return Settings(
             preset="quality",
-            train=TrainConfig(
-                device="cpu",
-                projection="topk" if PROJECTIONS.get(model) == "topk" else "select",
-                **{name: getattr(self, name) for name in _OF_TRAINING},
-            ),
-            model=ModelConfig(
-                **{name: getattr(self, name) for name in _OF_MODEL}, **VARIANTS[model]
-            ),
-            topology=TopologyConfig(**static | self.topology, seed=self.seed),
-            optimizer=OptimizerConfig(learning_rate=self.learning_rate),
+            train=TrainConfig(**given(TrainConfig), device=device, projection=projection),
+            model=ModelConfig(**given(ModelConfig), **VARIANTS[model]),
+            topology=TopologyConfig(**given(TopologyConfig), **static | self.topology),
+            optimizer=OptimizerConfig(**given(OptimizerConfig)),
         )
 
 
 def _product(**values: Sequence[Any]) -> list[Run]:
     """A run for each combination of the values."""
-    return [
-        Run(**dict(zip(values, chosen, strict=True)))
-        for chosen in itertools.product(*values.values())
-    ]
+    combinations = itertools.product(*values.values())
+    return [Run(**dict(zip(values, chosen, strict=True))) for chosen in combinations]
 
 
 _BOTH = ("sparse", "masked_dense")
+_BASELINES = ("masked_dense", "released")  # of the loss, of the time
 _TINY: dict[str, Any] = {
     "d_model": 32, "n_layer": 1, "context": 16, "vocab_size": 300, "density": 1 / 4,
     "embedding_density": 1 / 4, "min_nonzeros": 1, "steps": 8, "batch_tokens": 32,
@@ -144,15 +138,20 @@ SUITES: dict[str, list[Run]] = {
     # Whether the learning rate that all share suits each: half of it, and twice.
     "rates": _product(learning_rate=(1e-2, 4e-2), variant=_BOTH),
     "ablations": [
-        Run(topology={"start_multiple": 4.0}),
-        Run(topology={"start_multiple": 1.0}),
-        Run(topology={"grow": "random"}),
-        Run(topology={"period": 50}),
-        Run(topology={"drop_share": 0.0}),
-        Run(topology={"candidates": 0.25}),
-        Run(topology={"candidates": 0.01}),
+        *(
+            Run(topology={name: value})
+            for name, value in (
+                ("start_multiple", 4.0),
+                ("start_multiple", 1.0),
+                ("grow", "random"),
+                ("period", 50),
+                ("drop_share", 0.0),
+                ("candidates", 0.25),
+                ("candidates", 0.01),
+            )
+        ),
         Run(writers="fan_in"),
-    ],
+    ],  # fmt: skip
     "sooner": _product(d_model=(256, 512), validate_every=(50,), variant=("sparse", "released")),
     "smoke": [
         *(Run(variant, **_TINY) for variant in MODELS),
@@ -162,9 +161,10 @@ SUITES: dict[str, list[Run]] = {
 }
 
 
-def perform(run: Run, corpus: Corpus) -> dict[str, Any]:
+@torch.enable_grad()
+def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """Trains; returns the row. A run that diverges has a `failure` and no `val_loss`."""
-    trainer = Trainer(run.settings(), corpus, Ranks(0, 1, torch.device("cpu")))
+    trainer = Trainer(run.settings(device), corpus, Ranks(0, 1, torch.device(device)))
     curve: list[dict[str, float]] = []
     times_s: list[float] = []
     failure = None
@@ -198,83 +198,68 @@ def perform(run: Run, corpus: Corpus) -> dict[str, Any]:
         "commit": report.commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "failure": failure,
+        "correct": failure is None,
     }
 
 
-# --- tables and the plot -----------------------------------------------------------------------
-
-
 def groups(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Finished rows by what they have in common, and may be compared at, then by name."""
+    """Finished rows by what may be compared, then by name."""
     made: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         run = Run(**row["settings"])
         shape = (
-            f"d_model {run.d_model}, {run.n_layer} layers, blocks 1/{round(1 / run.density)}, "
-            f"embeddings 1/{round(1 / run.embedding_density)}, learning rate "
-            f"{run.learning_rate:g}, {run.steps * run.batch_tokens:,} tokens, validated every "
-            f"{run.validate_every} steps"
+            f"d_model {run.d_model}, {run.n_layer} layers, blocks 1/{1 / run.density:.0f}, "
+            f"embeddings 1/{1 / run.embedding_density:.0f}, learning rate {run.learning_rate:g}, "
+            f"{run.steps * run.batch_tokens:,} tokens"
         )
         if row["val_loss"] is not None:
             made.setdefault(shape, {}).setdefault(row["name"], []).append(row)
     return made
 
 
-def _pairs(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows of equal seeds."""
-    by_seed = {row["seed"]: row for row in others}
-    return [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+def compare(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[float, float]]:
+    """For the seeds of both: validation loss over the baseline's, less 1, and the speed.
 
-
-def difference(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
-    """Validation loss over the baseline's of the same seed, less 1; for the seeds of both."""
-    return [row["val_loss"] / other["val_loss"] - 1 for row, other in _pairs(rows, baseline)]
-
-
-def sooner(rows: Sequence[Row], released: Sequence[Row]) -> list[float]:
-    """Seconds of the released recipe over those to its last loss, for the seeds of both.
-
-    0 where that loss was not reached.
+    The speed is the baseline's seconds over those to its last loss, 0 where that was not reached.
     """
     found = []
-    for row, other in _pairs(rows, released):
-        reached = (p["seconds"] for p in row["curve"] if p["val_loss"] <= other["val_loss"])
-        seconds = next(reached, None)
-        found.append(other["seconds"] / seconds if seconds else 0.0)
+    theirs = {row["seed"]: row for row in baseline}
+    for row in rows:
+        if other := theirs.get(row["seed"]):
+            loss = other["val_loss"]
+            reached = (point["seconds"] for point in row["curve"] if point["val_loss"] <= loss)
+            seconds = next(reached, math.inf)
+            found.append((row["val_loss"] / loss - 1, other["seconds"] / seconds))
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
+def text(content: Mapping[str, Any]) -> str:
     """A table for each group, a line for each variant."""
     headings = (
         "variant", "seeds", "L0", "val_loss", "least", "most", "vs masked dense (least, most)",
-        "step ms", "sooner",
+        "step ms", "sooner than released",
     )  # fmt: skip
-    parts = [
-        f"{shape}\n" + report.table(headings, [_cells(name, names) for name in names])
-        for shape, names in groups(rows).items()
-    ]
-    parts += [f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"]]
-    return "\n\n".join(parts)
-
-
-def _cells(name: str, names: Mapping[str, Sequence[Row]]) -> list[str]:
-    rows = names[name]
-    losses = [row["val_loss"] for row in rows]
-    over = difference(rows, names.get("masked_dense", ())) if name != "masked_dense" else []
-    against = f"{statistics.fmean(over):+.2%}" if over else "-"
-    if len(over) > 1:
-        against += f" ({min(over):+.2%}, {max(over):+.2%})"
-    factors = sooner(rows, names.get("released", ())) if name != "released" else []
-    return [
-        name,
-        str(len(rows)),
-        f"{rows[0]['l0']:,}",
-        *(f"{value:.4f}" for value in (statistics.fmean(losses), min(losses), max(losses))),
-        against,
-        f"{statistics.median(row['step_ms'] for row in rows):.1f}",
-        f"{min(factors):.1f}x" if factors else "-",
-    ]
+    parts = []
+    for shape, names in groups(content["rows"]).items():
+        lines = []
+        for name, rows in names.items():
+            losses = [row["val_loss"] for row in rows]
+            over = [loss for loss, _ in compare(rows, names.get(_BASELINES[0], ()))]
+            speeds = [speed for _, speed in compare(rows, names.get(_BASELINES[1], ()))]
+            step_ms = statistics.median(row["step_ms"] for row in rows)
+            lines.append(
+                [
+                    name, len(rows), f"{rows[0]['l0']:,}",
+                    *(f"{x:.4f}" for x in (statistics.fmean(losses), min(losses), max(losses))),
+                    f"{statistics.fmean(over):+.2%} ({min(over):+.2%}, {max(over):+.2%})"
+                    if over and name != _BASELINES[0] else "-",
+                    f"{step_ms:.1f}",
+                    report.ratio(min(speeds)) if speeds and name != _BASELINES[1] else "-",
+                ]
+            )  # fmt: skip
+        parts.append(f"{shape}\n{report.table(headings, lines)}")
+    failed = [row for row in content["rows"] if row["failure"]]
+    return "\n\n".join([*parts, *(f"FAILED {row['name']}: {row['failure']}" for row in failed)])
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -282,106 +267,66 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     drawn = groups(row for row in rows if row["name"] in MODELS)
-    colors = {name: f"C{number}" for number, name in enumerate(MODELS)}
-    count = max(1, len(drawn))
-    figure = Figure(figsize=(9, 0.6 + 2.9 * count), layout="constrained")
-    axes = figure.subplots(count, 2, squeeze=False, sharey="row")
-    for pair, (shape, names) in zip(axes, drawn.items(), strict=False):
-        for axis, (key, label) in zip(
-            pair, (("tokens", "tokens"), ("seconds", "seconds of steps")), strict=True
-        ):
+    figure = Figure(figsize=(9, 0.6 + 2.9 * len(drawn)), layout="constrained")
+    all_axes = figure.subplots(max(1, len(drawn)), 2, squeeze=False, sharey="row")
+    for axes, (shape, names) in zip(all_axes, drawn.items(), strict=False):
+        for axis, key in zip(axes, ("tokens", "seconds"), strict=True):
             for row in itertools.chain.from_iterable(names.values()):
-                values = [[point[name] for point in row["curve"]] for name in (key, "val_loss")]
-                words = f"{row['name']}, seed {row['seed']}: {row['val_loss']:.3f}"
-                axis.plot(*values, color=colors[row["name"]], lw=0.9, label=words)
+                x, y = ([point[name] for point in row["curve"]] for name in (key, "val_loss"))
+                label = f"{row['name']}, seed {row['seed']}: {row['val_loss']:.3f}"
+                axis.plot(x, y, color=f"C{list(MODELS).index(row['name'])}", lw=0.9, label=label)
+            axis.set(xlabel=key, ylabel="validation loss")
             axis.grid(alpha=0.25, lw=0.5)
-            axis.set_xlabel(label)
-        pair[0].set_ylabel("validation loss")
-        pair[0].legend(fontsize=6)
-        pair[0].set_title(shape, fontsize=6)
+        axes[0].legend(fontsize=6)
+        axes[0].set_title(shape, fontsize=6)
     figure.suptitle(title, fontsize=7)
     figure.savefig(path, dpi=100, format="png")
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """The tables of a result file."""
-    return table(content["rows"])
-
-
-# --- the command line --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Options:
+class Options(program.Options):
     """Options of the command line."""
 
     suite: list[str] = field(default_factory=list)
-    """A suite (default: main); may be repeated."""
-    smoke: bool = False
-    """Tiny models, in seconds."""
-    json: Path | None = None
-    """Write the rows to this file; runs that it has are not repeated."""
-    plot: Path | None = None
-    """Draw the curves into this PNG."""
-    threads: int | None = None
-    """torch.set_num_threads."""
+    """A suite (default: main); may be repeated. With --json, runs of the file are kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    config = (tyro.conf.UseAppendAction,)
-    options = tyro.cli(Options, prog=PROGRAM, description=__doc__, args=words, config=config)
+    options, command = program.parse(Options, "experiments.quality", __doc__, arguments)
     suites = ["smoke"] if options.smoke else options.suite or ["main"]
-    reason, rows = None, []
     if unknown := set(suites) - set(SUITES):
-        reason = f"--suite must be one of {', '.join(SUITES)}; got {min(unknown)}"
-    elif options.threads is not None and options.threads < 1:
-        reason = f"--threads must be at least 1, got {options.threads}"
-    elif options.plot is not None and (why := report.why_no_plot(options.plot)):
-        reason = f"--plot: {why}"
-    elif options.json is not None and (why := report.why_not_writable(options.json)):
-        reason = f"--json: {why}"
-    elif options.json is not None and options.json.exists():
+        names = ", ".join(SUITES)
+        report.refuse(PROGRAM, f"--suite must be one of {names}; got {min(unknown)}")
+    rows: list[dict[str, Any]] = []
+    if options.json is not None and options.json.exists():
         try:
             rows = report.read_json(options.json)["rows"]
         except ValueError as error:
-            reason = f"--json: {error}"
+            report.refuse(PROGRAM, f"--json: {error}")
         if not all({"settings", "curve", "val_loss"} <= row.keys() for row in rows):
-            reason = f"--json: {options.json} is the result of another benchmark: choose another"
-    if reason is not None:
-        report.refuse(PROGRAM, reason)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+            report.refuse(PROGRAM, f"--json: {options.json} is the result of another benchmark")
+        rows = [row | {"correct": row["failure"] is None} for row in rows]
     done = [Run(**row["settings"]) for row in rows]
     missing = [run for name in suites for run in SUITES[name] if run not in done]
-    kept = {"keeps_freed_memory": keep_freed_memory()}
-    machine = devices.connect("cpu").describe(["-m", *PROGRAM.split()[2:], *words]) | kept
-    print(report.machine_line(machine), flush=True)
-    try:
-        train(missing, rows, machine, options)
-    except KeyboardInterrupt:
-        print("interrupted: --json has the finished runs", file=sys.stderr)
-        return report.INTERRUPTED
-    print("", table(rows), sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        folder, size = Path(__file__).parent, _TINY["vocab_size"]
+        corpus = prepare(folder, vocab_size=size, cache_dir=cache) if options.smoke else prepare()
+        outcome = runner.run(
+            [*([rows] if rows else []), *missing],
+            lambda case: (
+                case if isinstance(case, list) else [perform(case, corpus, options.device)]
+            ),
+            lambda rows: "\n".join(f"{r['name']}, seed {r['seed']}: {r['val_loss']}" for r in rows),
+            devices.connect(options.device),
+            command=command,
+            smoke=options.smoke,
+            json=options.json,
+        )
+    print("", text({"rows": outcome.rows}), sep="\n", flush=True)
     if options.plot is not None:
-        draw(rows, options.plot, report.machine_line(machine))
-    return 1 if any(row["failure"] for row in rows) else 0
-
-
-def train(runs: Sequence[Run], rows: list[Row], machine: Row, options: Options) -> None:
-    """Adds a row for each run, and writes the file after each."""
-    with tempfile.TemporaryDirectory() as cache, report.progress(total=len(runs)) as bar:
-        corpus = prepare()
-        if options.smoke:
-            corpus = prepare(Path(__file__).parent, vocab_size=300, cache_dir=cache)
-        for number, run in enumerate(runs, 1):
-            bar.set_description(f"{run.name}, d_model {run.d_model}, seed {run.seed}")
-            rows.append(perform(run, corpus))
-            if options.json is not None:
-                report.write_json(options.json, machine, rows, complete=number == len(runs))
-            gc.collect()
-            bar.update()
+        draw(outcome.rows, options.plot, report.machine_line(outcome.machine))
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Training(Job):
             with torch.autocast(self.device, case.torch_dtype, enabled=case.dtype == "bfloat16"):
                 loss = self.model.loss(self.tokens, self.targets)
             loss.backward()
-        # The names of the ranges are parts: see benchmarks.transformer.parts.
+        # The names of the ranges are parts: see benchmarks.transformer.profile.
         with record_function("optimizer"):
             self.loss = float(loss.detach())
             normalize_gradients_(self._parameters, clip_only=False)

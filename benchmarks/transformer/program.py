@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -16,8 +16,7 @@ from benchmarks import run as runner
 from benchmarks.timing import Timing
 from benchmarks.transformer import results
 from benchmarks.transformer.jobs import Job
-from benchmarks.transformer.memory import measure_peak_mb
-from benchmarks.transformer.parts import measure_parts
+from benchmarks.transformer.profile import measure_parts, measure_peak_mb
 from benchmarks.transformer.variants import Case, why_no_bf16_dense
 from sparse_transformer.topology import TopologyConfig
 
@@ -30,30 +29,17 @@ SPLIT_CALLS = 3
 
 @dataclass(frozen=True)
 class Options:
-    """Options of every program."""
-
-    json: Path | None = None
-    """Write the rows to this file."""
-    threads: int | None = None
-    """torch.set_num_threads."""
-
-
-@dataclass(frozen=True)
-class PlotOptions(Options):
-    """Options of a program that draws."""
+    """Options of the command line."""
 
     smoke: bool = False
     """Tiny models, in seconds."""
+    json: Path | None = None
+    """Write the rows to this file."""
     plot: Path | None = None
-    """Draw into this PNG."""
-
-
-@dataclass(frozen=True)
-class SpeedOptions(PlotOptions):
-    """Options of a program that measures speed."""
-
-    device: str = "cpu"
-    """cpu or cuda."""
+    """Draw a plot into this PNG."""
+    threads: int | None = None
+    """torch.set_num_threads."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ class Group:
         return f"{self.name}: {len(self.cases)} variants in turns"
 
 
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+AnyOptions = TypeVar("AnyOptions")
 Make = Callable[[Case], Job]
 
 
@@ -80,23 +66,22 @@ def parse(
     program = f"python -m benchmarks.{name}"
     config = (tyro.conf.UseAppendAction,)
     options = tyro.cli(kind, prog=program, description=description, args=words, config=config)
-    checks: dict[str, Callable[[Any], str | None]]
-    checks = {
+    checks: dict[str, Callable[[Any], str | None]] = {
         "json": report.why_not_writable,
         "plot": report.why_no_plot,
         "device": devices.why_not,
+        "threads": lambda count: None if count >= 1 else f"it must be at least 1, got {count}",
     }
-    for option, value in vars(options).items():
-        if value is not None and option in checks and (reason := checks[option](value)):
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for option, value in given.items():
+        if option in checks and (reason := checks[option](value)):
             report.refuse(program, f"--{option}: {reason}")
-    if options.threads is not None:
-        if options.threads < 1:
-            report.refuse(program, f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
     return options, ["-m", f"benchmarks.{name}", *words]
 
 
-def run(groups: Sequence[Group], make: Make, options: SpeedOptions, command: Sequence[str]) -> int:
+def run(groups: Sequence[Group], make: Make, options: Options, command: Sequence[str]) -> int:
     """Measures the groups in order, prints and writes; returns the exit status."""
     dense = [case for group in groups for case in group.cases if case.is_bf16_dense]
     reason = why_no_bf16_dense(dense[0]) if dense and options.device == "cpu" else None
@@ -120,7 +105,7 @@ def run(groups: Sequence[Group], make: Make, options: SpeedOptions, command: Seq
 
 
 @torch.enable_grad()
-def measure_group(group: Group, make: Make, options: SpeedOptions) -> list[dict[str, Any]]:
+def measure_group(group: Group, make: Make, options: Options) -> list[dict[str, Any]]:
     """The rows of a group."""
     with report.progress(total=3 * len(group.cases)) as bar:
 

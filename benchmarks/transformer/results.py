@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import report
 from benchmarks.report import Row
-from benchmarks.transformer.parts import PARTS
+
+PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
 
 # Columns that are empty where a row is not correct.
 TIMED = (
@@ -99,12 +99,13 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     ours = [row for row in good if row["variant"] == "sparse" and row.get("part") not in _SWEEPS]
     lines = [_sentence(row, _alike(row, good)) for row in ours]
     for part, (key, name) in _SWEEPS.items():
-        lines += [
-            f"From {less[key]:,} to {more[key]:,} {name}, a sparse step takes "
-            f"{more['step_ms'] / less['step_ms']:.2f} times as long, its linears "
-            f"{more['parts_ms']['linears'] / less['parts_ms']['linears']:.2f} times."
-            for less, more in itertools.pairwise(_sweep(good, part)[0])
-        ]
+        if swept := _sweep(good, part)[0]:
+            less, more = swept[0], swept[-1]
+            times = more["step_ms"] / less["step_ms"]
+            lines.append(
+                f"From {less[key]:,} to {more[key]:,} {name}, a sparse step takes {times:.3g} "
+                "times as long."
+            )
     if len(good) < len(rows):
         lines.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
     disturbed = [row for row in good if row["spread_ms"] > _DISTURBED * row["step_ms"]]
