@@ -313,10 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder, size = Path(__file__).parent, _TINY["vocab_size"]
         corpus = prepare(folder, vocab_size=size, cache_dir=cache) if options.smoke else prepare()
         outcome = runner.run(
-            [*([rows] if rows else []), *missing],
-            lambda case: (
-                case if isinstance(case, list) else [perform(case, corpus, options.device)]
-            ),
+            # What the file has is one case, so that no moment loses it.
+            [*([None] if rows else []), *missing],
+            lambda run: rows if run is None else [perform(run, corpus, options.device)],
             lambda rows: "\n".join(f"{r['name']}, seed {r['seed']}: {r['val_loss']}" for r in rows),
             devices.connect(options.device),
             command=command,

@@ -26,7 +26,7 @@ class Job:
 
     def __init__(self, case: Case, device: str, model: Transformer) -> None:
         self.case, self.device, self.model = case, device, model
-        self.calls: dict[str, Candidate] = {"step": self.step}
+        self.calls: dict[str, Candidate] = {}
         self.verdict = Verdict()  # of the correctness check, where there is one
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: float | None = None  # of the last training step
@@ -36,10 +36,6 @@ class Job:
             torch.randint(case.model.vocab_size, shape, generator=generator).to(device)
             for _ in range(2)
         )
-
-    def step(self) -> None:
-        """The call that is timed."""
-        raise NotImplementedError
 
     @property
     def failure(self) -> str | None:
@@ -80,19 +76,17 @@ class Training(Job):
             # At the final density: what annealing adds before, the sweep over L0 shows.
             config = TopologyConfig(start_multiple=1)
             self.topology = Topology(self.model, self.optimizer, config, _RUN)
-            self.calls = {"rewiring": self.rewire, "step": self.step}
+            self.calls["rewiring"] = self.rewire
+        self.calls["step"] = self.step
         self._parameters = list(self.model.parameters())
-
-    def step(self) -> None:
-        self._step(1)
 
     def rewire(self) -> None:
         """A step that changes the connections, and the next one, which builds new schedules."""
-        self._step(TopologyConfig.period)
-        self._step(1)
+        self.step(TopologyConfig.period)
+        self.step()
 
-    def _step(self, number: int) -> None:
-        """Changes the connections where `number` is a multiple of the period."""
+    def step(self, number: int = 1) -> None:
+        """One step; it changes the connections where `number` is a multiple of the period."""
         case = self.case
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.topology is not None and self.topology.wants_gradients(number):
@@ -122,6 +116,7 @@ class Inference(Job):
 
     def __init__(self, case: Case, device: str, model: Transformer) -> None:
         super().__init__(case, device, model.eval())
+        self.calls["step"] = self.step
         self._cache = None
         if case.phase == "decode":
             dtype = case.torch_dtype
@@ -130,7 +125,7 @@ class Inference(Job):
     @torch.inference_mode()
     def step(self) -> None:
         if self._cache is not None:
-            self._cache.length = self.case.cached
+            self._cache.length = self.model.config.context // 2
         self.model(self.tokens, self._cache)
         if self.device != "cpu":
             torch.cuda.synchronize()

@@ -83,7 +83,7 @@ def _peak_mb(case: Case, device: str, threads: int) -> float:
         job: Job = Training(case, device)
     else:
         job = Inference(case, device, make_model(case, device, case.torch_dtype))
-    for call in (job.step, *reversed(job.calls.values())):
+    for call in (job.calls["step"], *reversed(job.calls.values())):
         call()
     peak = _resident_peak() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     return round(peak / 1e6, 1)

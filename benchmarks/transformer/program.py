@@ -165,7 +165,7 @@ def describe(job: Job, timings: Mapping[str, Timing], split_calls: int) -> dict[
     step_ms = step.median_ms + share_ms
     # The quickest call is the one that other processes disturbed least. Its parts are scaled to add
     # up to the time without the profiler.
-    split = [measure_parts(job.step, job.device) for _ in range(split_calls)]
+    split = [measure_parts(job.calls["step"], job.device) for _ in range(split_calls)]
     quickest = min(split, key=lambda parts: sum(parts.values()))
     factor = step.median_ms / sum(quickest.values())
     parts_ms = {part: factor * ms for part, ms in quickest.items()}

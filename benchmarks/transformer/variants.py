@@ -46,10 +46,8 @@ PROJECTIONS = {
 class Case:
     """One line of the table: what is timed of a variant of a model, its products in a dtype.
 
-    Args:
-        model: of the sparse variant; see `VARIANTS`.
-        phase: "train", "prefill" or "decode".
-        batch: sequences in a call, each of `length` tokens after `cached` ones.
+    The phase is "train", "prefill" or "decode"; the model is that of the sparse variant; a call has
+    a batch of sequences, each of a whole context, or of one token with half of it in the cache.
     """
 
     model: ModelConfig
@@ -61,10 +59,6 @@ class Case:
     @property
     def length(self) -> int:
         return 1 if self.phase == "decode" else self.model.context
-
-    @property
-    def cached(self) -> int:
-        return self.model.context // 2 if self.phase == "decode" else 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -90,7 +84,6 @@ class Case:
             **{name: getattr(self.model, name) for name in shape},
             "tokens": self.batch * self.length,
             "batch": self.batch,
-            "cached": self.cached,
         }
 
 
