@@ -6,12 +6,8 @@
     prefill   one prompt of 256 tokens, without a cache
     decode    one more token for each of a batch of 1 or 16, keys and values of 128 in the cache
 
-The variants take turns in one process, in float32 and with everything in bfloat16:
-
-    sparse         SparseLinear
-    masked_dense   dense matrices that hold the zeros already, with our abs_topk: the fastest that
-                   masked dense can be
-    dense          nn.Linear without AbsTopK: the plain model
+The variants take turns in one process, in float32 and with everything in bfloat16. `masked_dense`
+holds its zeros already and has our abs_topk: the fastest that masked dense can be.
 
 Correctness comes first: the logits of the sparse model, also those from the cache, must be those
 of masked dense with the same weights. Otherwise its rows say FAIL and the exit status is 1.

@@ -3,20 +3,12 @@
     python -m benchmarks.training                  d_model 1024, densities 1/64 and 1/256
     python -m benchmarks.training --part l0        the cost as L0 grows at d_model 1024
     python -m benchmarks.training --part width     the cost as the width grows at the same L0
-    python -m benchmarks.training --part all       all three
     python -m benchmarks.training --smoke          tiny, in seconds
 
-The default takes at most five minutes on two idle cores. The variants take turns in one process:
-
-    sparse                  SparseLinear at its final density. Every 20th step changes the
-                            connections; the time of a step includes its share of that.
-    masked_dense            the published recipe as released: torch.topk and scatter for
-                            activations, a global torch.topk over each matrix after every step
-    masked_dense_abs_topk   the same with our abs_topk (in bfloat16)
-    masked_dense_kernel     the same with our abs_topk and the fastest projection known
-    dense                   nn.Linear, without AbsTopK: the plain model
-
-All of them have our attention, norms and loss, and an allocator that keeps its pages.
+The default takes at most five minutes on two idle cores. The variants take turns in one process,
+with our attention, norms and loss and an allocator that keeps its pages; docs/benchmarks.md
+describes them. Every 20th step of `sparse` changes the connections; the time of a step includes its
+share of that.
 
 Correctness comes first: the logits of each sparse model, and in float64 its gradients, must be
 those of masked dense with the same weights. Otherwise its rows say FAIL and the exit status is 1.

@@ -4,24 +4,18 @@
     python -m benchmarks.experiments.quality --suite width --json FILE   see SUITES; may be repeated
     python -m benchmarks.experiments.quality --smoke                     tiny, in seconds
 
-The file is written after each run, and a run that it has already is not repeated: the same command
-continues an interrupted one.
+FILE is written after each run and its runs are not repeated: the same command continues.
 
-    sparse        the package's own way: annealed fans, rewired by sampled gradients
+    sparse        annealed fans, rewired by sampled gradients
     static        the same with a random pattern that never changes: the control
-    masked_dense  the published recipe: dense weights, gradients and moments, a global top-k over
-                  each matrix after every step. With our abs_topk and the fast projection, which
-                  compute the same as the released code in less time: the question is the loss.
-    released      masked_dense exactly as released: torch.topk for activations and for the
-                  projection. The same losses, up to ties and rounding; the question is the time.
+    masked_dense  the published recipe, with our abs_topk and the fast projection: the same losses,
+                  up to ties and rounding, in less time
+    released      the published recipe exactly as released; the suite `sooner` shows how much less
+                  time the others need to reach its last validation loss on an idle machine
     dense         nn.Linear, without AbsTopK: the plain model
 
-The suite `sooner` shows how much less time than `released` the others need to reach its last
-validation loss, in seconds of steps on an idle machine.
-
 All variants of a seed see the same batches and the same validation windows. Seconds are those of
-the steps without validation, in the other suites on a machine that may be shared:
-benchmarks.training measures what a step costs.
+the steps without validation.
 """
 
 from __future__ import annotations
@@ -89,6 +83,9 @@ class Run:
     topology: dict[str, Any] = field(default_factory=dict)
     writers: str = "fan_out"
 
+    def __str__(self) -> str:
+        return f"{self.name}, d_model {self.d_model}, seed {self.seed}"
+
     @property
     def name(self) -> str:
         """Of the variant, with what differs from its defaults."""
@@ -121,12 +118,15 @@ def _product(**values: Sequence[Any]) -> list[Run]:
 
 
 _BOTH = ("sparse", "masked_dense")
-_BASELINES = ("masked_dense", "released")  # of the loss, of the time
 _TINY: dict[str, Any] = {
     "d_model": 32, "n_layer": 1, "context": 16, "vocab_size": 300, "density": 1 / 4,
     "embedding_density": 1 / 4, "min_nonzeros": 1, "steps": 8, "batch_tokens": 32,
     "validate_every": 4, "validation_tokens": 64, "learning_rate": 1e-2,
 }  # fmt: skip
+_TOPOLOGIES: tuple[dict[str, Any], ...] = (
+    {"start_multiple": 4.0}, {"start_multiple": 1.0}, {"grow": "random"}, {"period": 50},
+    {"drop_share": 0.0}, {"candidates": 0.25}, {"candidates": 0.01},
+)  # fmt: skip
 SUITES: dict[str, list[Run]] = {
     "main": _product(seed=(0, 1, 2), variant=("sparse", "static", "masked_dense")),
     "width": _product(d_model=(512,), variant=("sparse", "static", "masked_dense")),
@@ -137,21 +137,7 @@ SUITES: dict[str, list[Run]] = {
     ],
     # Whether the learning rate that all share suits each: half of it, and twice.
     "rates": _product(learning_rate=(1e-2, 4e-2), variant=_BOTH),
-    "ablations": [
-        *(
-            Run(topology={name: value})
-            for name, value in (
-                ("start_multiple", 4.0),
-                ("start_multiple", 1.0),
-                ("grow", "random"),
-                ("period", 50),
-                ("drop_share", 0.0),
-                ("candidates", 0.25),
-                ("candidates", 0.01),
-            )
-        ),
-        Run(writers="fan_in"),
-    ],  # fmt: skip
+    "ablations": [*_product(topology=_TOPOLOGIES), Run(writers="fan_in")],
     "sooner": _product(d_model=(256, 512), validate_every=(50,), variant=("sparse", "released")),
     "smoke": [
         *(Run(variant, **_TINY) for variant in MODELS),
@@ -174,14 +160,8 @@ def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[st
             trainer.advance()
             times_s.append(time.perf_counter() - start)
             if trainer.step % run.validate_every == 0 or trainer.step == run.steps:
-                point = {
-                    "step": trainer.step,
-                    "tokens": trainer.step * run.batch_tokens,
-                    "seconds": round(sum(times_s), 3),
-                    "l0": trainer.l0(),
-                    "val_loss": round(trainer.validate(), 5),
-                }
-                curve.append(point)
+                tokens, loss = trainer.step * run.batch_tokens, round(trainer.validate(), 5)
+                curve.append({"tokens": tokens, "seconds": sum(times_s), "val_loss": loss})
     except Diverged as error:
         failure = str(error)
     return {
@@ -193,7 +173,7 @@ def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[st
         "val_loss": None if failure else curve[-1]["val_loss"],
         "curve": curve,
         "step_ms": 1e3 * statistics.median(times_s) if times_s else None,
-        "seconds": round(sum(times_s), 3),
+        "seconds": sum(times_s),
         "threads": torch.get_num_threads(),
         "commit": report.commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -236,27 +216,22 @@ def compare(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[float, f
 def text(content: Mapping[str, Any]) -> str:
     """A table for each group, a line for each variant."""
     headings = (
-        "variant", "seeds", "L0", "val_loss", "least", "most", "vs masked dense (least, most)",
-        "step ms", "sooner than released",
+        "variant", "seeds", "L0", "val_loss", "vs masked dense (least, most)", "step ms", "sooner",
     )  # fmt: skip
     parts = []
     for shape, names in groups(content["rows"]).items():
         lines = []
         for name, rows in names.items():
-            losses = [row["val_loss"] for row in rows]
-            over = [loss for loss, _ in compare(rows, names.get(_BASELINES[0], ()))]
-            speeds = [speed for _, speed in compare(rows, names.get(_BASELINES[1], ()))]
+            over = [loss for loss, _ in compare(rows, names.get("masked_dense", ()))]
+            sooner = [speed for _, speed in compare(rows, names.get("released", ()))]
+            val_loss = statistics.fmean(row["val_loss"] for row in rows)
             step_ms = statistics.median(row["step_ms"] for row in rows)
-            lines.append(
-                [
-                    name, len(rows), f"{rows[0]['l0']:,}",
-                    *(f"{x:.4f}" for x in (statistics.fmean(losses), min(losses), max(losses))),
-                    f"{statistics.fmean(over):+.2%} ({min(over):+.2%}, {max(over):+.2%})"
-                    if over and name != _BASELINES[0] else "-",
-                    f"{step_ms:.1f}",
-                    report.ratio(min(speeds)) if speeds and name != _BASELINES[1] else "-",
-                ]
-            )  # fmt: skip
+            versus = "-"
+            if over:
+                versus = f"{statistics.fmean(over):+.2%} ({min(over):+.2%}, {max(over):+.2%})"
+            l0 = f"{rows[0]['l0']:,}"
+            faster = report.ratio(min(sooner, default=None))
+            lines.append([name, len(rows), l0, f"{val_loss:.4f}", versus, f"{step_ms:.1f}", faster])
         parts.append(f"{shape}\n{report.table(headings, lines)}")
     failed = [row for row in content["rows"] if row["failure"]]
     return "\n\n".join([*parts, *(f"FAILED {row['name']}: {row['failure']}" for row in failed)])

@@ -18,6 +18,7 @@ from benchmarks.transformer import results
 from benchmarks.transformer.jobs import Job
 from benchmarks.transformer.profile import measure_parts, measure_peak_mb
 from benchmarks.transformer.variants import Case, why_no_bf16_dense
+from sparse_kernels import cpu
 from sparse_transformer.topology import TopologyConfig
 
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
@@ -83,6 +84,8 @@ def parse(
 
 def run(groups: Sequence[Group], make: Make, options: Options, command: Sequence[str]) -> int:
     """Measures the groups in order, prints and writes; returns the exit status."""
+    if options.device == "cpu" and not cpu.isas():
+        report.refuse(command[1], "the C++ extension is missing: build it with `pip install .`")
     dense = [case for group in groups for case in group.cases if case.is_bf16_dense]
     reason = why_no_bf16_dense(dense[0]) if dense and options.device == "cpu" else None
     if reason is not None:
