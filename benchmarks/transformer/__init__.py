@@ -1,1 +1,1 @@
-"""What benchmarks.training and benchmarks.inference share: variants, parts, proof, tables."""
+"""What benchmarks.training and benchmarks.inference share."""

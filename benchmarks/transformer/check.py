@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import sparse_kernels as sk
-from benchmarks.transformer.variants import MASKED_DENSE_KERNEL, Shape, config_of
 from sparse_transformer import KVCache, SparseEmbedding, Transformer
 
-# Enough for every place of the model to matter, few enough for float64.
+# Enough to exercise every operator of the model, few enough for float64.
 WINDOWS, TOKENS = 4, 16
-# Two models in float64 that do the same sums in another order.
+# Two models in float64 that add the same numbers in another order.
 _EXACT = 1e-10
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Errors relative to the largest logit; `failure` is a sentence, or None if all is well."""
 
-    error: float
-    dense_error: float
-    failure: str | None
+    error: float | None = None
+    dense_error: float | None = None
+    failure: str | None = None
 
 
-def densified(model: Transformer, shape: Shape) -> Transformer:
+def densified(model: Transformer) -> Transformer:
     """The masked dense model with the same weights, biases, sinks and bigram table."""
     device = next(model.parameters()).device
-    dense = Transformer(config_of(shape, MASKED_DENSE_KERNEL), device=device)
+    dense = Transformer(replace(model.config, linear="masked_dense"), device=device)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, layer in model.sparse_layers().items():
         state[f"{name}.weight"] = _dense_weight(layer, layer.weight.detach())
@@ -41,67 +40,55 @@ def densified(model: Transformer, shape: Shape) -> Transformer:
 def _dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
     matrix = sk.to_dense(values, layer.layout)
     # The layout of an embedding is that of its table, as nn.Embedding has it.
-    turned = layer.transpose and not isinstance(layer, SparseEmbedding)
-    return matrix.t() if turned else matrix
+    is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
+    return matrix.t() if is_transposed else matrix
 
 
-def check(model: Transformer, shape: Shape, *, inference: bool = False) -> Verdict:
-    """Compares logits and gradients with those of `densified(model)`.
-
-    With `inference`, in place of gradients, the logits of a last token that is fed on its own, with
-    the keys and values of those before it from the cache.
+def check(model: Transformer, *, gradients: bool = True) -> Verdict:
+    """Compares logits, with and without a cache, and gradients with those of `densified(model)`.
 
     In float64 both must agree to 1e-10 of the largest: same connections, same AbsTopK, same sums.
     In float32 the logits are compared with those in float64: half of them must have an error of
     at most twice the median error of masked dense in float32, plus one rounding. (Not all of them:
     where two magnitudes are nearly equal, rounding decides which one AbsTopK keeps.)
     """
-    device = next(model.parameters()).device
+    device, config = next(model.parameters()).device, model.config
     generator = torch.Generator().manual_seed(1)
-    size = (WINDOWS, min(TOKENS, shape.context))
+    size = (WINDOWS, min(TOKENS, config.context))
     tokens, targets = (
-        torch.randint(shape.vocab_size, size, generator=generator).to(device) for _ in range(2)
+        torch.randint(config.vocab_size, size, generator=generator).to(device) for _ in range(2)
     )
-    dense = densified(model, shape)
+    dense = densified(model)
     with torch.no_grad():
         sparse32, dense32 = model(tokens).double(), dense(tokens).double()
-    exact, dense = copy.deepcopy(model).double(), dense.double()
-    with torch.no_grad():
-        sparse64, truth = exact(tokens), dense(tokens)
+        exact, dense = copy.deepcopy(model).double(), dense.double()
+        truth = dense(tokens)
+        cache = KVCache(config, WINDOWS, device=device, dtype=torch.float64)
+        # The last token is fed on its own.
+        cached = torch.cat([exact(part, cache) for part in tokens.split(size[1] - 1, 1)], 1)
+        differences = [(logits - truth).abs().max() for logits in (exact(tokens), cached)]
     largest = float(truth.abs().max())
     error = float((sparse32 - truth).abs().median()) / largest
     dense_error = float((dense32 - truth).abs().median()) / largest
-    apart = float((sparse64 - truth).abs().max()) / largest
+    difference = float(max(differences)) / largest
     failure = None
-    if not apart <= _EXACT:
-        failure = f"logits in float64 are {apart:.1e} of the largest apart from masked dense"
+    if not difference <= _EXACT:
+        failure = f"logits in float64 differ from masked dense by {difference:.1e} of the largest"
     elif not error <= 2 * dense_error + torch.finfo(torch.float32).eps:
         failure = f"error of the logits {error:.1e}, that of masked dense {dense_error:.1e}"
-    elif inference:
-        failure = _compare_cached(exact, tokens, truth)
-    else:
+    elif gradients:
         exact.loss(tokens, targets).backward()
         dense.loss(tokens, targets).backward()
-        failure = _compare_gradients(exact, dense)
+        failure = compare_gradients(exact, dense)
     return Verdict(error, dense_error, failure)
 
 
-def _compare_cached(model: Transformer, tokens: Tensor, truth: Tensor) -> str | None:
-    cache = KVCache(model.config, len(tokens), device=tokens.device, dtype=truth.dtype)
-    with torch.no_grad():
-        model(tokens[:, :-1], cache)
-        last = model(tokens[:, -1:], cache)[:, 0]
-    apart = float((last - truth[:, -1]).abs().max() / truth.abs().max())
-    if not apart <= _EXACT:
-        return f"logits from the cache in float64 are {apart:.1e} of the largest apart"
-    return None
-
-
-def _compare_gradients(model: Transformer, dense: Transformer) -> str | None:
-    wanted = dict(dense.named_parameters())
+def compare_gradients(model: Transformer, dense: Transformer) -> str | None:
+    """A sentence if a gradient is not that of masked dense, at the connections that exist."""
+    expected = dict(dense.named_parameters())
     layers = model.sparse_layers()
     for name, parameter in model.named_parameters():
-        got, want = parameter.grad, wanted[name].grad
+        got, want = parameter.grad, expected[name].grad
         if got is None or want is None:
             return f"{name} has no gradient"
         layer = layers.get(name.removesuffix(".weight"))

@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.experiments import quality
-from benchmarks.experiments.quality import SUITES, Run, difference, main, sooner
+from benchmarks.experiments.quality import SUITES, Run, compare, main
+
+RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks/results"
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +27,23 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_quality_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     words = ["--smoke", "--json", str(path)]
-    assert main([*words, "--most", "1"]) == 0
-    assert "7 runs of smoke are still missing" in capsys.readouterr().out
+    runs: list[Run] = []
+    train = quality.perform
+
+    def interrupt(run: Run, *rest: Any) -> dict[str, Any]:
+        if len(runs) == 1:
+            raise KeyboardInterrupt
+        runs.append(run)
+        return train(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "perform", interrupt)
+        assert main(words) == report.INTERRUPTED
     content = json.loads(path.read_text())
     assert content["complete"] is False
     first = content["rows"]
@@ -39,7 +55,8 @@ def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert content["machine"]["torch"] == torch.__version__
     rows = content["rows"]
     assert rows[0] == first[0]
-    assert {row["variant"] for row in rows} == set(quality.VARIANTS)
+    assert len(rows) == len(SUITES["smoke"])
+    assert {row["variant"] for row in rows} == set(quality.MODELS)
     assert plot.read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert [point["tokens"] for point in row["curve"]] == [128, 256]
@@ -49,15 +66,24 @@ def test_quality_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert len({row["l0"] for row in rows if row["variant"] != "dense"}) == 1
 
     capsys.readouterr()
-    assert main(["--from", str(path)]) == 0
-    shown = capsys.readouterr().out
+    shown = quality.text(content)
     assert "sparse grow=random" in shown
     assert len([line for line in shown.splitlines() if line.startswith("masked_dense")]) == 1
 
 
+@pytest.mark.parametrize("name", ["quality", "sooner"])
+def test_quality_reads_files_of_earlier_versions(name: str, tmp_path: Path) -> None:
+    content = report.read_json(RESULTS / f"{name}-cpu-zen5.json")
+    shown = quality.text(content)
+    for row in content["rows"]:
+        assert row["name"] in shown
+    quality.draw(content["rows"], tmp_path / "plot.png", "")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_runs_differ_in_what_they_say() -> None:
     for suite in SUITES.values():
-        assert len({run.key for run in suite}) == len(suite)
+        assert all(suite.count(run) == 1 for run in suite)
     released = Run("released").settings()
     assert (released.model.abs_topk, released.train.projection) == ("torch", "topk")
     assert replace(released.model, abs_topk="kernel") == Run("masked_dense").settings().model
@@ -68,12 +94,7 @@ def test_runs_differ_in_what_they_say() -> None:
     assert Run("dense").settings().model.active is None
 
 
-def test_difference_compares_equal_seeds() -> None:
-    ours = [{"seed": 0, "val_loss": 1.1}, {"seed": 1, "val_loss": 5.0}]
-    assert difference(ours, [{"seed": 0, "val_loss": 1.0}]) == pytest.approx([0.1])
-
-
-def test_sooner_counts_seconds_to_the_released_loss() -> None:
+def test_comparison_of_equal_seeds_counts_seconds_to_the_same_loss() -> None:
     def row(seed: int, *points: tuple[float, float]) -> dict:
         curve = [{"seconds": seconds, "val_loss": loss} for seconds, loss in points]
         return {
@@ -82,7 +103,7 @@ def test_sooner_counts_seconds_to_the_released_loss() -> None:
 
     released = [row(0, (50, 5.0), (100, 4.0)), row(1, (50, 5.0), (90, 1.0))]
     ours = [row(0, (10, 5.0), (20, 4.0), (30, 3.0)), row(1, (10, 2.0)), row(2, (1, 0.0))]
-    assert sooner(ours, released) == [5.0, 0.0]
+    assert compare(ours, released) == [(-0.25, 5.0), (1.0, 0.0)]
 
 
 def test_quality_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
