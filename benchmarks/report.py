@@ -42,6 +42,10 @@ VIEWS = {
     "activation": "benchmarks.tables",
     "training": "benchmarks.transformer.results",
     "inference": "benchmarks.transformer.results",
+    "quality": "benchmarks.experiments.quality",
+    "experiments.quality": "benchmarks.experiments.quality",
+    "circuits": "benchmarks.experiments.circuits",
+    "experiments.circuits": "benchmarks.experiments.circuits",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
 # Features of the processor that decide how fast these kernels run.

@@ -188,51 +188,95 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     budget = benchmark.budgets["full" if options.device == "cuda" else options.size]
     if options.repeats is not None:
         budget = Budget(repeats=options.repeats)
+
+    def measured(case: AnyCase) -> list[dict[str, Any]]:
+        operations = benchmark.operations(case, device.name, backend)
+        found = [measure(operation, case, device, budget) for operation in operations]
+        return [*found, sum_rows(found)]
+
+    outcome = run(
+        cases,
+        measured,
+        lambda rows: tables.case_line(rows[-1]),
+        device,
+        command=["-m", f"benchmarks.{benchmark.name}", *words],
+        smoke=options.smoke,
+        json=options.json,
+        missing=benchmark.missing,
+    )
+    if outcome.rows:
+        print("", *tables.closing_lines(outcome.rows), sep="\n")
+        if options.plot is not None:
+            tables.draw(outcome.rows, options.plot, report.machine_line(outcome.machine))
+    return outcome.status
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run brought: its rows, the machine they come from, and an exit status."""
+
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]]
+    status: int
+
+
+def run(
+    cases: Sequence[Any],
+    measure: Callable[[Any], list[dict[str, Any]]],
+    show: Callable[[list[dict[str, Any]]], str],
+    device: Device,
+    *,
+    command: Sequence[str],
+    smoke: bool,
+    json: Path | None,
+    missing: Callable[[], list[str]] = list,
+) -> Outcome:
+    """Measures all cases. Ctrl-C ends the run and keeps the rows; a case that fails ends alone.
+
+    Args:
+        cases: their str() names them.
+        measure: returns the rows of one case.
+        show: one line for the rows of one case, printed as soon as they are measured.
+        device: measures the peaks first.
+        command: the words after `python`, for the result file.
+        smoke: measures the peaks only roughly.
+        json: where the rows are written after each case, or None.
+        missing: sentences about what is not compared.
+    """
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     machine: dict[str, Any] = {}
     is_interrupted = False
 
     def save(*, complete: bool) -> None:
-        if options.json is not None and machine:
+        if json is not None and machine:
             extra = {"failed": failed} if failed else {}
-            report.write_json(options.json, machine, rows, complete=complete, **extra)
+            report.write_json(json, machine, rows, complete=complete, **extra)
 
-    with report.progress(total=len(cases) + 1) as bar, torch.no_grad():
+    with report.progress(total=len(cases) + 1) as bar:
         try:
             bar.set_description("peaks of this machine")
-            sentences = [*device.prepare(smoke=options.smoke), *benchmark.missing()]
-            machine = device.describe(["-m", f"benchmarks.{benchmark.name}", *words])
+            sentences = [*device.prepare(smoke=smoke), *missing()]
+            machine = device.describe(list(command))
             bar.write("\n".join([report.machine_line(machine), *sentences, ""]))
             bar.update()
             for case in cases:
                 bar.set_description(str(case))
                 try:
-                    operations = benchmark.operations(case, device.name, backend)
-                    measured = [measure(o, case, device, budget) for o in operations]
+                    with torch.no_grad():
+                        measured = measure(case)
                 except RuntimeError as error:
                     # Out of memory, or a refused launch: the other cases may still run.
                     failed[str(case)] = str(error).splitlines()[0]
                     bar.write(f"{case}: FAIL, {failed[str(case)]}")
                 else:
-                    rows += [*measured, sum_rows(measured)]
-                    bar.write(tables.case_line(rows[-1]))
+                    rows += measured
+                    bar.write(show(measured))
                 save(complete=False)
                 bar.update()
         except KeyboardInterrupt:
             is_interrupted = True
     save(complete=not is_interrupted)
-    return finish(options, machine, rows, failed, is_interrupted)
-
-
-def finish(
-    options: Options,
-    machine: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    failed: Mapping[str, str],
-    is_interrupted: bool,
-) -> int:
-    """Prints and draws what the rows say; returns the exit status."""
     wrong = sum(not row["correct"] for row in rows)
     if failed:
         print(f"{len(failed)} cases did not run: see FAIL above")
@@ -240,11 +284,8 @@ def finish(
         print(f"{wrong} of {len(rows)} rows are WRONG: see FAIL above")
     if is_interrupted:
         print(f"interrupted; the rows of the finished cases are kept ({len(rows)})")
-    if rows:
-        print("", *tables.closing_lines(rows), sep="\n")
-        if options.plot is not None:
-            tables.draw(rows, options.plot, report.machine_line(machine))
-    return report.INTERRUPTED if is_interrupted else 1 if wrong or failed else 0
+        return Outcome(machine, rows, report.INTERRUPTED)
+    return Outcome(machine, rows, 1 if wrong or failed else 0)
 
 
 def measure(operation: Operation, case: AnyCase, device: Device, budget: Budget) -> dict[str, Any]:
