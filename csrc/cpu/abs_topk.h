@@ -69,11 +69,12 @@ inline int64_t count_reaching(const Digit* digits, int64_t padded, Digit thresho
         const int64_t end = std::min(padded, begin + kAtOnce);
         Digits count[4] = {};
         for (int64_t i = begin; i < end; i += kDigitStep) {
-            unroll<4>([&](auto u) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int u = 0; u < 4; ++u) {
                 Digits chunk;
                 std::memcpy(&chunk, digits + i + u * kDigitStep / 4, sizeof(chunk));
                 count[u] -= chunk >= threshold;
-            });
+            }
         }
         const Digits all = (count[0] + count[1]) + (count[2] + count[3]);
         int lanes = 0;

@@ -125,13 +125,15 @@ void transpose_head(const C* rows, int64_t tokens, int64_t channels, C* to) {
     for (int64_t t = 0; t < tokens; t += kN) {
         for (int64_t c = 0; c < width; c += kN) {
             Vec<C> square[kN];
-            unroll<kN>([&](auto i) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < kN; ++i) {
                 square[i] = t + i < tokens ? load(rows + (t + i) * width + c) : Vec<C>{};
-            });
+            }
             transpose<C>(square);
-            unroll<kN>([&](auto i) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < kN; ++i) {
                 if (c + i < channels) store(to + (c + i) * padded + t, square[i]);
-            });
+            }
         }
     }
 }
@@ -145,20 +147,26 @@ inline __attribute__((always_inline)) void products(const C* rows, int64_t width
     Vec<C> acc[kRows][kVectors] = {};
     for (int64_t c = 0; c < channels; ++c) {
         Vec<C> key[kVectors];
-        unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
             key[v] = load(columns + c * padded + v * kN);
-        });
-        unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+        }
+        SK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
             const Vec<C> query = splat<C>(rows[r * width + c]);
-            unroll<kVectors>([&](auto v)
-                                 __attribute__((always_inline)) { acc[r][v] += query * key[v]; });
-        });
+            SK_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                acc[r][v] += query * key[v];
+            }
+        }
     }
-    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-        unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+    SK_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        SK_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
             store(out + r * stride + v * kN, acc[r][v]);
-        });
-    });
+        }
+    }
 }
 
 // The same for `keys` keys, padded to a vector, and kQueries rows.
@@ -187,11 +195,15 @@ __attribute__((noinline)) void mix_rows(const C* weights, int64_t stride, const 
     Vec<C> acc[kQueries] = {};
     for (int64_t t = 0; t < count; ++t) {
         const Vec<C> row = load(rows + t * width);
-        unroll<kQueries>([&](auto r) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int r = 0; r < kQueries; ++r) {
             acc[r] += splat<C>(weights[r * stride + t]) * row;
-        });
+        }
     }
-    unroll<kQueries>([&](auto r) __attribute__((always_inline)) { out[r] = acc[r]; });
+    SK_UNROLL
+    for (int r = 0; r < kQueries; ++r) {
+        out[r] = acc[r];
+    }
 }
 
 // sums[t][c] += sum over r of weights[r][t] * rows[r][c], one vector of c.
@@ -199,14 +211,17 @@ template <class C>
 __attribute__((noinline)) void add_outer(const C* weights, int64_t stride, const C* rows,
                                          int64_t width, int64_t count, C* sums) {
     Vec<C> row[kQueries];
-    unroll<kQueries>([&](auto r)
-                         __attribute__((always_inline)) { row[r] = load(rows + r * width); });
+    SK_UNROLL
+    for (int r = 0; r < kQueries; ++r) {
+        row[r] = load(rows + r * width);
+    }
     for (int64_t t = 0; t < count; ++t) {
         Vec<C> even = load(sums + t * width), odd = {};
-        unroll<kQueries / 2>([&](auto i) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int i = 0; i < kQueries / 2; ++i) {
             even += splat<C>(weights[2 * i * stride + t]) * row[2 * i];
             odd += splat<C>(weights[(2 * i + 1) * stride + t]) * row[2 * i + 1];
-        });
+        }
         store(sums + t * width, even + odd);
     }
 }
@@ -297,9 +312,10 @@ C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C*
         Vec<C> acc[4] = {};
         int64_t t = 0;
         for (; t + 4 <= s.keys; t += 4) {
-            unroll<4>([&](auto i) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < 4; ++i) {
                 acc[i] += load_user(problem.v.row(batch, t + i, head) + c) * scores[t + i];
-            });
+            }
         }
         for (; t < s.keys; ++t) acc[0] += load_user(problem.v.row(batch, t, head) + c) * scores[t];
         store(y + c, ((acc[0] + acc[1]) + (acc[2] + acc[3])) * (C(1) / sum));

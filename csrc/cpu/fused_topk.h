@@ -81,10 +81,11 @@ struct NormOfRow {
         Vec<C> sums[2] = {};
         int64_t i = 0;
         for (; i + 2 * kN <= cols; i += 2 * kN) {
-            unroll<2>([&](auto u) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int u = 0; u < 2; ++u) {
                 const Vec<C> x = load_user(row + i + u * kN);
                 sums[u] += x * x;
-            });
+            }
         }
         C sum = sum_lanes<C>(sums[0] + sums[1]);
         for (; i < cols; ++i) sum += to_compute(row[i]) * to_compute(row[i]);

@@ -126,12 +126,14 @@ __attribute__((noinline)) void accumulate(const typename TileOf::Element* panel,
                 for (; local != end; ++local, weights += kShared) {
                     TileOf::template multiply<kShared>(acc, panel, local, weights);
                 }
-                unroll<kShared>([&](auto a) __attribute__((always_inline)) {
-                    unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int a = 0; a < kShared; ++a) {
+                    SK_UNROLL
+                    for (int v = 0; v < kVectors; ++v) {
                         C* to = out + a * kTile + v * kN;
                         store(to, acc[a][v] + (add ? load(to) : splat<C>(bias[a])));
-                    });
-                });
+                    }
+                }
                 add = true;
             } while (left > 0);
             local -= count;
@@ -314,9 +316,10 @@ __attribute__((noinline)) void dot_rows(const WeightLists<T>& weights, int64_t f
         Vec<C> sums;
         if (halves && r + kN <= last) {  // a vector holds two rows
             Vec<C> pairs[kN / 2];
-            unroll<kN / 2>([&](auto i) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < kN / 2; ++i) {
                 pairs[i] = weights.products((r + 2 * i) * lists.per_row);
-            });
+            }
             sums = sum_each<C>([&](auto i) __attribute__((always_inline)) {
                 const Vec<C> lower = first_lanes<C>(pairs[i / 2], kN / 2);
                 return i % 2 == 0 ? lower : without<C>(pairs[i / 2], lower);

@@ -54,9 +54,10 @@ inline __attribute__((always_inline)) void add_dots(C* sums, const Row& row, con
     const Vec<C> dots = sum_each<C>([&](auto i) __attribute__((always_inline)) {
         const typename TileOf::Element* const from = x(i);
         Vec<C> sum = {};
-        unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int r = 0; r < TileOf::kRaw; ++r) {
             TileOf::add_products(sum, row(i, r), TileOf::load_raw(from + r * kRawTokens));
-        });
+        }
         return sum;
     });
     store_user(sums, load_user(sums) + dots);
@@ -84,6 +85,18 @@ __attribute__((noinline)) void multiply_short_rows(Entries<typename TileOf::Elem
     }
 }
 
+// The same for kLanes weights of which each has a row of its own.
+template <class TileOf, class C>
+__attribute__((noinline)) void add_single_dots(C* sums, const typename TileOf::Element* const* rows,
+                                               const typename TileOf::Element* const* x) {
+    constexpr int64_t kRawTokens = TileOf::kTokens / TileOf::kRaw;
+    add_dots<TileOf>(
+        sums,
+        [&](auto i, auto r)
+            __attribute__((always_inline)) { return TileOf::load_raw(rows[i] + r * kRawTokens); },
+        [&](auto i) __attribute__((always_inline)) { return x[i]; });
+}
+
 // The same for rows of any length. What of a row is too short for a group waits for the next row.
 template <class TileOf, class C>
 __attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C> entries,
@@ -96,14 +109,6 @@ __attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C
     C* sums = entries.sums;
     const Element *waiting_x[kN], *waiting_row[kN];
     int waiting = 0;
-    const auto add_waiting = [&](C* to) __attribute__((always_inline)) {
-        add_dots<TileOf>(
-            to,
-            [&](auto i, auto r) __attribute__((always_inline)) {
-                return TileOf::load_raw(waiting_row[i] + r * kRawTokens);
-            },
-            [&](auto i) __attribute__((always_inline)) { return waiting_x[i]; });
-    };
     for (int64_t e = 0; e < entries.count; ++e) {
         const int64_t count = entries.starts[e + 1] - entries.starts[e];
         for (int64_t a = 0; a < out_block; ++a, rows += TileOf::kTokens) {
@@ -119,16 +124,17 @@ __attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C
                 wait(std::min<int64_t>(count, kN - waiting));
                 if (waiting == kN) {
                     entries.ahead.some();
-                    add_waiting(sums);
+                    add_single_dots<TileOf>(sums, waiting_row, waiting_x);
                     sums += kN;
                     waiting = 0;
                 }
             }
             if (j + kN <= count) {
                 typename TileOf::Raw row[TileOf::kRaw];
-                unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int r = 0; r < TileOf::kRaw; ++r) {
                     row[r] = TileOf::load_raw(rows + r * kRawTokens);
-                });
+                }
                 for (; j + kN <= count; j += kN, sums += kN) {
                     entries.ahead.some();
                     add_dots<TileOf>(
@@ -149,7 +155,7 @@ __attribute__((noinline)) void multiply_rows(Entries<typename TileOf::Element, C
             waiting_row[i] = waiting_row[0];
         }
         C last[kN] = {};
-        add_waiting(last);
+        add_single_dots<TileOf>(last, waiting_row, waiting_x);
         for (int i = 0; i < waiting; ++i) sums[i] += last[i];
     }
 }
@@ -220,12 +226,14 @@ __attribute__((noinline)) void multiply_shared_rows(Entries<typename TileOf::Ele
         const int64_t count = entries.starts[e + 1] - entries.starts[e];
         for (int64_t group = 0; group < out_block; group += kShared) {
             typename TileOf::Raw row[kShared][TileOf::kRaw];
-            unroll<kShared>([&](auto a) __attribute__((always_inline)) {
-                unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int a = 0; a < kShared; ++a) {
+                SK_UNROLL
+                for (int r = 0; r < TileOf::kRaw; ++r) {
                     row[a][r] =
                         TileOf::load_raw(entries.rows + a * TileOf::kTokens + r * kRawTokens);
-                });
-            });
+                }
+            }
             entries.rows += kShared * TileOf::kTokens;
             for (int64_t j = 0; j < count;) {
                 const int64_t end = std::min(count, j + (kPartials - filled) / kShared);
@@ -234,15 +242,17 @@ __attribute__((noinline)) void multiply_shared_rows(Entries<typename TileOf::Ele
                 for (; j < end; ++j) {
                     const auto* x =
                         entries.panel + static_cast<int64_t>(entries.local[j]) * TileOf::kTokens;
-                    unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+                    SK_UNROLL
+                    for (int a = 0; a < kShared; ++a) {
                         Vec<C> sum = {};
-                        unroll<TileOf::kRaw>([&](auto r) __attribute__((always_inline)) {
+                        SK_UNROLL
+                        for (int r = 0; r < TileOf::kRaw; ++r) {
                             TileOf::add_products(sum, row[a][r],
                                                  TileOf::load_raw(x + r * kRawTokens));
-                        });
+                        }
                         store(to, sum);
                         to += kN;
-                    });
+                    }
                 }
                 if (filled == kPartials) flush();
             }
@@ -284,21 +294,28 @@ __attribute__((noinline)) void multiply_block_row(const C* row, int64_t out_bloc
             const C* token = row + a;
             for (int m = 0; m < kTile; ++m, token += out_block) {
                 Vec<C> d[kOutputs];
-                unroll<kOutputs>(
-                    [&](auto o) __attribute__((always_inline)) { d[o] = load(token + o * kN); });
-                unroll<kFeatures>([&](auto i) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int o = 0; o < kOutputs; ++o) {
+                    d[o] = load(token + o * kN);
+                }
+                SK_UNROLL
+                for (int i = 0; i < kFeatures; ++i) {
                     const Vec<C> w = splat<C>(x[i][m]);
-                    unroll<kOutputs>([&](auto o)
-                                         __attribute__((always_inline)) { acc[i][o] += w * d[o]; });
-                });
+                    SK_UNROLL
+                    for (int o = 0; o < kOutputs; ++o) {
+                        acc[i][o] += w * d[o];
+                    }
+                }
             }
-            unroll<kFeatures>([&](auto i) __attribute__((always_inline)) {
-                if (j + i >= count) return;
-                unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < kFeatures; ++i) {
+                if (j + i >= count) continue;
+                SK_UNROLL
+                for (int o = 0; o < kOutputs; ++o) {
                     C* to = sums + (j + i) * out_block + a + o * kN;
                     store(to, load(to) + acc[i][o]);
-                });
-            });
+                }
+            }
         }
     }
 }

@@ -88,31 +88,37 @@ __attribute__((noinline)) void scatter_row(const typename Outputs::Element* rows
     for (int64_t j = 0; j < count; j += kScatterInputs) {
         C* to[kScatterInputs];
         const typename Outputs::Weight* w[kScatterInputs];
-        unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int i = 0; i < kScatterInputs; ++i) {
             const bool inside = j + i < count;
             to[i] = inside ? out + static_cast<int64_t>(local[j + i]) * kTile : scratch;
             w[i] = weights + (inside ? j + i : j) * out_block;
-        });
+        }
         for (int64_t begin = 0; begin < out_block; begin += stretch) {
             const int64_t end = std::min(begin + stretch, out_block);
             Vec<C> acc[kScatterInputs][kVectors] = {};
             for (int64_t a = begin; a < end; a += kTogether) {
                 Raw d[kVectors];
-                unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
                     d[v] = Outputs::load_raw(rows + a / kTogether * kTile + v * kN);
-                });
-                unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
+                }
+                SK_UNROLL
+                for (int i = 0; i < kScatterInputs; ++i) {
                     const Raw weight = Outputs::splat_weight(w[i] + a);
-                    unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+                    SK_UNROLL
+                    for (int v = 0; v < kVectors; ++v) {
                         Outputs::add_product(acc[i][v], d[v], weight);
-                    });
-                });
+                    }
+                }
             }
-            unroll<kScatterInputs>([&](auto i) __attribute__((always_inline)) {
-                unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int i = 0; i < kScatterInputs; ++i) {
+                SK_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
                     store(to[i] + v * kN, load(to[i] + v * kN) + acc[i][v]);
-                });
-            });
+                }
+            }
         }
     }
 }

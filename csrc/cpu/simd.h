@@ -223,7 +223,15 @@ inline __attribute__((always_inline)) Vec<T> alternate_pieces(Vec<T> a, Vec<T> b
     return detail::shuffle<T, detail::Pieces<T, kOdd>>(a, b, std::make_index_sequence<kLanes<T>>{});
 }
 
-// Loops over a compile-time range, so that arrays of vectors stay in registers.
+// Before a loop of a few rounds, a number that the compiler knows: unrolled, so that arrays of
+// vectors stay in registers.
+#if defined(__clang__)
+#define SK_UNROLL _Pragma("unroll")
+#else
+#define SK_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+// The same where the body needs the round as a constant. It takes the compiler much longer.
 template <class F, int... I>
 inline __attribute__((always_inline)) void unrolled(const F& body,
                                                     std::integer_sequence<int, I...>) {

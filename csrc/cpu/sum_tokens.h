@@ -37,10 +37,14 @@ void sum_tokens(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t
             int64_t c = 0;
             for (; count == kAtOnce && c + kN <= cols; c += kN) {
                 Vec<C> tree[kAtOnce];
-                unroll<kAtOnce>([&](auto i) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) {
                     tree[i] = load_user(row + i * row_stride + c);
-                });
-                unroll<4>([&](auto i) __attribute__((always_inline)) { tree[i] += tree[i + 4]; });
+                }
+                SK_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    tree[i] += tree[i + 4];
+                }
                 store(sums + c, load(sums + c) + ((tree[0] + tree[2]) + (tree[1] + tree[3])));
             }
             for (int64_t i = 0; i < count; ++i) {

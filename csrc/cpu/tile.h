@@ -75,21 +75,25 @@ void unpack_tile(const Compute<T>* tile, T* out, int64_t width, int64_t first_to
         if (here == kN) {
             for (; f + kLineVectors * kN <= features; f += kLineVectors * kN) {
                 Vec<C> rows[kLineVectors][kN];
-                unroll<kLineVectors>([&](auto l) __attribute__((always_inline)) {
-                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int l = 0; l < kLineVectors; ++l) {
+                    SK_UNROLL
+                    for (int i = 0; i < kN; ++i) {
                         rows[l][i] = load(tile + (f + l * kN + i) * kTile + base);
-                    });
+                    }
                     transpose<C>(rows[l]);
-                });
-                unroll<kN>([&](auto i) __attribute__((always_inline)) {
-                    unroll<kLineVectors>([&](auto l) __attribute__((always_inline)) {
+                }
+                SK_UNROLL
+                for (int i = 0; i < kN; ++i) {
+                    SK_UNROLL
+                    for (int l = 0; l < kLineVectors; ++l) {
                         T* target = to + i * width + f + l * kN;
                         if (stream)
                             stream_user(target, rows[l][i]);
                         else
                             store_user(target, rows[l][i]);
-                    });
-                });
+                    }
+                }
             }
         }
         for (; f < features; ++f) {
@@ -134,12 +138,18 @@ struct Tile {
                                                                const Weight* weights) {
         const Element* const from = panel + static_cast<int64_t>(*local) * kTokens;
         Vec<T> x[kVectors];
-        unroll<kVectors>([&](auto v)
-                             __attribute__((always_inline)) { x[v] = load(from + v * kLanes<T>); });
-        unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+            x[v] = load(from + v * kLanes<T>);
+        }
+        SK_UNROLL
+        for (int a = 0; a < kShared; ++a) {
             const Vec<T> w = splat<T>(weights[a]);
-            unroll<kVectors>([&](auto v) __attribute__((always_inline)) { acc[a][v] += w * x[v]; });
-        });
+            SK_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                acc[a][v] += w * x[v];
+            }
+        }
     }
 };
 

@@ -84,23 +84,25 @@ struct Tile<Bf16, kVectors> {
                 for (; f + 2 * kN <= features; f += 2 * kN) {
                     // A lane is two neighbouring features of one token.
                     Vec<float> low[kN], high[kN];
-                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                    SK_UNROLL
+                    for (int i = 0; i < kN; ++i) {
                         const Bf16* row = from + i * source.row_stride + f;
                         const Bf16* other = row + kN * source.row_stride;
                         low[i] = load_user(reinterpret_cast<const float*>(row));
                         high[i] = load_user(reinterpret_cast<const float*>(other));
                         prefetch_ahead(row);
                         prefetch_ahead(other);
-                    });
+                    }
                     transpose<float>(low);
                     transpose<float>(high);
-                    unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                    SK_UNROLL
+                    for (int i = 0; i < kN; ++i) {
                         const Words a = reinterpret_cast<Words>(low[i]);
                         const Words b = reinterpret_cast<Words>(high[i]);
                         Bf16* to = tile + (f + 2 * i) * kTokens + base;
                         store(reinterpret_cast<float*>(to), as_floats(join_low16(a, b)));
                         store(reinterpret_cast<float*>(to + kTokens), as_floats(join_high16(a, b)));
-                    });
+                    }
                 }
             }
             for (; f < features; ++f) {
@@ -125,20 +127,22 @@ struct Tile<Bf16, kVectors> {
             int64_t f = 0;
             for (; here == kN && f < paired; f += 2 * kN) {
                 Vec<float> rows[kN];
-                unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int i = 0; i < kN; ++i) {
                     const float* pair = tile + (f + 2 * i) * kTokens + base;
                     const Words low = rounded_high(load(pair));
                     const Words high = rounded_high(load(pair + kTokens));
                     rows[i] = as_floats((low >> 16) | (high & 0xffff0000u));
-                });
+                }
                 transpose<float>(rows);
-                unroll<kN>([&](auto i) __attribute__((always_inline)) {
+                SK_UNROLL
+                for (int i = 0; i < kN; ++i) {
                     float* target = reinterpret_cast<float*>(to + i * width + f);
                     if (stream)
                         stream_user(target, rows[i]);
                     else
                         store_user(target, rows[i]);
-                });
+                }
             }
             for (; f < features; ++f) {
                 for (int64_t i = 0; i < here; ++i) {
@@ -195,19 +199,22 @@ private:
     static inline __attribute__((always_inline)) void multiply_zipped(
         Vec<float> (&acc)[kShared][kVectors], const Weight* weights, const Rows& rows) {
         Words x[kVectors];
-        unroll<kRaw>([&](auto r) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int r = 0; r < kRaw; ++r) {
             const std::pair<Words, Words> both = rows(r);
             x[2 * r] = zip_low16(both.first, both.second);
             x[2 * r + 1] = zip_high16(both.first, both.second);
-        });
-        unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+        }
+        SK_UNROLL
+        for (int a = 0; a < kShared; ++a) {
             uint32_t pair;
             std::memcpy(&pair, weights + 2 * a, sizeof(pair));
             const Words w = pair - Words{};
-            unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+            SK_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
                 add_pair_products(acc[a][v], x[v], w);
-            });
-        });
+            }
+        }
     }
 #else
     // acc[output] += weights[output] * panel[*local]
@@ -218,15 +225,20 @@ private:
                                                                const Weight* weights) {
         const Element* const from = panel + static_cast<int64_t>(*local) * kTokens;
         Vec<float> x[kVectors];
-        unroll<kRaw>([&](auto r) __attribute__((always_inline)) {
+        SK_UNROLL
+        for (int r = 0; r < kRaw; ++r) {
             const Words both = load_raw(from + r * 2 * kN);
             x[2 * r] = as_floats(both << 16);
             x[2 * r + 1] = as_floats(both & 0xffff0000u);
-        });
-        unroll<kShared>([&](auto a) __attribute__((always_inline)) {
+        }
+        SK_UNROLL
+        for (int a = 0; a < kShared; ++a) {
             const Vec<float> w = splat<float>(weights[a]);
-            unroll<kVectors>([&](auto v) __attribute__((always_inline)) { acc[a][v] += w * x[v]; });
-        });
+            SK_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                acc[a][v] += w * x[v];
+            }
+        }
     }
 #endif
 };
