@@ -73,21 +73,26 @@ std::vector<std::string> usable_isas() {
     return names;
 }
 
-std::string default_isa() {
+size_t default_isa() {
     const char* forced = std::getenv("SPARSE_KERNELS_CPU_ISA");
-    if (!forced || !*forced) return usable_isas().back();
-    for (const std::string& name : usable_isas()) {
-        if (name == forced) return name;
+    const std::vector<std::string> names = usable_isas();
+    if (!forced || !*forced) return names.size() - 1;
+    for (size_t isa = 0; isa < names.size(); ++isa) {
+        if (names[isa] == forced) return isa;
     }
     throw std::invalid_argument("SPARSE_KERNELS_CPU_ISA is '" + std::string(forced) +
                                 "'; this machine can run: " + usable_names());
 }
 
-const KernelTable& table_for(const std::string& name) {
-    for (const Isa& isa : kIsas) {
-        if (name == isa.name && isa.usable()) return isa.table();
-    }
-    throw std::invalid_argument("isa is '" + name + "'; this machine can run: " + usable_names());
+const KernelTable& table_for(size_t isa) {
+    static const std::vector<const KernelTable*> tables = [] {
+        std::vector<const KernelTable*> usable;
+        for (const Isa& each : kIsas) {
+            if (each.usable()) usable.push_back(&each.table());
+        }
+        return usable;
+    }();
+    return *tables.at(isa);
 }
 
 namespace {
