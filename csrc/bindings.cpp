@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
+#include "cpu/scratch.h"
 
 namespace py = pybind11;
 
@@ -105,6 +106,10 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
 #else
         return false;
 #endif
+    });
+
+    module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
+        sk::use_huge_pages(pointer<void>(data), bytes);
     });
 
     py::class_<Pattern>(module, "Pattern")

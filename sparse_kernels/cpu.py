@@ -6,6 +6,7 @@ in the order of a *schedule*, which is derived from the layout once and cached o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -39,6 +40,11 @@ _DTYPES = {dtype: number for number, dtype in enumerate(CPU_DTYPES)}
 _isa: int = _extension.default_isa() if _extension is not None else 0
 # Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
 _PANEL_FEATURES = 2048
+_HUGE_BYTES = 4 << 20
+# Blocks that a sum may meet one after the other.
+_LONGEST_SUM = 64
+# The most blocks that an input of a layout has.
+_longest: weakref.WeakKeyDictionary[FanInLayout, int] = weakref.WeakKeyDictionary()
 
 
 def is_available() -> bool:
@@ -110,7 +116,11 @@ def _walks(layout: FanInLayout) -> Orientation:
 
 
 def _scatters_exactly(layout: FanInLayout) -> bool:
-    return layout.num_blocks <= 256 * layout.block_cols
+    longest = _longest.get(layout)
+    if longest is None:
+        counts = torch.bincount(layout.indices.flatten(), minlength=1)
+        longest = _longest[layout] = int(counts.max())
+    return longest <= _LONGEST_SUM
 
 
 class _Schedule(tuple[Tensor, ...]):
@@ -174,6 +184,18 @@ def _check_first(name: str, tensor: Tensor) -> int:
     return _DTYPES[tensor.dtype]
 
 
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a result: a large one is asked for in huge pages, as numpy does.
+
+    Else the kernels would wait for the system at each of its small pages.
+    """
+    out = like.new_empty(shape)
+    if out.nbytes >= _HUGE_BYTES:
+        assert _extension is not None
+        _extension.use_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _gather(
     name: str,
     x: Tensor,
@@ -197,7 +219,7 @@ def _gather(
             _check("bias", bias, (out_width,), x.dtype)
         bias = bias.contiguous()
     values = values.contiguous()
-    out = x.new_empty(tokens, out_width)
+    out = _empty(x, tokens, out_width)
     (_extension.scatter if scatters else _extension.gather)(
         _isa,
         dtype,
@@ -239,7 +261,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, layout.out_features), grad_output.dtype)
     _check("x", x, (grad_output.shape[0], layout.in_features), grad_output.dtype)
-    out = torch.empty(layout.values_shape, dtype=x.dtype)
+    out = _empty(x, *layout.values_shape)
     _extension.grad_weight(
         _isa,
         dtype,
@@ -288,7 +310,7 @@ def _topk(x: Tensor, k: int, kernel: str) -> Tensor:
     dtype = _check_first("x", x)
     _check("x", x, (None, None), x.dtype)
     check_kept(k, x.shape[1])
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty(x, *x.shape)
     getattr(_extension, kernel)(
         _isa,
         dtype,
@@ -307,7 +329,7 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     _check("y", y, tuple(grad_output.shape), grad_output.dtype)
-    out = torch.empty(y.shape, dtype=y.dtype)
+    out = _empty(y, *y.shape)
     _extension.abs_topk_backward(
         _isa,
         dtype,
@@ -328,7 +350,7 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     _check("y", y, tuple(grad_output.shape), grad_output.dtype)
     _check("x", x, tuple(grad_output.shape), grad_output.dtype)
-    out = torch.empty(y.shape, dtype=y.dtype)
+    out = _empty(y, *y.shape)
     _extension.gelu_abs_topk_backward(
         _isa,
         dtype,
@@ -356,7 +378,7 @@ def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor
     check_kept(k, x.shape[1])
     weight = weight.contiguous()
     wide = wide_dtype(x.dtype)
-    y, scales = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[0], dtype=wide)
+    y, scales = _empty(x, *x.shape), torch.empty(x.shape[0], dtype=wide)
     _extension.norm_abs_topk(
         _isa,
         dtype,
@@ -389,7 +411,7 @@ def norm_abs_topk_backward(
         tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (grad_output, y, x)
     )
     weight, scales = weight.contiguous(), scales.contiguous()
-    grad, grad_weight = torch.empty((M, D), dtype=x.dtype), torch.empty(D, dtype=x.dtype)
+    grad, grad_weight = _empty(x, M, D), torch.empty(D, dtype=x.dtype)
     _extension.norm_abs_topk_backward(
         _isa,
         dtype,
@@ -439,7 +461,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Te
     v = _heads("v", v, (B, S, H, d), q.dtype)
     wide = wide_dtype(q.dtype)
     sinks = _wide_sinks(sinks, H, wide)
-    y = torch.empty((B, T, H, d), dtype=q.dtype)
+    y = _empty(q, B, T, H, d)
     lse = torch.empty((B, H, T), dtype=wide)
     _extension.attention(
         _isa,
@@ -470,7 +492,7 @@ def attention_backward(
     _check("lse", lse, (B, H, T), wide)
     lse = lse.contiguous()
     wide_sinks = _wide_sinks(sinks, H, wide)
-    grad = torch.empty((B, T, 3, H, d), dtype=qkv.dtype)
+    grad = _empty(qkv, B, T, 3, H, d)
     grad_sinks = torch.zeros((B, H), dtype=wide)
     _extension.attention_backward(
         _isa,

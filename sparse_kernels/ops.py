@@ -8,7 +8,12 @@ above them are.
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +21,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels import backends, checks
 from sparse_kernels.layout import FanInLayout
@@ -244,9 +248,39 @@ def _count_sampled(
     return _count_linear(x, out_shape)
 
 
-# For `torch.utils.flop_counter.FlopCounterMode`: two for each token and kept weight.
-register_flop_formula([_forward._overloadpacket, _grad_input._overloadpacket])(_count_linear)
-register_flop_formula(_grad_weight._overloadpacket)(_count_sampled)
+def _register_flops(counter: Any) -> None:
+    """Two operations for each token and kept weight, for `FlopCounterMode`."""
+    for op in (_forward, _grad_input):
+        counter.register_flop_formula(op._overloadpacket)(_count_linear)
+    counter.register_flop_formula(_grad_weight._overloadpacket)(_count_sampled)
+
+
+class _FlopCounterFinder(importlib.abc.MetaPathFinder):
+    """Registers the formulas once the counter is imported: that takes a second, and few want it."""
+
+    name = "torch.utils.flop_counter"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_flops(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _FlopCounterFinder.name in sys.modules:
+    _register_flops(sys.modules[_FlopCounterFinder.name])
+else:
+    sys.meta_path.insert(0, _FlopCounterFinder())
 
 
 def _active_keys() -> int:
@@ -341,7 +375,11 @@ def is_transformed() -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of an operation on `tensors`."""
+    """Whether autograd has to know of an operation on `tensors`; refuses torch.jit.trace."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record the operations of sparse_kernels: use torch.export"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return is_transformed()

@@ -1,7 +1,8 @@
 """Every operation in plain PyTorch: the specification, and a backend like the others.
 
-It forms the dense matrix and computes in float64, so it is slow, large and accurate. Each function
-takes two-dimensional inputs of any strides and returns a contiguous result in their dtype.
+It computes in float64, slowly and accurately, with nothing but the blocks that exist: what an
+input holds that is not kept, NaN too, meets no weight. Each function takes two-dimensional inputs
+of any strides and returns a contiguous result in their dtype.
 """
 
 from __future__ import annotations
@@ -113,7 +114,12 @@ def gather(dense: Tensor, layout: FanInLayout) -> Tensor:
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x `(M, K)`, values `(R, F, ...)`, bias `(N,)` -> `(M, N)`."""
-    return _affine(x, to_dense(values, layout).t(), bias)
+    block_out, block_in = layout.block
+    blocks = x.double().unflatten(1, (layout.block_cols, block_in))
+    y = blocks.new_zeros(x.shape[0], layout.block_rows, block_out)
+    for slot, columns in enumerate(layout.indices.long().unbind(1)):
+        y += _products(blocks[:, columns], values[:, slot].transpose(1, 2))
+    return _finish(y, bias, x.dtype)
 
 
 def grad_input(
@@ -123,7 +129,12 @@ def grad_input(
 
     It is the forward product of a fixed-fan-out layer, hence the bias.
     """
-    return _affine(grad_output, to_dense(values, layout), bias)
+    block_out, block_in = layout.block
+    blocks = grad_output.double().unflatten(1, (layout.block_rows, block_out))
+    grad = blocks.new_zeros(grad_output.shape[0], layout.block_cols, block_in)
+    for slot, columns in enumerate(layout.indices.long().unbind(1)):
+        grad.index_add_(1, columns, _products(blocks, values[:, slot]))
+    return _finish(grad, bias, grad_output.dtype)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
@@ -132,13 +143,16 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         return gather(grad_output.double().t() @ x.double(), layout).to(x.dtype)
 
 
-def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _products(blocks: Tensor, weights: Tensor) -> Tensor:
+    """Of each block-row: blocks `(M, R, i)`, weights `(R, i, o)` -> `(M, R, o)`."""
     # Autocast would compute the products in half precision again.
-    with torch.autocast(x.device.type, enabled=False):
-        y = x.double() @ matrix.double()
-        if bias is not None:
-            y = y + bias.double()
-        return y.to(x.dtype)
+    with torch.autocast(blocks.device.type, enabled=False):
+        return torch.bmm(blocks.transpose(0, 1), weights.double()).transpose(0, 1)
+
+
+def _finish(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = sums.flatten(1)
+    return (y if bias is None else y + bias.double()).to(dtype)
 
 
 def sum_tokens(grad_output: Tensor) -> Tensor:

@@ -104,25 +104,43 @@ struct Buffer {
 };
 thread_local Buffer buffer;
 
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kKeptBytes = size_t{64} << 20;
 
 }  // namespace
+
+void use_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+    // It may be refused, and is only advice.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {
         std::free(buffer.data);
         buffer.size = 0;
-        const size_t page = bytes < kHugePage ? 4096 : kHugePage;
+        const size_t page = bytes < kHugePage ? kPage : kHugePage;
         const size_t rounded = (bytes + page - 1) / page * page;
         buffer.data = static_cast<char*>(std::aligned_alloc(page, rounded));
         if (!buffer.data) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
         // A tile is read at random: in small pages, most reads would miss the first-level TLB.
-        if (page == kHugePage) madvise(buffer.data, rounded, MADV_HUGEPAGE);
-#endif
+        if (page == kHugePage) use_huge_pages(buffer.data, rounded);
         buffer.size = rounded;
     }
     return buffer.data;
+}
+
+void trim_scratch() {
+    if (buffer.size <= kKeptBytes) return;
+    std::free(buffer.data);
+    buffer.data = nullptr;
+    buffer.size = 0;
 }
 
 }  // namespace sk
