@@ -117,8 +117,8 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         .def_static("columns", columns_of)
         .def("build_schedule", build_schedule);
 
-    // name(isa, dtype, ...), both as numbers, where `read` makes the kernel's arguments of the other
-    // `count`.
+    // name(isa, dtype, ...), both as numbers, where `read` makes the kernel's arguments of the
+    // other `count`.
     const auto define = [&](const char* name, auto member, size_t count, auto read) {
         module.def(name, [=](size_t isa, size_t dtype, py::args items) {
             if (dtype >= sk::kDTypes) throw std::invalid_argument("dtype is no sk::DType");

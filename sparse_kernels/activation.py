@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops
-from sparse_kernels.checks import check_float, check_is_tensor
+from sparse_kernels.checks import check_float, check_is_tensor, refuse_jit_trace
 from sparse_kernels.layout import Problem, check_int
 
 
@@ -218,6 +218,7 @@ def rms_norm_abs_topk(
 
 def _chosen(x: Tensor, k: int, backend: str | None) -> str:
     """The backend that runs this; raises what `abs_topk` says."""
+    refuse_jit_trace()
     check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got shape ()")

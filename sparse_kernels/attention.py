@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops, reference
-from sparse_kernels.checks import CPU_DTYPES, check_float, check_like
+from sparse_kernels.checks import CPU_DTYPES, check_float, check_like, refuse_jit_trace
 from sparse_kernels.layout import Problem
 
 
@@ -62,6 +62,7 @@ def causal_attention(
     Source: Dao et al. 2022 (arXiv:2205.14135) for the backward; Xiao et al. 2023
     (arXiv:2309.17453) and OpenAI's gpt-oss for sinks.
     """
+    refuse_jit_trace()
     check_float("qkv", qkv, CPU_DTYPES)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")

@@ -118,3 +118,11 @@ def refuse_capture(device: torch.device) -> None:
             "a layout's lists cannot be built while a CUDA graph is captured: run the step once "
             "before the capture"
         )
+
+
+def refuse_jit_trace() -> None:
+    """Raises RuntimeError while torch.jit.trace records, which cannot know these operations."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record the operations of sparse_kernels: use torch.export"
+        )

@@ -226,6 +226,7 @@ def linear(
     transpose: bool,
 ) -> Tensor:
     """`sparse_linear`, which says more; while tracing, `layout` may be the `Pattern` of one."""
+    checks.refuse_jit_trace()
     _check(x, values, layout, bias, transpose)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)

@@ -375,11 +375,7 @@ def is_transformed() -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of an operation on `tensors`; refuses torch.jit.trace."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "torch.jit.trace cannot record the operations of sparse_kernels: use torch.export"
-        )
+    """Whether autograd has to know of an operation on `tensors`."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return is_transformed()

@@ -7,6 +7,7 @@ import sys
 import fuzz
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,9 +15,11 @@ import sparse_kernels as sk
 from sparse_kernels import ops, reference
 
 
+# PyTorch looks at .grad of what a layer before made while it compiles the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_equal_layers_share_their_graphs():
     torch._dynamo.reset()
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("aot_eager")
     model = torch.nn.Sequential(*[sk.SparseLinear(16, 16, fan_in=4) for _ in range(12)])
     for layer in model:
         layer.compile(fullgraph=True, backend=count)
