@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
+#include "cpu/scratch.h"
 
 namespace py = pybind11;
 
@@ -18,13 +19,6 @@ namespace {
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-sk::DType dtype_from(const std::string& name) {
-    if (name == "float32") return sk::DType::kFloat32;
-    if (name == "bfloat16") return sk::DType::kBfloat16;
-    if (name == "float64") return sk::DType::kFloat64;
-    throw std::invalid_argument("dtype is '" + name + "'; needs float32, bfloat16 or float64");
 }
 
 // A kernel's arguments, read from left to right. pybind11 would convert them as well, but compiles
@@ -55,38 +49,44 @@ struct Pattern {
     sk::Schedule schedule{};
 };
 
-// Lists of the layout itself: outputs gather from inputs.
-Pattern fan_in_pattern(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
-                       int32_t block_in, uintptr_t indices) {
+// Inputs of each output: the layout itself.
+Pattern rows_of(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
+                uintptr_t indices) {
     Pattern pattern;
-    pattern.lists = {rows,     cols,    per_row, nullptr,   pointer<const int32_t>(indices),
-                     nullptr,  nullptr, 0,       block_out, block_in,
-                     block_in, 1};
+    sk::Lists& lists = pattern.lists;
+    lists.rows = rows;
+    lists.cols = cols;
+    lists.per_row = per_row;
+    lists.columns = pointer<const int32_t>(indices);
+    lists.out_block = block_out;
+    lists.in_block = lists.out_stride = block_in;
+    lists.in_stride = 1;
     return pattern;
 }
 
-// The transposed lists: inputs gather from the outputs that read them.
-Pattern fan_out_pattern(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
-                        int32_t block_in, uintptr_t offsets, uintptr_t source_rows,
-                        uintptr_t source_slots) {
+// Outputs of each input: the transposed lists.
+Pattern columns_of(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
+                   uintptr_t offsets, uintptr_t source_rows, uintptr_t source_slots) {
     Pattern pattern;
-    pattern.lists = {cols,
-                     rows,
-                     0,
-                     pointer<const int64_t>(offsets),
-                     pointer<const int32_t>(source_rows),
-                     pointer<const int32_t>(source_rows),
-                     pointer<const int32_t>(source_slots),
-                     per_row,
-                     block_in,
-                     block_out,
-                     1,
-                     block_in};
+    sk::Lists& lists = pattern.lists;
+    lists.rows = cols;
+    lists.cols = rows;
+    lists.offsets = pointer<const int64_t>(offsets);
+    lists.columns = lists.source_rows = pointer<const int32_t>(source_rows);
+    lists.source_slots = pointer<const int32_t>(source_slots);
+    lists.source_per_row = per_row;
+    lists.out_block = lists.in_stride = block_in;
+    lists.in_block = block_out;
+    lists.out_stride = 1;
     return pattern;
 }
 
-void set_schedule(Pattern& pattern, int64_t panel_features, uintptr_t entry_starts, uintptr_t local,
-                  uintptr_t block_ids) {
+// Fills the arrays and points to them from then on.
+void build_schedule(Pattern& pattern, int64_t panel_features, uintptr_t entry_starts,
+                    uintptr_t local, uintptr_t block_ids) {
+    py::gil_scoped_release release;
+    sk::build_schedule(pattern.lists, panel_features, pointer<int64_t>(entry_starts),
+                       pointer<int32_t>(local), pointer<int32_t>(block_ids));
     const int64_t features = pattern.lists.cols * pattern.lists.in_block;
     pattern.schedule = {(features + panel_features - 1) / panel_features, panel_features,
                         pointer<const int64_t>(entry_starts), pointer<const int32_t>(local),
@@ -108,21 +108,21 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
 #endif
     });
 
-    py::class_<Pattern>(module, "Pattern")
-        .def_static("fan_in", fan_in_pattern)
-        .def_static("fan_out", fan_out_pattern)
-        .def("set_schedule", set_schedule)
-        .def("build_schedule", [](const Pattern& pattern, int64_t panel_features,
-                                  uintptr_t entry_starts, uintptr_t local, uintptr_t block_ids) {
-            py::gil_scoped_release release;
-            sk::build_schedule(pattern.lists, panel_features, pointer<int64_t>(entry_starts),
-                               pointer<int32_t>(local), pointer<int32_t>(block_ids));
-        });
+    module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
+        sk::use_huge_pages(pointer<void>(data), bytes);
+    });
 
-    // name(isa, dtype, ...), where `read` makes the kernel's arguments of the other `count`.
+    py::class_<Pattern>(module, "Pattern")
+        .def_static("rows", rows_of)
+        .def_static("columns", columns_of)
+        .def("build_schedule", build_schedule);
+
+    // name(isa, dtype, ...), both as numbers, where `read` makes the kernel's arguments of the
+    // other `count`.
     const auto define = [&](const char* name, auto member, size_t count, auto read) {
-        module.def(name, [=](const std::string& isa, const std::string& dtype, py::args items) {
-            const auto kernel = (sk::table_for(isa).*member)[static_cast<int>(dtype_from(dtype))];
+        module.def(name, [=](size_t isa, size_t dtype, py::args items) {
+            if (dtype >= sk::kDTypes) throw std::invalid_argument("dtype is no sk::DType");
+            const auto kernel = (sk::table_for(isa).*member)[dtype];
             Arguments given(std::move(items), count);
             const auto arguments = read(given);
             py::gil_scoped_release release;

@@ -14,14 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops
+from sparse_kernels.checks import check_float, check_is_tensor, refuse_jit_trace
 from sparse_kernels.layout import Problem, check_int
-
-_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-}
-# The backends with kernels for AbsTopK together with what comes before it.
-_FUSED = ("reference", "cpu")
 
 
 class AbsTopk(Function):
@@ -175,7 +169,7 @@ def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU); Gao et al. 2025, arXiv:2511.13653.
     """
     name = _chosen(x, k, backend)
-    if name not in _FUSED or ops.is_transformed():
+    if not backends.is_fused(name) or ops.is_transformed():
         return abs_topk(torch.nn.functional.gelu(x), k, name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     learns = torch.is_grad_enabled() and x.requires_grad
@@ -204,8 +198,7 @@ def rms_norm_abs_topk(
     Source: Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Gao et al. 2025, arXiv:2511.13653.
     """
     name = _chosen(x, k, backend)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    check_is_tensor("weight", weight)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"weight must be ({x.shape[-1]},), {x.dtype} on {x.device}, got {tuple(weight.shape)}, "
@@ -213,7 +206,7 @@ def rms_norm_abs_topk(
         )
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    if name not in _FUSED or ops.is_transformed():
+    if not backends.is_fused(name) or ops.is_transformed():
         return abs_topk(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), k, name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -225,15 +218,10 @@ def rms_norm_abs_topk(
 
 def _chosen(x: Tensor, k: int, backend: str | None) -> str:
     """The backend that runs this; raises what `abs_topk` says."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    device = x.device.type
-    allowed = _DTYPES.get(device, _DTYPES["cuda"])
-    if x.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"x must be one of {names} on {device}, got {x.dtype}")
+    refuse_jit_trace()
+    check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got shape ()")
     if check_int("k", k) > x.shape[-1]:
         raise ValueError(f"k must be at most {x.shape[-1]}, the last axis of x, got {k}")
-    return backends.choose(Problem(device, x.dtype, "abs_topk"), backend)
+    return backends.choose(Problem(x.device.type, x.dtype, "abs_topk"), backend)

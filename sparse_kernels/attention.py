@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops, reference
+from sparse_kernels.checks import CPU_DTYPES, check_float, check_like, refuse_jit_trace
 from sparse_kernels.layout import Problem
 
 
@@ -61,7 +62,8 @@ def causal_attention(
     Source: Dao et al. 2022 (arXiv:2205.14135) for the backward; Xiao et al. 2023
     (arXiv:2309.17453) and OpenAI's gpt-oss for sinks.
     """
-    _check_tensor("qkv", qkv)
+    refuse_jit_trace()
+    check_float("qkv", qkv, CPU_DTYPES)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")
     _check_sinks(sinks, "qkv", qkv, qkv.shape[3])
@@ -95,16 +97,12 @@ def cached_attention(
             `causal_attention`.
     """
     for label, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(label, tensor)
+        check_float(label, tensor, CPU_DTYPES)
         if tensor.dim() != 4 or tensor.shape[3] == 0:
             raise ValueError(
                 f"{label} must have 4 dimensions, the last at least 1, got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{label} must be {q.dtype} on {q.device}, as q is, got {tensor.dtype} on "
-                f"{tensor.device}"
-            )
+        check_like(label, tensor, q, "q")
     B, T, H, d = q.shape
     S = k.shape[1]
     if k.shape != v.shape or k.shape != (B, S, H, d) or T > S:
@@ -122,21 +120,10 @@ def cached_attention(
     return ops.attention(q, k, v, sinks, name)[0]
 
 
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name} must be float32, bfloat16 or float64, got {tensor.dtype}")
-
-
 def _check_sinks(sinks: Tensor | None, name: str, like: Tensor, heads: int) -> None:
     if sinks is None:
         return
-    _check_tensor("sinks", sinks)
+    check_float("sinks", sinks, CPU_DTYPES)
     if sinks.shape != (heads,):
         raise ValueError(f"sinks must be ({heads},), one of each head, got {tuple(sinks.shape)}")
-    if sinks.dtype != like.dtype or sinks.device != like.device:
-        raise ValueError(
-            f"sinks must be {like.dtype} on {like.device}, as {name} is, got {sinks.dtype} on "
-            f"{sinks.device}"
-        )
+    check_like("sinks", sinks, like, name)

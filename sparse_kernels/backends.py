@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from sparse_kernels import cpu, cuda, reference, triton
+from sparse_kernels import checks, cpu, cuda, reference, triton
 from sparse_kernels.layout import FanInLayout, Problem
 
-_MODULES: dict[str, ModuleType] = {
-    "reference": reference,
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda,
-}
-NAMES = ("reference", "cpu", "triton", "cuda")
+
+class Backend(Protocol):
+    """What every backend has: a module each. `reference` says what the products mean."""
+
+    def why_not(self, problem: Problem, /) -> str | None:
+        """None if it can run `problem`, else a sentence that says why not."""
+
+    def build_schedule(
+        self, layout: FanInLayout, lists: checks.Orientation, /
+    ) -> tuple[Tensor, ...]:
+        """What its products want of these lists beyond the lists themselves, made once."""
+
+    def forward(
+        self, x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, /
+    ) -> Tensor:
+        """`Y = X W^T (+ b)`."""
+
+    def grad_input(
+        self, grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, /
+    ) -> Tensor:
+        """`dX = dY W (+ b)`."""
+
+    def grad_weight(self, grad_output: Tensor, x: Tensor, layout: FanInLayout, /) -> Tensor:
+        """`dW = dY^T X` at the kept blocks."""
+
+    def sum_tokens(self, grad_output: Tensor, /) -> Tensor:
+        """The gradient of a bias."""
+
+    def abs_topk(self, x: Tensor, k: int, /) -> Tensor:
+        """The k entries of largest magnitude of each row."""
+
+    def abs_topk_backward(self, grad_output: Tensor, y: Tensor, /) -> Tensor:
+        """`dY` where y is not zero."""
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend that also has attention, and AbsTopK together with what comes before it."""
+
+    def gelu_abs_topk(self, x: Tensor, k: int, /) -> Tensor:
+        """`abs_topk(gelu(x), k)`."""
+
+    def gelu_abs_topk_backward(self, grad_output: Tensor, y: Tensor, x: Tensor, /) -> Tensor:
+        """The gradient of x."""
+
+    def norm_abs_topk(
+        self, x: Tensor, weight: Tensor, k: int, eps: float, /
+    ) -> tuple[Tensor, Tensor]:
+        """`abs_topk(rms_norm(x) * weight, k)`, and each row's scale."""
+
+    def norm_abs_topk_backward(
+        self, grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x and weight."""
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention, and the logarithm of each row's sum."""
+
+    def attention_backward(
+        self, qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of qkv and sinks."""
+
+
+_FUSED: dict[str, FusedBackend] = {"reference": reference, "cpu": cpu}
+_BACKENDS: dict[str, Backend] = {**_FUSED, "triton": triton, "cuda": cuda}
+NAMES = tuple(_BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 
 
@@ -95,15 +155,24 @@ def order(problem: Problem) -> tuple[str, ...]:
     return _rule(problem).order
 
 
-def module(name: str) -> ModuleType:
-    """The module that implements the backend `name`; KeyError if this release has none."""
-    return _MODULES[name]
+def get(name: str) -> Backend:
+    """The backend `name`; KeyError if this release has none."""
+    return _BACKENDS[name]
+
+
+def is_fused(name: str) -> bool:
+    """Whether the backend `name` is a `FusedBackend`."""
+    return name in _FUSED
+
+
+def get_fused(name: str) -> FusedBackend:
+    """The backend `name`; KeyError if it is no `FusedBackend`."""
+    return _FUSED[name]
 
 
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
-    reason: str | None = _MODULES[name].why_not(problem)
-    return reason
+    return _BACKENDS[name].why_not(problem)
 
 
 def check_name(backend: object) -> None:
@@ -132,7 +201,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         return backend
     rule = _rule(problem)
     for name in rule.order:
-        if _MODULES[name].why_not(problem) is None:
+        if _BACKENDS[name].why_not(problem) is None:
             return name
     reasons = [
         f"{name}: {why_not(name, problem) or rule.reasons[name]}"
@@ -174,7 +243,16 @@ def explain(problem: Problem, backend: str | None = None) -> list[tuple[str, str
     return [(name, sentence(name)) for name in NAMES]
 
 
-def problem_of(x: Tensor, layout: FanInLayout, product: str) -> Problem:
+def choose_product(
+    x: Tensor, layout: checks.Geometry, product: str, backend: str | None = None
+) -> str:
+    """`choose(problem_of(...))`; at once for cpu tensors, which have one backend."""
+    if backend is None and x.is_cpu and cpu.is_available() and x.dtype in checks.CPU_DTYPES:
+        return "cpu"
+    return choose(problem_of(x, layout, product), backend)
+
+
+def problem_of(x: Tensor, layout: checks.Geometry, product: str) -> Problem:
     """The `Problem` of running `product` on inputs like `x` with this layout."""
     return Problem(
         x.device.type,
@@ -182,7 +260,7 @@ def problem_of(x: Tensor, layout: FanInLayout, product: str) -> Problem:
         product,
         layout.out_features,
         layout.in_features,
-        layout.fan_in,
+        layout.values_shape[1] * layout.block[1],
         layout.block,
     )
 
@@ -239,7 +317,6 @@ def explain_backend(
 
 def check_arguments(x: object, layout: object) -> None:
     """Raises TypeError unless `x` is a Tensor and `layout` a FanInLayout."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    checks.check_is_tensor("x", x)
     if not isinstance(layout, FanInLayout):
         raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")

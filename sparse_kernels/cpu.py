@@ -6,6 +6,7 @@ in the order of a *schedule*, which is derived from the layout once and cached o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,7 +14,16 @@ from types import ModuleType
 import torch  # before the extension, so that both share one OpenMP runtime
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem, check_tensor
+from sparse_kernels.checks import (
+    CPU_DTYPES,
+    Orientation,
+    check_float,
+    check_kept,
+    check_orientation,
+    check_tensor,
+    wide_dtype,
+)
+from sparse_kernels.layout import FanInLayout, Problem
 
 _missing: str | None = None
 try:
@@ -25,14 +35,21 @@ except ImportError as error:
         "build it with `pip install .` in the source folder"
     )
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
+# The extension's numbers of dtypes and instruction sets.
+_DTYPES = {dtype: number for number, dtype in enumerate(CPU_DTYPES)}
+_isa: int = _extension.default_isa() if _extension is not None else 0
 # Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
 _PANEL_FEATURES = 2048
-_isa: str = _extension.default_isa() if _extension is not None else ""
+_HUGE_BYTES = 4 << 20
+# Blocks that a sum may meet one after the other.
+_LONGEST_SUM = 64
+# The most blocks that an input of a layout has.
+_longest: weakref.WeakKeyDictionary[FanInLayout, int] = weakref.WeakKeyDictionary()
+
+
+def is_available() -> bool:
+    """Whether the extension is there."""
+    return _extension is not None
 
 
 def isas() -> list[str]:
@@ -42,7 +59,7 @@ def isas() -> list[str]:
 
 def isa() -> str:
     """The instruction set in use: the highest usable, or what SPARSE_KERNELS_CPU_ISA named."""
-    return _isa
+    return isas()[_isa]
 
 
 @contextmanager
@@ -56,7 +73,7 @@ def use_isa(name: str) -> Iterator[None]:
     if name not in isas():
         raise ValueError(f"name must be one of {', '.join(isas())}, got {name!r}")
     before = _isa
-    _isa = name
+    _isa = isas().index(name)
     try:
         yield
     finally:
@@ -85,101 +102,73 @@ def _panel(features: int, in_block: int, blocks_per_row: float) -> tuple[int, in
     return (size, panels) if 4 * panels <= blocks_per_row else (features, 1)
 
 
-def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
-    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse.
+def _walks(layout: FanInLayout) -> Orientation:
+    """The lists that `grad_input` walks; the other products walk "rows", inputs of each output.
 
-    `grad_input` gathers over the transposed lists, except where a block has several outputs but too
-    few inputs: then the inputs of a block-row share the rows of dY that they meet, and it scatters
-    over the layout's own lists. There each block adds to a running sum, which must not get so long
-    that its rounding errors show.
+    It gathers over "columns", outputs of each input, except where a block has several outputs but
+    too few inputs: then the inputs of a block-row share the rows of dY that they meet, and it
+    scatters over the rows. There each block adds to a running sum, which must not get so long that
+    its rounding errors show.
     """
-    block_out, block_in = block
-    gathers = block_out % 4 != 0 or block_in % 4 == 0 or num_blocks > 256 * block_cols
-    return "transposed" if product == "grad_input" and gathers else "own"
-
-
-def _sides(
-    out_features: int, in_features: int, block: tuple[int, int], lists: str
-) -> tuple[int, int, int]:
-    """Block-rows, features and features of a block that the lists gather over."""
-    if lists == "transposed":
-        return in_features // block[1], out_features, block[0]
-    return out_features // block[0], in_features, block[1]
-
-
-def schedule_shapes(
-    out_features: int,
-    in_features: int,
-    blocks_per_row: int,
-    block: tuple[int, int],
-    lists: str,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
-    rows, features, in_block = _sides(out_features, in_features, block, lists)
-    blocks = out_features // block[0] * blocks_per_row
-    _, panels = _panel(features, in_block, blocks / rows)
-    return [
-        ((panels * rows + 1,), torch.int64),  # first feature of each entry
-        ((blocks * in_block,), torch.int32),  # feature within its panel
-        ((blocks,), torch.int32),  # stored block
-    ]
-
-
-def _pattern(layout: FanInLayout, lists: str) -> tuple[_extension.Pattern, int]:
-    """The lists for the extension, and the features of a panel."""
-    assert _extension is not None
-    block_rows, per_row, cols = layout.block_rows, layout.blocks_per_row, layout.block_cols
     block_out, block_in = layout.block
-    rows, features, in_block = _sides(layout.out_features, layout.in_features, layout.block, lists)
-    size, _ = _panel(features, in_block, layout.num_blocks / rows)
-    if lists == "transposed":
-        transposed = (tensor.data_ptr() for tensor in layout.transposed)
-        pattern = _extension.Pattern.fan_out(
-            block_rows, per_row, cols, block_out, block_in, *transposed
-        )
-    else:
-        pattern = _extension.Pattern.fan_in(
-            block_rows, per_row, cols, block_out, block_in, layout.indices.data_ptr()
-        )
-    return pattern, size
+    gathers = block_out % 4 != 0 or block_in % 4 == 0 or not _scatters_exactly(layout)
+    return "columns" if gathers else "rows"
 
 
-def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """The order in which the kernels walk "own" or "transposed" lists: three int tensors."""
-    if lists not in ("own", "transposed"):
-        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
+def _scatters_exactly(layout: FanInLayout) -> bool:
+    longest = _longest.get(layout)
+    if longest is None:
+        counts = torch.bincount(layout.indices.flatten(), minlength=1)
+        longest = _longest[layout] = int(counts.max())
+    return longest <= _LONGEST_SUM
+
+
+class _Schedule(tuple[Tensor, ...]):
+    """What a layout derives for this backend, and the handle of the extension that points there."""
+
+    pattern: _extension.Pattern
+
+
+def _lists(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
+    """The lists for the extension, as yet without a schedule."""
+    assert _extension is not None, _missing
+    geometry = layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block
+    if lists == "columns":
+        offsets, rows, slots = (tensor.data_ptr() for tensor in layout.transposed)
+        return _extension.Pattern.columns(*geometry, offsets, rows, slots)
+    return _extension.Pattern.rows(*geometry, layout.indices.data_ptr())
+
+
+def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
+    """The order in which the kernels walk the lists: three int tensors."""
+    check_orientation(lists)
     _check_device("layout", layout.indices)
-    shapes = schedule_shapes(
-        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, lists
+    rows, features, in_block = layout.block_rows, layout.in_features, layout.block[1]
+    if lists == "columns":
+        rows, features, in_block = layout.block_cols, layout.out_features, layout.block[0]
+    size, panels = _panel(features, in_block, layout.num_blocks / rows)
+    schedule = _Schedule(
+        (
+            torch.empty(panels * rows + 1, dtype=torch.int64),  # first feature of each entry
+            torch.empty(layout.num_blocks * in_block, dtype=torch.int32),  # within its panel
+            torch.empty(layout.num_blocks, dtype=torch.int32),  # stored block
+        )
     )
-    tensors = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes)
-    pattern, size = _pattern(layout, lists)
-    pattern.build_schedule(size, *(tensor.data_ptr() for tensor in tensors))
-    return tensors
+    schedule.pattern = _lists(layout, lists)
+    schedule.pattern.build_schedule(size, *(tensor.data_ptr() for tensor in schedule))
+    return schedule
 
 
-def _scheduled(layout: FanInLayout, lists: str) -> _extension.Pattern:
-    tensors = layout.derive(f"cpu.{lists}", lambda this: build_schedule(this, lists))
-    pattern, size = _pattern(layout, lists)
-    pattern.set_schedule(size, *(tensor.data_ptr() for tensor in tensors))
-    return pattern
-
-
-def _lists(layout: FanInLayout, product: str) -> str:
-    return lists(layout.block_cols, layout.num_blocks, layout.block, product)
-
-
-def _scatters_one(layout: FanInLayout) -> bool:
-    """Whether `grad_input` of one token scatters over the layout's own lists.
-
-    It meets the values in order, where the transposed lists send it all over them; but each result
-    is a running sum, which must not get long.
-    """
-    return layout.block == (1, 1) and layout.num_blocks <= 256 * layout.block_cols
+def _scheduled(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
+    schedule = layout.cache.get(f"cpu.{lists}")
+    if schedule is None:
+        schedule = layout.derive(f"cpu.{lists}", lambda this: build_schedule(this, lists))
+    assert isinstance(schedule, _Schedule)
+    return schedule.pattern
 
 
 def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the cpu, got {tensor.device}")
 
 
@@ -188,50 +177,59 @@ def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torc
     check_tensor(name, tensor, shape, dtype)
 
 
-def _dtype_name(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float64, got {tensor.dtype}")
+def _check_first(name: str, tensor: Tensor) -> int:
+    """The extension's number of the dtype that all arguments share."""
+    assert _extension is not None, _missing
+    check_float(name, tensor, CPU_DTYPES)
     return _DTYPES[tensor.dtype]
 
 
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a result: a large one is asked for in huge pages, as numpy does.
+
+    Else the kernels would wait for the system at each of its small pages.
+    """
+    out = like.new_empty(shape)
+    if out.nbytes >= _HUGE_BYTES:
+        assert _extension is not None
+        _extension.use_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _gather(
+    name: str,
     x: Tensor,
     values: Tensor,
     layout: FanInLayout,
     bias: Tensor | None,
-    product: str,
-    name: str,
+    widths: tuple[int, int],
+    scatters: bool,
+    pattern: _extension.Pattern,
 ) -> Tensor:
-    assert _extension is not None, _missing
-    width, out_width = layout.in_features, layout.out_features
-    if product == "grad_input":
-        width, out_width = out_width, width
-    dtype = _dtype_name(name, x)
-    _check(name, x, (None, width), x.dtype)
-    _check("values", values, layout.values_shape, x.dtype)
+    dtype = _check_first(name, x)
+    width, out_width = widths
+    tokens = x.shape[0]
+    # At once where all fits, for the sake of calls with one token.
+    if x.shape != (tokens, width) or not x.is_cpu:
+        _check(name, x, (None, width), x.dtype)
+    if values.shape != layout.values_shape or values.dtype != x.dtype or not values.is_cpu:
+        _check("values", values, layout.values_shape, x.dtype)
     if bias is not None:
-        _check("bias", bias, (out_width,), x.dtype)
+        if bias.shape != (out_width,) or bias.dtype != x.dtype or not bias.is_cpu:
+            _check("bias", bias, (out_width,), x.dtype)
         bias = bias.contiguous()
     values = values.contiguous()
-    out = torch.empty((x.shape[0], out_width), dtype=x.dtype)
-    if product == "grad_input" and x.shape[0] == 1 and _scatters_one(layout):
-        kernel, pattern = _extension.scatter, _pattern(layout, "own")[0]
-    else:
-        walked = _lists(layout, product)
-        scatters = product == "grad_input" and walked == "own"
-        kernel = _extension.scatter if scatters else _extension.gather
-        pattern = _scheduled(layout, walked)
-    kernel(
+    out = _empty(x, tokens, out_width)
+    (_extension.scatter if scatters else _extension.gather)(
         _isa,
         dtype,
         pattern,
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        *x.stride(),
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        x.shape[0],
+        tokens,
         torch.get_num_threads(),
     )
     return out
@@ -239,33 +237,39 @@ def _gather(
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`."""
-    return _gather(x, values, layout, bias, "forward", "x")
+    widths = layout.in_features, layout.out_features
+    return _gather("x", x, values, layout, bias, widths, False, _scheduled(layout, "rows"))
 
 
 def grad_input(
     grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
-    return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
+    widths = layout.out_features, layout.in_features
+    walked = _walks(layout)
+    scatters = walked == "rows"
+    if grad_output.shape[0] == 1 and layout.block == (1, 1) and _scatters_exactly(layout):
+        # One token meets the values in order, where the columns would send it all over them.
+        scatters, pattern = True, _lists(layout, "rows")
+    else:
+        pattern = _scheduled(layout, walked)
+    return _gather("grad_output", grad_output, values, layout, bias, widths, scatters, pattern)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
+    dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, layout.out_features), grad_output.dtype)
     _check("x", x, (grad_output.shape[0], layout.in_features), grad_output.dtype)
-    out = torch.empty(layout.values_shape, dtype=x.dtype)
+    out = _empty(x, *layout.values_shape)
     _extension.grad_weight(
         _isa,
         dtype,
-        _scheduled(layout, _lists(layout, "grad_weight")),
+        _scheduled(layout, "rows"),
         grad_output.data_ptr(),
-        grad_output.stride(0),
-        grad_output.stride(1),
+        *grad_output.stride(),
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        *x.stride(),
         out.data_ptr(),
         x.shape[0],
         torch.get_num_threads(),
@@ -275,8 +279,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
 
 def sum_tokens(grad_output: Tensor) -> Tensor:
     """`(M, N)`, any strides, to `(N,)`, accumulated in float32 at least and rounded once."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
+    dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     if grad_output.stride(1) != 1:
         grad_output = grad_output.contiguous()
@@ -304,21 +307,17 @@ def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
 
 
 def _topk(x: Tensor, k: int, kernel: str) -> Tensor:
-    assert _extension is not None, _missing
-    dtype = _dtype_name("x", x)
+    dtype = _check_first("x", x)
     _check("x", x, (None, None), x.dtype)
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
-    out = torch.empty(x.shape, dtype=x.dtype)
+    check_kept(k, x.shape[1])
+    out = _empty(x, *x.shape)
     getattr(_extension, kernel)(
         _isa,
         dtype,
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        *x.stride(),
         out.data_ptr(),
-        x.shape[0],
-        x.shape[1],
+        *x.shape,
         k,
         torch.get_num_threads(),
     )
@@ -327,23 +326,19 @@ def _topk(x: Tensor, k: int, kernel: str) -> Tensor:
 
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
+    dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     _check("y", y, tuple(grad_output.shape), grad_output.dtype)
-    out = torch.empty(y.shape, dtype=y.dtype)
+    out = _empty(y, *y.shape)
     _extension.abs_topk_backward(
         _isa,
         dtype,
         grad_output.data_ptr(),
-        grad_output.stride(0),
-        grad_output.stride(1),
+        *grad_output.stride(),
         y.data_ptr(),
-        y.stride(0),
-        y.stride(1),
+        *y.stride(),
         out.data_ptr(),
-        y.shape[0],
-        y.shape[1],
+        *y.shape,
         torch.get_num_threads(),
     )
     return out
@@ -351,12 +346,11 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
 
 def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """`grad_output * gelu'(x)` where the kept `y` (M, D) is not zero, elsewhere 0; any strides."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
+    dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     _check("y", y, tuple(grad_output.shape), grad_output.dtype)
     _check("x", x, tuple(grad_output.shape), grad_output.dtype)
-    out = torch.empty(y.shape, dtype=y.dtype)
+    out = _empty(y, *y.shape)
     _extension.gelu_abs_topk_backward(
         _isa,
         dtype,
@@ -378,15 +372,13 @@ def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor
 
     See `reference.norm_abs_topk`.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("x", x)
+    dtype = _check_first("x", x)
     _check("x", x, (None, None), x.dtype)
     _check("weight", weight, (x.shape[1],), x.dtype)
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    check_kept(k, x.shape[1])
     weight = weight.contiguous()
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y, scales = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[0], dtype=wide)
+    wide = wide_dtype(x.dtype)
+    y, scales = _empty(x, *x.shape), torch.empty(x.shape[0], dtype=wide)
     _extension.norm_abs_topk(
         _isa,
         dtype,
@@ -407,20 +399,19 @@ def norm_abs_topk_backward(
     grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x (M, D) and weight (D,). See `reference.norm_abs_topk_backward`."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
+    dtype = _check_first("grad_output", grad_output)
     _check("grad_output", grad_output, (None, None), grad_output.dtype)
     M, D = grad_output.shape
     for name, tensor in (("y", y), ("x", x)):
         _check(name, tensor, (M, D), grad_output.dtype)
     _check("weight", weight, (D,), grad_output.dtype)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     _check("scales", scales, (M,), wide)
     grad_output, y, x = (
         tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (grad_output, y, x)
     )
     weight, scales = weight.contiguous(), scales.contiguous()
-    grad, grad_weight = torch.empty((M, D), dtype=x.dtype), torch.empty(D, dtype=x.dtype)
+    grad, grad_weight = _empty(x, M, D), torch.empty(D, dtype=x.dtype)
     _extension.norm_abs_topk_backward(
         _isa,
         dtype,
@@ -460,8 +451,7 @@ def _wide_sinks(sinks: Tensor | None, heads: int, wide: torch.dtype) -> Tensor |
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """q `(B, T, H, d)`, k and v `(B, S, H, d)`, any strides. See `reference.attention`."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("q", q)
+    dtype = _check_first("q", q)
     B, T, H, d = q.shape
     S = k.shape[1]
     if T > S:
@@ -469,9 +459,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Te
     q = _heads("q", q, (B, T, H, d), q.dtype)
     k = _heads("k", k, (B, S, H, d), q.dtype)
     v = _heads("v", v, (B, S, H, d), q.dtype)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     sinks = _wide_sinks(sinks, H, wide)
-    y = torch.empty((B, T, H, d), dtype=q.dtype)
+    y = _empty(q, B, T, H, d)
     lse = torch.empty((B, H, T), dtype=wide)
     _extension.attention(
         _isa,
@@ -492,18 +482,17 @@ def attention_backward(
     qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """qkv `(B, T, 3, H, d)`, any strides. See `reference.attention_backward`."""
-    assert _extension is not None, _missing
-    dtype = _dtype_name("qkv", qkv)
+    dtype = _check_first("qkv", qkv)
     B, T, _, H, d = qkv.shape
     shape = (B, T, H, d)
     q, k, v = (_heads("qkv", part, shape, qkv.dtype) for part in qkv.unbind(2))
     y = _heads("y", y, shape, qkv.dtype)
     grad_y = _heads("grad_y", grad_y, shape, qkv.dtype)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(qkv.dtype)
     _check("lse", lse, (B, H, T), wide)
     lse = lse.contiguous()
     wide_sinks = _wide_sinks(sinks, H, wide)
-    grad = torch.empty((B, T, 3, H, d), dtype=qkv.dtype)
+    grad = _empty(qkv, B, T, 3, H, d)
     grad_sinks = torch.zeros((B, H), dtype=wide)
     _extension.attention_backward(
         _isa,

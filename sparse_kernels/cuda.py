@@ -14,7 +14,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem, check_tensor
+from sparse_kernels.checks import (
+    Orientation,
+    check_float,
+    check_kept,
+    check_orientation,
+    check_tensor,
+    refuse_capture,
+)
+from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.reference import sum_tokens as sum_tokens  # as good on a GPU
 
 _missing: str | None = None
 try:
@@ -89,11 +98,6 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
-    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse."""
-    return "transposed" if product == "grad_input" else "own"
-
-
 def _is_narrow(columns: int) -> bool:
     """Whether 16 bits hold the indices of that many columns."""
     return columns <= 2**16
@@ -102,26 +106,6 @@ def _is_narrow(columns: int) -> bool:
 def _units(rows: int, size: int) -> int:
     """What the kernels count: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
     return rows * size // (4 if size % 4 == 0 else 2 if size % 2 == 0 else 1)
-
-
-def schedule_shapes(
-    out_features: int,
-    in_features: int,
-    blocks_per_row: int,
-    block: tuple[int, int],
-    lists: str,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
-    block_rows, block_cols = out_features // block[0], in_features // block[1]
-    blocks = block_rows * blocks_per_row
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if lists == "transposed":
-        shapes += [((blocks,), torch.int32), ((_units(block_cols, block[1]),), torch.int32)]
-        if block == (1, 1):
-            shapes.append(((block_cols + 1,), torch.int32))
-    if _is_narrow(block_rows if lists == "transposed" else block_cols):
-        shapes.append(((blocks,), torch.int16))
-    return shapes
 
 
 def _order(lengths: Tensor, block_in: int) -> Tensor:
@@ -145,19 +129,19 @@ def _order(lengths: Tensor, block_in: int) -> Tensor:
     return units.to(torch.int32)
 
 
-def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """What the kernels want of "own" or "transposed" lists beyond the lists themselves.
+def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
+    """What the kernels want of "rows" or "columns" beyond the lists themselves.
 
-    For the transposed lists the stored block of each entry and the order of the units (see
+    For columns the stored block of each entry and the order of the units (see
     `_order`), for 1 x 1 blocks also where each list begins in that order, in fours of entries,
     rounded up; int32. For either the columns in 16 bits, unsigned, where these hold them.
     """
-    if lists not in ("own", "transposed"):
-        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
+    check_orientation(lists)
     _check_device("layout", layout.indices, layout.device)
+    refuse_capture(layout.device)
     parts = []
     columns, count = layout.indices.flatten(), layout.block_cols
-    if lists == "transposed":
+    if lists == "columns":
         transposed = layout.transposed
         columns, count = transposed.rows, layout.block_rows
         parts.append(transposed.rows * layout.blocks_per_row + transposed.slots)
@@ -172,12 +156,14 @@ def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
     return tuple(parts)
 
 
-def _scheduled(layout: FanInLayout, lists: str) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
+def _scheduled(
+    layout: FanInLayout, lists: Orientation
+) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
     """The lists for the extension, and the tensors that they point to."""
     assert _extension is not None, _missing
     tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
     geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
-    transposed = lists == "transposed"
+    transposed = lists == "columns"
     narrow = _is_narrow(layout.block_rows if transposed else layout.block_cols)
     wide = layout.transposed.rows if transposed else layout.indices
     columns = (tensors[-1] if narrow else wide).data_ptr(), narrow, wide.data_ptr()
@@ -208,8 +194,7 @@ def _check(
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    check_float(name, tensor, tuple(_DTYPES))
     return _DTYPES[tensor.dtype]
 
 
@@ -257,8 +242,8 @@ def _gather(
 ) -> Tensor:
     assert _extension is not None, _missing
     width, out_width = layout.in_features, layout.out_features
-    walked = lists(layout.block_cols, layout.num_blocks, layout.block, product)
-    if walked == "transposed":
+    walked: Orientation = "columns" if product == "grad_input" else "rows"
+    if walked == "columns":
         width, out_width = out_width, width
     dtype = _dtype_name(name, x)
     _check_block(layout)
@@ -278,7 +263,7 @@ def _gather(
         # Single weights that fit are brought into words together with their indices.
         count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
-        if walked == "transposed" and not count:
+        if walked == "columns" and not count:
             # Each tile of tokens reads all values in the order of the lists: bring them into it.
             ordered = torch.empty_like(values)
             _extension.pack_blocks(
@@ -296,8 +281,7 @@ def _gather(
             dtype,
             pointed,
             x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
+            *x.stride(),
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             words.data_ptr() if count else 0,
@@ -349,16 +333,14 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         out = torch.empty(layout.values_shape, dtype=x.dtype, device=x.device)
         parts = _extension.grad_weight_parts(dtype, x.shape[0])
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
-        pointed, _ = _scheduled(layout, "own")
+        pointed, _ = _scheduled(layout, "rows")
         _extension.grad_weight(
             dtype,
             pointed,
             grad_output.data_ptr(),
-            grad_output.stride(0),
-            grad_output.stride(1),
+            *grad_output.stride(),
             x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
+            *x.stride(),
             partial.data_ptr(),
             out.data_ptr(),
             x.shape[0],
@@ -380,19 +362,16 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     assert _extension is not None, _missing
     dtype = _dtype_name("x", x)
     _check("x", x, (None, None), x.dtype, x.device)
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    check_kept(k, x.shape[1])
     _check_row("x", x)
     with _on_device_of(x):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _extension.abs_topk(
             dtype,
             x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
+            *x.stride(),
             out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
+            *x.shape,
             k,
             _STAGED_BYTES,
             *_queue(x),
@@ -415,14 +394,11 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
         _extension.abs_topk_backward(
             dtype,
             grad_output.data_ptr(),
-            grad_output.stride(0),
-            grad_output.stride(1),
+            *grad_output.stride(),
             y.data_ptr(),
-            y.stride(0),
-            y.stride(1),
+            *y.stride(),
             out.data_ptr(),
-            y.shape[0],
-            y.shape[1],
+            *y.shape,
             *_queue(y),
         )
     return out

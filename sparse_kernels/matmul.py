@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sparse_kernels import backends, ops
+from sparse_kernels import backends, checks, ops
 from sparse_kernels.layout import FanInLayout
-
-_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-}
 
 
 class SparseMatmul(Function):
@@ -29,7 +24,7 @@ class SparseMatmul(Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        layout: FanInLayout,
+        layout: FanInLayout | ops.Pattern,
         backend: str,
         transpose: bool,
     ) -> Tensor:
@@ -64,7 +59,9 @@ class SampledMatmul(Function):
     """`dW = dY^T X` at the kept blocks; two-dimensional grad_output and x."""
 
     @staticmethod
-    def forward(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
+    def forward(
+        grad_output: Tensor, x: Tensor, layout: FanInLayout | ops.Pattern, backend: str
+    ) -> Tensor:
         return ops.grad_weight(grad_output, x, layout, backend)
 
     @staticmethod
@@ -213,20 +210,36 @@ def sparse_linear(
             message names the argument, what it got and what it needs.
         RuntimeError: no backend, or not the one asked for, can run this; it says why.
     """
+    if not isinstance(layout, FanInLayout):
+        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+    if not isinstance(transpose, bool):
+        raise TypeError(f"transpose must be a bool, got {type(transpose).__name__}")
+    return linear(x, values, layout, bias, backend, transpose)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    layout: FanInLayout | ops.Pattern,
+    bias: Tensor | None,
+    backend: str | None,
+    transpose: bool,
+) -> Tensor:
+    """`sparse_linear`, which says more; while tracing, `layout` may be the `Pattern` of one."""
+    checks.refuse_jit_trace()
     _check(x, values, layout, bias, transpose)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
-    _check_dtypes(x, values, bias)
+    checks.check_float("x", x)
+    if values.dtype != x.dtype:
+        raise TypeError(f"values must have the dtype of x, {x.dtype}, got {values.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
     product = "grad_input" if transpose else "forward"
-    name = backends.choose(backends.problem_of(x, layout, product), backend)
-    if torch.compiler.is_compiling():
-        products = ops.PRODUCTS if torch.is_grad_enabled() else (product,)
-        layout._while_tracing(ops.prepare, name, *products)
+    name = backends.choose_product(x, layout, product, backend)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    learns = ops.is_differentiated(x, values, bias)
-    if learns:
+    if ops.is_differentiated(x, values, bias):
         y: Tensor = _apply(SparseMatmul, tokens, values, bias, layout, name, transpose)
     else:  # what autograd would record costs more than a product of few tokens
         y = (ops.grad_input if transpose else ops.forward)(tokens, values, layout, bias, name)
@@ -269,10 +282,10 @@ def grad_weight(
             f"x must have the leading dimensions of grad_output {tuple(grad_output.shape[:-1])}, "
             f"got {tuple(x.shape[:-1])}"
         )
-    _check_dtypes(x, grad_output, None, "grad_output")
-    name = backends.choose(backends.problem_of(x, layout, "grad_weight"), backend)
-    if torch.compiler.is_compiling():
-        layout._while_tracing(ops.prepare, name, *ops.PRODUCTS)
+    checks.check_float("x", x)
+    if grad_output.dtype != x.dtype:
+        raise TypeError(f"grad_output must have the dtype of x, {x.dtype}, got {grad_output.dtype}")
+    name = backends.choose_product(x, layout, "grad_weight", backend)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
     values: Tensor = _apply(SampledMatmul, *rows, layout, name)
     return values
@@ -285,17 +298,15 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _check(
-    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, transpose: bool
+    x: Tensor,
+    values: Tensor,
+    layout: FanInLayout | ops.Pattern,
+    bias: Tensor | None,
+    transpose: bool,
 ) -> None:
     """Types, devices and shapes of `sparse_linear`'s arguments."""
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
-    if not isinstance(transpose, bool):
-        raise TypeError(f"transpose must be a bool, got {type(transpose).__name__}")
-    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        _check_tensor(name, tensor, layout)
+    _check_tensor("x", x, layout)
+    _check_tensor("values", values, layout)
     outputs, inputs = layout.out_features, layout.in_features
     if transpose:
         outputs, inputs = inputs, outputs
@@ -310,14 +321,15 @@ def _check(
             f"values must have shape {layout.values_shape} (layout.values_shape), "
             f"got {tuple(values.shape)}"
         )
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must have shape ({outputs},), got {tuple(bias.shape)}")
+    if bias is not None:
+        _check_tensor("bias", bias, layout)
+        if bias.shape != (outputs,):
+            raise ValueError(f"bias must have shape ({outputs},), got {tuple(bias.shape)}")
 
 
-def _check_tensor(name: str, tensor: object, layout: FanInLayout) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
+def _check_tensor(name: str, tensor: object, layout: FanInLayout | ops.Pattern) -> None:
+    tensor = checks.check_is_tensor(name, tensor)
+    if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be an ordinary strided tensor, got {tensor.layout}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
@@ -325,15 +337,3 @@ def _check_tensor(name: str, tensor: object, layout: FanInLayout) -> None:
         raise ValueError(
             f"{name} must be on the layout's device {layout.device}, got {tensor.device}"
         )
-
-
-def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None, other: str = "values") -> None:
-    """The dtypes of `sparse_linear`'s arguments, after autocast; `other` is the name of values."""
-    allowed = _DTYPES.get(x.device.type, _DTYPES["cuda"])
-    if x.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"x must be one of {names} on {x.device.type}, got {x.dtype}")
-    if values.dtype != x.dtype:
-        raise TypeError(f"{other} must have the dtype of x, {x.dtype}, got {values.dtype}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias must have the dtype of x, {x.dtype}, got {bias.dtype}")

@@ -1,259 +1,197 @@
-"""The operations as PyTorch sees them: schemas, fakes for tracing, and the call into a backend.
+"""The operations as PyTorch sees them: one table of (schema, what runs it, fake results).
 
-A layout crosses a schema as plain tensors: `indices`, then `transposed` (offsets, rows, slots, or
-nothing where the product walks the layout's own lists), then the backend's `schedule` of the lists
-that it walks. None of these ops is differentiable: the autograd Functions above them are.
+A pattern crosses a schema as its `indices`; what a backend derives from it stays outside, in the
+layout that `layout_of` finds for them. None of these ops is differentiable: the autograd Functions
+above them are.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparse_kernels import backends, cpu, reference
-from sparse_kernels.layout import FanInLayout, Transposed
+from sparse_kernels import backends, checks
+from sparse_kernels.layout import FanInLayout
 
-PRODUCTS = backends.PRODUCTS
 
-_LAYOUT = "Tensor indices, Tensor[] transposed, Tensor[] schedule, int in_features, int[2] block"
+class Pattern(NamedTuple):
+    """What an op needs of a layout, for tracers: they see a tensor where a layout is an object."""
+
+    indices: Tensor
+    in_features: int
+    block: tuple[int, int]
+
+    @property
+    def out_features(self) -> int:
+        """`N`."""
+        return self.indices.shape[0] * self.block[0]
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        """`(R, F, block_out, block_in)`."""
+        return (self.indices.shape[0], self.indices.shape[1], *self.block)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `indices` lives."""
+        return self.indices.device
+
+
+class _Known(NamedTuple):
+    storage: StorageWeakRef  # while it exists, no other storage has the same address
+    version: int
+    layout: FanInLayout
+
+
+_known: dict[tuple[int, ...], _Known] = {}
+
+
+def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInLayout:
+    """The layout with these `indices`: validated when they are new, remembered until they change.
+
+    On the CPU they are compared by content. A GPU would have to wait for that: there, writes that
+    PyTorch does not count (collectives, `.data`) are not seen.
+    """
+    storage = indices.untyped_storage()
+    place = (storage._cdata, indices.storage_offset(), *indices.shape, in_features, *block)
+    version = -1 if indices.is_inference() else indices._version
+    known = _known.get(place)
+    if known is not None:
+        same = known.version == version
+        if torch.equal(known.layout.indices, indices) if indices.is_cpu else same:
+            return known.layout
+    checks.refuse_capture(indices.device)
+    layout = FanInLayout(indices, in_features, None, (block[0], block[1]))
+    for old in [old for old, known in _known.items() if known.storage.expired()]:
+        del _known[old]
+    _known[place] = _Known(StorageWeakRef(storage), version, layout)
+    return layout
+
+
+class Op(NamedTuple):
+    """A row of the table: what the dispatcher needs to know of an op."""
+
+    schema: str
+    run: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+_PATTERN = "Tensor indices, int in_features, int[2] block, str backend"
+_get, _fused = backends.get, backends.get_fused
+
+
+def _like_first(first: Tensor, *_: object) -> Tensor:
+    return first.new_empty(first.shape)
+
+
+def _row_sums(x: Tensor, *sizes: int) -> Tensor:
+    return x.new_empty(sizes, dtype=checks.wide_dtype(x.dtype))
+
+
+TABLE = (
+    Op(
+        f"forward(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+        lambda x, values, bias, indices, width, block, name: _get(name).forward(
+            x, values, layout_of(indices, width, block), bias
+        ),
+        lambda x, values, bias, indices, width, block, name: x.new_empty(
+            x.shape[0], indices.shape[0] * block[0]
+        ),
+    ),
+    Op(
+        f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+        lambda grad, values, bias, indices, width, block, name: _get(name).grad_input(
+            grad, values, layout_of(indices, width, block), bias
+        ),
+        lambda grad, values, bias, indices, width, block, name: grad.new_empty(
+            grad.shape[0], width
+        ),
+    ),
+    Op(
+        f"grad_weight(Tensor grad_output, Tensor x, {_PATTERN}) -> Tensor",
+        lambda grad, x, indices, width, block, name: _get(name).grad_weight(
+            grad, x, layout_of(indices, width, block)
+        ),
+        lambda grad, x, indices, width, block, name: x.new_empty(*indices.shape, *block),
+    ),
+    Op(
+        "sum_tokens(Tensor grad_output, str backend) -> Tensor",
+        lambda grad, name: _get(name).sum_tokens(grad),
+        lambda grad, name: grad.new_empty(grad.shape[1]),
+    ),
+    Op(
+        "abs_topk(Tensor x, int k, str backend) -> Tensor",
+        lambda x, k, name: _get(name).abs_topk(x, k),
+        _like_first,
+    ),
+    Op(
+        "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
+        lambda grad, y, name: _get(name).abs_topk_backward(grad, y),
+        _like_first,
+    ),
+    Op(
+        "gelu_abs_topk(Tensor x, int k, str backend) -> Tensor",
+        lambda x, k, name: _fused(name).gelu_abs_topk(x, k),
+        _like_first,
+    ),
+    Op(
+        "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
+        lambda grad, y, x, name: _fused(name).gelu_abs_topk_backward(grad, y, x),
+        _like_first,
+    ),
+    Op(
+        "norm_abs_topk(Tensor x, Tensor weight, int k, float eps, str backend) -> (Tensor, Tensor)",
+        lambda x, weight, k, eps, name: _fused(name).norm_abs_topk(x, weight, k, eps),
+        lambda x, *_: (_like_first(x), _row_sums(x, x.shape[0])),
+    ),
+    Op(
+        "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight,"
+        " Tensor scales, str backend) -> (Tensor, Tensor)",
+        lambda grad, y, x, weight, scales, name: _fused(name).norm_abs_topk_backward(
+            grad, y, x, weight, scales
+        ),
+        lambda grad, y, x, weight, *_: (_like_first(x), _like_first(weight)),
+    ),
+    Op(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
+        lambda q, k, v, sinks, name: _fused(name).attention(q, k, v, sinks),
+        lambda q, *_: (_like_first(q), _row_sums(q, q.shape[0], q.shape[2], q.shape[1])),
+    ),
+    Op(
+        "attention_backward(Tensor qkv, Tensor? sinks, Tensor y, Tensor lse, Tensor grad_y,"
+        " str backend) -> (Tensor, Tensor)",
+        lambda qkv, sinks, y, lse, grad_y, name: _fused(name).attention_backward(
+            qkv, sinks, y, lse, grad_y
+        ),
+        lambda qkv, sinks, *_: (
+            _like_first(qkv),
+            qkv.new_empty(0 if sinks is None else sinks.shape),
+        ),
+    ),
+)
+
 _library = torch.library.Library("sparse_kernels", "DEF")
 
 
-def _rebuild(
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> FanInLayout:
-    key = f"{backend}.{'transposed' if transposed else 'own'}"
-    return FanInLayout._wrap(
-        indices,
-        in_features,
-        (block[0], block[1]),
-        Transposed(*transposed) if transposed else None,
-        {key: tuple(schedule)} if schedule else {},
-    )
-
-
-def _forward(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
-    y: Tensor = backends.module(backend).forward(x, values, layout, bias)
-    return y
-
-
-def _forward_fake(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    return x.new_empty(x.shape[0], indices.shape[0] * block[0])
-
-
-def _grad_input(
-    grad_output: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
-    grad: Tensor = backends.module(backend).grad_input(grad_output, values, layout, bias)
-    return grad
-
-
-def _grad_input_fake(
-    grad_output: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], in_features)
-
-
-def _grad_weight(
-    grad_output: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    layout = _rebuild(indices, transposed, schedule, in_features, block, backend)
-    grad: Tensor = backends.module(backend).grad_weight(grad_output, x, layout)
-    return grad
-
-
-def _grad_weight_fake(
-    grad_output: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    transposed: list[Tensor],
-    schedule: list[Tensor],
-    in_features: int,
-    block: list[int],
-    backend: str,
-) -> Tensor:
-    return x.new_empty(*indices.shape, *block)
-
-
-def _schedule(
-    indices: Tensor, transposed: list[Tensor], in_features: int, block: list[int], backend: str
-) -> list[Tensor]:
-    layout = _rebuild(indices, transposed, [], in_features, block, backend)
-    lists = "transposed" if transposed else "own"
-    return list(backends.module(backend).build_schedule(layout, lists))
-
-
-def _schedule_fake(
-    indices: Tensor, transposed: list[Tensor], in_features: int, block: list[int], backend: str
-) -> list[Tensor]:
-    lists = "transposed" if transposed else "own"
-    shapes = backends.module(backend).schedule_shapes(
-        indices.shape[0] * block[0], in_features, indices.shape[1], (block[0], block[1]), lists
-    )
-    return [indices.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
-
-
-def _sum_tokens(grad_output: Tensor, backend: str) -> Tensor:
-    # PyTorch's own sum is as good on a GPU.
-    chosen = cpu if backend == "cpu" else reference
-    return chosen.sum_tokens(grad_output)
-
-
-def _sum_tokens_fake(grad_output: Tensor, backend: str) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[1])
-
-
-def _abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
-    y: Tensor = backends.module(backend).abs_topk(x, k)
-    return y
-
-
-def _abs_topk_fake(x: Tensor, k: int, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
-    grad: Tensor = backends.module(backend).abs_topk_backward(grad_output, y)
-    return grad
-
-
-def _abs_topk_backward_fake(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
-    return grad_output.new_empty(grad_output.shape)
-
-
-def _gelu_abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
-    y: Tensor = backends.module(backend).gelu_abs_topk(x, k)
-    return y
-
-
-def _gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
-    grad: Tensor = backends.module(backend).gelu_abs_topk_backward(grad_output, y, x)
-    return grad
-
-
-def _gelu_abs_topk_backward_fake(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
-    return grad_output.new_empty(grad_output.shape)
-
-
-def _norm_abs_topk(
-    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    y, scales = backends.module(backend).norm_abs_topk(x, weight, k, eps)
-    return y, scales
-
-
-def _norm_abs_topk_fake(
-    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide)
-
-
-def _norm_abs_topk_backward(
-    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    run = backends.module(backend).norm_abs_topk_backward
-    grad, grad_weight = run(grad_output, y, x, weight, scales)
-    return grad, grad_weight
-
-
-def _norm_abs_topk_backward_fake(
-    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    y, lse = backends.module(backend).attention(q, k, v, sinks)
-    return y, lse
-
-
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
-
-
-def _attention_backward(
-    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    run = backends.module(backend).attention_backward
-    grad, grad_sinks = run(qkv, sinks, y, lse, grad_y)
-    return grad, grad_sinks
-
-
-def _attention_backward_fake(
-    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), qkv.new_empty(0 if sinks is None else sinks.shape)
-
-
-def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> OpOverload:
-    """Defines one op; the backend is an argument, so every device enters through `run`."""
-    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    name = schema.partition("(")[0]
+def _register(op: Op) -> OpOverload:
+    """Defines one op; the backend is an argument, so every device enters through `op.run`."""
+    _library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
+    name = op.schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"sparse_kernels::{name}", fake, lib=_library)
+        _library.impl(name, op.run, key)
+    torch.library.register_fake(f"sparse_kernels::{name}", op.fake, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
     _library.impl(name, functools.partial(_run_batched_grads, overload), "Batched")
     return overload
@@ -281,69 +219,148 @@ def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
     return tuple(torch._add_batch_dim(torch.stack(r), 0, level) for r in zip(*results, strict=True))
 
 
-_forward_op = _register(
-    f"forward(Tensor x, Tensor values, Tensor? bias, {_LAYOUT}, str backend) -> Tensor",
+(
     _forward,
-    _forward_fake,
-)
-_grad_input_op = _register(
-    f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_LAYOUT}, str backend)"
-    " -> Tensor",
     _grad_input,
-    _grad_input_fake,
-)
-_grad_weight_op = _register(
-    f"grad_weight(Tensor grad_output, Tensor x, {_LAYOUT}, str backend) -> Tensor",
     _grad_weight,
-    _grad_weight_fake,
-)
-_schedule_op = _register(
-    "schedule(Tensor indices, Tensor[] transposed, int in_features, int[2] block, str backend)"
-    " -> Tensor[]",
-    _schedule,
-    _schedule_fake,
-)
-_sum_tokens_op = _register(
-    "sum_tokens(Tensor grad_output, str backend) -> Tensor", _sum_tokens, _sum_tokens_fake
-)
-_abs_topk_op = _register(
-    "abs_topk(Tensor x, int k, str backend) -> Tensor", _abs_topk, _abs_topk_fake
-)
-_abs_topk_backward_op = _register(
-    "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
-    _abs_topk_backward,
-    _abs_topk_backward_fake,
-)
-_gelu_abs_topk_op = _register(
-    "gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", _gelu_abs_topk, _abs_topk_fake
-)
-_gelu_abs_topk_backward_op = _register(
-    "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
-    _gelu_abs_topk_backward,
-    _gelu_abs_topk_backward_fake,
-)
-_norm_abs_topk_op = _register(
-    "norm_abs_topk(Tensor x, Tensor weight, int k, float eps, str backend) -> (Tensor, Tensor)",
-    _norm_abs_topk,
-    _norm_abs_topk_fake,
-)
-_norm_abs_topk_backward_op = _register(
-    "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight, Tensor scales,"
-    " str backend) -> (Tensor, Tensor)",
-    _norm_abs_topk_backward,
-    _norm_abs_topk_backward_fake,
-)
-_attention_op = _register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
-    _attention,
-    _attention_fake,
-)
-_attention_backward_op = _register(
-    "attention_backward(Tensor qkv, Tensor? sinks, Tensor y, Tensor lse, Tensor grad_y,"
-    " str backend) -> (Tensor, Tensor)",
-    _attention_backward,
-    _attention_backward_fake,
-)
+    sum_tokens,
+    abs_topk,
+    abs_topk_backward,
+    gelu_abs_topk,
+    gelu_abs_topk_backward,
+    norm_abs_topk,
+    norm_abs_topk_backward,
+    attention,
+    attention_backward,
+) = map(_register, TABLE)
+
+
+def _count_linear(
+    x: Sequence[int], values: Sequence[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    rows, per_row, block_out, block_in = values
+    return 2 * x[0] * rows * per_row * block_out * block_in
+
+
+def _count_sampled(
+    grad_output: Sequence[int], x: Sequence[int], *_: object, out_shape: Any = None, **__: object
+) -> int:
+    return _count_linear(x, out_shape)
+
+
+def _register_flops(counter: Any) -> None:
+    """Two operations for each token and kept weight, for `FlopCounterMode`."""
+    for op in (_forward, _grad_input):
+        counter.register_flop_formula(op._overloadpacket)(_count_linear)
+    counter.register_flop_formula(_grad_weight._overloadpacket)(_count_sampled)
+
+
+class _FlopCounterFinder(importlib.abc.MetaPathFinder):
+    """Registers the formulas once the counter is imported: that takes a second, and few want it."""
+
+    name = "torch.utils.flop_counter"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_flops(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _FlopCounterFinder.name in sys.modules:
+    _register_flops(sys.modules[_FlopCounterFinder.name])
+else:
+    sys.meta_path.insert(0, _FlopCounterFinder())
+
+
+def _active_keys() -> int:
+    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return keys
+
+
+def _idle_keys() -> frozenset[int]:
+    """The dispatch keys of a thread in which no mode, transform or tracer is active."""
+    with torch.inference_mode():
+        inference = _active_keys()
+    return frozenset((_active_keys(), inference))
+
+
+_IDLE_KEYS = _idle_keys()
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _is_direct(*tensors: Tensor | None) -> bool:
+    """Whether a call may skip the dispatcher: nobody watches, and the tensors are ordinary.
+
+    The dispatcher takes longer than the product of one token.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _active_keys() not in _IDLE_KEYS
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()
+        ):
+            return False
+    return True
+
+
+def forward(
+    x: Tensor, values: Tensor, layout: FanInLayout | Pattern, bias: Tensor | None, backend: str
+) -> Tensor:
+    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
+    if _is_direct(x, values, bias) and isinstance(layout, FanInLayout):
+        return _get(backend).forward(x, values, layout, bias)
+    y: Tensor = _forward(x, values, bias, layout.indices, layout.in_features, layout.block, backend)
+    return y
+
+
+def grad_input(
+    grad_output: Tensor,
+    values: Tensor,
+    layout: FanInLayout | Pattern,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
+    if _is_direct(grad_output, values, bias) and isinstance(layout, FanInLayout):
+        return _get(backend).grad_input(grad_output, values, layout, bias)
+    grad: Tensor = _grad_input(
+        grad_output, values, bias, layout.indices, layout.in_features, layout.block, backend
+    )
+    return grad
+
+
+def grad_weight(
+    grad_output: Tensor, x: Tensor, layout: FanInLayout | Pattern, backend: str
+) -> Tensor:
+    """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
+    if _is_direct(grad_output, x) and isinstance(layout, FanInLayout):
+        return _get(backend).grad_weight(grad_output, x, layout)
+    grad: Tensor = _grad_weight(
+        grad_output, x, layout.indices, layout.in_features, layout.block, backend
+    )
+    return grad
+
+
+def derive(layout: FanInLayout, backend: str, lists: Any) -> tuple[Tensor, ...]:
+    """What the backend's products want of these lists, an `Orientation`, cached in `layout`."""
+    return layout.derive(
+        f"{backend}.{lists}", lambda this: _get(backend).build_schedule(this, lists)
+    )
 
 
 def is_transformed() -> bool:
@@ -388,128 +405,3 @@ def map_samples(
         for sample in range(info.batch_size)
     )
     return torch.stack(list(calls)), 0
-
-
-def derive(layout: FanInLayout, backend: str, lists: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The lists that a product walks and the backend's schedule for them, cached in the layout.
-
-    Args:
-        lists: "own", the layout's inputs of each output, or "transposed", the outputs of each
-            input; a product that walks its own lists leaves the transposed ones unbuilt.
-
-    Returns:
-        The transposed lists, or nothing, and the schedule. The latter is built by an op of its own,
-        so that a layout that has none yet can be traced as well.
-    """
-    transposed = list(layout.transposed) if lists == "transposed" else []
-
-    def build(layout: FanInLayout) -> tuple[Tensor, ...]:
-        return tuple(
-            _schedule_op(layout.indices, transposed, layout.in_features, layout.block, backend)
-        )
-
-    return transposed, list(layout.derive(f"{backend}.{lists}", build))
-
-
-def _layout_arguments(
-    layout: FanInLayout, backend: str, product: str
-) -> tuple[Tensor, list[Tensor], list[Tensor], int, tuple[int, int]]:
-    """A layout as `product` of `backend` takes it through its schema, `_LAYOUT`."""
-    lists = backends.module(backend).lists(
-        layout.block_cols, layout.num_blocks, layout.block, product
-    )
-    return layout.indices, *derive(layout, backend, lists), layout.in_features, layout.block
-
-
-def prepare(layout: FanInLayout, backend: str, *products: str) -> None:
-    """Derives what the products of `backend` read, so that the first call finds it cached."""
-    for product in products:
-        _layout_arguments(layout, backend, product)
-
-
-def forward(
-    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
-) -> Tensor:
-    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
-    arguments = _layout_arguments(layout, backend, "forward")
-    y: Tensor = _forward_op(x, values, bias, *arguments, backend)
-    return y
-
-
-def grad_input(
-    grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, backend: str
-) -> Tensor:
-    """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
-    arguments = _layout_arguments(layout, backend, "grad_input")
-    grad: Tensor = _grad_input_op(grad_output, values, bias, *arguments, backend)
-    return grad
-
-
-def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str) -> Tensor:
-    """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
-    arguments = _layout_arguments(layout, backend, "grad_weight")
-    grad: Tensor = _grad_weight_op(grad_output, x, *arguments, backend)
-    return grad
-
-
-def sum_tokens(grad_output: Tensor, backend: str) -> Tensor:
-    """The gradient of a bias: `(M, N)` -> `(N,)`; see `reference.sum_tokens`."""
-    grad: Tensor = _sum_tokens_op(grad_output, backend)
-    return grad
-
-
-def abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
-    """The `k` largest `|x|` of each row of x `(M, D)`, zero elsewhere; see `reference.abs_topk`."""
-    y: Tensor = _abs_topk_op(x, k, backend)
-    return y
-
-
-def abs_topk_backward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
-    """The gradient of `abs_topk` from its result `y`; see `reference.abs_topk_backward`."""
-    grad: Tensor = _abs_topk_backward_op(grad_output, y, backend)
-    return grad
-
-
-def gelu_abs_topk(x: Tensor, k: int, backend: str) -> Tensor:
-    """`abs_topk(gelu(x), k)`: x `(M, D)` -> `(M, D)`; see `reference.gelu_abs_topk`."""
-    y: Tensor = _gelu_abs_topk_op(x, k, backend)
-    return y
-
-
-def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor, backend: str) -> Tensor:
-    """The gradient of `gelu_abs_topk` from its result y and x."""
-    grad: Tensor = _gelu_abs_topk_backward_op(grad_output, y, x, backend)
-    return grad
-
-
-def norm_abs_topk(
-    x: Tensor, weight: Tensor, k: int, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """x `(M, D)`, weight `(D,)` -> `(M, D)`, scales `(M,)`; see `reference.norm_abs_topk`."""
-    y, scales = _norm_abs_topk_op(x, weight, k, eps, backend)
-    return y, scales
-
-
-def norm_abs_topk_backward(
-    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight; see `reference.norm_abs_topk_backward`."""
-    arguments = (grad_output, y, x, weight, scales, backend)
-    grad, grad_weight = _norm_abs_topk_backward_op(*arguments)
-    return grad, grad_weight
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """`(B, T, H, d)`, `(B, S, H, d)` twice -> `(B, T, H, d)`, lse; see `reference.attention`."""
-    y, lse = _attention_op(q, k, v, sinks, backend)
-    return y, lse
-
-
-def attention_backward(
-    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv and of sinks, if any; see `reference.attention_backward`."""
-    grad, grad_sinks = _attention_backward_op(qkv, sinks, y, lse, grad_y, backend)
-    return grad, grad_sinks

@@ -1,7 +1,8 @@
 """Every operation in plain PyTorch: the specification, and a backend like the others.
 
-It forms the dense matrix and computes in float64, so it is slow, large and accurate. Each function
-takes two-dimensional inputs of any strides and returns a contiguous result in their dtype.
+It computes in float64, slowly and accurately, with nothing but the blocks that exist: what an
+input holds that is not kept, NaN too, meets no weight. Each function takes two-dimensional inputs
+of any strides and returns a contiguous result in their dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_kernels.checks import check_is_tensor, wide_dtype
 from sparse_kernels.layout import FanInLayout, Problem, check_fan_in, check_geometry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -19,11 +21,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 def _check_layout(layout: object) -> None:
     if not isinstance(layout, FanInLayout):
         raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
-
-
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -46,7 +43,7 @@ def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
         TypeError: a wrong type. ValueError: a wrong shape or device.
     """
     _check_layout(layout)
-    _check_tensor("values", values)
+    check_is_tensor("values", values)
     if values.shape != layout.values_shape:
         raise ValueError(
             f"values must have shape {layout.values_shape} (layout.values_shape), "
@@ -83,7 +80,7 @@ def from_dense(
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or size, or a NaN.
     """
-    _check_tensor("weight", weight)
+    check_is_tensor("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must have a floating-point dtype, got {weight.dtype}")
     if weight.dim() != 2:
@@ -117,7 +114,12 @@ def gather(dense: Tensor, layout: FanInLayout) -> Tensor:
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x `(M, K)`, values `(R, F, ...)`, bias `(N,)` -> `(M, N)`."""
-    return _affine(x, to_dense(values, layout).t(), bias)
+    block_out, block_in = layout.block
+    blocks = x.double().unflatten(1, (layout.block_cols, block_in))
+    y = blocks.new_zeros(x.shape[0], layout.block_rows, block_out)
+    for slot, columns in enumerate(layout.indices.long().unbind(1)):
+        y += _products(blocks[:, columns], values[:, slot].transpose(1, 2))
+    return _finish(y, bias, x.dtype)
 
 
 def grad_input(
@@ -127,7 +129,12 @@ def grad_input(
 
     It is the forward product of a fixed-fan-out layer, hence the bias.
     """
-    return _affine(grad_output, to_dense(values, layout), bias)
+    block_out, block_in = layout.block
+    blocks = grad_output.double().unflatten(1, (layout.block_rows, block_out))
+    grad = blocks.new_zeros(grad_output.shape[0], layout.block_cols, block_in)
+    for slot, columns in enumerate(layout.indices.long().unbind(1)):
+        grad.index_add_(1, columns, _products(blocks, values[:, slot]))
+    return _finish(grad, bias, grad_output.dtype)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
@@ -136,18 +143,21 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         return gather(grad_output.double().t() @ x.double(), layout).to(x.dtype)
 
 
-def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _products(blocks: Tensor, weights: Tensor) -> Tensor:
+    """Of each block-row: blocks `(M, R, i)`, weights `(R, i, o)` -> `(M, R, o)`."""
     # Autocast would compute the products in half precision again.
-    with torch.autocast(x.device.type, enabled=False):
-        y = x.double() @ matrix.double()
-        if bias is not None:
-            y = y + bias.double()
-        return y.to(x.dtype)
+    with torch.autocast(blocks.device.type, enabled=False):
+        return torch.bmm(blocks.transpose(0, 1), weights.double()).transpose(0, 1)
+
+
+def _finish(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = sums.flatten(1)
+    return (y if bias is None else y + bias.double()).to(dtype)
 
 
 def sum_tokens(grad_output: Tensor) -> Tensor:
     """The gradient of a bias: `(M, N)` -> `(N,)`, accumulated in float32 at least."""
-    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(grad_output.dtype)
     return grad_output.sum(0, dtype=wide).to(grad_output.dtype)
 
 
@@ -186,7 +196,7 @@ def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor
     """
     scales = torch.rsqrt(x.double().square().mean(1) + eps)
     y = abs_topk((x.double() * scales[:, None] * weight.double()).to(x.dtype), k)
-    return y, scales.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return y, scales.to(wide_dtype(x.dtype))
 
 
 def norm_abs_topk_backward(
@@ -218,7 +228,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Te
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.double()[:, None])
         y = torch.exp(z - lse[..., None]) @ v.double().transpose(1, 2)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(q.dtype)
         return y.transpose(1, 2).to(q.dtype).contiguous(), lse.to(wide)
 
 
@@ -251,18 +261,6 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     z = q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * q.shape[3] ** -0.5
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     return z.masked_fill(hidden, -torch.inf)
-
-
-def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
-    """Which lists `product` walks, "own" or "transposed": always the layout's own."""
-    return "own"
-
-
-def schedule_shapes(
-    out_features: int, in_features: int, blocks_per_row: int, block: tuple[int, int], lists: str
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of `build_schedule`'s result: this backend needs none."""
-    return []
 
 
 def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:

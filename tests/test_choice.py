@@ -47,7 +47,7 @@ def test_explain_takes_what_choose_takes_and_has_a_sentence_for_each_other(situa
         for name in backends.NAMES
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_MODULES", modules)
+        patch.setattr(backends, "_BACKENDS", modules)
         explained = backends.explain(problem, asked)
         try:
             chosen = backends.choose(problem, asked)

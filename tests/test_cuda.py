@@ -144,7 +144,7 @@ def test_kernels_run_on_the_current_stream():
     layout = sk.FanInLayout.random(512, 512, 64, device="cuda")
     values = torch.randn(layout.values_shape, device="cuda")
     x = torch.randn(4096, 512, device="cuda")
-    ops.prepare(layout, "cuda", "forward")
+    ops.derive(layout, "cuda", "rows")
     truth = sk.sparse_linear(x, values, layout, backend="cuda")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

@@ -270,16 +270,6 @@ def test_the_order_takes_the_longest_lists_first(rows, block_in, seed):
             assert (where.diff()[some.diff() == 0] > 0).all()
 
 
-@pytest.mark.parametrize("sizes", [(48, 70, 7, (1, 1)), (64, 160, 16, (2, 4)), (32, 45, 9, (4, 3))])
-@pytest.mark.parametrize("lists", ["own", "transposed"])
-def test_schedules_have_the_shapes_that_are_announced(sizes, lists):
-    out_features, in_features, fan_in, block = sizes
-    layout = sk.FanInLayout.random(*sizes)
-    announced = cuda.schedule_shapes(out_features, in_features, fan_in // block[1], block, lists)
-    built = cuda.build_schedule(layout, lists)
-    assert [(tuple(part.shape), part.dtype) for part in built] == announced
-
-
 def skewed(rows, columns, fan_in, block, generator):
     """A layout in which a few inputs have most of the readers, and most have none or few."""
     weights = torch.arange(1, columns + 1).double() ** -2
@@ -374,7 +364,7 @@ def test_what_reaches_no_kernel_is_refused():
         cuda.abs_topk(x, 7)
     with pytest.raises(ValueError, match=r"y must have shape \(3, 6\), got \(3, 5\)"):
         cuda.abs_topk_backward(x, x[:, 1:])
-    with pytest.raises(ValueError, match="lists must be 'own' or 'transposed', got 'other'"):
+    with pytest.raises(ValueError, match="lists must be 'rows' or 'columns', got 'other'"):
         cuda.build_schedule(layout, "other")
     wide = sk.FanInLayout.random(8, 258, 258, (8, 129))
     with pytest.raises(ValueError, match=r"sides of at most 128, got 2 of \(8, 129\)"):
@@ -384,7 +374,7 @@ def test_what_reaches_no_kernel_is_refused():
 def test_a_launch_that_fails_names_kernel_and_problem(extension):
     layout = sk.FanInLayout.random(8, 6, 2)
     x, values = torch.randn(3, 6), torch.randn(layout.values_shape)
-    lists, _ = cuda._scheduled(layout, "own")
+    lists, _ = cuda._scheduled(layout, "rows")
     arguments = ["forward", "float32", lists, x.data_ptr(), 6, 1, values.data_ptr(), 0, 0]
     with pytest.raises(RuntimeError, match="choosing device 7 failed: invalid device ordinal"):
         extension.gather(*arguments, torch.empty(3, 8).data_ptr(), 3, 2**20, 7, 0)

@@ -233,16 +233,13 @@ def test_strided_values_and_bias(product):
 
 @given(layouts(blocks=BLOCKS))
 def test_longest_lists_start_first(layout):
-    assert backend.build_schedule(layout, "own") == ()
-    (order,) = backend.build_schedule(layout, "transposed")
+    assert backend.build_schedule(layout, "rows") == ()
+    (order,) = backend.build_schedule(layout, "columns")
     lengths = torch.bincount(layout.indices.flatten().long(), minlength=layout.block_cols)
     assert sorted(order.tolist()) == list(range(layout.block_cols))
     assert (lengths[order.long()].diff() <= 0).all()
-    ((shape, dtype),) = backend.schedule_shapes(
-        layout.out_features, layout.in_features, layout.blocks_per_row, layout.block, "transposed"
-    )
-    assert (tuple(order.shape), order.dtype) == (shape, dtype)
-    with pytest.raises(ValueError, match="lists must be 'own' or 'transposed', got 'both'"):
+    assert order.dtype == torch.int32
+    with pytest.raises(ValueError, match="lists must be 'rows' or 'columns', got 'both'"):
         backend.build_schedule(layout, "both")
 
 
@@ -254,7 +251,7 @@ def test_products_derive_only_the_lists_that_they_walk():
     assert layout._transposed is None
     x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
     sk.sparse_linear(x, values, layout, backend="triton").sum().backward()
-    assert set(layout.cache) == {"triton.own", "triton.transposed"}
+    assert set(layout.cache) == {"triton.columns"}
 
 
 # ---- the public functions
@@ -307,16 +304,13 @@ def test_opcheck(dtype, rows):
     layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
     x, grad_output, values = (t.to(DEVICE) for t in make(layout.to("cpu"), rows, dtype, 0))
     bias = torch.ones(32, dtype=dtype, device=DEVICE)
-    own = ops._layout_arguments(layout, "triton", "forward")
-    transposed = ops._layout_arguments(layout, "triton", "grad_input")
+    pattern = layout.indices, layout.in_features, layout.block, "triton"
     z = torch.randn(rows, 33, device=DEVICE).to(dtype)
     calls = [
-        ("forward", (x, values, bias, *own, "triton")),
-        ("forward", (x, values, None, *own, "triton")),
-        ("grad_input", (grad_output, values, None, *transposed, "triton")),
-        ("grad_weight", (grad_output, x, *own, "triton")),
-        ("schedule", (own[0], own[1], *own[3:], "triton")),
-        ("schedule", (own[0], transposed[1], *own[3:], "triton")),
+        ("forward", (x, values, bias, *pattern)),
+        ("forward", (x, values, None, *pattern)),
+        ("grad_input", (grad_output, values, None, *pattern)),
+        ("grad_weight", (grad_output, x, *pattern)),
         ("abs_topk", (z, 7, "triton")),
         ("abs_topk_backward", (z, z, "triton")),
     ]

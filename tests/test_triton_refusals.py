@@ -80,7 +80,7 @@ def test_the_launchers_check_their_own_arguments():
         (lambda: backend.forward(x[0], values, layout), "x must have shape"),
         (lambda: backend.forward(x, values[1:], layout), "values must have shape"),
         (lambda: backend.forward(x, values.half(), layout), "values must be torch.float32"),
-        (lambda: backend.forward(x.double(), values.double(), layout), "x must be float32, bf"),
+        (lambda: backend.forward(x.double(), values.double(), layout), "x must be one of float32"),
         (lambda: backend.forward(x, values, layout, bias[1:]), "bias must have shape"),
         (lambda: backend.forward(x, values, layout, bias.half()), "bias must be torch.float32"),
         (lambda: backend.forward(x.to("meta"), values, layout), "x must be on a cuda device"),

@@ -73,21 +73,26 @@ std::vector<std::string> usable_isas() {
     return names;
 }
 
-std::string default_isa() {
+size_t default_isa() {
     const char* forced = std::getenv("SPARSE_KERNELS_CPU_ISA");
-    if (!forced || !*forced) return usable_isas().back();
-    for (const std::string& name : usable_isas()) {
-        if (name == forced) return name;
+    const std::vector<std::string> names = usable_isas();
+    if (!forced || !*forced) return names.size() - 1;
+    for (size_t isa = 0; isa < names.size(); ++isa) {
+        if (names[isa] == forced) return isa;
     }
     throw std::invalid_argument("SPARSE_KERNELS_CPU_ISA is '" + std::string(forced) +
                                 "'; this machine can run: " + usable_names());
 }
 
-const KernelTable& table_for(const std::string& name) {
-    for (const Isa& isa : kIsas) {
-        if (name == isa.name && isa.usable()) return isa.table();
-    }
-    throw std::invalid_argument("isa is '" + name + "'; this machine can run: " + usable_names());
+const KernelTable& table_for(size_t isa) {
+    static const std::vector<const KernelTable*> tables = [] {
+        std::vector<const KernelTable*> usable;
+        for (const Isa& each : kIsas) {
+            if (each.usable()) usable.push_back(&each.table());
+        }
+        return usable;
+    }();
+    return *tables.at(isa);
 }
 
 namespace {
@@ -99,25 +104,43 @@ struct Buffer {
 };
 thread_local Buffer buffer;
 
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kKeptBytes = size_t{64} << 20;
 
 }  // namespace
+
+void use_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+    // It may be refused, and is only advice.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {
         std::free(buffer.data);
         buffer.size = 0;
-        const size_t page = bytes < kHugePage ? 4096 : kHugePage;
+        const size_t page = bytes < kHugePage ? kPage : kHugePage;
         const size_t rounded = (bytes + page - 1) / page * page;
         buffer.data = static_cast<char*>(std::aligned_alloc(page, rounded));
         if (!buffer.data) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
         // A tile is read at random: in small pages, most reads would miss the first-level TLB.
-        if (page == kHugePage) madvise(buffer.data, rounded, MADV_HUGEPAGE);
-#endif
+        if (page == kHugePage) use_huge_pages(buffer.data, rounded);
         buffer.size = rounded;
     }
     return buffer.data;
+}
+
+void trim_scratch() {
+    if (buffer.size <= kKeptBytes) return;
+    std::free(buffer.data);
+    buffer.data = nullptr;
+    buffer.size = 0;
 }
 
 }  // namespace sk

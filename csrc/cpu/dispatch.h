@@ -147,9 +147,10 @@ const KernelTable& avx512_bf16_table();
 
 // The instruction sets that were built and that this processor has, lowest first.
 std::vector<std::string> usable_isas();
-// The highest of them, or the one that SPARSE_KERNELS_CPU_ISA names. Throws std::invalid_argument.
-std::string default_isa();
-// Throws std::invalid_argument for a name that is not in usable_isas().
-const KernelTable& table_for(const std::string& isa);
+// The place in usable_isas() of the highest, or of the one that SPARSE_KERNELS_CPU_ISA names.
+// Throws std::invalid_argument.
+size_t default_isa();
+// Throws std::out_of_range for a number that is no place in usable_isas().
+const KernelTable& table_for(size_t isa);
 
 }  // namespace sk

@@ -19,7 +19,16 @@ import os
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import FanInLayout, Problem, check_tensor
+from sparse_kernels.checks import (
+    Orientation,
+    check_float,
+    check_kept,
+    check_orientation,
+    check_tensor,
+    refuse_capture,
+)
+from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.reference import sum_tokens as sum_tokens  # as good on a GPU
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIDES = (16, 32, 64, 128)
@@ -68,32 +77,16 @@ def _why_not_geometry(made: Problem | FanInLayout) -> str | None:
     return None
 
 
-def lists(block_cols: int, num_blocks: int, block: tuple[int, int], product: str) -> str:
-    """Which lists `product` walks: "own", inputs of each output, or "transposed", the reverse."""
-    return "transposed" if product == "grad_input" else "own"
+def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
+    """For "columns" the input block columns, those that most rows read first (int32).
 
-
-def schedule_shapes(
-    out_features: int,
-    in_features: int,
-    blocks_per_row: int,
-    block: tuple[int, int],
-    lists: str,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `build_schedule` returns, from the geometry alone."""
-    return [((in_features // block[1],), torch.int32)] if lists == "transposed" else []
-
-
-def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """For "transposed" lists the input block columns, those that most rows read first (int32).
-
-    The longest lists start first, so that the last ones to run are short. Own lists are all equally
-    long and need no schedule.
+    The longest lists start first, so that the last ones to run are short. Rows are all equally long
+    and need no schedule.
     """
-    if lists not in ("own", "transposed"):
-        raise ValueError(f"lists must be 'own' or 'transposed', got {lists!r}")
-    if lists == "own":
+    check_orientation(lists)
+    if lists == "rows":
         return ()
+    refuse_capture(layout.device)
     lengths = layout.transposed.offsets.diff()
     return (lengths.argsort(descending=True, stable=True).to(torch.int32),)
 
@@ -116,8 +109,7 @@ def _check_first(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
         raise RuntimeError(_missing)
     if tensor.device.type not in ("cuda", _device):
         raise ValueError(f"{name} must be on a cuda device, got {tensor.device}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    check_float(name, tensor, _DTYPES)
     _check(name, tensor, shape, tensor.dtype, tensor.device)
 
 
@@ -171,7 +163,7 @@ def _gather(
 
     if product == "forward":
         return gather.forward(x, values.contiguous(), layout, bias)
-    (order,) = layout.derive("triton.transposed", lambda this: build_schedule(this, "transposed"))
+    (order,) = layout.derive("triton.columns", lambda this: build_schedule(this, "columns"))
     return gather.grad_input(x, values.contiguous(), layout, bias, order)
 
 
@@ -196,8 +188,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     Exact, the lowest index first among equals, NaN above infinity. See `reference.abs_topk`.
     """
     _check_first("x", x, (None, None))
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
+    check_kept(k, x.shape[1])
     from sparse_kernels.triton import topk
 
     return topk.abs_topk(x, k)
