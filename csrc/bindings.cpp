@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/checksum.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
 
@@ -106,6 +107,10 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
 #else
         return false;
 #endif
+    });
+
+    module.def("checksum", [](uintptr_t entries, int64_t count) {
+        return sk::checksum(pointer<const uint32_t>(entries), count);
     });
 
     py::class_<Pattern>(module, "Pattern")
