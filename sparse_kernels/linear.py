@@ -290,7 +290,7 @@ class SparseLinear(nn.Module):
                 self._adopt(self._validated(indices, "indices"))
         elif not self._is_counted_unchanged(indices) and not layout.is_held_by(indices):
             self._adopt(self._validated(indices, "indices"))
-        ranks.check_once(self)
+        ranks.check_once(SparseLinear)
 
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
         """Whether torch counts no write since the last look: asked where looking means waiting."""

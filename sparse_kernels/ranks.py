@@ -10,17 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_kernels.layout import checksum
+
 if TYPE_CHECKING:
     from sparse_kernels.linear import SparseLinear
 
 _compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_once(layer: SparseLinear) -> None:
-    """At the first forward of a DistributedDataParallel that `layer` runs in, compares patterns.
+def check_once(kind: type[SparseLinear]) -> None:
+    """At the first forward of the DistributedDataParallel in progress, if any, compares patterns.
 
-    It compares all sparse layers of the model in one collective: whichever of them a rank runs
-    first, all ranks take part. Where DistributedDataParallel broadcasts the buffers nothing can
+    It compares all layers of that `kind` in one collective: whichever of them a rank runs first,
+    all ranks take part. Where DistributedDataParallel broadcasts the buffers nothing can
     differ.
 
     Raises:
@@ -29,13 +31,14 @@ def check_once(layer: SparseLinear) -> None:
     model = DistributedDataParallel._get_active_ddp_module()
     if model is None or model in _compared or model.will_sync_module_buffers():
         return
-    _compared.add(model)
     named = {
-        name: module for name, module in model.named_modules() if isinstance(module, type(layer))
+        name or "the model": module.indices
+        for name, module in model.module.named_modules()
+        if isinstance(module, kind)
     }
     # Signed, as torch has it.
-    sums = [module.layout.checksum - 2**63 for module in named.values()]
-    mine = torch.tensor(sums, device=layer.indices.device)
+    sums = [checksum(indices) - 2**63 for indices in named.values()]
+    mine = torch.tensor(sums, device=next(iter(named.values())).device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(model.process_group))]
     dist.all_gather(every, mine, group=model.process_group)
     differs = (torch.stack(every) != every[0]).any(0).tolist()
@@ -46,6 +49,7 @@ def check_once(layer: SparseLinear) -> None:
             f"DistributedDataParallel does not broadcast buffers: build the model with the same "
             f"seed on every rank, load the same state dict, or wrap it with broadcast_buffers=True"
         )
+    _compared.add(model)
 
 
 def is_sharded(weight: Tensor) -> bool:

@@ -102,7 +102,7 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
 
 
 def _ordinary_weight(layer: SparseLinear) -> nn.Parameter:
-    """`layer.weight` if it is a whole Parameter of this layer alone; raises ValueError otherwise."""
+    """`layer.weight`, a whole Parameter of this layer alone, or raises ValueError."""
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(
@@ -143,8 +143,8 @@ def _state_by_block(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Ten
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"optimizer must keep tensors of the weight's shape {tuple(weight.shape)} or "
-                f"numbers, and its state {key!r} is {what}: rewire without it (None) and make a new "
-                f"one"
+                f"numbers, and its state {key!r} is {what}: rewire without it (None) and make a "
+                f"new one"
             )
     return by_block
 
