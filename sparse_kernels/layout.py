@@ -458,7 +458,7 @@ class FanInLayout:
         """
         if indices.dtype != torch.int32 or indices.shape != self.indices.shape:
             return False
-        if indices.device.type == self.device.type == "cpu":
+        if indices.is_cpu and self.indices.is_cpu:
             return checksum(indices) == self.checksum
         return indices.device == self.device and torch.equal(indices, self.indices)
 
@@ -481,7 +481,7 @@ class FanInLayout:
 
 def checksum(indices: Tensor) -> int:
     """64 bits of the content of an int32 tensor, the same on every machine."""
-    if indices.device.type != "cpu" or not indices.is_contiguous():
+    if not (indices.is_cpu and indices.is_contiguous()):
         indices = indices.cpu().contiguous()
     if _extension is None:
         content = indices.numpy().tobytes()

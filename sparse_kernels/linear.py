@@ -294,7 +294,7 @@ class SparseLinear(nn.Module):
 
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
         """Whether torch counts no write since the last look: asked where looking means waiting."""
-        if indices.device.type == "cpu":
+        if indices.is_cpu:
             return False
         seen, self._seen = self._seen, (indices, _version(indices))
         return seen is not None and seen[0] is indices and seen[1] == self._seen[1]
