@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/checksum.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
 #include "cpu/scratch.h"
@@ -110,6 +111,10 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
 
     module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
         sk::use_huge_pages(pointer<void>(data), bytes);
+    });
+
+    module.def("checksum", [](uintptr_t entries, int64_t count) {
+        return sk::checksum(pointer<const uint32_t>(entries), count);
     });
 
     py::class_<Pattern>(module, "Pattern")

@@ -14,8 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sparse_kernels import backends, ops
-from sparse_kernels.checks import check_float, check_is_tensor, refuse_jit_trace
-from sparse_kernels.layout import Problem, check_int
+from sparse_kernels.checks import check_float, check_int, check_is_tensor, refuse_jit_trace
+from sparse_kernels.layout import Problem
 
 
 class AbsTopk(Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
@@ -39,9 +40,81 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 DTYPES = {"cpu": CPU_DTYPES, "cuda": (*CPU_DTYPES[:2], torch.float16, torch.float64)}
 
 
+_INT32_MAX = 2**31 - 1
+
+
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
     """The dtypes as a message lists them."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_int(name: str, value: object, minimum: int = 1) -> int:
+    """Returns `value` as an int if it is one, numpy's included (a bool is not), of `minimum` up.
+
+    Raises TypeError or ValueError with `name`, what it got and what it needs.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_block(block: object) -> tuple[int, int]:
+    """Returns `block` as a pair of positive ints, or raises TypeError or ValueError."""
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        raise TypeError(f"block must be a pair (block_out, block_in) of ints, got {block!r}")
+    return check_int("block[0] (block_out)", block[0]), check_int("block[1] (block_in)", block[1])
+
+
+def check_geometry(out_features: object, in_features: object, block: object) -> tuple[int, int]:
+    """Returns `block` as a pair of ints that divides the `(out_features, in_features)` matrix.
+
+    Raises TypeError or ValueError with the argument's name, what it got and what it needs.
+    """
+    sizes = {
+        "out_features": check_int("out_features", out_features),
+        "in_features": check_int("in_features", in_features),
+    }
+    pair = check_block(block)
+    for (name, size), part, extent in zip(
+        sizes.items(), ("block_out", "block_in"), pair, strict=True
+    ):
+        if size % extent:
+            raise ValueError(
+                f"block {pair} does not fit: {part} must divide {name}, "
+                f"and {extent} does not divide {size}"
+            )
+        if size // extent > _INT32_MAX:
+            raise ValueError(f"{name} / {part} must be at most {_INT32_MAX}, got {size // extent}")
+    return pair
+
+
+def check_fan_in(fan_in: object, in_features: int, block_in: int, name: str = "fan_in") -> int:
+    """Returns `F`, the number of blocks that `fan_in` elements of each output's inputs make.
+
+    Raises TypeError or ValueError with `name`, what it got and what it needs.
+    """
+    elements = check_int(name, fan_in)
+    if elements % block_in:
+        raise ValueError(
+            f"{name} counts elements and must be a multiple of the block's extent {block_in} "
+            f"along the same side, got {elements}"
+        )
+    if elements > in_features:
+        raise ValueError(
+            f"{name} must be at most {in_features}, the features there, got {elements}"
+        )
+    return elements // block_in
+
+
+def check_num_blocks(rows: int, count: int) -> None:
+    """Raises ValueError if a layout of `count` blocks in each of `rows` has too many to number."""
+    if rows * count > _INT32_MAX:
+        raise ValueError(
+            f"a layout may have at most {_INT32_MAX} blocks, got {rows} block-rows of {count} = "
+            f"{rows * count}: use a smaller fan or larger blocks"
+        )
 
 
 def check_is_tensor(name: str, tensor: object) -> Tensor:
@@ -64,7 +137,12 @@ def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | Non
         where = f" on {tensor.device.type}"
         dtypes = DTYPES.get(tensor.device.type, DTYPES["cuda"])
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be one of {names_of(dtypes)}{where}, got {tensor.dtype}")
+        hint = ""
+        if tensor.is_cpu and tensor.dtype == torch.float16:
+            hint = ": float16 runs on GPUs only, call .bfloat16() on the model and its input"
+        raise TypeError(
+            f"{name} must be one of {names_of(dtypes)}{where}, got {tensor.dtype}{hint}"
+        )
     return tensor
 
 

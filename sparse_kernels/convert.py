@@ -29,10 +29,11 @@ def sparsify_(
     """Replaces every selected `nn.Linear` of `model` by a SparseLinear of its largest weights.
 
     Only modules whose type is `nn.Linear` itself are selected: a subclass has its own forward, or a
-    parent that reads its weight (as `nn.MultiheadAttention` does with its projection). A module
-    that occurs several times is converted once and stays shared. Every layer is converted before
-    the first is replaced, so a refusal leaves the model as it was. Make the optimizer afterwards:
-    the weights are new Parameters.
+    parent that reads its weight (as `nn.MultiheadAttention` does with its projection). The fused
+    inference of `nn.TransformerEncoderLayer`, which reads dense weights, is switched off where it
+    holds a selected module. A module that occurs several times is converted once and stays shared.
+    Every layer is converted before the first is replaced, so a refusal leaves the model as it was.
+    Make the optimizer afterwards: the weights are new Parameters, with the attributes of the old.
 
     Args:
         model: the model to change; not itself an `nn.Linear`.
@@ -48,9 +49,10 @@ def sparsify_(
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: a size that does not fit, the message names the module; a selected weight that
-            another module uses too, as tied embeddings do; a selected module with hooks, which
-            would be lost; no module selected; or a model that is itself an `nn.Linear`.
+        ValueError: a size that does not fit, the message names the module; a selected weight or
+            bias that another module uses too, as tied embeddings do; hooks or a `forward` of its
+            own on a selected module, or hooks on its parameters, which would be lost; no module
+            selected; or a model that is itself an `nn.Linear`.
     """
     _check(model, filter_fn)
     if isinstance(model, nn.Linear):
@@ -67,8 +69,7 @@ def sparsify_(
     }
     if not chosen:
         raise ValueError("filter_fn must select at least one nn.Linear of the model, got none")
-    _check_hooks(chosen)
-    _check_untied(model, chosen)
+    _check_replaceable(model, chosen)
     made: dict[nn.Module, nn.Module] = {}
     for name, linear in chosen.items():
         if linear in made:
@@ -83,13 +84,16 @@ def sparsify_(
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"module {name!r}: {error}") from error
-    for name, linear in chosen.items():
-        _replace(model, name, made[linear])
+    _replace(model, chosen, made)
+    _stop_fused_inference(model)
     return model
 
 
 def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
     """Replaces every selected SparseLinear of `model` by the `nn.Linear` that computes the same.
+
+    Only modules whose type is SparseLinear itself are selected: a subclass may compute something
+    else.
 
     Args:
         model: the model to change; not itself a SparseLinear.
@@ -99,8 +103,8 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         `model`.
 
     Raises:
-        TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear,
-            or a selected module with hooks, which would be lost.
+        TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear;
+            a parameter that is shared, or hooks that would be lost, as for `sparsify_`.
     """
     _check(model, filter_fn)
     if isinstance(model, SparseLinear):
@@ -110,12 +114,10 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
     chosen: dict[str, SparseLinear] = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, SparseLinear) and (filter_fn is None or filter_fn(module, name))
+        if type(module) is SparseLinear and (filter_fn is None or filter_fn(module, name))
     }
-    _check_hooks(chosen)
-    made = {layer: layer.to_dense() for layer in chosen.values()}
-    for name, layer in chosen.items():
-        _replace(model, name, made[layer])
+    _check_replaceable(model, chosen)
+    _replace(model, chosen, {layer: layer.to_dense() for layer in chosen.values()})
     return model
 
 
@@ -126,33 +128,60 @@ def _check(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None)
         raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
 
 
-def _check_hooks(chosen: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError if a module that is to be replaced has hooks: they would be lost."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    for name, module in chosen.items():
-        if any(getattr(module, kind) for kind in kinds):
-            raise ValueError(
-                f"module {name!r} has hooks, which its replacement would lose: "
-                f"remove them first, or leave it out with filter_fn"
-            )
+def _check_replaceable(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if a chosen module has what its replacement would lose or no longer share.
 
-
-def _check_untied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    """Raises ValueError if a weight to be converted is the weight of another module as well."""
+    That is: hooks, a forward of its own, hooks of its parameters, parameters of other modules.
+    """
     users: dict[Tensor, set[nn.Module]] = {}
     names: dict[Tensor, list[str]] = {}
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             users.setdefault(parameter, set()).add(module)
             names.setdefault(parameter, []).append(f"{name}.{part}")
-    for linear in chosen.values():
-        if len(users[linear.weight]) > 1:
+    for name, module in chosen.items():
+        hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
+        if any(hooks) or "forward" in vars(module):
             raise ValueError(
-                f"{' and '.join(names[linear.weight])} are one Parameter, which a sparse layer "
-                f"cannot share: leave it out with filter_fn, or untie it"
+                f"module {name!r} has hooks or a forward of its own, which its replacement would "
+                f"lose: remove them first, or leave it out with filter_fn"
             )
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"parameter '{name}.{part}' has hooks, which its replacement would lose: "
+                    f"remove them first, or leave the module out with filter_fn"
+                )
+            if len(users[parameter]) > 1:
+                raise ValueError(
+                    f"{' and '.join(names[parameter])} are one Parameter, which the replacement "
+                    f"cannot share: leave it out with filter_fn, or untie it"
+                )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(
+    model: nn.Module, chosen: Mapping[str, nn.Module], made: Mapping[nn.Module, nn.Module]
+) -> None:
+    for name, module in chosen.items():
+        new = made[module]
+        for part, parameter in module.named_parameters(recurse=False):
+            vars(new.get_parameter(part)).update(vars(parameter))  # marks, as optimizers read them
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+def _stop_fused_inference(model: nn.Module) -> None:
+    """Keeps encoder layers, in eval mode, from handing weights that are sparse to a dense kernel.
+
+    These are the attributes by which PyTorch itself tells the layers that it cannot fuse.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and not (
+            type(layer.linear1) is type(layer.linear2) is nn.Linear
+        ):
+            layer.activation_relu_or_gelu = 0
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and not all(
+            layer.activation_relu_or_gelu for layer in encoder.layers
+        ):
+            encoder.use_nested_tensor = False

@@ -9,15 +9,20 @@ it, `values (N/block_out, F, block_out, block_in)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-Method = TypeVar("Method", bound=Callable[..., None])
+from sparse_kernels.checks import check_block, check_fan_in, check_geometry, check_num_blocks
 
-_INT32_MAX = 2**31 - 1
+try:
+    import _sparse_kernels_cpu as _extension
+except ImportError:
+    _extension: ModuleType | None = None  # type: ignore[no-redef]
 
 
 @dataclass(frozen=True)
@@ -47,90 +52,6 @@ class Transposed(NamedTuple):
     offsets: Tensor  # (C + 1,) int64
     rows: Tensor  # (R * F,) int32
     slots: Tensor  # (R * F,) int32
-
-
-def run_while_tracing(method: Method) -> Method:
-    """Marks a method that returns None: torch.compile runs it for real, on the real object.
-
-    It does what `torch.compiler.assume_constant_result` does, which imports all of torch._dynamo
-    (a second, and a thousand modules) only to set this attribute.
-    """
-    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return method
-
-
-def check_int(name: str, value: object, minimum: int = 1) -> int:
-    """Returns `value` if it is an int (a bool is not) of at least `minimum`.
-
-    Raises TypeError or ValueError with `name`, what it got and what it needs.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
-
-
-def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
-) -> None:
-    """Raises TypeError or ValueError unless `tensor` has this dtype and shape; None is any size."""
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
-        wanted += "," if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-
-
-def check_block(block: object) -> tuple[int, int]:
-    """Returns `block` as a pair of positive ints, or raises TypeError or ValueError."""
-    if not isinstance(block, (tuple, list)) or len(block) != 2:
-        raise TypeError(f"block must be a pair (block_out, block_in) of ints, got {block!r}")
-    return check_int("block[0] (block_out)", block[0]), check_int("block[1] (block_in)", block[1])
-
-
-def check_geometry(out_features: object, in_features: object, block: object) -> tuple[int, int]:
-    """Returns `block` as a pair of ints that divides the `(out_features, in_features)` matrix.
-
-    Raises TypeError or ValueError with the argument's name, what it got and what it needs.
-    """
-    sizes = {
-        "out_features": check_int("out_features", out_features),
-        "in_features": check_int("in_features", in_features),
-    }
-    pair = check_block(block)
-    for (name, size), part, extent in zip(
-        sizes.items(), ("block_out", "block_in"), pair, strict=True
-    ):
-        if size % extent:
-            raise ValueError(
-                f"block {pair} does not fit: {part} must divide {name}, "
-                f"and {extent} does not divide {size}"
-            )
-        if size // extent > _INT32_MAX:
-            raise ValueError(f"{name} / {part} must be at most {_INT32_MAX}, got {size // extent}")
-    return pair
-
-
-def check_fan_in(fan_in: object, in_features: int, block_in: int, name: str = "fan_in") -> int:
-    """Returns `F`, the number of blocks that `fan_in` elements of each output's inputs make.
-
-    Raises TypeError or ValueError with `name`, what it got and what it needs.
-    """
-    elements = check_int(name, fan_in)
-    if elements % block_in:
-        raise ValueError(
-            f"{name} counts elements and must be a multiple of the block's extent {block_in} "
-            f"along the same side, got {elements}"
-        )
-    if elements > in_features:
-        raise ValueError(
-            f"{name} must be at most {in_features}, the features there, got {elements}"
-        )
-    return elements // block_in
 
 
 def _distinct(
@@ -191,6 +112,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have at least one row and 1 to in_features / block_in = {block_cols} "
             f"columns, got shape {tuple(indices.shape)}"
         )
+    check_num_blocks(rows, width)
     outside = (indices < 0) | (indices >= block_cols)
     if outside.any():
         row, slot = _first(outside)
@@ -212,56 +134,45 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
         return indices.detach().to(torch.int32).clone(memory_format=torch.contiguous_format)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class FanInLayout:
     """Which blocks of an `(out_features, in_features)` matrix exist; immutable.
 
     The matrix is `W[r * block_out + a, indices[r, f] * block_in + b] = values[r, f, a, b]`, zero
     elsewhere. The layout keeps its own validated copy of `indices`: writing to the tensor that it
-    was made from changes nothing here. Do not write to the tensors that its properties return.
+    was made from changes nothing here. Do not write to the tensors that its attributes return.
 
     Args:
         indices: int32 or int64 `(out_features / block_out, F)`, the kept input blocks of each
-            output block-row, strictly increasing, in `[0, in_features / block_in)`.
+            output block-row, strictly increasing, in `[0, in_features / block_in)`. The attribute
+            is int32 and contiguous.
         in_features: columns `K` of the matrix, a multiple of `block_in`.
         out_features: rows `N`, a multiple of `block_out`; by default `len(indices) * block_out`.
         block: `(block_out, block_in)`, the smallest unit kept or dropped.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, size or index. The message
-            names the argument, what it got and what it needs.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, size or index, or more than
+            2^31 - 1 blocks. The message names the argument, what it got and what it needs.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_block",
-        "_hash",
-        "_in_features",
-        "_indices",
-        "_out_features",
-        "_transposed",
-        "cache",
-    )
+    indices: Tensor
+    in_features: int
+    out_features: int = None  # type: ignore[assignment]  # set in __post_init__
+    block: tuple[int, int] = (1, 1)
+    # What backends derive from the pattern, by "<backend>.<lists>"; see `derive`.
+    cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+    _transposed: Transposed | None = field(default=None, init=False)
 
-    _indices: Tensor
-    _in_features: int
-    _out_features: int
-    _block: tuple[int, int]
-    _transposed: Transposed | None
-    _hash: int | None
-    cache: dict[str, tuple[Tensor, ...]]
-
-    def __init__(
-        self,
-        indices: Tensor,
-        in_features: int,
-        out_features: int | None = None,
-        block: tuple[int, int] = (1, 1),
-    ) -> None:
+    def __post_init__(self) -> None:
+        out_features = cast("int | None", self.out_features)
         if out_features is None:
-            out_features = _count_rows(indices) * check_block(block)[0]
-        block_out, block_in = check_geometry(out_features, in_features, block)
-        own = _check_indices(indices, out_features // block_out, in_features // block_in)
-        self._fill(own, in_features, out_features, (block_out, block_in))
+            out_features = _count_rows(self.indices) * check_block(self.block)[0]
+        block = check_geometry(out_features, self.in_features, self.block)
+        out_features, in_features = int(out_features), int(self.in_features)
+        indices = _check_indices(self.indices, out_features // block[0], in_features // block[1])
+        self.__dict__.update(
+            indices=indices, in_features=in_features, out_features=out_features, block=block
+        )
 
     @classmethod
     def _wrap(
@@ -270,30 +181,18 @@ class FanInLayout:
         in_features: int,
         block: tuple[int, int],
         transposed: Transposed | None = None,
-        cache: dict[str, tuple[Tensor, ...]] | None = None,
     ) -> FanInLayout:
-        """A layout over tensors that are known to be valid: no copy, no check. For ops.py."""
+        """A layout over tensors that are known to be valid: no copy, no check."""
         layout = object.__new__(cls)
-        layout._fill(indices, in_features, indices.shape[0] * block[0], block, transposed, cache)
+        layout.__dict__.update(
+            indices=indices,
+            in_features=in_features,
+            out_features=indices.shape[0] * block[0],
+            block=block,
+            cache={},
+            _transposed=transposed,
+        )
         return layout
-
-    def _fill(
-        self,
-        indices: Tensor,
-        in_features: int,
-        out_features: int,
-        block: tuple[int, int],
-        transposed: Transposed | None = None,
-        cache: dict[str, tuple[Tensor, ...]] | None = None,
-    ) -> None:
-        put = object.__setattr__
-        put(self, "_indices", indices)
-        put(self, "_in_features", in_features)
-        put(self, "_out_features", out_features)
-        put(self, "_block", block)
-        put(self, "_transposed", transposed)
-        put(self, "_hash", None)
-        put(self, "cache", {} if cache is None else cache)
 
     @classmethod
     def random(
@@ -323,12 +222,14 @@ class FanInLayout:
             TypeError, ValueError: a size or block that does not fit; the message names it.
         """
         block = check_geometry(out_features, in_features, block)
+        out_features, in_features = int(out_features), int(in_features)
+        rows, columns = out_features // block[0], in_features // block[1]
         count = check_fan_in(fan_in, in_features, block[1])
+        check_num_blocks(rows, count)
         where = torch.get_default_device() if device is None else torch.device(device)
         if where.type == "meta":
             raise ValueError("device must be able to hold the pattern, got the meta device")
         source = torch.device("cpu") if generator is None else generator.device
-        rows, columns = out_features // block[0], in_features // block[1]
         with torch.inference_mode(False):
             if 2 * count <= columns:
                 indices = _distinct(rows, columns, count, generator, source)
@@ -340,44 +241,24 @@ class FanInLayout:
             return cls._wrap(indices.to(where, torch.int32).contiguous(), in_features, block)
 
     @property
-    def indices(self) -> Tensor:
-        """int32 `(block_rows, blocks_per_row)`, contiguous: kept block columns, ascending."""
-        return self._indices
-
-    @property
-    def in_features(self) -> int:
-        """`K`, columns of the matrix."""
-        return self._in_features
-
-    @property
-    def out_features(self) -> int:
-        """`N`, rows of the matrix."""
-        return self._out_features
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """`(block_out, block_in)`."""
-        return self._block
-
-    @property
     def blocks_per_row(self) -> int:
         """`F`, blocks kept in each block-row."""
-        return self._indices.shape[1]
+        return self.indices.shape[1]
 
     @property
     def fan_in(self) -> int:
         """Inputs kept by each output, in elements: `F * block_in`."""
-        return self._indices.shape[1] * self._block[1]
+        return self.indices.shape[1] * self.block[1]
 
     @property
     def block_rows(self) -> int:
         """`R = out_features / block_out`."""
-        return self._indices.shape[0]
+        return self.indices.shape[0]
 
     @property
     def block_cols(self) -> int:
         """`C = in_features / block_in`."""
-        return self._in_features // self._block[1]
+        return self.in_features // self.block[1]
 
     @property
     def num_blocks(self) -> int:
@@ -387,22 +268,22 @@ class FanInLayout:
     @property
     def nnz(self) -> int:
         """Elements kept in all (L0): `out_features * fan_in`."""
-        return self._out_features * self.fan_in
+        return self.out_features * self.fan_in
 
     @property
     def density(self) -> float:
         """Kept elements over all elements: `fan_in / in_features`."""
-        return self.fan_in / self._in_features
+        return self.fan_in / self.in_features
 
     @property
     def values_shape(self) -> tuple[int, int, int, int]:
         """The shape that `values` must have: `(R, F, block_out, block_in)`."""
-        return (self.block_rows, self.blocks_per_row, self._block[0], self._block[1])
+        return (self.block_rows, self.blocks_per_row, self.block[0], self.block[1])
 
     @property
     def device(self) -> torch.device:
         """Where the layout's tensors live."""
-        return self._indices.device
+        return self.indices.device
 
     @property
     def transposed(self) -> Transposed:
@@ -411,7 +292,7 @@ class FanInLayout:
             return self._transposed
         with torch.inference_mode(False):
             # A stable sort keeps the entries of a column in the order of the table: row by row.
-            columns, entries = self._indices.flatten().sort(stable=True)
+            columns, entries = self.indices.flatten().sort(stable=True)
             bounds = torch.arange(self.block_cols + 1, device=self.device, dtype=torch.int32)
             width = self.blocks_per_row
             transposed = Transposed(
@@ -435,28 +316,17 @@ class FanInLayout:
                 self.cache[key] = found
         return found
 
-    @run_while_tracing
-    def _while_tracing(self, function: Callable[..., None], *args: object) -> None:
-        """Runs `function(self, *args)`, which may fill the caches, at trace time."""
-        function(self, *args)
-
     def to(self, device: torch.device | str) -> FanInLayout:
         """The same pattern on `device`; itself if it is there already. Schedules are not taken."""
-        indices = self._indices.to(device)
-        if indices is self._indices:
+        indices = self.indices.to(device)
+        if indices is self.indices:
             return self
         if indices.is_meta:
             raise ValueError("device must be able to hold the pattern, got the meta device")
         transposed = self._transposed
         if transposed is not None:
             transposed = Transposed(*(part.to(device) for part in transposed))
-        return FanInLayout._wrap(indices, self._in_features, self._block, transposed)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a FanInLayout is immutable: {name} cannot be set, build a new one")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a FanInLayout is immutable: {name} cannot be deleted")
+        return FanInLayout._wrap(indices, self.in_features, self.block, transposed)
 
     def __eq__(self, other: object) -> bool:
         """True if the other layout describes the same pattern, on any device."""
@@ -464,17 +334,31 @@ class FanInLayout:
             return NotImplemented
         if self is other:
             return True
-        mine = (self._out_features, self._in_features, self._block, self._indices.shape)
-        theirs = (other._out_features, other._in_features, other._block, other._indices.shape)
-        return mine == theirs and torch.equal(self._indices, other._indices.to(self.device))
+        mine = (self.out_features, self.in_features, self.block, self.indices.shape)
+        theirs = (other.out_features, other.in_features, other.block, other.indices.shape)
+        return mine == theirs and torch.equal(self.indices, other.indices.to(self.device))
 
     def __hash__(self) -> int:
-        pattern = self._hash
-        if pattern is None:
-            content = self._indices.cpu().numpy().tobytes()
-            pattern = hash((self._out_features, self._in_features, self._block, content))
-            object.__setattr__(self, "_hash", pattern)
-        return pattern
+        return hash((self.out_features, self.in_features, self.block, self.checksum))
+
+    @property
+    def checksum(self) -> int:
+        """`checksum(indices)`, computed once."""
+        found: int | None = self.__dict__.get("_checksum")
+        if found is None:
+            found = self.__dict__["_checksum"] = checksum(self.indices)
+        return found
+
+    def is_held_by(self, indices: Tensor) -> bool:
+        """Whether `indices` has the dtype, device and content of this layout's own.
+
+        On a CPU it reads `indices` once, at the speed of memory, and compares checksums.
+        """
+        if indices.dtype != torch.int32 or indices.shape != self.indices.shape:
+            return False
+        if indices.is_cpu and self.indices.is_cpu:
+            return checksum(indices) == self.checksum
+        return indices.device == self.device and torch.equal(indices, self.indices)
 
     def __copy__(self) -> FanInLayout:
         return self
@@ -484,13 +368,24 @@ class FanInLayout:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through the constructor: what was stored is validated again, caches are not stored.
-        return FanInLayout, (self._indices, self._in_features, self._out_features, self._block)
+        return FanInLayout, (self.indices, self.in_features, self.out_features, self.block)
 
     def __repr__(self) -> str:
         return (
-            f"FanInLayout(out_features={self._out_features}, in_features={self._in_features}, "
-            f"fan_in={self.fan_in}, block={self._block}, device='{self.device}')"
+            f"FanInLayout(out_features={self.out_features}, in_features={self.in_features}, "
+            f"fan_in={self.fan_in}, block={self.block}, device='{self.device}')"
         )
+
+
+def checksum(indices: Tensor) -> int:
+    """64 bits of the content of an int32 tensor, the same on every machine."""
+    if not (indices.is_cpu and indices.is_contiguous()):
+        indices = indices.cpu().contiguous()
+    if _extension is None:
+        content = indices.numpy().tobytes()
+        return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+    found: int = _extension.checksum(indices.data_ptr(), indices.numel())
+    return found
 
 
 def _can_keep(tensors: tuple[Tensor, ...]) -> bool:

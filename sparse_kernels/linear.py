@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import backends, ops, reference
-from sparse_kernels.layout import (
-    FanInLayout,
-    check_fan_in,
-    check_geometry,
-    run_while_tracing,
-)
-from sparse_kernels.matmul import sparse_linear
+from sparse_kernels import backends, ops, ranks, reference
+from sparse_kernels.checks import check_fan_in, check_geometry, check_num_blocks, refuse_jit_trace
+from sparse_kernels.layout import FanInLayout
+from sparse_kernels.matmul import linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+_NO_PATTERN = -1  # what `indices` is filled with while a layer has no pattern
+_OVERWRITTEN = (
+    "indices of a SparseLinear was overwritten where no GPU stream sees it: by a collective "
+    "or .data; read the layer's `layout` after such a write"
+)
+# Every layer alive, to find those that share a weight.
+layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
 
 class SparseLinear(nn.Module):
@@ -33,7 +37,7 @@ class SparseLinear(nn.Module):
             Exactly one of `fan_in` and `fan_out` is given. The published recipe reads through
             fan-in and writes through fan-out (Gao et al. 2025, arXiv 2511.13653).
         block: `(block_out, block_in)`, always in terms of the layer's outputs and inputs.
-        bias: whether to add a learned bias `(N,)`.
+        bias: whether to add a learned bias `(N,)`; None is False, as for `torch.nn.Linear`.
         device: as for `torch.nn.Linear`.
         dtype: as for `torch.nn.Linear`.
         generator: draws the pattern and the initial weights; by default torch's global one.
@@ -49,10 +53,15 @@ class SparseLinear(nn.Module):
     The weights start uniform in `+-1/sqrt(fan_in)`, as in `torch.nn.Linear` but with the fan-in
     that exists; with `fan_out`, with its mean over the outputs. So does the bias.
 
-    The layout is a validated copy of `indices`, and only the layout reaches a kernel. Writing to
-    `indices` (as DistributedDataParallel does to synchronise ranks) takes effect at the next
-    forward: the new pattern is validated and used, or refused with a ValueError. A compiled forward
-    checks this only when it is traced. To change the pattern during training use `rewire_`.
+    The layout is a validated copy of `indices`, and only the layout reaches a kernel. `indices` is
+    compared with it at every forward, by a checksum of its content: a pattern written there in any
+    way (a collective, `.data`, a load hook) is validated and used, or refused with a ValueError. On
+    a GPU the comparison does not wait for the device: a write that torch does not count, such as a
+    collective's, raises a device-side assert. To change the pattern during training use `rewire_`.
+
+    Under DistributedDataParallel the patterns of all ranks are compared at the first forward, and
+    different ones refused with a RuntimeError; `reset_parameters` of a layer whose weight is
+    sharded (FSDP2) gives all ranks the pattern of the first.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
     one, `reset_parameters` draws one, forward raises RuntimeError until then.
@@ -65,6 +74,12 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     indices: Tensor
 
+    def __new__(cls, *args: Any, **options: Any) -> SparseLinear:
+        """Copies and unpickled layers come through here as well."""
+        layer = super().__new__(cls)
+        layers.add(layer)
+        return layer
+
     def __init__(
         self,
         in_features: int,
@@ -73,47 +88,49 @@ class SparseLinear(nn.Module):
         fan_in: int | None = None,
         fan_out: int | None = None,
         block: tuple[int, int] = (1, 1),
-        bias: bool = True,
+        bias: bool | None = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         self.block = check_geometry(out_features, in_features, block)
+        self.in_features, self.out_features = int(in_features), int(out_features)
         if (fan_in is None) == (fan_out is None):
             raise ValueError(
                 f"exactly one of fan_in and fan_out must be given, "
                 f"got fan_in={fan_in} and fan_out={fan_out}"
             )
-        self.fan_in = fan_in
-        self.fan_out = fan_out
-        if not isinstance(bias, bool):
-            raise TypeError(f"bias must be a bool, got {type(bias).__name__}")
+        if bias is not None and not isinstance(bias, bool):
+            raise TypeError(f"bias must be a bool or None, got {type(bias).__name__}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16, float64 or float16, got {dtype}")
         backends.check_name(backend)
         self.backend = backend
+        self.fan_in, self.fan_out = fan_in, fan_out
         block_rows, block_cols = self._stored_block
-        if fan_out is None:
-            count = check_fan_in(fan_in, in_features, self.block[1])
-        else:
-            count = check_fan_in(fan_out, out_features, self.block[0], "fan_out")
+        name, fan = ("fan_in", fan_in) if fan_out is None else ("fan_out", fan_out)
+        count = check_fan_in(fan, self._stored_shape[1], block_cols, name)
+        setattr(self, name, count * block_cols)
         shape = (self._stored_shape[0] // block_rows, count)
+        check_num_blocks(*shape)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.weight = nn.Parameter(
             torch.empty((*shape, block_rows, block_cols), device=device, dtype=dtype)
         )
         self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
+            if bias
+            else None
         )
-        self.register_buffer("indices", torch.empty(shape, device=device, dtype=torch.int32))
+        self.register_buffer(
+            "indices", torch.full(shape, _NO_PATTERN, device=device, dtype=torch.int32)
+        )
         self._layout: FanInLayout | None = None
-        # The buffer and its version when it last agreed with the layout.
-        self._seen = (self.indices, _version(self.indices))
+        # On a GPU, `indices` and its version when it was last compared with the layout.
+        self._seen: tuple[Tensor, int] | None = None
         if device.type != "meta":
             self.reset_parameters(generator)
 
@@ -139,7 +156,7 @@ class SparseLinear(nn.Module):
             RuntimeError: the layer has none yet, see the class. ValueError: `indices` was written
                 to and is no longer a valid pattern.
         """
-        self._synchronize()
+        self._refresh()
         if self._layout is None:
             raise RuntimeError(
                 "this SparseLinear has no pattern yet: it was made on the meta device or emptied; "
@@ -148,9 +165,14 @@ class SparseLinear(nn.Module):
         return self._layout
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws new weights, and a pattern if the layer has none yet."""
+        """Draws new weights, and a pattern if the layer has none yet.
+
+        Weights are uniform in `+-1/sqrt(fan_in)`. `torch.nn.init.kaiming_uniform_` and the like
+        take the number of weights from a shape that is not this layer's: call this in their place.
+        """
         if self.indices.is_meta:
             raise RuntimeError("a layer on the meta device holds no values: call to_empty first")
+        self._refresh()
         if self._layout is None:
             layout = FanInLayout.random(
                 *self._stored_shape,
@@ -159,6 +181,8 @@ class SparseLinear(nn.Module):
                 generator=generator,
                 device=self.indices.device,
             )
+            if ranks.is_sharded(self.weight):
+                ranks.broadcast(layout.indices, self.weight)
             self._replace_pattern(layout)
         mean_fan_in = self.weight.numel() / self.out_features
         bound = mean_fan_in**-0.5
@@ -169,9 +193,16 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
-        return sparse_linear(
-            x, self.weight, self.layout, self.bias, self.backend, transpose=self.transpose
-        )
+        refuse_jit_trace()
+        if torch.compiler.is_compiling():
+            # What is traced keeps the buffer: a pattern that is loaded later is used, and equal
+            # layers share a graph.
+            pattern = ops.Pattern(self.indices, self._stored_shape[1], self._stored_block)
+            return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+        layout = self.layout
+        if not layout.indices.is_cpu:
+            torch._assert_async(torch.all(self.indices == layout.indices), _OVERWRITTEN)
+        return linear(x, self.weight, layout, self.bias, self.backend, self.transpose)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -243,47 +274,42 @@ class SparseLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
 
-    @run_while_tracing
-    def _synchronize(self) -> None:
+    def _refresh(self) -> None:
         """Takes over a pattern that was written to `indices`; raises if it is not valid."""
-        indices = self.indices
-        if indices is self._seen[0] and _version(indices) == self._seen[1]:
-            return
+        indices, layout = self._buffers["indices"], self._layout
         # A tracer's stand-in has no content to look at, and stands for what was here before.
         if type(indices) is not Tensor or indices.is_meta:
             return
-        layout = self._layout
-        if (
-            layout is None
-            or indices.dtype != torch.int32
-            or indices.device != layout.device
-            or not torch.equal(indices, layout.indices)
-        ):
-            layout = self._validated(indices, "indices")
-        self._adopt(layout)
+        if layout is None:
+            if not bool((indices == _NO_PATTERN).all()):
+                self._adopt(self._validated(indices, "indices"))
+        elif not self._is_counted_unchanged(indices) and not layout.is_held_by(indices):
+            self._adopt(self._validated(indices, "indices"))
+        ranks.check_once(SparseLinear)
+
+    def _is_counted_unchanged(self, indices: Tensor) -> bool:
+        """Whether torch counts no write since the last look: asked where looking means waiting."""
+        if indices.is_cpu:
+            return False
+        seen, self._seen = self._seen, (indices, _version(indices))
+        return seen is not None and seen[0] is indices and seen[1] == self._seen[1]
 
     def _validated(self, indices: object, name: str) -> FanInLayout:
-        """The layout that `indices` describes; raises and says `name` if it fits this layer not."""
+        """The layout that `indices` describes; raises with `name` if it does not fit this layer."""
         rows, columns = self._stored_shape
+        fan = self.fan_out if self.transpose else self.fan_in
+        shape = (rows // self._stored_block[0], fan // self._stored_block[1])  # type: ignore[operator]
         try:
-            if isinstance(indices, Tensor) and indices.shape != self.indices.shape:
-                raise ValueError(
-                    f"indices must have shape {tuple(self.indices.shape)}, "
-                    f"got {tuple(indices.shape)}"
-                )
+            if isinstance(indices, Tensor) and indices.shape != shape:
+                raise ValueError(f"indices must have shape {shape}, got {tuple(indices.shape)}")
             return FanInLayout(indices, columns, rows, self._stored_block)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} of a SparseLinear: {error}") from error
 
     def _adopt(self, layout: FanInLayout) -> None:
         """Uses `layout` from now on; it has the same pattern as `indices`."""
-        before = self._layout
-        if before is not None and layout is not before and layout.device == before.device:
-            # Whatever was derived from the old pattern was needed: a compiled graph reads it.
-            for key in before.cache:
-                ops.derive(layout, *key.split("."))
         self._layout = layout
-        self._seen = (self.indices, _version(self.indices))
+        self._seen = None
 
     def _replace_pattern(self, layout: FanInLayout) -> None:
         """Takes over `layout`, of the same matrix and block; the weights are left alone."""
@@ -292,30 +318,24 @@ class SparseLinear(nn.Module):
                 self.indices.copy_(layout.indices)
         else:
             self.indices = layout.indices.clone()
-            if self.transpose:
-                self.fan_out = layout.fan_in
-            else:
-                self.fan_in = layout.fan_in
+            setattr(self, "fan_out" if self.transpose else "fan_in", layout.fan_in)
         self._adopt(layout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        self._synchronize()
+        self._refresh()
         super()._apply(fn, recurse)
         indices, layout = self.indices, self._layout
-        if type(indices) is not Tensor or layout is None or indices.is_meta:
-            self._layout = None if indices.is_meta else layout
-            self._seen = (indices, _version(indices))
-            return self
-        layout = layout.to(indices.device)
-        if indices.dtype != torch.int32:
-            # Module.type() casts every tensor; a pattern does not follow.
-            self.indices = layout.indices.clone()
-        elif not torch.equal(indices, layout.indices):
-            # `to_empty`: new memory, and no pattern in it.
+        if indices.is_meta:
             self._layout = None
-            self._seen = (indices, _version(indices))
-            return self
-        self._adopt(layout)
+        elif type(indices) is Tensor:
+            if layout is not None and indices.dtype != torch.int32:
+                # Module.type() casts every tensor; a pattern does not follow.
+                indices = self.indices = layout.indices.to(indices.device, copy=True)
+            if layout is not None and torch.equal(indices, layout.indices.to(indices.device)):
+                self._adopt(layout.to(indices.device))
+            else:  # `to_empty`: new memory, and no pattern in it
+                self._layout = None
+                indices.fill_(_NO_PATTERN)
         return self
 
     def _load_from_state_dict(
@@ -328,39 +348,62 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Validates everything that is to be loaded, then loads it: a failure loads nothing.
+        """Loads this layer's tensors, or none of them if one is refused.
 
-        Raises:
-            TypeError, ValueError: the message names the key, what it holds and what it needs.
+        What is wrong goes to the lists, of which `load_state_dict` makes one error for all layers.
         """
-        names = ["weight", "indices"] + (["bias"] if self.bias is not None else [])
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
-        if strict and missing:
-            missing_keys.extend(missing)
-            return
-        for name in names:
-            if name != "indices" and prefix + name in state_dict:
-                _check_loaded(prefix + name, state_dict[prefix + name], getattr(self, name))
-        layout = None
-        indices = state_dict.get(prefix + "indices")
-        if prefix + "indices" in state_dict and not (
-            isinstance(indices, Tensor) and indices.is_meta and self.indices.is_meta
-        ):
-            layout = self._validated(indices, prefix + "indices")
-            state_dict = {**state_dict, prefix + "indices": layout.indices.clone()}
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-        if layout is not None and not self.indices.is_meta:
-            if layout == self._layout:
-                layout = self._layout
+        before = {**self._parameters, **self._buffers}
+        content = {name: None if t is None else t.detach().clone() for name, t in before.items()}
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        missing: list[str] = []
+        unexpected: list[str] = []
+        errors: list[str] = []
+        accepted = False
+        try:
+            # Loads; before that it calls the hooks that may change the keys of `state_dict`.
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+            layout, refusals = self._examine(state_dict, prefix, before, assign)
+            errors = refusals or errors
+            accepted = not errors and not (strict and (missing or unexpected))
+        finally:
+            if not accepted:
+                self._restore(before, content)
+        if accepted and layout is not None:
+            if assign:
+                self.indices = layout.indices.clone()
             self._adopt(layout.to(self.indices.device))
+        missing_keys += missing
+        unexpected_keys += unexpected
+        error_msgs += errors
+
+    def _examine(
+        self, state_dict: dict[str, Any], prefix: str, before: dict[str, Any], assign: bool
+    ) -> tuple[FanInLayout | None, list[str]]:
+        """The pattern in `state_dict`, if any, and what is wrong with its tensors."""
+        layout, refusals = None, []
+        for name, current in before.items():
+            loaded = state_dict.get(prefix + name)
+            if current is None or prefix + name not in state_dict:
+                continue
+            try:
+                if name != "indices":
+                    _check_loaded(prefix + name, loaded, current, assign)
+                elif not (isinstance(loaded, Tensor) and loaded.is_meta and current.is_meta):
+                    layout = self._validated(loaded, prefix + name)
+            except (TypeError, ValueError) as error:
+                refusals.append(str(error))
+        return None if before["indices"].is_meta and not assign else layout, refusals
+
+    def _restore(self, before: dict[str, Any], content: dict[str, Any]) -> None:
+        """Puts the tensors `before` back, with the `content` that they had."""
+        for name, tensor in before.items():
+            owner = self._parameters if name in self._parameters else self._buffers
+            owner[name] = tensor
+            if tensor is not None and not tensor.is_meta:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(content[name])
 
 
 def _version(tensor: Tensor) -> int:
@@ -377,10 +420,18 @@ def _uniform_(tensor: Tensor, bound: float, generator: torch.Generator | None) -
         tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
-def _check_loaded(key: str, loaded: object, current: Tensor) -> None:
+def _check_loaded(key: str, loaded: object, current: Tensor, assign: bool) -> None:
+    """Raises TypeError or ValueError if `loaded` cannot take the place of a floating `current`."""
+    if not current.is_floating_point():
+        return
     if not isinstance(loaded, Tensor):
         raise TypeError(f"{key} must be a torch.Tensor, got {type(loaded).__name__}")
-    if not loaded.is_floating_point():
-        raise TypeError(f"{key} must have a floating-point dtype, got {loaded.dtype}")
+    if loaded.layout != torch.strided:
+        raise TypeError(f"{key} must be a strided tensor, got {loaded.layout}: call to_dense()")
+    if not loaded.is_floating_point() or (assign and loaded.dtype not in _DTYPES):
+        needs = "float32, bfloat16, float64 or float16" if assign else "a floating-point dtype"
+        raise TypeError(f"{key} must have {needs}, got {loaded.dtype}")
+    if loaded.is_meta and not current.is_meta:
+        raise ValueError(f"{key} must hold values, got a tensor on the meta device")
     if loaded.shape != current.shape:
         raise ValueError(f"{key} must have shape {tuple(current.shape)}, got {tuple(loaded.shape)}")

@@ -214,6 +214,7 @@ def sparse_linear(
         raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
     if not isinstance(transpose, bool):
         raise TypeError(f"transpose must be a bool, got {type(transpose).__name__}")
+    checks.refuse_jit_trace()
     return linear(x, values, layout, bias, backend, transpose)
 
 
@@ -226,7 +227,6 @@ def linear(
     transpose: bool,
 ) -> Tensor:
     """`sparse_linear`, which says more; while tracing, `layout` may be the `Pattern` of one."""
-    checks.refuse_jit_trace()
     _check(x, values, layout, bias, transpose)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)

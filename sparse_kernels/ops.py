@@ -68,12 +68,12 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
     place = (storage._cdata, indices.storage_offset(), *indices.shape, in_features, *block)
     version = -1 if indices.is_inference() else indices._version
     known = _known.get(place)
-    if known is not None:
-        same = known.version == version
-        if torch.equal(known.layout.indices, indices) if indices.is_cpu else same:
-            return known.layout
+    if known is not None and (
+        known.layout.is_held_by(indices) if indices.is_cpu else known.version == version
+    ):
+        return known.layout
     checks.refuse_capture(indices.device)
-    layout = FanInLayout(indices, in_features, None, (block[0], block[1]))
+    layout = FanInLayout(indices, in_features, indices.shape[0] * block[0], (block[0], block[1]))
     for old in [old for old, known in _known.items() if known.storage.expired()]:
         del _known[old]
     _known[place] = _Known(StorageWeakRef(storage), version, layout)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import NoneType
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_kernels.layout import FanInLayout
-from sparse_kernels.linear import SparseLinear
+from sparse_kernels.linear import SparseLinear, layers
 
 
 def survivors(old: FanInLayout, new: FanInLayout) -> tuple[Tensor, Tensor]:
@@ -38,9 +40,9 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
 
     Connections that both patterns have keep their weight, their gradient and their optimizer state;
     new ones start with all of them zero. `layer.weight` stays the same Parameter, with its hooks.
-    Of the optimizer, every state tensor of this weight that has the weight's shape is carried
-    (momenta, second moments, float32 master copies); step counters and other parameters are not
-    touched.
+    Of the optimizer, every state tensor of this weight that has an entry for each block is carried
+    (momenta, second moments, float32 master copies, Adafactor's factors inside the blocks); step
+    counters and other parameters are not touched.
 
     With another fan the weight, its gradient, its optimizer state, `layer.indices` and
     `layer.fan_in` (or `fan_out`) get new shapes. A graph that was recorded before refuses to run
@@ -56,7 +58,10 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: another matrix, block or device, or an optimizer that does not hold the weight.
+        ValueError: another matrix, block or device; a weight that is not an ordinary Parameter
+            (parametrized, pruned, sharded) or that another layer shares; an optimizer that does not
+            hold the weight, or whose state for it cannot be carried (LBFGS,
+            ZeroRedundancyOptimizer, anything of another shape).
     """
     if not isinstance(layer, SparseLinear):
         raise TypeError(f"layer must be a SparseLinear, got {type(layer).__name__}")
@@ -66,7 +71,8 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
         )
     if not isinstance(new_layout, FanInLayout):
         raise TypeError(f"new_layout must be a FanInLayout, got {type(new_layout).__name__}")
-    old_layout, weight = layer.layout, layer.weight
+    weight = _ordinary_weight(layer)
+    old_layout = layer.layout
     if _matrix(new_layout) != _matrix(old_layout):
         raise ValueError(
             f"new_layout must be of the same matrix and block as {old_layout}, got {new_layout}"
@@ -75,15 +81,7 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
         raise ValueError(
             f"new_layout must be on the layer's device {old_layout.device}, got {new_layout.device}"
         )
-    state: dict[str, Tensor] = {}
-    if optimizer is not None:
-        if not any(held is weight for group in optimizer.param_groups for held in group["params"]):
-            raise ValueError("optimizer must hold layer.weight, and none of its groups does")
-        state = {
-            key: tensor
-            for key, tensor in optimizer.state.get(weight, {}).items()
-            if isinstance(tensor, Tensor) and tensor.shape == weight.shape
-        }
+    state = {} if optimizer is None else _state_by_block(optimizer, weight)
     # Normal tensors even in inference mode, so that training may follow.
     with torch.inference_mode(False), torch.no_grad():
         slots, kept = survivors(old_layout, new_layout)
@@ -101,6 +99,54 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
             if optimizer is not None and moved:
                 optimizer.state[weight].update(moved)
         layer._replace_pattern(new_layout)
+
+
+def _ordinary_weight(layer: SparseLinear) -> nn.Parameter:
+    """`layer.weight`, a whole Parameter of this layer alone, or raises ValueError."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            "layer.weight must be an ordinary Parameter, and it is parametrized or pruned: remove "
+            "that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+        )
+    if type(weight.data) is not Tensor:
+        raise ValueError(
+            f"layer.weight must be an ordinary Parameter, got a {type(weight.data).__name__}: "
+            f"rewire before the weight is sharded or quantized"
+        )
+    if any(layer is not other and other._parameters.get("weight") is weight for other in layers):
+        raise ValueError(
+            "layer.weight must belong to this layer alone, and another SparseLinear shares it, "
+            "whose pattern would no longer fit: give one of them a copy of the weight"
+        )
+    return weight
+
+
+def _state_by_block(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
+    """What `optimizer` keeps of every block of `weight`; raises ValueError if there is more."""
+    if not any(held is weight for group in optimizer.param_groups for held in group["params"]):
+        raise ValueError("optimizer must hold layer.weight, and none of its groups does")
+    names = {base.__name__ for base in type(optimizer).__mro__}
+    if names & {"LBFGS", "ZeroRedundancyOptimizer"}:
+        raise ValueError(
+            f"optimizer must keep a state of each weight that can be carried to new positions, and "
+            f"{type(optimizer).__name__} mixes or spreads it: rewire without it (None) and make a "
+            f"new one"
+        )
+    by_block = {}
+    for key, value in optimizer.state.get(weight, {}).items():
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[:2] == weight.shape[:2]:
+            by_block[key] = value
+        elif not isinstance(value, (int, float, str, NoneType)) and not (
+            isinstance(value, Tensor) and value.numel() == 1
+        ):
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"optimizer must keep tensors of the weight's shape {tuple(weight.shape)} or "
+                f"numbers, and its state {key!r} is {what}: rewire without it (None) and make a "
+                f"new one"
+            )
+    return by_block
 
 
 def _reshape_(weight: nn.Parameter, values: Tensor, grad: Tensor | None) -> None:

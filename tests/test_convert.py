@@ -297,3 +297,75 @@ def test_a_plain_gpt2_becomes_sparse_trains_and_comes_back():
     assert not sparse & {name for name, kind in kinds(gpt).items() if kind == "SparseLinear"}
     assert all((block.c_fc.weight != 0).sum(1).max() <= 4 for block in gpt.h)
     torch.testing.assert_close(gpt(tokens), trained, rtol=1e-4, atol=1e-4)
+
+
+# ---- what a replacement would lose, share no longer, or break
+
+
+def tied_bias(net):
+    net[1].bias = net[0].bias
+
+
+def own_forward(net):
+    net[0].forward = lambda x: x
+
+
+LOST = {
+    "bias of two layers": tied_bias,
+    "forward of its own": own_forward,
+    "forward hook": lambda net: net[0].register_forward_hook(lambda *_: None),
+    "state dict hook": lambda net: net[0].register_state_dict_post_hook(lambda *_: None),
+    "tensor hook": lambda net: net[0].weight.register_hook(lambda grad: grad),
+    "bias hook": lambda net: net[0].bias.register_post_accumulate_grad_hook(lambda p: None),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("direction", ["sparsify", "densify"])
+def test_refuses_what_a_replacement_would_lose(name, direction):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if direction == "densify":
+        sk.sparsify_(net, fan_in=4)
+    LOST[name](net)
+    layers = list(net)
+    with pytest.raises(ValueError, match=r"hooks|are one Parameter"):
+        sk.sparsify_(net, fan_in=4) if direction == "sparsify" else sk.densify_(net)
+    assert all(now is before for now, before in zip(net, layers, strict=True))
+
+
+def test_marks_of_parameters_are_kept_there_and_back():
+    net = nn.Sequential(nn.Linear(8, 8))
+    net[0].weight.no_decay = True
+    sk.sparsify_(net, fan_in=4)
+    assert net[0].weight.no_decay
+    sk.densify_(net)
+    assert net[0].weight.no_decay
+    assert not hasattr(net[0].bias, "no_decay")
+
+
+def test_densify_leaves_subclasses_alone():
+    class Lookup(sk.SparseLinear):
+        def forward(self, tokens):
+            return super().forward(nn.functional.one_hot(tokens, self.in_features).float())
+
+    net = nn.Sequential(Lookup(8, 8, fan_out=2), sk.SparseLinear(8, 8, fan_in=2))
+    tokens = torch.arange(5)
+    y = net(tokens)
+    sk.densify_(net)
+    assert [type(layer) for layer in net] == [Lookup, nn.Linear]
+    torch.testing.assert_close(net(tokens), y)
+
+
+@pytest.mark.parametrize("layers", [0, 2], ids=["layer", "stack"])
+def test_an_encoder_layer_evaluates_as_it_trains(layers):
+    """In eval mode PyTorch hands the weights of `linear1` and `linear2` to a dense kernel."""
+    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    net = nn.TransformerEncoder(net, layers) if layers else net
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    sk.sparsify_(net, fan_in=8)
+    y = net(x, src_key_padding_mask=padding).detach()
+    net.eval()
+    with torch.no_grad():
+        z = net(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(z[~padding], y[~padding])

@@ -4,12 +4,14 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_accurate, to_dense
 from safetensors.torch import load_file, load_model, save_file, save_model
+from torch.nn.utils import prune
 
 import sparse_kernels as sk
 
@@ -526,3 +528,138 @@ def test_a_good_pattern_written_from_outside_is_used():
         ):
             mine.copy_(theirs)
     check_same(layer, other)
+
+
+# ---- loading
+
+
+def test_every_bad_layer_is_named_and_none_is_changed():
+    net = torch.nn.Sequential(*(layer_of("fan_in") for _ in range(3)))
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    state = net.state_dict()
+    state["0.indices"] = torch.full_like(state["0.indices"], 99)
+    state["2.weight"] = state["2.weight"][:3]
+    state["2.bias"] = state["2.bias"].int()
+    with pytest.raises(RuntimeError) as caught:
+        net.load_state_dict(state)
+    for word in ("0.indices", "99", "2.weight", "(3, 4, 1, 1)", "2.bias", "int32"):
+        assert word in str(caught.value)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def unexpected(state):
+    state["more"] = torch.ones(1)
+
+
+BROKEN = {
+    "meta": lambda state: state.update(weight=state["weight"].to("meta")),
+    "sparse": lambda state: state.update(weight=state["weight"].to_sparse()),
+    "missing": lambda state: state.pop("bias"),
+    "unexpected": unexpected,
+    "no tensor": lambda state: state.update(weight=[1.0]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_load_that_fails_changes_nothing(name, assign):
+    layer, other = layer_of("fan_in"), layer_of("fan_in")
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    weight, state = layer.weight, other.state_dict()
+    BROKEN[name](state)
+    with pytest.raises(RuntimeError):
+        layer.load_state_dict(state, assign=assign)
+    assert layer.weight is weight
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert torch.equal(layer.layout.indices, layer.indices)
+
+
+def test_assigning_eight_bit_floats_is_refused_and_copying_them_is_not():
+    layer, state = layer_of("fan_in"), layer_of("fan_in").state_dict()
+    state["weight"] = state["weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="float8_e4m3fn"):
+        layer.load_state_dict(state, assign=True)
+    layer.load_state_dict(dict(state))
+    assert torch.equal(layer.weight, state["weight"].float())
+
+
+def test_a_failing_load_hook_changes_nothing():
+    layer, other = layer_of("fan_in"), layer_of("fan_in")
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+
+    def fail(module, state, *_):
+        raise KeyError("hook")
+
+    layer.register_load_state_dict_pre_hook(fail)
+    with pytest.raises(KeyError, match="hook"):
+        layer.load_state_dict(other.state_dict())
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_a_layer_whose_weight_is_computed_loads_its_own_state(wrap):
+    one, other = layer_of("fan_in"), layer_of("fan_in")
+    wrap(one)
+    wrap(other)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(5, K)
+    assert torch.equal(other(x), one(x))
+
+
+def test_hooks_may_rename_keys():
+    layer, other = layer_of("fan_in"), layer_of("fan_in")
+
+    def rename(module, state, prefix, *_):
+        state[prefix + "weight"] = state.pop(prefix + "w")
+
+    layer.register_load_state_dict_pre_hook(rename)
+    state = other.state_dict()
+    state["w"] = state.pop("weight")
+    layer.load_state_dict(state)
+    check_same(layer, other)
+
+
+# ---- small
+
+
+def test_numpy_integers_are_sizes():
+    size = np.int64
+    block = (size(3), size(2))
+    layer = sk.SparseLinear(size(K), size(N), fan_in=size(4), block=block)
+    assert layer(torch.randn(2, K)).shape == (2, N)
+    layout = sk.FanInLayout.random(size(N), size(K), size(4), block)
+    again = sk.FanInLayout(layout.indices, size(K), size(N), block)
+    for value in (layer.in_features, layer.out_features, layer.fan_in, *layer.block):
+        assert type(value) is int
+    for made in (layout, again):
+        for value in (made.in_features, made.out_features, made.fan_in, *made.block):
+            assert type(value) is int
+    for wrong in (np.bool_(True), np.float64(4), torch.tensor(4)):
+        with pytest.raises(TypeError, match="fan_in"):
+            sk.SparseLinear(K, N, fan_in=wrong)
+
+
+def test_no_bias_by_none():
+    assert sk.SparseLinear(K, N, fan_in=4, bias=None).bias is None
+    with pytest.raises(TypeError, match="bias"):
+        sk.SparseLinear(K, N, fan_in=4, bias=0)
+
+
+def test_more_blocks_than_int32_can_number_are_refused():
+    for make in (
+        lambda: sk.SparseLinear(2**16, 2**16, fan_in=2**15, device="meta"),
+        lambda: sk.FanInLayout.random(2**16, 2**16, 2**15),
+        lambda: sk.FanInLayout(torch.zeros(1, 1, dtype=torch.int32).expand(2**16, 2**15), 2**16),
+    ):
+        with pytest.raises(ValueError, match="2147483648"):
+            make()

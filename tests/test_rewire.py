@@ -1,10 +1,14 @@
 """A change of topology carries values and optimizer state of survivors; the rest is zero."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import seeds, to_dense
+from torch.nn.utils import prune
 
 import sparse_kernels as sk
 
@@ -262,7 +266,7 @@ def test_state_of_another_fan_loads_into_a_fresh_layer_of_it(direction):
     x = torch.randn(5, 18)
     assert torch.equal(fresh(x), layer(x))
     assert repr(fresh) == repr(layer)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(RuntimeError, match="shape"):
         sk.SparseLinear(18, 12, **{direction: 6}).load_state_dict(layer.state_dict())
 
 
@@ -376,3 +380,77 @@ def test_compiled_with_another_fan():
         y.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+# ---- what it cannot carry
+
+
+def refused(layer, optimizer, words):
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        sk.rewire_(layer, optimizer, other_layout(layer))
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_refuses_a_weight_that_another_layer_shares():
+    layer, other = (sk.SparseLinear(18, 12, fan_in=6) for _ in range(2))
+    other.weight = layer.weight
+    refused(layer, None, "shares")
+    copied = copy.deepcopy(torch.nn.ModuleList([layer, other]))
+    assert copied[0].weight is copied[1].weight
+    refused(copied[0], None, "shares")
+    del other, copied
+    gc.collect()
+    sk.rewire_(layer, None, other_layout(layer))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_refuses_a_weight_that_is_computed(wrap):
+    layer = sk.SparseLinear(18, 12, fan_in=6)
+    wrap(layer)
+    refused(layer, None, "parametrized or pruned")
+
+
+def test_refuses_state_that_mixes_weights_or_has_another_shape():
+    layer, _ = trained()
+    lbfgs = torch.optim.LBFGS(layer.parameters())
+    refused(layer, lbfgs, "LBFGS")
+    layer, optimizer = trained()
+    optimizer.state[layer.weight]["factor"] = torch.ones(12)
+    refused(layer, optimizer, r"'factor' is \(12,\)")
+    optimizer.state[layer.weight]["factor"] = [torch.ones(12)]
+    refused(layer, optimizer, "'factor' is list")
+
+
+@pytest.mark.parametrize("fan", [4, 8])
+def test_carries_the_factors_of_adafactor(fan):
+    """They are of the rows and columns inside a block, so each belongs to one block."""
+    layer = sk.SparseLinear(16, 12, fan_in=4, block=(3, 2))
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(20, 16)).square().sum().backward()
+        optimizer.step()
+    old = layer.layout
+    before = {key: value.clone() for key, value in optimizer.state[layer.weight].items()}
+    new = sk.FanInLayout.random(12, 16, fan, (3, 2))
+    sk.rewire_(layer, optimizer, new)
+    assert set(before) >= {"row_var", "col_var"}
+    for key in ("row_var", "col_var"):
+        carried = optimizer.state[layer.weight][key]
+        for r in range(new.block_rows):
+            places = {column: f for f, column in enumerate(old.indices[r].tolist())}
+            for f, column in enumerate(new.indices[r].tolist()):
+                was = before[key][r, places[column]] if column in places else 0
+                assert torch.equal(carried[r, f], torch.zeros_like(carried[r, f]) + was)
+    layer(torch.randn(20, 16)).square().sum().backward()
+    optimizer.step()
+    assert torch.isfinite(layer.weight).all()
