@@ -27,9 +27,11 @@ import tyro
 
 from benchmarks import devices, report
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "python -m benchmarks.gpu"
-SMALL = (sys.executable, "-m", "benchmarks.gpu.small")
+PYTHON = (sys.executable, "-m")
+# Every kernel once on small shapes: for compute-sanitizer and a profiler.
+CHECK = ("--device", "cuda", "--smoke", "--check", "--backend")
 # The tests that run on a GPU; others need packages that a machine with a GPU may lack.
 TESTS = tuple(
     f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_refusals", "gpu_benchmarks")
@@ -38,6 +40,8 @@ METRICS = (
     "sm__inst_executed.avg.per_cycle_active,lts__t_bytes.sum.per_second,"
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,dram__bytes.sum.per_second"
 )
+# Only run where --only names them: they take hours.
+OPTIONAL = ("all", "tune")
 
 
 @dataclass(frozen=True)
@@ -51,32 +55,34 @@ class Step:
 
 
 def plan(out: Path, *, smoke: bool = False) -> list[Step]:
-    """The steps, in order. They end in 8 minutes, others and tune not counted."""
+    """The steps, in order. They end in 8 minutes, the optional ones not counted."""
 
     def benchmark(name: str, module: str, limit_s: float, *options: str, **extra: str) -> Step:
         options = ("--smoke",) if smoke else options  # no tiny case has a goal
-        words = ("-m", f"benchmarks.{module}", "--device", "cuda", *options)
-        command = (sys.executable, *words, "--json", str(out / f"{name}.json"))
-        return Step(name, limit_s, command, extra)
+        words = (f"benchmarks.{module}", "--device", "cuda", *options)
+        return Step(name, limit_s, (*PYTHON, *words, "--json", str(out / f"{name}.json")), extra)
 
-    def sanitizer(tool: str) -> Step:
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *SMALL)
+    def sanitizer(tool: str, module: str, limit_s: float) -> Step:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTHON)
         # Each tensor gets memory of its own, so that an access outside of one is seen.
-        return Step(tool, 45, (*command, "cuda"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        words = (f"benchmarks.{module}", *CHECK, "cuda")
+        return Step(f"{tool}-{module}", limit_s, (*command, *words), extra)
 
     build = (sys.executable, "setup.py", "build_ext", "--inplace")
-    profile = ("ncu", "--metrics", METRICS, "--kernel-name-base", "demangled", "--csv", *SMALL)
-    test = (sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=-ra", "-m", "gpu", *TESTS)
+    profile = ("ncu", "--metrics", METRICS, "--kernel-name-base", "demangled", "--csv", *PYTHON)
+    test = (*PYTHON, "pytest", "-q", "-x", "-o", "addopts=-ra", "-m", "gpu", *TESTS)
     return [
         Step("build", 60, build, {"SPARSE_KERNELS_CUDA": "1"}),
-        Step("small", 40, SMALL),
+        Step("check-triton", 40, (*PYTHON, "benchmarks.matmul", *CHECK, "triton")),
         benchmark("goals", "matmul", 150, "--goals"),
         benchmark("activation", "activation", 20, "--goals"),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        Step("profile", 45, (*profile, "cuda")),
+        sanitizer("memcheck", "matmul", 35),
+        sanitizer("memcheck", "activation", 15),
+        sanitizer("racecheck", "matmul", 35),
+        Step("profile", 45, (*profile, "benchmarks.matmul", *CHECK, "cuda")),
         Step("test", 75, test),
-        benchmark("others", "matmul", 3600, "--others"),
+        benchmark("all", "matmul", 3600),
         benchmark(
             "tune", "matmul", 3600, "--goals", "--backend", "triton", SPARSE_KERNELS_TRITON_TUNE="1"
         ),
@@ -109,12 +115,12 @@ def main(only: str = "", out: Path = Path("gpu-results"), smoke: bool = False) -
     """Runs the steps.
 
     Args:
-        only: some of the steps, with commas between them; by default all but others and tune.
+        only: some of the steps, with commas between them; by default all but all and tune.
         out: the folder of the results and the logs.
         smoke: tiny shapes.
     """
     steps = {step.name: step for step in plan(out.absolute(), smoke=smoke)}
-    names = only.split(",") if only else [name for name in steps if name not in ("others", "tune")]
+    names = only.split(",") if only else [name for name in steps if name not in OPTIONAL]
     if unknown := [name for name in names if name not in steps]:
         report.refuse(PROGRAM, f"--only: no step is {unknown[0]!r}; there are {', '.join(steps)}")
     if reason := devices.why_not("cuda"):
@@ -128,7 +134,7 @@ def main(only: str = "", out: Path = Path("gpu-results"), smoke: bool = False) -
         else:
             row = run(steps[name], out / f"{name}.log")
         rows.append(row)
-        print(f"{name:<12} {row['seconds']:6.1f} s  {row['ending']}", flush=True)
+        print(f"{name:<20} {row['seconds']:6.1f} s  {row['ending']}", flush=True)
         report.write_json(out / "gpu.json", machine, rows, complete=len(rows) == len(names))
     return 0 if all(row["ending"] == "passed" for row in rows) else 1
 
