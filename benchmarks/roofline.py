@@ -47,24 +47,6 @@ Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The terms of the bound of one product, in milliseconds."""
-
-    compute_ms: float
-    operands_ms: float
-    memory_ms: float
-
-    @property
-    def ms(self) -> float:
-        return max(self.compute_ms, self.operands_ms, self.memory_ms)
-
-    @property
-    def limit(self) -> str:
-        """Which term decides: "compute", "operands" or "memory"."""
-        return max(("compute", "operands", "memory"), key=lambda name: getattr(self, f"{name}_ms"))
-
-
-@dataclass(frozen=True)
 class Work:
     """What one product has to do, whatever the kernel."""
 
@@ -124,8 +106,8 @@ class Peaks:
     write_gbs: Curve
     copy_gbs: Curve
 
-    def bound(self, work: Work, dtype: str) -> Bound:
-        """The lower bound of the time of `work`."""
+    def bound_ms(self, work: Work, dtype: str) -> dict[str, float]:
+        """The terms of the bound by their names; the largest is the bound."""
         rate = max(self.fma_gflops, self.bf16_gflops if dtype == "bfloat16" else 0.0)
         total = work.read_bytes + work.write_bytes
         read, write, copy = (
@@ -134,11 +116,11 @@ class Peaks:
         either = max(read, write, copy)
         memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
         # Giga-anything per second is a million a millisecond.
-        return Bound(
-            compute_ms=work.flops / rate * 1e-6,
-            operands_ms=work.operand_bytes * self._operand_ns(work) * 1e-6,
-            memory_ms=memory * 1e-6,
-        )
+        return {
+            "compute": work.flops / rate * 1e-6,
+            "operands": work.operand_bytes * self._operand_ns(work) * 1e-6,
+            "memory": memory * 1e-6,
+        }
 
     def _operand_ns(self, work: Work) -> float:
         """Nanoseconds for each byte of operands, in the best of the tiles."""
@@ -160,10 +142,11 @@ class GpuPeaks:
     dense_tflops: dict[str, float]
     copy_gbs: float
 
-    def bound(self, work: Work, dtype: str) -> Bound:
-        """The lower bound of the time of `work`."""
+    def bound_ms(self, work: Work, dtype: str) -> dict[str, float]:
+        """The terms of the bound by their names; the largest is the bound."""
+        total = work.read_bytes + work.write_bytes
         compute_ms = work.flops / self.dense_tflops[dtype] * 1e-9
-        return Bound(compute_ms, 0.0, (work.read_bytes + work.write_bytes) / self.copy_gbs * 1e-6)
+        return {"compute": compute_ms, "memory": total / self.copy_gbs * 1e-6}
 
 
 def bandwidth_gbs(curve: Curve, size: int) -> float:
