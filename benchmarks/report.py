@@ -44,8 +44,6 @@ VIEWS = {
     "circuits": "benchmarks.experiments.circuits",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-# Features of the processor that decide how fast these kernels run.
-_FLAGS = ("avx2", "avx512", "amx", "fma", "f16c", "asimd", "sve", "bf16", "hypervisor")
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = (
     "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
@@ -59,9 +57,6 @@ def refuse(program: str, sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# --- the machine -------------------------------------------------------------------------------
-
-
 def describe_machine(
     command: Sequence[str], *, isa: str | None, peaks: Mapping[str, object] | None
 ) -> dict[str, Any]:
@@ -72,16 +67,13 @@ def describe_machine(
         isa: the instruction set of our kernels.
         peaks: the measured peaks of the machine, or None.
     """
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n")[0].splitlines() if info.is_file() else []
-    cpu = {name.strip(): value.strip() for name, _, value in (s.partition(":") for s in lines)}
-    model = cpu.get("model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    lines = (output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
+    cpu = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {
-        "cpu": model or platform.processor() or None,
+        "cpu": cpu.get("Model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string"),
+        "flags": cpu.get("Flags"),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "flags": sorted(flag for flag in flags if flag.startswith(_FLAGS)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -143,9 +135,6 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         f"{where}, torch {machine['torch']}, Python {machine['python']}, {machine['os']}, "
         f"commit {machine['commit']}"
     )
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def why_not_writable(path: Path) -> str | None:
@@ -213,9 +202,6 @@ def update_document(path: Path, tables: Mapping[str, str]) -> None:
         marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
         raise ValueError(f"{path} has no mark {marks}; add it with its end")
     path.write_text(text)
-
-
-# --- text --------------------------------------------------------------------------------------
 
 
 def table(

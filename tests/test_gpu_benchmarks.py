@@ -63,7 +63,7 @@ def test_a_step_is_logged_judged_and_ended_in_time(tmp_path):
     log = tmp_path / "log"
 
     def end(code, limit_s=60.0):
-        step = gpu.Step("test", limit_s, (sys.executable, "-c", code), {"WHERE": "here"})
+        step = gpu.Step("test", limit_s, ["env", "WHERE=here", sys.executable, "-c", code])
         return gpu.run(step, log)
 
     assert end("import os; print('in', os.environ['WHERE'])")["ending"] == "passed"
@@ -72,7 +72,7 @@ def test_a_step_is_logged_judged_and_ended_in_time(tmp_path):
     late = end("import time; print('waiting', flush=True); time.sleep(60)", 0.5)
     assert late["ending"] == "stopped after 0 s"
     assert late["seconds"] < 30
-    missing = gpu.run(gpu.Step("profile", 1, ("no-such-profiler",)), log)
+    missing = gpu.run(gpu.Step("profile", 1, ["no-such-profiler"]), log)
     assert missing["ending"] == "no-such-profiler is not installed"
 
 
