@@ -133,6 +133,17 @@ def test_a_wrong_result_has_no_times(
 ONE_CASE = ["--smoke", "--case", "64->48", "--repeats", "1"]
 
 
+def test_check_compares_and_takes_no_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    assert matmul.main([*ONE_CASE, "--check", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["correct"] and "time_ms" not in row for row in rows] == [True] * 4
+    assert report.text(json.loads(path.read_text()))
+    assert "correct" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(KeyboardInterrupt, report.INTERRUPTED), (RuntimeError("no memory\nat all"), 1)],
