@@ -25,14 +25,20 @@ def speedup(row: Row, baseline: str) -> float | None:
     return float(row[f"{baseline}_ms"] / row["time_ms"])
 
 
+def sparse_peer(row: Row) -> tuple[str, str]:
+    """The column and the name of the best sparse peer. Old files know torch CSR alone."""
+    if row.get("best_sparse_ms") is not None:
+        return "best_sparse", row["best_sparse_kind"]
+    return "torch_csr", "torch CSR"
+
+
 def over_baselines(row: Row) -> dict[str, float]:
     """How many times faster it was than each baseline that was measured, as sentences name it."""
-    # Old files know torch CSR alone.
-    peer = "best_sparse" if row.get("best_sparse_ms") is not None else "torch_csr"
+    peer, library = sparse_peer(row)
     names = {
         "masked_dense": "masked dense",
         "best_dense": f"the best dense ({row.get('best_dense_kind')})",
-        peer: f"the best sparse peer ({row.get('best_sparse_kind') or 'torch CSR'})",
+        peer: f"the best sparse peer ({library})",
         "torch": f"torch.topk + scatter ({row.get('torch_kind')})",
     }
     found = {name: speedup(row, column) for column, name in names.items()}
@@ -71,10 +77,9 @@ def _over(baseline: str) -> Callable[[Row], str]:
 
 
 def _over_peer(row: Row) -> str:
-    found = over_baselines(row).items()
-    return next(
-        (f"{ratio(v)} {name[21:]}" for name, v in found if name.startswith("the best sparse")), "-"
-    )
+    column, library = sparse_peer(row)
+    value = speedup(row, column)
+    return "-" if value is None else f"{ratio(value)} ({library})"
 
 
 # Heading -> the cell of a row. A column that no row fills is left out.
