@@ -14,18 +14,19 @@ The bound is the time to read and write each operand once at the bandwidth measu
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
 
 from benchmarks import run
-from benchmarks.baselines import Accuracy, Rival, Rivals
-from benchmarks.cases import TopkCase, topk_cases
+from benchmarks.baselines import Accuracy, Rivals
+from benchmarks.cases import DTYPES, TopkCase, topk_cases
 from benchmarks.roofline import Work
 from benchmarks.run import Benchmark, Operation
-from benchmarks.timing import Budget, Candidate
+from benchmarks.timing import Candidate
 from sparse_kernels import abs_topk, backends, reference
 
 
@@ -47,11 +48,10 @@ def operations(case: TopkCase, device: str, backend: str | None) -> Iterator[Ope
     """Forward and backward of a case."""
     generator = torch.Generator().manual_seed(case.width + case.k)
     x, grad = (
-        torch.randn(case.tokens, case.width, generator=generator).to(device, case.torch_dtype)
+        torch.randn(case.tokens, case.width, generator=generator).to(device, DTYPES[case.dtype])
         for _ in range(2)
     )
-    (problem,) = case.problems(device)
-    name = backends.choose(problem, backend)
+    name = backends.choose(case.problems(device)[0], backend)
     ways = {
         "ours": partial(abs_topk, k=case.k, backend=name),
         "sorted": partial(torch_abs_topk, k=case.k, is_sorted=True),
@@ -65,21 +65,20 @@ def operations(case: TopkCase, device: str, backend: str | None) -> Iterator[Ope
         return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
 
     kept = reference.abs_topk(x, case.k)
-    size = x.nbytes
     forward = {way: partial(call, x) for way, call in ways.items()}
     backward = {way: partial(gradient, y) for way, y in results.items()}
     for product, calls, truth, read in (
-        ("abs_topk forward", forward, kept, size),
-        ("abs_topk backward", backward, reference.abs_topk_backward(grad, kept), 2 * size),
+        ("abs_topk forward", forward, kept, x.nbytes),
+        ("abs_topk backward", backward, reference.abs_topk_backward(grad, kept), 2 * x.nbytes),
     ):
-        rivals: Rivals = {way: Rival(calls[way], "torch") for way in ("sorted", "unsorted")}
+        rivals: Rivals = {way: (calls[way], ["torch"]) for way in ("sorted", "unsorted")}
         yield Operation(
             product=product,
             backend=name,
             ours=calls["ours"],
             check=partial(check, calls["ours"], truth),
             # Forward reads x and writes y; backward reads dY and Y and writes dX.
-            work=Work(flops=0, operand_bytes=0, read_bytes=read, write_bytes=size),
+            work=Work(flops=0, operand_bytes=0, read_bytes=read, write_bytes=x.nbytes),
             rivals=partial(tuple[Rivals, dict[str, str]], (rivals, {})),
         )
 
@@ -89,15 +88,9 @@ BENCHMARK = Benchmark(
     description=__doc__,
     cases=topk_cases,
     operations=operations,
-    budgets={"smoke": Budget(0.01), **dict.fromkeys(("default", "wide", "full"), Budget(1.5))},
-    missing=list,
+    seconds={"smoke": (0.01, inf), **dict.fromkeys(("default", "wide", "full"), (1.5, inf))},
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    return run.main(BENCHMARK, arguments)
-
+main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

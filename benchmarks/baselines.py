@@ -8,6 +8,7 @@ conversion is timed. Only `masked dense` is what people run today.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,34 +16,21 @@ from torch import Tensor
 from torch.nn import functional
 
 import sparse_kernels as sk
-from benchmarks.cases import Case
-from benchmarks.timing import Candidate, sample_s
+from benchmarks.cases import DTYPES, WITH_GOAL, Case
+from benchmarks.timing import Candidate
 from sparse_kernels import ops
 from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
 
-# A bfloat16 dense product that would take longer than this, and several times as long as fp32, is
-# not timed.
-BF16_MAX_SECONDS = 2.0
-BF16_SLOWER = 4.0
-PROBED_TOKENS = 32
-PROBED_FEATURES = 256
+# torch's bfloat16 products of more multiplications take seconds on processors that lack the
+# instructions, where they were 8 and more times slower than fp32.
+BF16_LOOP_MAX = 2**28
 # Rows of the result that are compared: enough to meet every tile, few enough for float64.
 CHECKED_ROWS = 64
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-
-class Rival:
-    """Another way to compute what ours computes.
-
-    Its time is a candidate for the columns `GROUP_ms` of a row, which hold the least of each group.
-    """
-
-    def __init__(self, call: Candidate, *groups: str) -> None:
-        self.call = call
-        self.groups = groups
-
-
-Rivals = dict[str, Rival]
+# The name of a baseline -> its call, and the columns `GROUP_ms` of a row that it may fill: a column
+# holds the least of its group.
+Rivals = dict[str, tuple[Candidate, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -55,29 +43,19 @@ class Operands:
     mask: Tensor  # (N, K), 0 or 1 in the weight's dtype
 
     @classmethod
-    def draw(cls, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Operands:
-        """The seeded operands of a case; on a GPU the activations are drawn there, in seconds."""
-        on_gpu = torch.device(device).type == "cuda"
-        sizes = (case.in_features, case.out_features, case.fan_in, case.block, case.torch_dtype)
-        tokens = 1 if on_gpu else case.tokens
-        problem = make_problem(seed, tokens, *sizes, bias=False, device=device)
-        if on_gpu:
-            generator = torch.Generator(device).manual_seed(seed)
-            x, grad = (
-                torch.randn(case.tokens, n, generator=generator, device=device).to(case.torch_dtype)
-                for n in (case.in_features, case.out_features)
-            )
-            problem = replace(problem, x=x, grad_output=grad)
+    def draw(cls, case: Case, device: str = "cpu") -> Operands:
+        """The seeded operands of a case; the activations are drawn on the device."""
+        dtype = DTYPES[case.dtype]
+        sizes = (case.in_features, case.out_features, case.fan_in, case.block, dtype)
+        problem = make_problem(0, 1, *sizes, bias=False, device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        x, grad = (
+            torch.randn(case.tokens, features, generator=generator, device=device).to(dtype)
+            for features in (case.in_features, case.out_features)
+        )
+        problem = replace(problem, x=x, grad_output=grad)
         pattern = replace(problem, values=torch.ones_like(problem.values))
         return cls(case, problem, problem.dense_weight(), pattern.dense_weight())
-
-    @property
-    def x(self) -> Tensor:  # (M, K)
-        return self.problem.x
-
-    @property
-    def grad_output(self) -> Tensor:  # (M, N)
-        return self.problem.grad_output
 
     @property
     def used_in_features(self) -> int:
@@ -87,7 +65,7 @@ class Operands:
 
 def ours(operands: Operands, product: str, backend: str) -> Candidate:
     """The product as users call it (without autograd's bookkeeping), schedules built already."""
-    x, grad = operands.x, operands.grad_output
+    x, grad = operands.problem.x, operands.problem.grad_output
     values, layout = operands.problem.values, operands.problem.layout
     calls: dict[str, Candidate] = {
         "forward": lambda: sk.sparse_linear(x, values, layout, backend=backend),
@@ -99,24 +77,18 @@ def ours(operands: Operands, product: str, backend: str) -> Candidate:
     return calls[product]
 
 
-def under(call: Candidate, setting: str, value: int | str) -> Candidate:
-    """The same call, with `torch.set_<setting>(value)` while it runs."""
-    get, put = getattr(torch, f"get_{setting}"), getattr(torch, f"set_{setting}")
+def with_precision(call: Candidate, precision: str) -> Candidate:
+    """fp32 in and out; "medium" multiplies in bf16, on a GPU "high" in tf32, "highest" in fp32."""
 
     def run() -> None:
-        before = get()
-        put(value)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
         try:
             call()
         finally:
-            put(before)
+            torch.set_float32_matmul_precision(before)
 
     return run
-
-
-def with_precision(call: Candidate, precision: str) -> Candidate:
-    """fp32 in and out; "medium" multiplies in bf16, on a GPU "high" in tf32, "highest" in fp32."""
-    return under(call, "float32_matmul_precision", precision)
 
 
 def masked_dense(operands: Operands, product: str) -> Candidate:
@@ -125,7 +97,7 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     The masked weight is made in the forward, which saves it for the backward; the weight's gradient
     is masked.
     """
-    x, grad, weight, mask = operands.x, operands.grad_output, operands.weight, operands.mask
+    x, grad, weight, mask = _tensors(operands)
     masked = weight * mask
     calls: dict[str, Candidate] = {
         "forward": lambda: functional.linear(x, weight * mask),
@@ -135,20 +107,12 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     return calls[product]
 
 
-def dense(
-    operands: Operands,
-    product: str,
-    dtype: torch.dtype,
-    tokens: slice = slice(None),
-    outputs: slice = slice(None),
-) -> Candidate:
+def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
     """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
 
-    Times the same multiplications whatever the values are, so the masked operands serve. `tokens`
-    and `outputs` make the product smaller.
+    Times the same multiplications whatever the values are, so the masked operands serve.
     """
-    x, grad = operands.x[tokens].to(dtype), operands.grad_output[tokens, outputs].to(dtype)
-    weight = operands.weight[outputs].to(dtype)
+    x, grad, weight, _ = (t.to(dtype) for t in _tensors(operands))
     calls: dict[str, Candidate] = {
         "forward": lambda: functional.linear(x, weight),
         "grad_input": lambda: grad @ weight,
@@ -157,34 +121,13 @@ def dense(
     return calls[product]
 
 
-def why_no_bf16_dense(operands: Operands, product: str) -> str | None:
-    """A sentence if torch's bfloat16 dense product is slow, and too slow to time; else None.
-
-    Without bfloat16 instructions it can run through a reference loop, up to hundreds of times
-    slower than fp32, and would take an hour to time. Judged by a few tokens and outputs, where it
-    must also be several times slower than fp32: what is left out can never be the best dense.
-    """
-    part = slice(PROBED_TOKENS), slice(PROBED_FEATURES)
-    tokens, outputs = operands.grad_output.shape
-    share = min(1, PROBED_TOKENS / tokens) * min(1, PROBED_FEATURES / outputs)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        call = dense(operands, product, dtype, *part)
-        call()
-        seconds[dtype] = sample_s(call) / share
-    bf16 = seconds[torch.bfloat16]
-    if bf16 <= BF16_MAX_SECONDS or bf16 <= BF16_SLOWER * seconds[torch.float32]:
-        return None
-    return f"torch's bfloat16 dense product is not timed: it would take about {bf16:.0f} s"
-
-
 def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
     """oneDNN's inner product, weights packed beforehand.
 
     torch uses MKL for fp32, which is slow on processors that are not Intel's. In `grad_weight`
     nothing is constant: the packing of its second operand is part of the call.
     """
-    x, grad, weight = (t.to(dtype) for t in (operands.x, operands.grad_output, operands.weight))
+    x, grad, weight, _ = (t.to(dtype) for t in _tensors(operands))
     linear = torch.ops.mkldnn._linear_pointwise
     pack = torch.ops.mkldnn._reorder_linear_weight
     if product == "grad_weight":
@@ -194,43 +137,59 @@ def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candid
     return lambda: linear(left, packed, None, "none", [], None)
 
 
-def dense_rivals(operands: Operands, product: str, *, bf16: bool) -> Rivals:
-    """Every dense way there is in this process; a name ends with the precision of its products.
+def _tensors(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return operands.problem.x, operands.problem.grad_output, operands.weight, operands.mask
 
-    torch's own bf16 is left out if `bf16` is False.
+
+def why_no_bf16_dense(case: Case) -> str | None:
+    """A sentence if torch's bfloat16 dense products on this CPU take too long to time; else None.
+
+    Without bfloat16 instructions they run through a reference loop, up to hundreds of times slower
+    than fp32: what is left out can never be the best dense.
     """
+    multiplications = case.tokens * case.in_features * case.out_features
+    if multiplications <= BF16_LOOP_MAX or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return "torch's bfloat16 dense product is not timed: it takes seconds on this processor"
+
+
+def rivals(operands: Operands, product: str) -> tuple[Rivals, dict[str, str]]:
+    """Masked dense and every dense way there is, and a note about what is left out."""
+    case, on_gpu = operands.case, operands.weight.is_cuda
+    no_bf16 = None if on_gpu else why_no_bf16_dense(case)
+    found: Rivals = {}
+    if case.dtype != "bfloat16" or no_bf16 is None:
+        masked = masked_dense(operands, product)
+        found["masked dense"] = masked, ["masked_dense"]
+        if on_gpu and case in WITH_GOAL:
+            compiled = torch.compile(masked, fullgraph=True, dynamic=False)
+            found["compiled masked"] = compiled, ["compiled_masked"]
+    stock = f"{'cuBLAS' if on_gpu else 'torch'} {SHORT_NAMES[case.dtype]}"
+    for name, call in _dense_ways(operands, product, bf16=no_bf16 is None):
+        found[name] = call, ["best_dense", *(["dense"] if name == stock else [])]
+    return found, {} if no_bf16 is None else {"bf16_dense_note": no_bf16}
+
+
+def _dense_ways(operands: Operands, product: str, *, bf16: bool) -> Iterator[tuple[str, Candidate]]:
+    """A name says the precision of the products; without `bf16` torch's own bf16 is left out."""
     fp32 = dense(operands, product, torch.float32)
-    calls: dict[str, Candidate] = {}
-    if operands.x.is_cuda:
-        dtype = operands.case.torch_dtype
-        if dtype == torch.float32:
-            calls["cuBLAS fp32"] = with_precision(fp32, "highest")
-            calls["cuBLAS tf32"] = with_precision(fp32, "high")
-        if dtype == torch.float16:
-            calls["cuBLAS fp16"] = dense(operands, product, dtype)
-        else:
-            calls["cuBLAS bf16"] = dense(operands, product, torch.bfloat16)
-    else:
-        calls["torch fp32"] = fp32
-        if bf16:
-            calls["torch bf16"] = dense(operands, product, torch.bfloat16)
-        if torch.backends.mkldnn.is_available():
-            calls["oneDNN fp32"] = dense_onednn(operands, product, torch.float32)
-            if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                calls["oneDNN bf16"] = dense_onednn(operands, product, torch.bfloat16)
-                if operands.case.dtype == "float32":
-                    calls["torch via bf16"] = with_precision(fp32, "medium")
-    library = "cuBLAS" if operands.x.is_cuda else "torch"
-    stock = f"{library} {SHORT_NAMES[operands.case.dtype]}"
-    return {
-        name: Rival(
-            call,
-            "best_dense",
-            *(["best_fp32_dense"] if name.endswith(" fp32") else []),
-            *(["dense"] if name == stock else []),
-        )
-        for name, call in calls.items()
-    }
+    dtype = operands.case.dtype
+    if operands.weight.is_cuda:
+        if dtype == "float32":
+            yield "cuBLAS fp32", with_precision(fp32, "highest")
+            yield "cuBLAS tf32", with_precision(fp32, "high")
+        other = torch.float16 if dtype == "float16" else torch.bfloat16
+        yield f"cuBLAS {'fp16' if dtype == 'float16' else 'bf16'}", dense(operands, product, other)
+        return
+    yield "torch fp32", fp32
+    if bf16:
+        yield "torch bf16", dense(operands, product, torch.bfloat16)
+    if torch.backends.mkldnn.is_available():
+        yield "oneDNN fp32", dense_onednn(operands, product, torch.float32)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            yield "oneDNN bf16", dense_onednn(operands, product, torch.bfloat16)
+            if dtype == "float32":
+                yield "torch via bf16", with_precision(fp32, "medium")
 
 
 @dataclass(frozen=True)
@@ -243,11 +202,11 @@ class Accuracy:
     checked: str
 
 
-def check(operands: Operands, product: str, call: Candidate, limit: int = CHECKED_ROWS) -> Accuracy:
+def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
     """Compares the call that is going to be timed with float64, beside torch's dense product.
 
     The verdict is that of the tests: at most twice torch's error in the same dtype, plus one
-    rounding. Only `limit` rows of the result are compared, each of them whole: tokens, or for
+    rounding. Only some rows of the result are compared, each of them whole: tokens, or for
     `grad_weight` output features, spread evenly from the first to the last.
     """
     problem, case = operands.problem, operands.case
@@ -255,19 +214,18 @@ def check(operands: Operands, product: str, call: Candidate, limit: int = CHECKE
     assert isinstance(result, Tensor)
     if product == "grad_weight":
         block_out = case.block[0]
-        rows = _spread(problem.layout.block_rows, max(1, limit // block_out))
+        rows = _spread(problem.layout.block_rows, max(1, CHECKED_ROWS // block_out))
         features = (rows[:, None] * block_out + torch.arange(block_out)).flatten()
+        indices = problem.layout.indices[rows]
         part = replace(
             problem,
-            layout=sk.FanInLayout(
-                problem.layout.indices[rows], case.in_features, len(features), case.block
-            ),
+            layout=sk.FanInLayout(indices, case.in_features, len(features), case.block),
             values=problem.values[rows],
             grad_output=problem.grad_output[:, features],
         )
         checked = f"{len(features)} of {case.out_features} output features"
     else:
-        rows = _spread(case.tokens, limit)
+        rows = _spread(case.tokens, CHECKED_ROWS)
         part = replace(problem, x=problem.x[rows], grad_output=problem.grad_output[rows])
         checked = f"{len(rows)} of {case.tokens} tokens"
     truth, stock = part.reference64(product), part.torch_dense(product)

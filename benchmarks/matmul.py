@@ -13,23 +13,22 @@ instead of a speed and makes the exit status 1. Ctrl-C ends the run and keeps th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-
-import torch
+from math import inf
 
 from benchmarks import baselines, peers, run
-from benchmarks.baselines import Operands, Rival, Rivals
+from benchmarks.baselines import Operands, Rivals
 from benchmarks.cases import Case, matmul_cases
 from benchmarks.roofline import count_work
 from benchmarks.run import Benchmark, Operation
-from benchmarks.timing import Budget, Candidate
+from benchmarks.timing import Candidate
 from sparse_kernels import backends
 
 
 def operations(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
     """The three products of a case, over the same operands."""
-    operands = Operands.draw(case, device=device)
+    operands = Operands.draw(case, device)
     for problem in case.problems(device):
         name, product = backends.choose(problem, backend), problem.product
         ours = baselines.ours(operands, product, name)
@@ -45,27 +44,9 @@ def operations(case: Case, device: str, backend: str | None) -> Iterator[Operati
 
 def rivals(operands: Operands, product: str, ours: Candidate) -> tuple[Rivals, dict[str, str]]:
     """Masked dense, dense and sparse ways to compute the product, and why some are missing."""
-    case, on_gpu = operands.case, operands.x.is_cuda
-    is_bf16 = case.dtype == "bfloat16"
-    notes = {}
-    no_bf16 = None if on_gpu else baselines.why_no_bf16_dense(operands, product)
-    if no_bf16 is not None:
-        notes["bf16_dense_note"] = no_bf16
-    found: Rivals = {}
-    if not (is_bf16 and no_bf16):
-        masked = baselines.masked_dense(operands, product)
-        found["masked dense"] = Rival(masked, "masked_dense")
-        if on_gpu and case.has_goal:
-            compiled = torch.compile(masked, fullgraph=True, dynamic=False)
-            found["compiled masked"] = Rival(compiled, "compiled_masked")
-    if case.has_goal and not is_bf16 and not on_gpu and torch.get_num_threads() > 1:
-        # Not next to ours, which would find its operands in the caches.
-        found["one thread"] = Rival(baselines.under(ours, "num_threads", 1), "one_thread")
-    found |= baselines.dense_rivals(operands, product, bf16=no_bf16 is None)
-    sparse, why_no_peer = peers.rivals(operands, product, ours)
-    if why_no_peer is not None:
-        notes["sparse_note"] = why_no_peer
-    return found | sparse, notes
+    dense, notes = baselines.rivals(operands, product)
+    sparse, more = peers.rivals(operands, product, ours)
+    return dense | sparse, notes | more
 
 
 BENCHMARK = Benchmark(
@@ -73,21 +54,10 @@ BENCHMARK = Benchmark(
     description=__doc__,
     cases=matmul_cases,
     operations=operations,
-    # Seconds of measuring for each product, once everything is warm.
-    budgets={
-        "smoke": Budget(0.01),
-        "default": Budget(0.3, limit_s=0.8),
-        "wide": Budget(0.6),
-        "full": Budget(0.6),
-    },
+    seconds={"smoke": (0.01, inf), "default": (0.3, 0.8), "wide": (0.6, inf), "full": (0.6, inf)},
     missing=peers.missing,
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    return run.main(BENCHMARK, arguments)
-
+main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

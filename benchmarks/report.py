@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, result files, tables, marks in documents, progress.
+"""What every benchmark shares: the machine, result files, text tables, documents, progress.
 
     python -m benchmarks.report FILE.json                    print the table of a result file
     python -m benchmarks.report FILE.json --markdown         the same as Markdown
@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import shlex
@@ -24,7 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 import tyro
@@ -32,30 +31,23 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 Row = Mapping[str, Any]
-Item = TypeVar("Item")
 
 # The module that prints the rows of a benchmark. It has `text(content) -> str`, a table for the
-# terminal; `markdown(content) -> dict[str, str]`, the tables by their marks in documents, as
-# "measured"; and, if it draws a plot, `draw(rows, path, title)`.
+# terminal, and may have `markdown(content) -> dict[str, str]`, the tables by their marks in
+# documents, as "measured", and `draw(rows, path, title)`.
 VIEWS = {
     "matmul": "benchmarks.tables",
     "activation": "benchmarks.tables",
     "training": "benchmarks.transformer.results",
     "inference": "benchmarks.transformer.results",
     "quality": "benchmarks.experiments.quality",
-    "experiments.quality": "benchmarks.experiments.quality",
     "circuits": "benchmarks.experiments.circuits",
-    "experiments.circuits": "benchmarks.experiments.circuits",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-# Features of the processor that decide how fast these kernels run.
-_FLAGS = (
-    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
-    "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16", "hypervisor",
-)  # fmt: skip
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = (
     "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
+    "LD_PRELOAD",
 )  # fmt: skip
 
 
@@ -75,12 +67,13 @@ def describe_machine(
         isa: the instruction set of our kernels.
         peaks: the measured peaks of the machine, or None.
     """
-    cpu = _cpu_info()
+    lines = (output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
+    cpu = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {
-        "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or None,
+        "cpu": cpu.get("Model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string"),
+        "flags": cpu.get("Flags"),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "flags": sorted(set((cpu.get("flags") or cpu.get("Features") or "").split()) & set(_FLAGS)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -88,26 +81,12 @@ def describe_machine(
         "threads": torch.get_num_threads(),
         "isa": isa,
         "load_average": os.getloadavg()[0],
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(_ENVIRONMENT) or name == "LD_PRELOAD"
-        },
+        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(_ENVIRONMENT)},
         "commit": commit(),
         "command": shlex.join(["python", *command]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "peaks": peaks,
     }
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, or what macOS says about it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {"model name": output_of("sysctl", "-n", "machdep.cpu.brand_string") or ""}
-    pairs = (line.partition(":") for line in lines)
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def version_of(package: str) -> str | None:
@@ -120,10 +99,9 @@ def version_of(package: str) -> str | None:
 
 def output_of(*command: str) -> str | None:
     """What a command prints, stripped; None if it fails or is not there."""
+    where = Path(__file__).parent
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=where)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -143,16 +121,15 @@ def commit() -> str | None:
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line."""
-    gpu = machine.get("gpu")
-    if gpu is None:
-        where = (
-            f"{machine['cpu'] or machine['architecture']}, {machine['threads']} of "
-            f"{machine['cores']} cores, {machine['isa'] or 'no C++ extension'}"
-        )
-    else:
+    if gpu := machine.get("gpu"):
         where = (
             f"{gpu['name']} ({gpu['memory_gib']} GiB, driver {gpu['driver']}), CUDA {gpu['cuda']}, "
             f"Triton {gpu['triton']}"
+        )
+    else:
+        where = (
+            f"{machine['cpu'] or machine['architecture']}, {machine['threads']} of "
+            f"{machine['cores']} cores, {machine['isa'] or 'no C++ extension'}"
         )
     return (
         f"{where}, torch {machine['torch']}, Python {machine['python']}, {machine['os']}, "
@@ -206,18 +183,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def replace_between(path: Path, mark: str, text: str) -> None:
-    """Replaces what stands between `<!-- mark:begin -->` and `<!-- mark:end -->` in a document.
+def update_document(path: Path, tables: Mapping[str, str]) -> None:
+    """Writes each table between its marks, `<!-- mark:begin -->` and `<!-- mark:end -->`.
 
     Raises:
-        ValueError: the file does not have each of the two once, in order.
+        ValueError: the document has none of the marks, or one of them not once and in order.
     """
-    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    before, found_begin, rest = path.read_text().partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end or begin in rest or end in after:
-        raise ValueError(f"{path} must have one {begin} and, after it, one {end}")
-    path.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")
+    text, found = path.read_text(), False
+    for mark, table in tables.items():
+        begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            _, found_end, after = rest.partition(end)
+            if not found_end or begin in rest or end in after:
+                raise ValueError(f"{path} must have one {begin} and, after it, one {end}")
+            text, found = f"{before}{begin}\n{table.rstrip()}\n{end}{after}", True
+    if not found:
+        marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
+        raise ValueError(f"{path} has no mark {marks}; add it with its end")
+    path.write_text(text)
 
 
 def table(
@@ -245,79 +229,32 @@ def ratio(value: float | None) -> str:
     return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}x"
 
 
-def milliseconds(value: float | None) -> str:
-    """A time with three or four digits, or `-` for None."""
-    if value is None:
-        return "-"
-    return f"{value:.{1 if value >= 99.95 else 2 if value >= 1 else 4}f}"
-
-
-def percent(value: float | None) -> str:
-    """`42%`, or `-` for None."""
-    return "-" if value is None else f"{100 * value:.0f}%"
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean of positive numbers; NaN of none."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
-def progress(items: Iterable[Item] | None = None, total: int | None = None) -> tqdm[Item]:
-    """A bar on stderr with the time left. Print above it with `progress(...).write`.
-
-    Without `items`, call `update()` after each of `total` steps.
-    """
+def progress(*, total: int) -> tqdm[Any]:
+    """A bar on stderr with the time left: `update()` it `total` times, `write` above it."""
     # Where stderr is a file, a line every ten seconds is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=total, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
 
 
 def view_of(content: Mapping[str, Any]) -> Any:
     """The module that knows the rows of a result file, or None."""
     words = shlex.split(content["machine"]["command"])
-    names = (word.removeprefix("benchmarks.") for word in words)
-    found = next((VIEWS[name] for name in names if name in VIEWS), None)
+    found = next((VIEWS[name] for word in words if (name := word.split(".")[-1]) in VIEWS), None)
     return found and importlib.import_module(found)
 
 
 def text(content: Mapping[str, Any]) -> str:
     """The table of a result file for the terminal."""
-    view = view_of(content)
-    body = view.text(content) if view else plain_table(content["rows"])
+    if view := view_of(content):
+        body = view.text(content)
+    else:
+        rows = [{n: v for n, v in row.items() if _is_short(v)} for row in content["rows"]]
+        body = tabulate(rows, headers="keys", floatfmt=".5g", missingval="-")
     return f"{machine_line(content['machine'])}\n\n{body}"
 
 
-def plain_table(rows: Sequence[Row]) -> str:
-    """Every number and word of the rows, as they are."""
-
-    def cell(value: object) -> str:
-        if not isinstance(value, (bool, int, float, str)):
-            return "-"
-        return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-    cells = {
-        name: column
-        for name in dict.fromkeys(name for row in rows for name in row)
-        if set(column := [cell(row.get(name)) for row in rows]) != {"-"}
-        and max(map(len, column)) < 40
-    }
-    return table(list(cells), zip(*cells.values(), strict=True))
-
-
-def update_document(path: Path, tables: Mapping[str, str]) -> None:
-    """Writes each table whose marks are in the document.
-
-    Raises:
-        ValueError: no mark is there, or a mark has no end.
-    """
-    document = path.read_text() if path.is_file() else ""
-    found = [mark for mark in tables if f"<!-- {mark}:begin -->" in document]
-    if not found:
-        marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
-        raise ValueError(f"{path} has no mark {marks}; add it with its end")
-    for mark in found:
-        replace_between(path, mark, tables[mark])
+def _is_short(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str)) and len(str(value)) < 40
 
 
 def main(
@@ -339,8 +276,10 @@ def main(
     try:
         content = read_json(file)
         view = view_of(content)
-        if view is None and (markdown or update or plot):
-            refuse(program, f"results of `{content['machine']['command']}` can only be printed")
+        for option, wanted in {"markdown": markdown or update, "draw": plot}.items():
+            if wanted and not hasattr(view, option):
+                what = "drawn" if option == "draw" else "written as Markdown"
+                refuse(program, f"results of `{content['machine']['command']}` cannot be {what}")
         if plot is not None:
             if reason := why_no_plot(plot):
                 refuse(program, f"--plot: {reason}")

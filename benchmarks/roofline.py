@@ -1,75 +1,49 @@
-"""The least time that a product can take on this machine, from what the machine was seen to do.
+"""The least time that a product can take on this machine: `max(compute, operands, memory)`.
 
-`bound = max(compute, operands, memory)`. The three overlap in a good kernel, so the longest of them
-is a lower bound, and `bound / time` is the fraction of the limit that a kernel reaches. Nothing in
-it is fitted: every rate is measured in the same process, with the vectors and the number of threads
-that the kernels use, as the best of several runs (`benchmarks/peaks.py`).
-
-compute = 2 * M * nnz / (multiply-add rate)
-    Each kept weight meets each token once, one multiply and one add. The rate is that of fused
-    multiply-adds out of registers. For bf16 it is the larger of the fp32 rate (widen, then
-    multiply) and that of `vdpbf16ps` where the processor has it: on some it is half as fast.
-
-operands = M * nnz * bytes * (time of a byte), the least over tiles of V = 1 .. 16 vectors of tokens
-    Each multiply-add reads an activation, 1 / max(block) of them where the outputs or inputs of a
-    block share it: the larger side may stay in registers from one block to the next, the smaller
-    is loaded for each block. Which activation it is, is random. So it comes from the first-level
-    cache as far as the tile fits there, and else from the second level at best:
-    `share = min(1, L1 size / (features * V * bytes of a vector))` of them. The features are the
-    inputs that are read, in `grad_input` the outputs, in `grad_weight` the fewer of both. Forward
-    and grad_input also read each weight once for V vectors, from the first level. In all,
-    `(share / L1 rate + (1 - share) / L2 rate) / max(block) + 1 / (V * L1 rate)` for a byte.
-    A kernel could sort the inputs into panels that fit the first level, and would then pass over
-    its sums once a panel instead; docs/experiments.md has some, all slower. `peak_bound_ms` leaves
-    this term out: no kernel whatever can be faster than that.
-
-memory = compulsory bytes / (bandwidth of a buffer of that size)
-    Activations read once and written once, values and indices read once (2 bytes an index where
-    the block columns can be counted in uint16). Inputs that no output reads are not counted.
-    Reading takes at least `read / read rate`, writing at least `write / write rate` (the better
-    of ordinary and non-temporal stores), and both together at least `(read + write) / (the fastest
-    of read, write and copy)`. The rates fall as the buffer outgrows the caches; each is taken at
-    the largest measured size that is not above the bytes of the case, and is never less than what a
-    larger buffer reached. That is the best case: nothing else has used the caches in between.
-
-For one token (M = 1) there is nothing to share: memory, that is values and indices, decides.
-
-On a GPU compute is at torch's rate of dense products of 8192 x 8192 matrices in that dtype, memory
-at the rate of a large copy, and there is no term for operands. Blocks may reach `compute` on the
-tensor cores; unstructured weights cannot.
+docs/benchmarks.md has the equations of the three terms. Nothing is fitted: every rate is measured
+in the same process, with the vectors and the number of threads that the kernels use, as the best of
+several runs. The C++ is csrc/bench/peaks.cpp. It is compiled at first use, with the compiler that
+CXX names or c++, g++ or clang++, into the user's cache folder, under a name that changes with
+source and flags.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks.cases import Case
+from benchmarks.cases import DTYPES, Case
+from benchmarks.report import output_of
 
+SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "bench" / "peaks.cpp"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+# The vectors are as wide as the kernels' own.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2")
+ISA_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mbmi2"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+}
+VECTOR_BYTES = {"avx512": 64, "avx512_bf16": 64, "avx2": 32}
 TILE_VECTORS = (1, 2, 4, 8, 16)
+# Where the system does not say how large the first-level data cache is: no smaller than most.
+L1_SIZE_UNKNOWN = 48 * 1024
+# 16 KB a thread lie in every L1 data cache; 160 KB in every second-level cache and in no L1.
+L1_BYTES, L2_BYTES = 16 * 1024, 160 * 1024
+SIZES = tuple(2**20 * 4**i for i in range(5))  # 1 MB to 256 MB, all threads together
+SMOKE_SIZES = (2**20, 2**24)
+# Times that each rate is measured, in buffers of its own: another process may disturb one, and the
+# rate depends on where in memory a buffer happens to lie.
+BUFFERS = 4
+
 Curve = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The terms of the bound of one product, in milliseconds."""
-
-    compute_ms: float
-    operands_ms: float
-    memory_ms: float
-
-    @property
-    def ms(self) -> float:
-        return max(self.compute_ms, self.operands_ms, self.memory_ms)
-
-    @property
-    def peak_ms(self) -> float:
-        """The bound of a kernel whose operands are always in registers."""
-        return max(self.compute_ms, self.memory_ms)
-
-    @property
-    def limit(self) -> str:
-        """Which term decides: "compute", "operands" or "memory"."""
-        return max(("compute", "operands", "memory"), key=lambda name: getattr(self, f"{name}_ms"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +65,7 @@ def count_work(case: Case, product: str, used_in_features: int | None = None) ->
     Args:
         used_in_features: inputs that at least one output reads; by default all.
     """
-    element_bytes = case.torch_dtype.itemsize
+    element_bytes = DTYPES[case.dtype].itemsize
     nnz = case.out_features * case.fan_in
     used = case.in_features if used_in_features is None else used_in_features
     blocks = nnz // (case.block[0] * case.block[1])
@@ -132,8 +106,8 @@ class Peaks:
     write_gbs: Curve
     copy_gbs: Curve
 
-    def bound(self, work: Work, dtype: str) -> Bound:
-        """The lower bound of the time of `work`; see the module's docstring."""
+    def bound_ms(self, work: Work, dtype: str) -> dict[str, float]:
+        """The terms of the bound by their names; the largest is the bound."""
         rate = max(self.fma_gflops, self.bf16_gflops if dtype == "bfloat16" else 0.0)
         total = work.read_bytes + work.write_bytes
         read, write, copy = (
@@ -142,11 +116,11 @@ class Peaks:
         either = max(read, write, copy)
         memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
         # Giga-anything per second is a million a millisecond.
-        return Bound(
-            compute_ms=work.flops / rate * 1e-6,
-            operands_ms=work.operand_bytes * self._operand_ns(work) * 1e-6,
-            memory_ms=memory * 1e-6,
-        )
+        return {
+            "compute": work.flops / rate * 1e-6,
+            "operands": work.operand_bytes * self._operand_ns(work) * 1e-6,
+            "memory": memory * 1e-6,
+        }
 
     def _operand_ns(self, work: Work) -> float:
         """Nanoseconds for each byte of operands, in the best of the tiles."""
@@ -158,7 +132,7 @@ class Peaks:
             weights = l1_ns / vectors if work.reads_weights else 0.0
             return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
 
-        return min(with_tile(vectors) for vectors in TILE_VECTORS)
+        return min(map(with_tile, TILE_VECTORS))
 
 
 @dataclass(frozen=True)
@@ -168,17 +142,74 @@ class GpuPeaks:
     dense_tflops: dict[str, float]
     copy_gbs: float
 
-    def bound(self, work: Work, dtype: str) -> Bound:
-        """The lower bound of the time of `work`; see the module's docstring."""
+    def bound_ms(self, work: Work, dtype: str) -> dict[str, float]:
+        """The terms of the bound by their names; the largest is the bound."""
         total = work.read_bytes + work.write_bytes
-        return Bound(
-            compute_ms=work.flops / self.dense_tflops[dtype] * 1e-9,
-            operands_ms=0.0,
-            memory_ms=total / self.copy_gbs * 1e-6,
-        )
+        compute_ms = work.flops / self.dense_tflops[dtype] * 1e-9
+        return {"compute": compute_ms, "memory": total / self.copy_gbs * 1e-6}
 
 
 def bandwidth_gbs(curve: Curve, size: int) -> float:
     """The bandwidth that a buffer of `size` bytes may have at best, from a measured curve."""
     at = max((measured for measured, _ in curve if measured <= size), default=curve[0][0])
     return max(rate for measured, rate in curve if measured >= at)
+
+
+def measure_peaks(isa: str, threads: int, *, smoke: bool = False) -> Peaks | str:
+    """The peaks with an instruction set, in some seconds, or a sentence that says why not."""
+    library = _load(isa)
+    if isinstance(library, str):
+        return library
+    sizes = sorted({L1_BYTES * threads, L2_BYTES * threads, *(SMOKE_SIZES if smoke else SIZES)})
+
+    def best(name: str, *arguments: int) -> float:
+        function = getattr(library, f"peaks_{name}")
+        function.restype = ctypes.c_double
+        function.argtypes = [ctypes.c_int, ctypes.c_size_t][: 1 + len(arguments)]
+        return max(function(threads, *arguments) for _ in range(BUFFERS))
+
+    read, write, copy = (
+        tuple((size, best(f"{name}_gbs", size)) for size in sizes)
+        for name in ("read", "write", "copy")
+    )
+    return Peaks(
+        isa=isa,
+        threads=threads,
+        vector_bytes=VECTOR_BYTES.get(isa, 16),
+        l1_size=int(output_of("getconf", "LEVEL1_DCACHE_SIZE") or 0) or L1_SIZE_UNKNOWN,
+        fma_gflops=best("fma_gflops"),
+        bf16_gflops=best("bf16_gflops"),
+        l1_read_gbs=dict(read)[L1_BYTES * threads],
+        l2_read_gbs=dict(read)[L2_BYTES * threads],
+        read_gbs=read,
+        write_gbs=write,
+        copy_gbs=copy,
+    )
+
+
+@functools.cache
+def _load(isa: str) -> ctypes.CDLL | str:
+    """The compiled library, or a sentence that says why there is none."""
+    wanted = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    compiler = next(filter(None, map(shutil.which, filter(None, wanted))), None)
+    if compiler is None:
+        return "no bound: install a C++ compiler (or set CXX) to measure the peaks of this machine"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-kernels"
+    flags = (*FLAGS, *ISA_FLAGS.get(isa, ()))
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags)).encode())
+    path = base / f"peaks-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base) as folder:
+            made = Path(folder) / "peaks.so"
+            # Without OpenMP the kernels run on one thread, and so do their peaks.
+            for openmp in (("-fopenmp",), ()):
+                command = [compiler, *flags, *openmp, str(SOURCE), "-o", str(made)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode == 0:
+                    break
+            else:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+                return f"no bound: {compiler} cannot compile csrc/bench/peaks.cpp ({reason})"
+            made.replace(path)
+    return ctypes.CDLL(str(path))

@@ -1,4 +1,4 @@
-"""One command line and one runner for every benchmark of operations.
+"""One command line for the benchmarks of operations, and one loop for all benchmarks.
 
 A benchmark has cases, and each case has operations: calls that are checked, and then timed in turns
 with their rivals. A row of the result is one operation of one case, or `step`, their sum.
@@ -7,50 +7,38 @@ Correctness comes first: a row that is wrong has no times. Ctrl-C ends the run a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 
-from benchmarks import devices, report, tables
+from benchmarks import devices, report, tables, timing
 from benchmarks.baselines import Accuracy, Rivals
-from benchmarks.cases import Case, TopkCase
+from benchmarks.cases import WITH_GOAL, AnyCase
 from benchmarks.devices import Device
 from benchmarks.roofline import Work
-from benchmarks.timing import Budget, Candidate
+from benchmarks.timing import Candidate
 from sparse_kernels import backends
 
-AnyCase = Case | TopkCase
 # A rival that is this much slower than the fastest of its group cannot be the best one.
 HOPELESS = 2.0
-# Groups of which the fastest alone counts.
-ONLY_FASTEST = ("torch_csr", "torch_bsr")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call that is measured.
+    """One call that is measured, and what it is compared with."""
 
-    Args:
-        product: its name in the rows.
-        backend: what runs it.
-        ours: the call.
-        check: compares the result of the call with the truth.
-        work: for the bound.
-        rivals: the other ways to compute it, and a column -> a sentence that says why some are
-            missing. Asked for only if ours is right.
-    """
-
-    product: str
+    product: str  # its name in the rows
     backend: str
     ours: Candidate
-    check: Callable[[], Accuracy]
-    work: Work
-    rivals: Callable[[], tuple[Rivals, dict[str, str]]]
+    check: Callable[[], Accuracy]  # compares the result with the truth
+    work: Work  # for the bound
+    rivals: Callable[[], tuple[Rivals, dict[str, str]]]  # and notes about what is missing
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class Benchmark:
         description: the text of --help.
         cases: for a device and a size, "smoke", "default", "wide" or "full".
         operations: of a case, on a device and a backend (None: the one that sk chooses).
-        budgets: how long each operation is timed, by size.
+        seconds: of timing for each operation, by size, and a limit (see `timing.interleave`).
         missing: sentences about what is not compared.
     """
 
@@ -70,8 +58,8 @@ class Benchmark:
     description: str
     cases: Callable[[str, str], Sequence[AnyCase]]
     operations: Callable[[Any, str, str | None], Iterable[Operation]]
-    budgets: Mapping[str, Budget]
-    missing: Callable[[], list[str]]
+    seconds: Mapping[str, tuple[float, float]]
+    missing: Callable[[], list[str]] = list
 
     @property
     def program(self) -> str:
@@ -92,8 +80,8 @@ class Options:
     """Only cases whose name contains these words, such as "1024->4096 M=64"."""
     goals: bool = False
     """Only the cases with a goal."""
-    others: bool = False
-    """Only the cases without a goal."""
+    check: bool = False
+    """Only check the results: no times."""
     json: Path | None = None
     """Write the rows to this file."""
     plot: Path | None = None
@@ -112,11 +100,6 @@ class Options:
         return next((s for s in ("smoke", "full", "wide") if getattr(self, s)), "default")
 
 
-def parse(benchmark: Benchmark, words: Sequence[str]) -> Options:
-    """The options that the words of a command line ask for."""
-    return tyro.cli(Options, prog=benchmark.program, description=benchmark.description, args=words)
-
-
 def why_not(options: Options) -> str | None:
     """None if the options can be met, else a sentence."""
     if reason := devices.why_not(options.device):
@@ -126,8 +109,7 @@ def why_not(options: Options) -> str | None:
     if options.device == "cuda" and (options.full or options.wide):
         return "--full and --wide choose cases of the CPU; with --device cuda leave them out"
     for name in ("threads", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             return f"--{name} needs a positive whole number, got {value}"
     if options.json is not None and (reason := report.why_not_writable(options.json)):
         return f"--json: {reason}"
@@ -140,62 +122,61 @@ def why_not(options: Options) -> str | None:
 
 def choose_cases(benchmark: Benchmark, options: Options, backend: str | None) -> list[AnyCase]:
     """The cases to run. Ends the program with a sentence if there are none."""
-
-    def is_wanted(case: AnyCase) -> bool:
-        names = str(case)
-        if isinstance(case, Case):
-            sizes = (case.in_features, case.out_features)
-            names += f" {sizes[0]}-{sizes[1]} {sizes[0]},{sizes[1]},{case.fan_in}"
-        return (
-            all(word in names for word in options.case.split())
-            and (case.has_goal or not options.goals)
-            and not (case.has_goal and options.others)
-        )
-
     every = benchmark.cases(options.device, options.size)
-    cases = list(filter(is_wanted, every))
-    if not cases:
+    words = options.case.replace("-", "->").replace("->>", "->").split()
+    wanted = [
+        case
+        for case in every
+        if all(word in str(case) for word in words) and (case in WITH_GOAL or not options.goals)
+    ]
+    if not wanted:
         known = "; ".join(map(str, every[:12])) + ("; ..." if len(every) > 12 else "")
         report.refuse(benchmark.program, f"no case matches the options; there are: {known}")
-    if backend is None:
-        return cases
-    reasons = {}
-    for case in cases:
-        found = (backends.why_not(backend, problem) for problem in case.problems(options.device))
+    cases, reason = [], None
+    for case in wanted:
+        problems = case.problems(options.device) if backend else []
+        found = (backends.why_not(str(backend), problem) for problem in problems)
         if reason := next(filter(None, found), None):
-            reasons[case] = reason
-    if len(reasons) == len(cases):
-        reason = next(iter(reasons.values()))
+            print(f"{case} is left out: {reason}")
+        else:
+            cases.append(case)
+    if not cases:
         report.refuse(benchmark.program, f"the backend {backend} cannot run here: {reason}")
-    for case, reason in reasons.items():
-        print(f"{case} is left out: {reason}")
-    return [case for case in cases if case not in reasons]
+    return cases
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(benchmark, words)
+    program, text = benchmark.program, benchmark.description
+    options = tyro.cli(Options, prog=program, description=text, args=words)
     if reason := why_not(options):
-        report.refuse(benchmark.program, reason)
+        report.refuse(program, reason)
     if options.plot is not None and benchmark.name != "matmul":
-        report.refuse(benchmark.program, "--plot: only products of matrices are drawn")
+        report.refuse(program, "--plot: only products of matrices are drawn")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = devices.connect(options.device)
     backend = options.backend or device.backend
-    cases = choose_cases(benchmark, options, backend)
-    budget = benchmark.budgets["full" if options.device == "cuda" else options.size]
-    if options.repeats is not None:
-        budget = Budget(repeats=options.repeats)
+    seconds = benchmark.seconds["full" if options.device == "cuda" else options.size]
 
     def measured(case: AnyCase) -> list[dict[str, Any]]:
-        operations = benchmark.operations(case, device.name, backend)
-        found = [measure(operation, case, device, budget) for operation in operations]
+        found = []
+        for operation in benchmark.operations(case, device.name, backend):
+            row = {"device": device.name, **case.columns, "product": operation.product}
+            row |= {"backend": operation.backend, "threads": torch.get_num_threads()}
+            row |= asdict(operation.check()) | {"headline": case in WITH_GOAL}
+            if device.peaks is not None:
+                terms = device.peaks.bound_ms(operation.work, case.dtype)
+                limit = max(terms, key=lambda term: terms[term])
+                row |= {"bound_ms": terms[limit], "bound_limit": limit}
+            if row["correct"] and not options.check:
+                row |= time_in_turns(operation, device, seconds, options.repeats)
+            found.append(row)
         return [*found, sum_rows(found)]
 
     outcome = run(
-        cases,
+        choose_cases(benchmark, options, backend),
         measured,
         lambda rows: tables.case_line(rows[-1]),
         device,
@@ -204,7 +185,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         json=options.json,
         missing=benchmark.missing,
     )
-    if outcome.rows:
+    if outcome.rows and not options.check:
         print("", *tables.closing_lines(outcome.rows), sep="\n")
         if options.plot is not None:
             tables.draw(outcome.rows, options.plot, report.machine_line(outcome.machine))
@@ -288,44 +269,42 @@ def run(
     return Outcome(machine, rows, 1 if wrong or failed else 0)
 
 
-def measure(operation: Operation, case: AnyCase, device: Device, budget: Budget) -> dict[str, Any]:
-    """Checks one operation, then times it in turns with its rivals."""
-    row = {"device": device.name, **case.columns, "product": operation.product}
-    row |= {"backend": operation.backend, "threads": torch.get_num_threads()}
-    accuracy = operation.check()
-    row |= asdict(accuracy)
-    bound = device.bound(operation.work, case.dtype)
-    if bound is not None:
-        row |= {"bound_ms": bound.ms, "bound_limit": bound.limit, "peak_bound_ms": bound.peak_ms}
-    if not accuracy.correct:
-        return row
-    rivals, notes = operation.rivals()
-    calls = {"ours": operation.ours, **{name: rival.call for name, rival in rivals.items()}}
-    estimates = device.estimate_s(calls)
-    if budget.limit_s is not None:
-        # One sample of the slowest may take longer than everything else: its estimate counts.
-        budget = replace(budget, limit_s=max(budget.limit_s, 2 * estimates["ours"]))
+def time_in_turns(
+    operation: Operation, device: Device, seconds: tuple[float, float], repeats: int | None
+) -> dict[str, Any]:
+    """The columns of a row that say how long ours and its rivals take."""
+    rivals, row = operation.rivals()
+    calls = {"ours": operation.ours, **{name: call for name, (call, _) in rivals.items()}}
+    guesses = {name: timing.estimate_s(call, device.sample_s) for name, call in calls.items()}
     groups: dict[str, list[str]] = {}
-    for name, rival in rivals.items():
-        for group in rival.groups:
+    for name, (_, names) in rivals.items():
+        for group in names:
             groups.setdefault(group, []).append(name)
     contenders = {"ours"}
-    for group, names in groups.items():
-        limit = min(map(estimates.__getitem__, names)) * (1 if group in ONLY_FASTEST else HOPELESS)
-        contenders |= {name for name in names if estimates[name] <= limit}
-    timings, row["timed"] = device.interleave(
-        {name: call for name, call in calls.items() if name in contenders}, budget, estimates
+    for names in groups.values():
+        limit = HOPELESS * min(guesses[name] for name in names)
+        contenders |= {name for name in names if guesses[name] <= limit}
+    timings = timing.interleave(
+        {name: call for name, call in calls.items() if name in contenders},
+        estimates=guesses,
+        budget_s=seconds[0],
+        # One sample of the slowest may take longer than everything else: its estimate counts.
+        limit_s=max(seconds[1], 2 * guesses["ours"]),
+        repeats=repeats,
+        sampler=device.sample_s,
     )
-    ours = timings.pop("ours")
-    row |= {"time_ms": ours.median_ms, "spread_ms": ours.spread_ms, "samples": ours.samples}
-    for group, names in groups.items():
-        best = min((n for n in names if n in timings), key=lambda name: timings[name].median_ms)
-        row |= {f"{group}_ms": timings[best].median_ms, f"{group}_kind": best}
-    every = {
+    columns = {
         name: {"time_ms": t.median_ms, "spread_ms": t.spread_ms, "samples": t.samples}
         for name, t in timings.items()
     }
-    return row | notes | {"baselines": every}
+    best = {
+        group: min(contenders & set(names), key=lambda name: timings[name].median_ms)
+        for group, names in groups.items()
+    }
+    times = {f"{group}_ms": timings[name].median_ms for group, name in best.items()}
+    kinds = {f"{group}_kind": name for group, name in best.items()}
+    ours = columns.pop("ours")
+    return {**row, **ours, "timed": device.clock, **times, **kinds, "baselines": columns}
 
 
 def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -339,7 +318,7 @@ def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         values = [row[name] for row in rows]
         if name == "spread_ms":
-            step[name] = sum(value**2 for value in values) ** 0.5
+            step[name] = math.hypot(*values)
         elif name.endswith("_ms"):
             step[name] = sum(values)
         elif name in ("error", "torch_error"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import GOAL_TOKENS, GOALS, GPU_GOALS, GPU_TOKENS, TOPK_GOALS
-from benchmarks.report import Row, geometric_mean, machine_line, milliseconds, percent, ratio, table
+from benchmarks.cases import GOALS
+from benchmarks.report import Row, machine_line, ratio, table
 
 # README.md has one short table; docs/benchmarks.md has all cases.
 SHORT_MARK, FULL_MARK = "measured", "measured-full"
@@ -23,25 +25,24 @@ def speedup(row: Row, baseline: str) -> float | None:
     return float(row[f"{baseline}_ms"] / row["time_ms"])
 
 
-def fraction(row: Row) -> float | None:
-    """The fraction of the roofline bound that was reached; None without a bound."""
-    return speedup(row, "bound")
+def sparse_peer(row: Row) -> tuple[str, str]:
+    """The column and the name of the best sparse peer. Old files know torch CSR alone."""
+    if row.get("best_sparse_ms") is not None:
+        return "best_sparse", row["best_sparse_kind"]
+    return "torch_csr", "torch CSR"
 
 
-def sparse_peer(row: Row) -> str:
-    """The best sparse peer's column. Old files know torch CSR alone."""
-    return "best_sparse" if row.get("best_sparse_ms") is not None else "torch_csr"
-
-
-def baselines(row: Row) -> dict[str, str]:
-    """The columns that ours is compared with, and what a sentence calls each."""
-    peer = row.get("best_sparse_kind") or "torch CSR"
-    return {
+def over_baselines(row: Row) -> dict[str, float]:
+    """How many times faster it was than each baseline that was measured, as sentences name it."""
+    peer, library = sparse_peer(row)
+    names = {
         "masked_dense": "masked dense",
         "best_dense": f"the best dense ({row.get('best_dense_kind')})",
-        sparse_peer(row): f"the best sparse peer ({peer})",
+        peer: f"the best sparse peer ({library})",
         "torch": f"torch.topk + scatter ({row.get('torch_kind')})",
     }
+    found = {name: speedup(row, column) for column, name in names.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def case_name(row: Row) -> str:
@@ -50,6 +51,18 @@ def case_name(row: Row) -> str:
         return f"abs_topk D={row['D']} k={row['k']} {row['dtype']} M={row['M']}"
     layer = f"{row['K']}->{row['N']} fan-in {row['fan_in']} {row['block']}"
     return f"{layer} {row['dtype']} M={row['M']}"
+
+
+def steps(rows: Sequence[Row]) -> list[Row]:
+    """The steps that are right and timed."""
+    return [r for r in rows if r["product"] == "step" and r["correct"] and "time_ms" in r]
+
+
+def milliseconds(value: float | None) -> str:
+    """A time with three or four digits, or `-` for None."""
+    if value is None:
+        return "-"
+    return f"{value:.{1 if value >= 99.95 else 2 if value >= 1 else 4}f}"
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -64,8 +77,9 @@ def _over(baseline: str) -> Callable[[Row], str]:
 
 
 def _over_peer(row: Row) -> str:
-    value = speedup(row, sparse_peer(row))
-    return "-" if value is None else f"{ratio(value)} ({row.get('best_sparse_kind', 'torch CSR')})"
+    column, library = sparse_peer(row)
+    value = speedup(row, column)
+    return "-" if value is None else f"{ratio(value)} ({library})"
 
 
 # Heading -> the cell of a row. A column that no row fills is left out.
@@ -86,7 +100,7 @@ COLUMNS: dict[str, Callable[[Row], object]] = {
     "which": _value("best_dense_kind"),
     "best sparse": _over_peer,
     "torch": _over("torch"),
-    "bound": lambda row: percent(fraction(row)),
+    "bound": lambda row: f"{speedup(row, 'bound'):.0%}" if speedup(row, "bound") else "-",
     "error": lambda row: f"{row['error']:.0e}",
     "torch's": lambda row: f"{row['torch_error']:.0e}" if "torch_error" in row else "-",
 }
@@ -110,10 +124,11 @@ def case_line(step: Row) -> str:
     start = f"{case_name(step):<46}"
     if not step["correct"]:
         return f"{start} FAIL: error {step['error']:.1e}"
+    if "time_ms" not in step:
+        return f"{start} correct"
     over = [
         f"{ratio(value):>5} over {name.removeprefix('the ')}"
-        for column, name in baselines(step).items()
-        if (value := speedup(step, column)) is not None
+        for name, value in over_baselines(step).items()
     ]
     return f"{start} step {milliseconds(step['time_ms']):>7} ms, {', '.join(over)}"
 
@@ -133,7 +148,7 @@ def markdown(content: Mapping[str, Any]) -> dict[str, str]:
     """The short table of README.md and the full one of the docs, by their marks."""
     machine, rows = content["machine"], content["rows"]
     where = f"{machine_line(machine)}, {machine['date'][:10]}; `{machine['command']}`"
-    chosen = [row for row in _steps(rows, headline=True) if row["M"] != 1]
+    chosen = [row for row in steps(rows) if row.get("headline") and row["M"] != 1]
     short = ([row for row in chosen if row["dtype"] != "bfloat16"] or chosen)[:SHORT_ROWS]
     suffix = "-cuda" if rows and rows[0]["device"] == "cuda" else ""
     return {
@@ -142,57 +157,28 @@ def markdown(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-# --- goals -------------------------------------------------------------------------------------
-
-
-def _matching(rows: Iterable[Row], wanted: Mapping[str, object]) -> list[Row]:
-    return [row for row in rows if row["correct"] and wanted.items() <= row.items()]
-
-
-def _steps(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    return _matching((r for r in rows if "time_ms" in r), {"product": "step", **wanted})
-
-
-def _goals() -> Iterator[tuple[dict[str, object], str | dict[str, object], float]]:
-    """Which rows, over which column or over the row with which other values, the least ratio."""
-    for shape, (over_masked, over_best) in GOALS.items():
-        where = _columns("K N fan_in M block product", *shape, GOAL_TOKENS, "1x1", "step")
-        yield where | {"dtype": "float32"}, "masked_dense", over_masked
-        yield where | {"dtype": "float32"}, "best_dense", over_best
-        yield where | {"dtype": "float32"}, "best_fp32_dense", over_best
-        yield where | {"dtype": "bfloat16"}, {"dtype": "float32"}, 1.3
-    shared = _columns("M fan_in block product", GOAL_TOKENS, 128, "16x1", "step")
-    yield shared, {"block": "1x1"}, 1.8
-    yield _columns("K N fan_in M product", 2048, 8192, 8, 1, "forward"), "dense", 20.0
-    yield {"product": "step"}, "one_thread", 0.85
-    for (*sizes, block), products in GPU_GOALS.items():
-        where = _columns("K N fan_in M device", *sizes, GPU_TOKENS, "cuda")
-        where |= {"block": f"{block[0]}x{block[1]}", "dtype": "bfloat16"}
-        for product, least in products.items():
-            yield where | {"product": product}, "dense", least
-    for key, least in TOPK_GOALS.items():
-        yield _columns("M D k dtype product", *key, "abs_topk forward"), "torch", least
-
-
-def _columns(names: str, *values: object) -> dict[str, object]:
-    return dict(zip(names.split(), values, strict=True))
+# --- goals and sentences -----------------------------------------------------------------------
 
 
 def goals(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
     """`(what, measured, goal)` of every goal that the rows decide."""
-    for where, over, least in _goals():
-        for row in _matching(rows, where):
-            name = f"{case_name(row)} {row['product']} over"
-            if isinstance(over, dict):
-                case = {n: row[n] for n in ("K", "N", "fan_in", "block", "dtype", "M", "product")}
-                for other in _matching(rows, case | over):
-                    words = " ".join(map(str, over.values()))
-                    yield f"{name} {words}", other["time_ms"] / row["time_ms"], least
-            elif (value := speedup(row, over)) is not None:
-                goal = least * row["threads"] if over == "one_thread" else least
-                words, kind = over.replace("_", " "), row.get(f"{over}_kind", over)
-                label = f"{words} ({kind})" if over.startswith("best") else words
-                yield f"{name} {label}", value, goal
+    for goal in GOALS:
+        here, there = (
+            {} if isinstance(case, str) else case.columns | {"product": goal.product}
+            for case in (goal.case, goal.over)
+        )
+        timed = [row for row in rows if row["correct"] and row.get("time_ms") is not None]
+        for row in (row for row in timed if here.items() <= row.items()):
+            name = f"{case_name(row)} {goal.product} over"
+            if isinstance(goal.over, str):
+                if value := speedup(row, goal.over):
+                    kind = row.get(f"{goal.over}_kind", "")
+                    kind = f" ({kind})" if goal.over.startswith("best") else ""
+                    yield f"{name} {goal.over.replace('_', ' ')}{kind}", value, goal.least
+            else:
+                changed = " ".join(str(there[k]) for k in here if here[k] != there[k])
+                for other in (other for other in timed if there.items() <= other.items()):
+                    yield f"{name} {changed}", other["time_ms"] / row["time_ms"], goal.least
 
 
 def closing_lines(rows: Sequence[Row]) -> list[str]:
@@ -203,10 +189,9 @@ def closing_lines(rows: Sequence[Row]) -> list[str]:
     ]
     lines = ["", table(("goal", "measured", "goal", ""), found)] if found else []
     products = [row for row in rows if row["product"] != "step" and row["correct"]]
-    fractions = [value for row in products if (value := fraction(row)) is not None]
-    if fractions:
-        mean = geometric_mean(fractions)
-        lines += ["", f"fraction of the roofline bound, geometric mean: {100 * mean:.0f}%"]
+    if fractions := [value for row in products if (value := speedup(row, "bound"))]:
+        mean = statistics.geometric_mean(fractions)
+        lines += ["", f"fraction of the roofline bound, geometric mean: {mean:.0%}"]
         if max(fractions) > IMPOSSIBLE:
             lines.append(
                 "A fraction above 100% means that another process disturbed the measurement of the "
@@ -215,9 +200,6 @@ def closing_lines(rows: Sequence[Row]) -> list[str]:
     if any(row.get("bf16_dense_note") for row in rows):
         lines.append("torch's bfloat16 dense takes seconds a call here: left out where it does.")
     return [*lines, "", *sentences(rows)]
-
-
-# --- sentences ---------------------------------------------------------------------------------
 
 
 def compare(times: float, what: str) -> str:
@@ -233,42 +215,33 @@ def sentences(rows: Sequence[Row], count: int = 3) -> list[str]:
 
     Each number is computed from the row of that step.
     """
-    steps = _steps(rows)
-    chosen = [r for r in steps if r.get("headline") and r["block"] == "1x1" and r["M"] != 1]
-    said = [_sentence(row) for row in chosen if speedup(row, "masked_dense")][:count]
-    return [*said, *_where_it_does_not_pay(steps)]
-
-
-def _sentence(row: Row) -> str:
-    *first, last = (
-        compare(value, name)
-        for column, name in baselines(row).items()
-        if (value := speedup(row, column)) is not None
-    )
-    return (
-        f"On this machine a training step of {row['K']}->{row['N']} with fan-in {row['fan_in']} "
-        f"({row['dtype']}) is {' and '.join(filter(None, (', '.join(first), last)))}."
-    )
+    said = []
+    for row in steps(rows):
+        over = [compare(value, name) for name, value in over_baselines(row).items()]
+        if row.get("headline") and row.get("block") == "1x1" and row["M"] != 1 and len(over) > 1:
+            said.append(
+                f"On this machine a training step of {row['K']}->{row['N']} with fan-in "
+                f"{row['fan_in']} ({row['dtype']}) is {', '.join(over[:-1])} and {over[-1]}."
+            )
+    return [*said[:count], *_where_it_does_not_pay(steps(rows))]
 
 
 def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
-    slower: list[tuple[float, str]] = []
+    slower = []
     for row in steps:
-        value, what = min(
-            (speedup(row, column) or 1.0, name) for column, name in baselines(row).items()
-        )
+        found = [(value, name) for name, value in over_baselines(row).items()]
+        value, what = min(found, default=(1.0, ""))
         if value < 0.95:
             slower.append((value, f"{case_name(row)} ({compare(value, what)})"))
     if slower:
         worst = "; ".join(said for _, said in sorted(slower)[:3])
         return [f"It does not pay in {len(slower)} of {len(steps)} cases: {worst}."]
-    densest = max((row["density"] for row in steps if "density" in row), default=None)
-    if densest is None:
-        return []
-    return [
-        f"No measured case was slower than a baseline; the densest keeps {densest:.0%} of the "
-        "weights. docs/break-even.md says from which density dense wins."
-    ]
+    if densities := [row["density"] for row in steps if "density" in row]:
+        return [
+            f"No measured case was slower than a baseline; the densest keeps {max(densities):.0%} "
+            "of the weights. docs/break-even.md says from which density dense wins."
+        ]
+    return []
 
 
 # --- the plot ----------------------------------------------------------------------------------
@@ -278,45 +251,35 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     """Speed-up of a step against density, log-log, one line per block, into a PNG.
 
     Left over masked dense, right over the best dense. A line joins the geometric means of the cases
-    of one block and dtype at each density; dots are the cases. Only the largest M is drawn.
+    of one block and dtype at each density. Only the largest M is drawn.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    steps = _steps(rows)
-    tokens = max((row["M"] for row in steps), default=GOAL_TOKENS)
-    steps = [row for row in steps if row["M"] == tokens]
-    blocks = sorted({row["block"] for row in steps}, key=lambda b: [int(n) for n in b.split("x")])
+    tokens = max((row["M"] for row in steps(rows)), default=0)
+    drawn = [row for row in steps(rows) if row["M"] == tokens]
+    blocks = sorted({row["block"] for row in drawn}, key=lambda b: [int(n) for n in b.split("x")])
     styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), sharex=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     for axis, baseline in zip(axes, ("masked_dense", "best_dense"), strict=True):
-        for color, block in enumerate(blocks):
-            for dtype, style in styles.items():
-                points: dict[float, list[float]] = {}
-                for row in _steps(steps, block=block, dtype=dtype):
-                    if (value := speedup(row, baseline)) is not None:
-                        points.setdefault(row["density"], []).append(value)
-                means = {density: geometric_mean(points[density]) for density in sorted(points)}
-                if not means:
-                    continue
-                look = {"color": f"C{color}", "label": f"{block} {dtype}"}
-                axis.plot(means.keys(), means.values(), style, marker="o", ms=4, **look)
-                dots = [(d, value) for d in means for value in points[d]]
-                axis.scatter(*zip(*dots, strict=True), s=9, color=f"C{color}", alpha=0.4)
+        for block, dtype in product(blocks, styles):
+            points: dict[float, list[float]] = {}
+            for row in drawn:
+                value = speedup(row, baseline)
+                if value is not None and (row["block"], row["dtype"]) == (block, dtype):
+                    points.setdefault(row["density"], []).append(value)
+            if points:
+                density = sorted(points)
+                mean = [statistics.geometric_mean(points[d]) for d in density]
+                look = {"color": f"C{blocks.index(block)}", "label": f"{block} {dtype}"}
+                axis.plot(density, mean, styles[dtype], marker="o", ms=4, **look)
         axis.axhline(1, color="gray", lw=1, ls=":")
         axis.set(xscale="log", yscale="log", xlabel="density (kept weights / all weights)")
-        label = "masked dense" if baseline == "masked_dense" else "the best dense"
-        axis.set_title(f"speed-up of a step over {label}", fontsize=10)
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axis.set_title(f"speed-up of a step over {baseline.replace('_', ' ')}", fontsize=10)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.grid(which="both", alpha=0.25, lw=0.5)
-    if steps:  # baselines may be missing for a dtype: the axis that shows more explains both
+    if drawn:  # baselines may be missing for a dtype: the axis that shows more explains both
         max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
     figure.suptitle(f"{title}, M={tokens}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)

@@ -24,9 +24,7 @@ MIN_SAMPLE_S = 2e-4
 SLOW_S = 0.15
 # One that takes longer than this is timed once: nothing around it can matter by much.
 VERY_SLOW_S = 1.0
-MIN_SAMPLES = 5
-MIN_SAMPLES_SLOW = 3
-MAX_SAMPLES = 101
+MIN_SAMPLES, MIN_SAMPLES_SLOW, MAX_SAMPLES = 5, 3, 101
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,6 @@ class Timing:
     median_ms: float
     spread_ms: float
     samples: int
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long candidates are timed: the arguments of `interleave` of the same names."""
-
-    budget_s: float = 0.5
-    repeats: int | None = None
-    limit_s: float | None = None
 
 
 def summarize(samples_s: Iterable[float]) -> Timing:
@@ -64,34 +53,30 @@ def sample_s(call: Candidate, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def estimate_s(
-    candidates: Mapping[str, Candidate], sampler: Sampler = sample_s
-) -> dict[str, float]:
-    """Warms each candidate up and returns a first guess of its time: the better of two calls.
+def estimate_s(call: Candidate, sampler: Sampler = sample_s) -> float:
+    """Warms a candidate up and returns a first guess of its time: the best of up to three calls.
 
     The first call pays for pages, threads, packed copies and lazily built schedules.
     """
-    estimates = {}
-    for name, call in candidates.items():
-        first = sampler(call, 1)
-        more = 2 if first < SLOW_S else 1 if first < VERY_SLOW_S else 0
-        estimates[name] = min((sampler(call, 1) for _ in range(more)), default=first)
-    return estimates
+    first = sampler(call, 1)
+    more = 2 if first < SLOW_S else 1 if first < VERY_SLOW_S else 0
+    return min((sampler(call, 1) for _ in range(more)), default=first)
 
 
 def interleave(
     candidates: Mapping[str, Candidate],
     *,
+    estimates: Mapping[str, float],
     budget_s: float = 0.5,
     repeats: int | None = None,
-    limit_s: float | None = None,
-    estimates: Mapping[str, float] | None = None,
+    limit_s: float = math.inf,
     sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
-    """Times the candidates in turns and returns the Timing of each.
+    """Times the candidates, which are warm, in turns and returns the Timing of each.
 
     Args:
         candidates: name -> the call to time.
+        estimates: name -> what `estimate_s` said.
         budget_s: after about this long no further round starts, but every candidate gets at
             least 5 samples (3 if it takes longer than 0.15 s; one that takes more than a second
             keeps its estimate), at most 101. A slow candidate sits out once it has used up an
@@ -99,39 +84,35 @@ def interleave(
         repeats: take exactly so many samples of each instead.
         limit_s: after this long no further round starts, even if some have fewer samples, at
             least one, than `budget_s` would give them.
-        estimates: what `estimate_s` said about these candidates, to not warm them up again.
         sampler: takes one sample; by default with the processor's clock.
     """
-    guesses = estimate_s(candidates, sampler) if estimates is None else estimates
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     turns = dict(candidates)
-    for name in candidates:
-        if guesses[name] > VERY_SLOW_S and not repeats:
-            samples[name].append(guesses[name])
-            del turns[name]
-    calls = {name: max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9))) for name in turns}
-    wanted = {
-        name: repeats or (MIN_SAMPLES_SLOW if guesses[name] > SLOW_S else MIN_SAMPLES)
-        for name in turns
-    }
-    share_s = budget_s / max(1, len(candidates))
+    if not repeats:
+        for name in candidates:
+            if estimates[name] > VERY_SLOW_S:
+                samples[name].append(estimates[name])
+                del turns[name]
+    calls = {name: max(1, math.ceil(MIN_SAMPLE_S / max(estimates[name], 1e-9))) for name in turns}
+    least = {name: MIN_SAMPLES_SLOW if estimates[name] > SLOW_S else MIN_SAMPLES for name in turns}
+    wanted = dict.fromkeys(turns, repeats) if repeats else least
+    share_s = 0.0 if repeats else budget_s / max(1, len(candidates))
     spent = dict.fromkeys(turns, 0.0)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(repeats or MAX_SAMPLES):
-            done = all(len(samples[name]) >= wanted[name] for name in turns)
-            if done and (repeats or sum(spent.values()) >= budget_s):
+            total_s = sum(spent.values())
+            if all(len(samples[n]) >= wanted[n] for n in turns) and total_s >= budget_s:
                 break
-            if limit_s is not None and all(samples.values()) and sum(spent.values()) >= limit_s:
+            if all(samples.values()) and total_s >= limit_s:
                 break
             for name, call in turns.items():
-                if len(samples[name]) >= wanted[name] and (repeats or spent[name] > share_s):
-                    continue
-                seconds = sampler(call, calls[name])
-                samples[name].append(seconds)
-                spent[name] += seconds * calls[name]
+                if len(samples[name]) < wanted[name] or spent[name] <= share_s:
+                    seconds = sampler(call, calls[name])
+                    samples[name].append(seconds)
+                    spent[name] += seconds * calls[name]
     finally:
         if collects:
             gc.enable()

@@ -9,28 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
-from benchmarks import activation, cases, devices, matmul, run
-from benchmarks.gpu import __main__ as everything
-from benchmarks.gpu import small
-from benchmarks.timing import Budget
-from sparse_kernels import cuda
+from benchmarks import activation, cases, devices, gpu, matmul, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
-
-
-@NO_GPU
-def test_small_shapes_find_what_is_wrong(monkeypatch):
-    """The triton backend, interpreted; then one that is wrong."""
-    names = ("triton", "cpu")
-    assert list(small.wrong_products("cpu", names, ["float32"])) == []
-    assert list(small.wrong_topk("cpu", names, ["float32"])) == []
-    right = small.baselines.ours
-    monkeypatch.setattr(small.baselines, "ours", lambda *words: lambda: right(*words)() + 1)
-    # Without tokens there are no rows that could be wrong, but for those of the weights.
-    wrong = list(small.wrong_products("cpu", ("cpu",), ["float32"]))
-    assert len(wrong) == 3 * len(small.SHAPES) - 2
 
 
 @NO_GPU
@@ -40,7 +24,7 @@ def test_without_a_gpu_it_is_refused_in_one_sentence(main, capsys):
         main(["--device", "cuda", "--smoke"])
     assert exit_info.value.code == 2
     with pytest.raises(SystemExit) as exit_info:
-        everything.main()
+        gpu.main()
     assert exit_info.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -56,19 +40,20 @@ def test_gpu_cases_are_valid_layouts_and_have_the_goals(size):
         assert case.out_features % block_out == case.in_features % block_in == 0
         assert case.fan_in % block_in == 0
     if size == "default":
-        assert sum(case.has_goal for case in found) == len(cases.GPU_GOALS)
-        assert sum(case.has_goal for case in cases.topk_cases("cuda", size)) == 1
+        goals = [case for case in cases.WITH_GOAL if case.tokens == cases.GPU_TOKENS]
+        assert set(goals) <= {*found, *cases.topk_cases("cuda", size)}
 
 
 def test_the_plan_fits_eight_minutes_and_its_programs_take_its_options(tmp_path):
-    steps = everything.plan(tmp_path)
-    assert sum(step.limit_s for step in steps if step.name not in ("others", "tune")) <= 480
-    for step in steps + everything.plan(tmp_path, smoke=True):
+    steps = gpu.plan(tmp_path)
+    assert sum(step.limit_s for step in steps if step.name not in gpu.OPTIONAL) <= 480
+    for step in steps + gpu.plan(tmp_path, smoke=True):
         words = list(step.command)
         if "--device" in words:
-            assert words[2] in ("benchmarks.matmul", "benchmarks.activation")
-            options = run.parse(matmul.BENCHMARK, words[3:])
-            assert options.json == tmp_path / f"{step.name}.json"
+            start = words.index("--device")
+            assert words[start - 1] in ("benchmarks.matmul", "benchmarks.activation")
+            options = tyro.cli(run.Options, args=words[start:])
+            assert options.check != (options.json == tmp_path / f"{step.name}.json")
             assert run.why_not(options) in (None, f"--device cuda: {devices.why_not('cuda')}")
         for word in words:
             assert not word.startswith("tests/") or (ROOT / word).is_file()
@@ -78,8 +63,8 @@ def test_a_step_is_logged_judged_and_ended_in_time(tmp_path):
     log = tmp_path / "log"
 
     def end(code, limit_s=60.0):
-        step = everything.Step("test", limit_s, (sys.executable, "-c", code), {"WHERE": "here"})
-        return everything.run(step, log)
+        step = gpu.Step("test", limit_s, ["env", "WHERE=here", sys.executable, "-c", code])
+        return gpu.run(step, log)
 
     assert end("import os; print('in', os.environ['WHERE'])")["ending"] == "passed"
     assert log.read_text() == "in here\n"
@@ -87,7 +72,7 @@ def test_a_step_is_logged_judged_and_ended_in_time(tmp_path):
     late = end("import time; print('waiting', flush=True); time.sleep(60)", 0.5)
     assert late["ending"] == "stopped after 0 s"
     assert late["seconds"] < 30
-    missing = everything.run(everything.Step("profile", 1, ("no-such-profiler",)), log)
+    missing = gpu.run(gpu.Step("profile", 1, ["no-such-profiler"]), log)
     assert missing["ending"] == "no-such-profiler is not installed"
 
 
@@ -105,17 +90,3 @@ def test_smoke_on_a_gpu(tmp_path):
         content = json.loads(path.read_text())
         assert content["complete"]
         assert content["machine"]["gpu"]["name"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(cuda._missing is not None, reason=f"{cuda._missing}")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_graphs_time_like_events():
-    machine = devices.connect("cuda")
-    x = torch.randn(4096, 4096, device="cuda")
-    call = {"ours": lambda: x @ x}
-    events, _ = machine.interleave(call, Budget(0.1, 5), estimates={"ours": 1.0})
-    graphs, how = machine.interleave(call, Budget(0.1, 5), estimates={"ours": 1e-4})
-    assert how.startswith("CUDA graphs")
-    ratio = events["ours"].median_ms / graphs["ours"].median_ms
-    assert 0.5 < ratio < 2

@@ -14,93 +14,82 @@ status is 1 if any failed.
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
 from benchmarks import devices, report
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "python -m benchmarks.gpu"
-SMALL = (sys.executable, "-m", "benchmarks.gpu.small")
 # The tests that run on a GPU; others need packages that a machine with a GPU may lack.
-TESTS = tuple(
+TESTS = " ".join(
     f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_refusals", "gpu_benchmarks")
 )
 METRICS = (
     "sm__inst_executed.avg.per_cycle_active,lts__t_bytes.sum.per_second,"
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,dram__bytes.sum.per_second"
 )
+# Steps that take hours run only where --only names them.
+OPTIONAL = ("all", "tune")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One command, and how long it may take."""
 
     name: str
     limit_s: float
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    command: list[str]
 
 
 def plan(out: Path, *, smoke: bool = False) -> list[Step]:
-    """The steps, in order. They end in 8 minutes, others and tune not counted."""
-
-    def benchmark(name: str, module: str, limit_s: float, *options: str, **extra: str) -> Step:
-        options = ("--smoke",) if smoke else options  # no tiny case has a goal
-        words = ("-m", f"benchmarks.{module}", "--device", "cuda", *options)
-        command = (sys.executable, *words, "--json", str(out / f"{name}.json"))
-        return Step(name, limit_s, command, extra)
-
-    def sanitizer(tool: str) -> Step:
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *SMALL)
-        # Each tensor gets memory of its own, so that an access outside of one is seen.
-        return Step(tool, 45, (*command, "cuda"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-
-    build = (sys.executable, "setup.py", "build_ext", "--inplace")
-    profile = ("ncu", "--metrics", METRICS, "--kernel-name-base", "demangled", "--csv", *SMALL)
-    test = (sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=-ra", "-m", "gpu", *TESTS)
-    return [
-        Step("build", 60, build, {"SPARSE_KERNELS_CUDA": "1"}),
-        Step("small", 40, SMALL),
-        benchmark("goals", "matmul", 150, "--goals"),
-        benchmark("activation", "activation", 20, "--goals"),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        Step("profile", 45, (*profile, "cuda")),
-        Step("test", 75, test),
-        benchmark("others", "matmul", 3600, "--others"),
-        benchmark(
-            "tune", "matmul", 3600, "--goals", "--backend", "triton", SPARSE_KERNELS_TRITON_TUNE="1"
-        ),
-    ]
+    """The steps, in order. They end in 8 minutes, those of hours not counted."""
+    python = shlex.quote(sys.executable)
+    matmul, topk = (f"{python} -m benchmarks.{n} --device cuda" for n in ("matmul", "activation"))
+    json = f"--json {shlex.quote(str(out))}"
+    # Every kernel once on small shapes. Each tensor gets memory of its own, so that the sanitizer
+    # sees an access outside of one.
+    check = "--smoke --check --backend"
+    sanitize = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
+    tune = "env SPARSE_KERNELS_TRITON_TUNE=1"
+    chosen = "--smoke" if smoke else "--goals"  # no tiny case has a goal
+    table = f"""
+        build          60 env SPARSE_KERNELS_CUDA=1 {python} setup.py build_ext --inplace
+        check-triton   40 {matmul} {check} triton
+        goals         150 {matmul} {chosen} {json}/goals.json
+        activation     20 {topk} {chosen} {json}/activation.json
+        memcheck       35 {sanitize} memcheck {matmul} {check} cuda
+        memcheck-topk  15 {sanitize} memcheck {topk} {check} cuda
+        racecheck      35 {sanitize} racecheck {matmul} {check} cuda
+        profile        45 ncu --metrics {METRICS} --csv {matmul} {check} cuda
+        test           75 {python} -m pytest -q -x -o addopts=-ra -m gpu {TESTS}
+        all          3600 {matmul} {json}/all.json
+        tune         3600 {tune} {matmul} --goals --backend triton {json}/tune.json
+    """
+    lines = map(shlex.split, table.strip().splitlines())
+    return [Step(name, float(limit), command) for name, limit, *command in lines]
 
 
 def run(step: Step, log: Path) -> dict[str, Any]:
     """Runs one step in the checkout, with its output in the log; returns how it ended."""
     started = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
-    ending = "passed"
-    if shutil.which(step.command[0]) is None:
-        ending = f"{step.command[0]} is not installed"
-    else:
-        with log.open("w") as file:
-            try:
-                done = subprocess.run(
-                    step.command, cwd=ROOT, env=environment, timeout=step.limit_s,
-                    stdout=file, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-                if done.returncode != 0:
-                    ending = f"exit status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                ending = f"stopped after {step.limit_s:.0f} s"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                step.command, cwd=ROOT, env=environment, timeout=step.limit_s,
+                stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            ending = f"exit status {done.returncode}" if done.returncode else "passed"
+        except FileNotFoundError:
+            ending = f"{step.command[0]} is not installed"
+        except subprocess.TimeoutExpired:
+            ending = f"stopped after {step.limit_s:.0f} s"
     seconds = round(time.monotonic() - started, 1)
     return {"step": step.name, "ending": ending, "seconds": seconds, "command": step.command}
 
@@ -109,12 +98,12 @@ def main(only: str = "", out: Path = Path("gpu-results"), smoke: bool = False) -
     """Runs the steps.
 
     Args:
-        only: some of the steps, with commas between them; by default all but others and tune.
+        only: some of the steps, with commas between them; by default every one that takes minutes.
         out: the folder of the results and the logs.
         smoke: tiny shapes.
     """
     steps = {step.name: step for step in plan(out.absolute(), smoke=smoke)}
-    names = only.split(",") if only else [name for name in steps if name not in ("others", "tune")]
+    names = only.split(",") if only else [name for name in steps if name not in OPTIONAL]
     if unknown := [name for name in names if name not in steps]:
         report.refuse(PROGRAM, f"--only: no step is {unknown[0]!r}; there are {', '.join(steps)}")
     if reason := devices.why_not("cuda"):
@@ -128,7 +117,7 @@ def main(only: str = "", out: Path = Path("gpu-results"), smoke: bool = False) -
         else:
             row = run(steps[name], out / f"{name}.log")
         rows.append(row)
-        print(f"{name:<12} {row['seconds']:6.1f} s  {row['ending']}", flush=True)
+        print(f"{name:<14} {row['seconds']:6.1f} s  {row['ending']}", flush=True)
         report.write_json(out / "gpu.json", machine, rows, complete=len(rows) == len(names))
     return 0 if all(row["ending"] == "passed" for row in rows) else 1
 
