@@ -44,7 +44,7 @@ public:
     }
 };
 
-// A layout as the kernels see it, with the pointers of tensors that the Python side keeps alive.
+// A layout as the kernels see it, with the pointers of tensors that its attribute `tensors` keeps.
 struct Pattern {
     sk::Lists lists{};
     sk::Schedule schedule{};
@@ -117,7 +117,7 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         return sk::checksum(pointer<const uint32_t>(entries), count);
     });
 
-    py::class_<Pattern>(module, "Pattern")
+    py::class_<Pattern>(module, "Pattern", py::dynamic_attr())
         .def_static("rows", rows_of)
         .def_static("columns", columns_of)
         .def("build_schedule", build_schedule);

@@ -133,10 +133,12 @@ def _lists(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
     """The lists for the extension, as yet without a schedule."""
     assert _extension is not None, _missing
     geometry = layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block
-    if lists == "columns":
-        offsets, rows, slots = (tensor.data_ptr() for tensor in layout.transposed)
-        return _extension.Pattern.columns(*geometry, offsets, rows, slots)
-    return _extension.Pattern.rows(*geometry, layout.indices.data_ptr())
+    make = _extension.Pattern.columns if lists == "columns" else _extension.Pattern.rows
+    tensors = layout.transposed if lists == "columns" else (layout.indices,)
+    pattern = make(*geometry, *(tensor.data_ptr() for tensor in tensors))
+    # It has pointers only, and of threads that derive the same lists the layout keeps one copy.
+    pattern.tensors = tensors
+    return pattern
 
 
 def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
@@ -155,6 +157,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
         )
     )
     schedule.pattern = _lists(layout, lists)
+    schedule.pattern.tensors += tuple(schedule)
     schedule.pattern.build_schedule(size, *(tensor.data_ptr() for tensor in schedule))
     return schedule
 

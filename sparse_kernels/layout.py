@@ -313,7 +313,9 @@ class FanInLayout:
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
-                self.cache[key] = found
+                return self.cache.setdefault(
+                    key, found
+                )  # of threads that derive it at once, the first
         return found
 
     def to(self, device: torch.device | str) -> FanInLayout:

@@ -287,6 +287,10 @@ class SparseLinear(nn.Module):
             self._adopt(self._validated(indices, "indices"))
         ranks.check_once(SparseLinear)
 
+    # torch.compile runs it for real while it traces what reads `layout`. The attribute is what
+    # `torch.compiler.assume_constant_result` sets, which imports all of torch._dynamo.
+    _refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
         """Whether torch counts no write since the last look: asked where looking means waiting."""
         if indices.is_cpu:
