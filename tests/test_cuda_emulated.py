@@ -35,7 +35,7 @@ from oracle import (
 from test_abs_topk import INTEGERS, KINDS, draw, expected, same_bits
 
 import sparse_kernels as sk
-from sparse_kernels import activation, backends, cuda, matmul
+from sparse_kernels import backends, checks, cuda
 from sparse_kernels.activation import abs_topk
 from sparse_kernels.layout import Problem
 
@@ -59,8 +59,7 @@ def extension():
 def _use_it(extension):
     """The public functions run the emulated kernels, and take float16 as they do on a GPU."""
     with cuda._emulated(extension), pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (matmul, activation):
-            monkeypatch.setitem(module._DTYPES, "cpu", module._DTYPES["cuda"])
+        monkeypatch.setitem(checks.DTYPES, "cpu", checks.DTYPES["cuda"])
         yield
 
 
@@ -348,7 +347,7 @@ def test_the_whole_step_compiles():
 def test_what_reaches_no_kernel_is_refused():
     layout = sk.FanInLayout.random(8, 6, 2)
     x, values = torch.randn(3, 6), torch.randn(layout.values_shape)
-    with pytest.raises(TypeError, match=r"x must be float32, .*got torch\.float64"):
+    with pytest.raises(TypeError, match=r"x must be one of float32, .*got torch\.float64"):
         cuda.forward(x.double(), values, layout)
     with pytest.raises(TypeError, match=r"values must be torch\.float32, got torch\.float16"):
         cuda.forward(x, values.half(), layout)
