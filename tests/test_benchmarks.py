@@ -96,6 +96,7 @@ def test_every_committed_result_prints(path: Path) -> None:
     assert report.text(content).count("\n") > 2
 
 
+@pytest.mark.slow
 def test_smoke_rows_are_complete_and_a_step_is_the_sum(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     words = ["--smoke", "--case", "M=33", "--json", str(path)]

@@ -360,6 +360,7 @@ def test_bfloat16_result_is_rounded_to_nearest_even(dtype):
             assert torch.equal(y, expected.repeat(rows, 1)), target
 
 
+@pytest.mark.slow
 def test_fresh_working_memory_is_not_read():
     """In a process where malloc hands out garbage, the first calls are right all the same."""
     program = """

@@ -87,6 +87,7 @@ def test_a_token_does_not_depend_on_its_position(target, product):
     assert torch.equal(many, many[:1].expand_as(many))
 
 
+@pytest.mark.slow
 def test_processes_agree():
     """Nothing depends on addresses, hashes or what ran before."""
     program = """

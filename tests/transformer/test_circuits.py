@@ -337,6 +337,7 @@ def test_the_planted_circuit_is_found_and_proved(problem):
     assert [point[0] for point in reached] == [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]
 
 
+@pytest.mark.slow
 def test_refining_ends_in_time(problem, monkeypatch):
     everything = problem.everything()
     assert refine(problem, everything, 0.15, seconds=0.0, progress=False).keep.all()
@@ -495,6 +496,7 @@ def test_masks_are_trained_alike_alone_and_together(problem):
     assert float(together.abs().max()) <= 1
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_stopped(problem, tmp_path):
     journal = tmp_path / "search.journal"
     first = search(

@@ -93,6 +93,7 @@ def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
         program.main(arguments(run, out, *more[:-1], "4"))
 
 
+@pytest.mark.slow
 def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(run[0], other)
@@ -175,6 +176,7 @@ def test_the_module_runs():
     assert "--checkpoint DIR" in found.stdout
 
 
+@pytest.mark.slow
 def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program.tasks, "TASKS", {TASK: program.tasks.TASKS[TASK]})
     monkeypatch.setattr(benchmark.evaluate, "TASKS", program.tasks.TASKS)

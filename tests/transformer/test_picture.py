@@ -347,6 +347,7 @@ def test_what_a_digraph_cannot_hold_is_refused():
 # --- images -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [quotes, large, hostile])
 def test_png(make, tmp_path):
     circuit = make()

@@ -136,6 +136,7 @@ def test_resume_of_a_finished_run_changes_nothing(reference, tmp_path, capsys):
     assert "from step 40" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_older_checkpoint_on_request(reference, tmp_path, capsys):
     """The newest one is truncated: an error that names the older one, which then gives the same."""
     out = shutil.copytree(reference, tmp_path / "run")
