@@ -23,7 +23,7 @@ from sparse_transformer.topology import TopologyConfig
 
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
 # limit, however long they take.
-BUDGET_S, LIMIT_S, SMOKE_BUDGET_S = 60.0, 90.0, 0.01
+BUDGET_S, LIMIT_S, SMOKE_BUDGET_S = 30.0, 45.0, 0.01
 # Calls of each case that are split into parts.
 SPLIT_CALLS = 3
 
