@@ -109,8 +109,9 @@ def cpu_commands(cxx: list[str], sources: list[str]) -> tuple[dict[str, list[str
 
 
 def cuda_commands(cxx: list[str], sources: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    nvcc, targets = CUDA or ("nvcc", [])
-    device = [nvcc, *(f"-ccbin={name}" for name in words("CXX")[-1:]), *targets, *FLAGS[:3]]
+    nvcc, targets = CUDA  # type: ignore[misc]
+    host = [word for word in words("CXX") if not word.startswith("-")][-1:]  # "ccache g++ -m64"
+    device = [nvcc, *(f"-ccbin={name}" for name in host), *targets, *FLAGS[:3]]
     device += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
     # The names of the runtime stay inside: PyTorch brings another one.
     link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs", "-Xlinker=ALL"]
@@ -142,9 +143,8 @@ class BuildExtension(build_ext):
 
 CUDA = find_cuda()
 EXTENSIONS = [Extension("_sparse_kernels_cpu", sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")))]
-if CUDA:
-    CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
-    EXTENSIONS += [Extension("_sparse_kernels_cuda", CUDA_SOURCES)]
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
+EXTENSIONS += [Extension("_sparse_kernels_cuda", CUDA_SOURCES)] if CUDA else []
 for stale in glob("build/lib*"):
     shutil.rmtree(stale)  # a module that was renamed must not live on in the next wheel
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension})

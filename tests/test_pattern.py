@@ -146,6 +146,14 @@ def test_emptied_memory_is_no_pattern_until_one_is_written():
 # ---- the checksum
 
 
+def test_checksum_sees_changes_that_cancel_in_sums():
+    """Differences of third order, at the distance of one lane's entries."""
+    entries = torch.arange(4096, dtype=torch.int32)
+    changed = entries.clone()
+    changed[torch.arange(4) * 8 + 100] += torch.tensor([1, -3, 3, -1], dtype=torch.int32)
+    assert checksum(changed) != checksum(entries)
+
+
 @pytest.mark.parametrize("size", [1, 7, 63, 64, 65, 127, 128, 1000, 4096])
 def test_checksum_sees_every_change_and_order(size):
     generator = torch.Generator().manual_seed(size)

@@ -5,8 +5,8 @@
 
 namespace sk {
 
-// The same on every processor. Any change of up to three entries changes the sums below; a change
-// of more goes unseen with a probability of about 2^-64.
+// The same on every processor. A change of one entry is always seen. It is no cryptographic hash: a
+// change that was constructed for it may go unseen.
 uint64_t checksum(const uint32_t* entries, int64_t count);
 
 }  // namespace sk
