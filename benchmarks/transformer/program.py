@@ -24,8 +24,8 @@ from sparse_transformer.topology import TopologyConfig
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
 # limit, however long they take.
 BUDGET_S, LIMIT_S, SMOKE_BUDGET_S = 30.0, 45.0, 0.01
-# Calls of each case that are split into parts.
-SPLIT_CALLS = 3
+# Calls of each case that are split into parts; a slow step is disturbed less, and is split once.
+SPLIT_CALLS, SLOW_STEP_MS = 3, 1000.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def describe(job: Job, timings: Mapping[str, Timing], split_calls: int) -> dict[
     step_ms = step.median_ms + share_ms
     # The quickest call is the one that other processes disturbed least. Its parts are scaled to add
     # up to the time without the profiler.
-    split = [measure_parts(job.calls["step"], job.device) for _ in range(split_calls)]
+    count = split_calls if step.median_ms < SLOW_STEP_MS else 1
+    split = [measure_parts(job.calls["step"], job.device) for _ in range(count)]
     quickest = min(split, key=lambda parts: sum(parts.values()))
     factor = step.median_ms / sum(quickest.values())
     parts_ms = {part: factor * ms for part, ms in quickest.items()}

@@ -9,10 +9,10 @@ namespace {
 // Tokens are cut at fixed places, whatever the number of threads, and the parts added in order.
 constexpr int64_t kPartTokens = 1024;
 constexpr int64_t kMaxParts = 32;
-// Many weights have fewer parts, so that their sums take no more memory than this, ..
+// The sums of all parts take at most this much memory: many weights have fewer parts.
 constexpr int64_t kSumBytes = int64_t{48} << 20;
-// .. but never fewer than these: a part that is too long shows rounding errors.
-constexpr int64_t kPartsAnyway = 4;
+// But no fewer than these, because rounding errors grow with the length of a part.
+constexpr int64_t kMinParts = 4;
 // Up to this many tokens no tiles are packed.
 constexpr int64_t kFewTokens = 8;
 // Rows of dY that are packed at a time.
@@ -450,7 +450,7 @@ __attribute__((noinline)) void grad_weight_tiles(const GradWeightProblem<T>& pro
     const int64_t weights = schedule.entry_starts[entries] * size;
     const int64_t tiles = (problem.tokens + kTile - 1) / kTile;
     const int64_t affordable = std::clamp<int64_t>(
-        kSumBytes / std::max<int64_t>(1, weights * int64_t{sizeof(C)}), kPartsAnyway, kMaxParts);
+        kSumBytes / std::max<int64_t>(1, weights * int64_t{sizeof(C)}), kMinParts, kMaxParts);
     const int64_t parts = std::clamp<int64_t>(problem.tokens / kPartTokens, 1, affordable);
     const int64_t chunk = std::max<int64_t>(1, kRowBytes / (kTile * int64_t{sizeof(E)} * size));
     const int64_t chunks = (lists.rows + chunk - 1) / chunk;
