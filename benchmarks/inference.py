@@ -29,18 +29,16 @@ from sparse_transformer import Transformer
 def plan(options: program.Options) -> list[Group]:
     """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
-    return [
-        Group(
-            phase,
-            tuple(
-                Case(model, variant, dtype, phase, batch)
-                for dtype in ("float32", "bfloat16")
-                for variant in ("sparse", "masked_dense_kernel", "dense")
-            ),
-            memory=phase == "prefill",
+    groups = []
+    for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 16)):
+        cases = tuple(
+            Case(model, variant, dtype, phase, batch)
+            for dtype in ("float32", "bfloat16")
+            for variant in ("sparse", "masked_dense_kernel", "dense")
         )
-        for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 16))
-    ]
+        measured = cases[: 1 if options.smoke else None] if phase == "prefill" else ()
+        groups.append(Group(phase, cases, memory=measured))
+    return groups
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,6 +52,8 @@ def plan(options: Options) -> list[Group]:
         (_with(base, density=model.density / 4), ("sparse", "masked_dense")),
     )
     default = [replace(case, variant=name) for case, names in variants for name in names]
+    # A dense matrix takes as much memory at any density.
+    memory = [case for case in default if case.variant == "sparse" or case.model == model]
     # All of L0 grows alike: the ratio of the two densities stays.
     ratio = model.embedding_density / model.density
     l0 = [
@@ -64,7 +66,7 @@ def plan(options: Options) -> list[Group]:
         for name in ("sparse", "masked_dense")
     ]
     groups = {
-        "default": Group("default", tuple(default), memory=True),
+        "default": Group("default", tuple(default), tuple(memory[: 1 if smoke else None])),
         "l0": Group("l0", (*l0, replace(base, variant="masked_dense"))),
         "width": Group("width", tuple(width)),
     }

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.profiler import profile
 
 from benchmarks.timing import Candidate
 from benchmarks.transformer.jobs import Inference, Job, Training
-from benchmarks.transformer.variants import Case, make_model
+from benchmarks.transformer.variants import SMOKE_MODEL, Case, make_model
 from sparse_transformer import keep_freed_memory
 
 # Without this the profiler reports its start and its end on stderr.
@@ -66,27 +67,36 @@ def measure_peak_mb(case: Case, device: str) -> float:
     """MB (10^6 bytes) of a few calls in a fresh process; raises RuntimeError if that dies.
 
     On the CPU it is how far the peak resident size rises from before the model is built: weights,
-    gradients, optimizer, activations, temporary tensors and what the allocator loses. On a GPU it
-    is what `torch.cuda.max_memory_allocated` says.
+    gradients, optimizer, activations, temporary tensors and what the allocator loses. A tiny model
+    comes first, so that modules and pages of libraries do not count. On a GPU it is what
+    `torch.cuda.max_memory_allocated` says.
     """
-    spawn = multiprocessing.get_context("spawn")
+    # The processes are forked from one that has imported torch, and no thread of which computes.
+    # torch imports its compiler, in as many seconds, when the first optimizer is made.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__, "torch._dynamo"])
     ignores = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
-    with ProcessPoolExecutor(1, spawn, signal.signal, ignores) as pool:
+    with ProcessPoolExecutor(1, server, signal.signal, ignores) as pool:
         return pool.submit(_peak_mb, case, device, torch.get_num_threads()).result()
 
 
 def _peak_mb(case: Case, device: str, threads: int) -> float:
     torch.set_num_threads(threads)
     keep_freed_memory()
+    _take_calls(replace(case, model=replace(SMOKE_MODEL, d_model=16), batch=1), device)
     before = _resident_peak()
+    _take_calls(case, device)
+    peak = _resident_peak() - before if device == "cpu" else torch.cuda.max_memory_allocated()
+    return round(peak / 1e6, 1)
+
+
+def _take_calls(case: Case, device: str) -> None:
     if case.phase == "train":
         job: Job = Training(case, device)
     else:
         job = Inference(case, device, make_model(case, device, case.torch_dtype))
     for call in (job.calls["step"], *reversed(job.calls.values())):
         call()
-    peak = _resident_peak() - before if device == "cpu" else torch.cuda.max_memory_allocated()
-    return round(peak / 1e6, 1)
 
 
 def _resident_peak() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,11 +45,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that take turns, all in memory at once; `memory`: their peak memory is measured too."""
+    """Cases that take turns, all in memory at once; the peak memory of some is measured too."""
 
     name: str
     cases: tuple[Case, ...]
-    memory: bool = False
+    memory: tuple[Case, ...] = ()
+
+    def without(self, left_out: Collection[Case]) -> Group:
+        """The group with fewer cases."""
+        cases, memory = (
+            tuple(case for case in cases if case not in left_out)
+            for cases in (self.cases, self.memory)
+        )
+        return replace(self, cases=cases, memory=memory)
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.cases)} variants in turns"
@@ -91,8 +99,7 @@ def run(groups: Sequence[Group], make: Make, options: Options, command: Sequence
     reason = why_no_bf16_dense(dense[0]) if is_judged else None
     if reason is not None:
         print(reason, flush=True)
-        kept = [tuple(case for case in g.cases if not case.is_bf16_dense) for g in groups]
-        groups = [replace(g, cases=cases) for g, cases in zip(groups, kept, strict=True)]
+        groups = [group.without(dense) for group in groups]
     outcome = runner.run(
         groups,
         lambda group: measure_group(group, make, options),
@@ -111,16 +118,15 @@ def run(groups: Sequence[Group], make: Make, options: Options, command: Sequence
 @torch.enable_grad()
 def measure_group(group: Group, make: Make, options: Options) -> list[dict[str, Any]]:
     """The rows of a group."""
-    with report.progress(total=3 * len(group.cases)) as bar:
+    with report.progress(total=2 * len(group.cases) + len(group.memory)) as bar:
 
-        def each(doing: str) -> Iterator[Case]:
-            for case in group.cases:
+        def each(doing: str, cases: Sequence[Case] = group.cases) -> Iterator[Case]:
+            for case in cases:
                 bar.set_description(f"{doing} {case}")
                 yield case
                 bar.update()
 
-        chosen = group.cases[: 1 if options.smoke else None] if group.memory else ()
-        peaks = {c: measure_peak_mb(c, options.device) for c in each("memory of") if c in chosen}
+        peaks = {c: measure_peak_mb(c, options.device) for c in each("memory of", group.memory)}
         jobs = {case: make(case) for case in each("check")}
         bar.set_description(str(group))
         calls = {
