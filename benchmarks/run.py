@@ -142,7 +142,10 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     save(complete=not is_interrupted)
     print("", *view.closing(rows), sep="\n")
     if options.plot is not None and rows:
-        view.draw(rows, options.plot, report.machine_line(machine))
+        try:
+            view.draw(rows, options.plot, report.machine_line(machine))
+        except ValueError as error:
+            report.refuse(benchmark.program, f"--plot: {error}")
     wrong = sum(not row["correct"] for row in rows)
     if failed:
         print(f"{len(failed)} cases did not run: see FAIL above")

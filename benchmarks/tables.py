@@ -13,7 +13,8 @@ from benchmarks.report import Row, compare, machine_line, number, ratio, table
 # README.md has one short table; docs/benchmarks.md has all cases and columns.
 SHORT_ROWS = 6
 SHORT_COLUMNS = (
-    "layer", "fan_in", "block", "dtype", "ms", "masked dense", "best dense", "best sparse",
+    "layer", "fan_in", "block", "dtype", "ms", "over masked dense", "over best dense",
+    "over best sparse",
 )  # fmt: skip
 # A fraction of the bound above this is more than noise: the peaks were measured too low.
 IMPOSSIBLE = 1.05
@@ -68,12 +69,12 @@ def _line(row: Row) -> dict[str, object]:
         **{name: row.get(name) for name in ("fan_in", "block", "D", "k", "dtype", "M", "product")},
         "ms": number(row.get("time_ms")) if row["correct"] else "FAIL",
         "iqr": number(row.get("spread_ms")),
-        "masked dense": ratio(speedup(row, "masked_dense")),
-        "dense": ratio(speedup(row, "dense")),
-        "best dense": ratio(speedup(row, "best_dense")),
+        "over masked dense": ratio(speedup(row, "masked_dense")),
+        "over dense": ratio(speedup(row, "dense")),
+        "over best dense": ratio(speedup(row, "best_dense")),
         "which": row.get("best_dense_kind"),
-        "best sparse": f"{ratio(peer)} ({library})" if peer else None,
-        "torch": ratio(speedup(row, "torch")),
+        "over best sparse": f"{ratio(peer)} ({library})" if peer else None,
+        "over torch": ratio(speedup(row, "torch")),
         "bound": f"{bound:.0%}" if bound else None,
         "error": f"{row['error']:.0e}",
         "torch's": f"{row['torch_error']:.0e}" if "torch_error" in row else None,
@@ -177,8 +178,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    tokens = max((row["M"] for row in steps(rows)), default=0)
-    drawn = [row for row in steps(rows) if row["M"] == tokens]
+    layers = [row for row in steps(rows) if "block" in row]
+    if not layers:
+        raise ValueError("there is nothing to draw: no step of a layer was timed")
+    tokens = max(row["M"] for row in layers)
+    drawn = [row for row in layers if row["M"] == tokens]
     blocks = sorted({row["block"] for row in drawn}, key=lambda b: [int(n) for n in b.split("x")])
     styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -201,7 +205,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.grid(which="both", alpha=0.25, lw=0.5)
-    if drawn:  # baselines may be missing for a dtype: the axis that shows more explains both
-        max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
+    # Baselines may be missing for a dtype: the axis that shows more explains both.
+    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
     figure.suptitle(f"{title}, M={tokens}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")

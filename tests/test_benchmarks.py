@@ -344,3 +344,21 @@ def test_very_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatc
 def test_summarize_is_median_and_interquartile_range() -> None:
     assert timing.summarize([0.004, 0.001, 0.002, 0.003, 0.005]) == timing.Timing(3.0, 2.0, 5)
     assert timing.summarize([0.002]) == timing.Timing(2.0, 0.0, 1)
+
+
+def test_results_that_cannot_be_drawn_or_written_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, plot = ROOT / "benchmarks" / "results", tmp_path / "plot.png"
+    report.main(results / "matmul-cpu-zen5.json", plot=plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
+    for name, sentence in {
+        "activation-cpu-zen5": "there is nothing to draw",
+        "inference-cpu-zen5": "there is nothing to draw",
+        "break-even-cpu-zen5": "cannot be drawn",
+    }.items():
+        with pytest.raises(SystemExit):
+            report.main(results / f"{name}.json", plot=plot)
+        assert sentence in capsys.readouterr().err
+        assert not plot.exists()
