@@ -122,7 +122,7 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         find_commands = cuda_commands if ext.name.endswith("cuda") else cpu_commands
         commands, link = find_commands(words("CXX") or ["c++"], ext.sources)
-        kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"  # -e would keep nothing
+        kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"  # -e keeps nothing
         folder = f"{kept if self.editable_mode else self.build_temp}/{ext.name}"
         library = os.path.abspath(self.get_ext_fullpath(ext.name))
         os.makedirs(folder, exist_ok=True)

@@ -140,6 +140,7 @@ def test_check_compares_and_takes_no_times(
     ("error", "status"),
     [(KeyboardInterrupt, report.INTERRUPTED), (RuntimeError("no memory\nat all"), 1)],
 )
+@pytest.mark.slow
 def test_rows_are_kept_after_an_interruption_and_a_case_that_fails_alone(
     error: BaseException | type[BaseException],
     status: int,

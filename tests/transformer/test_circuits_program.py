@@ -168,6 +168,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
     assert "continues the search" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     found = subprocess.run(
         [sys.executable, "-m", "sparse_transformer.circuits", "--help"],
