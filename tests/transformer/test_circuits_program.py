@@ -64,9 +64,9 @@ def test_a_circuit_comes_with_its_pictures(found):
     summary = json.loads((folder / "summary.json").read_text())
     assert circuit.task == TASK
     assert [circuit.node_count, circuit.edge_count] == summary["sizes"]["edges"]
-    assert circuit.proof == summary["proof"]
-    assert set(circuit.proof["circuit"]) == {"mean", "zero", "resample"}
-    assert {"sufficient", "necessary", "control", "pairs"} <= set(circuit.proof)
+    assert circuit.validation.to_dict() == summary["proof"]
+    assert set(circuit.validation.circuit) == {"mean", "zero", "resample"}
+    assert circuit.validation.control is not None
     assert circuit.model["linear"] == "sparse"
     assert len(circuit.examples) == 6
     for example in circuit.examples:
@@ -79,7 +79,7 @@ def test_a_circuit_comes_with_its_pictures(found):
 
 def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
     out, more = found
-    monkeypatch.setattr(program, "find", None)
+    monkeypatch.setattr(program, "find_circuit", None)
     assert program.main(arguments(run, out, *more)) == 0
     assert TASK in capsys.readouterr().out
     # So are other weights, though the folder is the same.
@@ -87,7 +87,7 @@ def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
     with pytest.raises(TypeError):
         program.main(arguments(run, out, *more))
     monkeypatch.undo()
-    monkeypatch.setattr(program, "find", None)
+    monkeypatch.setattr(program, "find_circuit", None)
     # Another target is another question.
     with pytest.raises(TypeError):
         program.main(arguments(run, out, *more[:-1], "4"))
@@ -162,7 +162,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "find", interrupted)
+    monkeypatch.setattr(program, "find_circuit", interrupted)
     more = ["--task", TASK, "--solved", "0", "--target", "3"]
     assert program.main(arguments(run, tmp_path / "out", *more)) == 130
     assert "continues the search" in capsys.readouterr().err
