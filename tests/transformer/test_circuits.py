@@ -379,16 +379,16 @@ def test_pruning_ends_when_its_time_is_over(task):
 
 def test_a_step_has_its_share_of_the_time_and_a_part_that_of_the_step():
     progress = Progress(100.0)
-    progress.reserve(20.0)
+    progress.reserved = 20.0
     with progress.step("a", 0.25):
         assert progress.left == pytest.approx(20, abs=1)
         with progress.part(0.0, 0.5):
             assert progress.left == pytest.approx(10, abs=1)
         with progress.part(0.5, 1.0):
             assert progress.left == pytest.approx(20, abs=1)
+    progress.reserved = 0.0
     with progress.step("b", 1.0):
-        assert progress.left == pytest.approx(80, abs=1)
-    assert progress.left == pytest.approx(80, abs=1)
+        assert progress.left == pytest.approx(100, abs=1)
     assert list(progress.laps) == ["a", "b"]
 
 

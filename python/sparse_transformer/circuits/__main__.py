@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,30 +131,31 @@ class _Run:
         stored = _stored(done, settings)
         if stored is not None:
             return stored
-        progress = Progress(config.budget.seconds, shown=None)
-        task = TaskLoss(self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed)
-        solved = task.need_solved(config.solved)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = find_circuit(
-            task,
-            config.target,
-            config.budget,
-            journal=folder / "search.journal",
-            edges=config.edges,
-            with_control=config.control,
-            seed=config.seed,
-            progress=progress,
-        )
-        circuit = annotate(
-            task,
-            found,
-            self.tokenizer,
-            self.corpus,
-            target=config.target,
-            model=self.facts,
-            progress=progress,
-        )
-        progress.close()
+        with closing(Progress(config.budget.seconds, shown=None)) as progress:
+            task = TaskLoss(
+                self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed
+            )
+            solved = task.need_solved(config.solved)
+            folder.mkdir(parents=True, exist_ok=True)
+            found = find_circuit(
+                task,
+                config.target,
+                config.budget,
+                journal=folder / "search.journal",
+                edges=config.edges,
+                with_control=config.control,
+                seed=config.seed,
+                progress=progress,
+            )
+            circuit = annotate(
+                task,
+                found,
+                self.tokenizer,
+                self.corpus,
+                target=config.target,
+                model=self.facts,
+                progress=progress,
+            )
         _write(folder / "circuit.json", circuit.to_json())
         pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
         if len(circuit.edges) <= _MOST_DRAWN:

@@ -52,7 +52,9 @@ def annotate(
     numbers = subgraph.keep.nonzero().squeeze(1).tolist()
     located = [task.nodes.locate(number) for number in numbers]
     few = located if len(located) <= _MOST_DESCRIBED else []
-    importance = _importance(task, subgraph, progress or Progress()) if few else {}
+    progress = progress or Progress()
+    with progress.step("describe", 1.0), progress.part(0.0, 0.5):
+        importance = _importance(task, subgraph, progress) if few else {}
     nodes = [
         _node(task, hook, channel, importance.get(number))
         for number, (hook, channel) in zip(numbers, located, strict=True)

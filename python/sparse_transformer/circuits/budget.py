@@ -45,6 +45,7 @@ class Progress:
 
     Attributes:
         laps: seconds that each step took.
+        reserved: seconds that the steps leave for something else.
     """
 
     def __init__(self, seconds: float = math.inf, *, shown: bool | None = False) -> None:
@@ -54,6 +55,7 @@ class Progress:
             shown: whether there is a bar; None: where stderr is a terminal.
         """
         self.laps: dict[str, float] = {}
+        self.reserved = 0.0
         self._began = time.monotonic()
         self._seconds = self._limit = seconds
         self._span = (0.0, 1.0)
@@ -69,20 +71,16 @@ class Progress:
         """Seconds until the present step should end; below 0 if it is late."""
         return self._began + self._limit - time.monotonic()
 
-    def reserve(self, seconds: float) -> None:
-        """Keeps this much of all the time for what comes after the steps."""
-        self._seconds = max(0.0, self._seconds - seconds)
-
     @contextmanager
     def step(self, name: str, until: float) -> Iterator[None]:
         """A step that may last until this share of the time has passed."""
         began = time.monotonic()
         self._bar.set_description(name)
-        self._limit, self._span = until * self._seconds, (self._span[0], until)
+        self._limit = until * max(0.0, self._seconds - self.reserved)
+        self._span = self._span[0], until
         yield
         self.advance(1.0)
-        self._span = (until, 1.0)
-        self._limit = self._seconds
+        self._limit, self._span = self._seconds, (until, 1.0)
         self.laps[name] = round(time.monotonic() - began, 1)
 
     @contextmanager
