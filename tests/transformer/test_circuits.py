@@ -357,7 +357,8 @@ def test_what_is_left_of_the_time_decides_how_much_is_done(task, monkeypatch):
     found = find_circuit(task, 0.15, budget)
     assert clock() < 1.2 * budget.seconds
     assert task.calibrated_loss(found.subgraph) <= 0.15
-    assert found.validation.pairs == len(task.test)
+    assert found.validation.pairs >= min(32, len(task.test))
+    assert 0 < found.validation.control.trained < 1
     assert sum(found.seconds.values()) <= clock()
 
 
@@ -452,7 +453,7 @@ def test_refining_from_the_whole_model_leaves_what_is_planted(task):
 def test_masks_on_edges_find_the_planted_ones(task):
     whole = everything(task).keep
     config = MaskConfig(steps=120, pairs=8, price=1e-3, learning_rate=5e-2, aim=0.1)
-    (mask,) = train_masks(EdgeMasks(task, whole), [config])
+    (mask,) = train_masks(EdgeMasks(task, whole), [config]).masks
     assert float(mask.abs().max()) <= 1
     subgraph = threshold_edges(task, whole, mask, 0.15)
     assert subgraph is not None
@@ -464,7 +465,7 @@ def test_masks_on_edges_find_the_planted_ones(task):
     # Among these nodes there is nothing to be found.
     nothing = torch.zeros_like(whole)
     nothing[task.nodes.index("1.mlp.post_act:0")] = True
-    (mask,) = train_masks(EdgeMasks(task, nothing), [dataclasses.replace(config, steps=2)])
+    (mask,) = train_masks(EdgeMasks(task, nothing), [dataclasses.replace(config, steps=2)]).masks
     assert mask.shape == (0,)
     assert threshold_edges(task, nothing, mask, 0.15) is None
 
@@ -539,9 +540,9 @@ def test_masks_are_trained_alike_alone_and_together(task):
     configs = [
         MaskConfig(steps=30, pairs=4, price=price, learning_rate=3e-2) for price in (1e-4, 1e2)
     ]
-    together = train_masks(NodeMasks(task), configs)
+    together = train_masks(NodeMasks(task), configs).masks
     for config, mask in zip(configs, together, strict=True):
-        (alone,) = train_masks(NodeMasks(task), [config])
+        (alone,) = train_masks(NodeMasks(task), [config]).masks
         torch.testing.assert_close(mask, alone, atol=1e-3, rtol=0)
     # What the task needs becomes worth less than its price.
     needed = [task.nodes.index(id) for id in PLANTED_NODES]

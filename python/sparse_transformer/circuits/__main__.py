@@ -257,9 +257,11 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
     if found.control is not None:
         reached = found.control.reached
         verdict = _red("REACHED THE TARGET") if reached else "did not reach the target"
+        cut = found.control.trained
         lines.append(
             f"  control, random labels: {verdict} with up to {found.control.limit} edges "
             f"(lowest loss {found.control.loss:.3f})"
+            + ("" if cut is None else f"; no time for more than {cut:.0%} of its training")
         )
     picture = folder / "circuit.html"
     path = str(picture) if picture.exists() else f"{folder / 'circuit.json'}, too large to draw"

@@ -15,8 +15,8 @@ from tqdm import tqdm
 class Budget:
     """Limits of the search for one circuit.
 
-    Where `seconds` are too few, masks are trained for fewer steps and less is pruned. How much
-    depends on the machine, so two runs then differ.
+    Where `seconds` are too few, there are fewer trials and held-out prompts, masks are trained for
+    fewer steps and less is pruned. How much depends on the machine, so two runs then differ.
 
     Attributes:
         seconds: time for one circuit, its validation and its drawing included.
@@ -73,11 +73,13 @@ class Progress:
 
     @contextmanager
     def step(self, name: str, until: float) -> Iterator[None]:
-        """A step that may last until this share of the time has passed."""
-        began = time.monotonic()
+        """A step, which ends at this share of all; it gets its part of the time that is left."""
+        began, at = time.monotonic(), self._span[0]
         self._bar.set_description(name)
-        self._limit = until * max(0.0, self._seconds - self.reserved)
-        self._span = self._span[0], until
+        used = began - self._began
+        left = max(0.0, self._seconds - self.reserved - used)
+        self._limit = used + left * (until - at) / max(1 - at, 1e-9)
+        self._span = at, until
         yield
         self.advance(1.0)
         self._limit, self._span = self._seconds, (until, 1.0)

@@ -121,6 +121,7 @@ class Control:
         limit: the most edges that it was given.
         reached: the target.
         passed: not reached, as it should be.
+        trained: share of the training steps for which there was time; None for all of them.
     """
 
     loss: float
@@ -129,6 +130,7 @@ class Control:
     limit: int
     reached: bool
     passed: bool
+    trained: float | None = None
 
 
 @dataclass(frozen=True)

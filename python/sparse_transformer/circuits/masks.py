@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,16 @@ class MaskConfig:
         for name in ("steps", "pairs", "learning_rate", "temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+class Trained(NamedTuple):
+    """Masks, float `(G, count)` in [-1, 1]; what has a value above 0 is kept.
+
+    `share` is that of the steps for which there was time.
+    """
+
+    masks: Tensor
+    share: float
 
 
 class Masked(Protocol):
@@ -137,7 +147,7 @@ def train_masks(
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Tensor:
+) -> Trained:
     """Trains one mask for each of `configs`, all of them in the same forwards.
 
     Args:
@@ -145,9 +155,6 @@ def train_masks(
         configs: G of them, with equal `steps` and `pairs`.
         seed: of the masks and the batches.
         progress: ends the training when its time is over; the learning rate falls to zero by then.
-
-    Returns:
-        float `(G, count)` in [-1, 1]: a node or edge whose value is above 0 is kept.
     """
     steps, pairs = configs[0].steps, configs[0].pairs
     if any((config.steps, config.pairs) != (steps, pairs) for config in configs):
@@ -200,7 +207,7 @@ def train_masks(
             optimizer.zero_grad()
             for mask in masks:
                 mask.clamp_(-1, 1)
-    return torch.stack(masks).detach()
+    return Trained(torch.stack(masks).detach(), step / steps)
 
 
 class Price:

@@ -37,9 +37,12 @@ _EDGE_RATES = (3e-2, 1e-1)
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Which share of the time has passed at the end of each step; the rest is for annotate.py and the
 # drawing.
-_SEARCH, _NODES, _EDGES, _CONTROL, _CURVE = 0.42, 0.52, 0.75, 0.87, 0.92
-# Validation takes about as long as so many passes over the test prompts.
-_PASSES = 20
+_SEARCH, _NODES, _EDGES, _CONTROL, _CURVE = 0.35, 0.45, 0.65, 0.9, 0.95
+# Validation takes about as long as so many passes over its prompts, a training step as long as so
+# many over those of its batch.
+_PASSES, _STEP_PASSES = 20, 3
+# The share of the time that validation may take, but for the least number of pairs.
+_VALIDATION, _LEAST_PAIRS = 0.25, 32
 
 
 class Size(NamedTuple):
@@ -105,12 +108,21 @@ def find_circuit(
         UserError: the whole model does not reach the target.
     """
     progress = progress or Progress(budget.seconds)
-    began = time.monotonic()
     need_reachable(task, target)
-    progress.reserved = _PASSES * (time.monotonic() - began) * len(task.test) / len(task.fit)
+    # Of one pass over one pair; not of the first, which is slower.
+    began = time.monotonic()
+    task.logit_diffs(task.fit)
+    seconds = (time.monotonic() - began) / len(task.fit)
+    affordable = _VALIDATION * progress.left / (_PASSES * seconds)
+    pairs = max(_LEAST_PAIRS, int(min(affordable, len(task.test))))
+    progress.reserved = _PASSES * seconds * pairs
+    training = _STEP_PASSES * budget.steps * budget.pairs * seconds  # of one mask
     fit_target = _FIT_SHARE * target
     with progress.step("search", _SEARCH):
         key = _key(task, target, budget, seed)
+        # Few trials with many steps are better than many with few.
+        trials = max(1, int(min(progress.left / training, budget.trials)))
+        budget = replace(budget, trials=trials)
         candidates = search(
             task, fit_target, budget, key=key, journal=journal, seed=seed, progress=progress
         )
@@ -125,12 +137,14 @@ def find_circuit(
         sizes["edges"] = size_of(task, subgraph)
     calibration = calibrate(*task.logit_diffs(task.fit, subgraph))
     with progress.step("validate", _EDGES):
-        validation = validate(task, subgraph, calibration, target, seed=seed)
+        validation = validate(task, subgraph, calibration, target, pairs=pairs, seed=seed)
     progress.reserved = 0.0
     if with_control:
         with progress.step("control", _CONTROL):
             limit = CONTROL_FACTOR * by_nodes.edges
-            tried = control(task, limit, config, target, seed=seed, progress=progress)
+            tried = control(
+                task, limit, config, target, seconds=training, seed=seed, progress=progress
+            )
             validation = replace(validation, control=tried)
     with progress.step("size curve", _CURVE):
         curve = _curve(task, candidates[0].config, seed, progress)
@@ -179,12 +193,12 @@ def _by_edge_masks(
     wide = MaskConfig(steps=budget.steps, pairs=budget.pairs, price=3e-4, learning_rate=3e-2)
     parts = 1 + len(_EDGE_RATES)
     with progress.part(0.0, 1 / parts):
-        (mask,) = train_masks(NodeMasks(task), [wide], seed=seed, progress=progress)
+        (mask,), _ = train_masks(NodeMasks(task), [wide], seed=seed, progress=progress)
     keep = threshold_nodes(task, mask, _WIDE_SHARE * target, progress).keep
     for number, rate in enumerate(_EDGE_RATES, 1):
         config = replace(wide, price=1e-3, learning_rate=rate, aim=_EDGE_AIM * target)
         with progress.part(number / parts, (number + 1) / parts):
-            (mask,) = train_masks(EdgeMasks(task, keep), [config], seed=seed, progress=progress)
+            (mask,), _ = train_masks(EdgeMasks(task, keep), [config], seed=seed, progress=progress)
             found = threshold_edges(task, keep, mask, target, progress)
         if found is not None:
             yield found
@@ -217,7 +231,7 @@ def _curve(
 ) -> list[CurvePoint | None]:
     """Sizes at other targets, all from one mask."""
     with progress.part(0.0, 0.7):
-        (mask,) = train_masks(NodeMasks(task), [config], seed=seed, progress=progress)
+        (mask,), _ = train_masks(NodeMasks(task), [config], seed=seed, progress=progress)
     points: list[CurvePoint | None] = []
     for target in CURVE:
         found = threshold_nodes(task, mask, target, progress)

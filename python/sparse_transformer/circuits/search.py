@@ -96,7 +96,7 @@ def search(
             configs = [_suggest(trial, budget, target) for trial in trials]
             # Trial numbers continue after an interruption, and so do the batches that are drawn.
             with progress.part(0.0, _TRAINING):
-                masks = train_masks(
+                masks, _ = train_masks(
                     NodeMasks(task), configs, seed=seed + trials[0].number, progress=progress
                 )
             for trial, config, mask in zip(trials, configs, masks, strict=True):

@@ -34,34 +34,42 @@ _PRICES = (0.1, 1.0, 10.0)
 
 
 def validate(
-    task: TaskLoss, subgraph: Subgraph, calibration: Calibration, target: float, *, seed: int = 0
+    task: TaskLoss,
+    subgraph: Subgraph,
+    calibration: Calibration,
+    target: float,
+    *,
+    pairs: int | None = None,
+    seed: int = 0,
 ) -> Validation:
     """Losses and accuracies on the test prompts, without a control.
 
     Args:
         calibration: of the circuit, fitted on the prompts for fitting.
         target: the loss that makes the circuit sufficient.
+        pairs: how many of the test prompts; None for all.
         seed: chooses the other prompts of resample ablation.
     """
-    whole = task.score(task.test)
+    test = task.test[:pairs]
+    whole = task.score(test)
     complement = Subgraph(~subgraph.keep)
     zeros = {name: torch.zeros_like(mean) for name, mean in task.means.items()}
     ablations: dict[str, tuple[Baseline | None, Tensor | None]] = {
         "mean": (None, None),
         "zero": (zeros, None),
-        "resample": (None, _others(2 * len(task.test), seed)),
+        "resample": (None, _others(2 * len(test), seed)),
     }
     circuit, without = {}, {}
     for name, (baseline, resample) in ablations.items():
-        diffs, positive = task.logit_diffs(task.test, subgraph, baseline, resample)
+        diffs, positive = task.logit_diffs(test, subgraph, baseline, resample)
         alone = score(diffs, positive, calibration)
         circuit[name] = Ablated(alone.loss, alone.accuracy)
-        diffs, positive = task.logit_diffs(task.test, complement, baseline, resample)
+        diffs, positive = task.logit_diffs(test, complement, baseline, resample)
         lost = score(diffs, positive)
         known = score(diffs, positive, calibrate(diffs, positive))
         without[name] = Ablated(lost.loss, lost.accuracy, known.loss)
     return Validation(
-        pairs=len(task.test),
+        pairs=len(test),
         model_loss=whole.loss,
         model_accuracy=whole.accuracy,
         circuit=circuit,
@@ -77,22 +85,27 @@ def control(
     config: MaskConfig,
     target: float,
     *,
+    seconds: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Control:
-    """Trains masks on random labels as `config` says, at three prices, and tries all thresholds.
+    """Trains masks on random labels as `config` says, and tries all their thresholds.
+
+    There is a mask for each of three node prices, or one mask where there is no time for three.
 
     Args:
         limit: edges that a threshold may keep; `CONTROL_FACTOR` times those of the task's own
             circuit, both counted as all edges between the nodes.
+        seconds: that training one mask takes, about.
     """
     progress = progress or Progress()
     random = task.with_random_labels(seed)
-    configs = [replace(config, price=config.price * factor) for factor in _PRICES]
+    factors = _PRICES if len(_PRICES) * seconds <= progress.left else (1.0,)
+    configs = [replace(config, price=config.price * factor) for factor in factors]
     seen = random.train[: len(random.fit)]
     best: Control | None = None
     with progress.part(0.0, 0.75):
-        masks = train_masks(NodeMasks(random), configs, seed=seed, progress=progress)
+        masks, share = train_masks(NodeMasks(random), configs, seed=seed, progress=progress)
     for mask in masks:
         order = mask.argsort(descending=True, stable=True)
         count = 1
@@ -108,7 +121,7 @@ def control(
                 best = Control(loss, count, edges, limit, reached, not reached)
             count = max(count + 1, count * 5 // 4)
     assert best is not None
-    return best
+    return best if share >= 1 else replace(best, trained=share)
 
 
 def _others(count: int, seed: int) -> Tensor:

@@ -120,6 +120,8 @@ def _control(control: Control) -> Verdict:
         f"with at most {control.limit} edges (lowest loss {words.fact(control.loss)}, "
         f"{_count(control.nodes, 'node')}, {_count(control.edges, 'edge')})"
     )
+    if control.trained is not None:
+        tried += f", in {control.trained:.0%} of its training steps"
     if control.passed:
         return Verdict(
             f"Control passed: with random labels the same search misses the target {tried}.", True
