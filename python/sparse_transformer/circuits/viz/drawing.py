@@ -68,16 +68,9 @@ def render(circuit: Circuit, format: str, *, titled: bool) -> bytes:
     _check(circuit)
     graph = pygraphviz.AGraph(directed=True, strict=False)
     graph.graph_attr.update(
-        rankdir="BT",
-        newrank="true",
-        outputorder="edgesfirst",
-        nodesep="0.22",
-        ranksep="0.4",
-        fontname=_SANS,
-        fontcolor=_SOFT,
-        bgcolor="white" if titled else "transparent",
-        pad="0.2",
-    )
+        rankdir="BT", newrank="true", outputorder="edgesfirst", nodesep="0.22", ranksep="0.4",
+        pad="0.2", fontname=_SANS, fontcolor=_SOFT, bgcolor="white" if titled else "transparent",
+    )  # fmt: skip
     graph.node_attr.update(
         shape="box", style="rounded,filled", fillcolor="white", color=_LINE, fontname=_SANS,
         fontcolor=_INK, fontsize="12", margin="0.11,0.06", height="0.3", width="0.5",

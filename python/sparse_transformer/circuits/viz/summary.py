@@ -9,12 +9,14 @@ from sparse_transformer.circuits.circuit import Ablated, Circuit, Control, Valid
 from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
-_ABLATIONS = {
-    "mean": "at its mean",
-    "zero": "at zero",
-    "resample": "from another prompt",
+_ABLATIONS = {"mean": "at its mean", "zero": "at zero", "resample": "from another prompt"}
+_FACTS = {
+    "linear": "linear layers",
+    "n_layer": "depth",
+    "d_model": "width",
+    "l0": "L0",
+    "edges": "edges of its blocks",
 }
-_FACTS = {"linear": "layers are", "n_layer": "layers", "d_model": "width", "l0": "L0"}
 COLUMNS = ("loss", "loss with the best scale and shift", "correct answers")
 
 
