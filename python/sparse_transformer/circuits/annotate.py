@@ -111,7 +111,7 @@ def _node(task: TaskLoss, hook: str, channel: int, importance: float | None) -> 
 
 
 def _importance(task: TaskLoss, subgraph: Subgraph, progress: Progress) -> dict[int, float]:
-    """What the recalibrated loss on the prompts for fitting rises by without each node."""
+    """How much the calibrated loss on the prompts for fitting rises without each node."""
     before = task.calibrated_loss(subgraph)
     numbers = subgraph.keep.nonzero().squeeze(1).tolist()
     found: dict[int, float] = {}
