@@ -5,7 +5,7 @@ from sparse_kernels.attention import cached_attention, causal_attention
 from sparse_kernels.backends import available_backends, explain_backend
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
-from sparse_kernels.linear import SparseLinear
+from sparse_kernels.linear import SparseLinear, check_ranks
 from sparse_kernels.matmul import grad_weight, sparse_linear
 from sparse_kernels.reference import from_dense, to_dense
 from sparse_kernels.rewire import rewire_
@@ -17,6 +17,7 @@ __all__ = [
     "available_backends",
     "cached_attention",
     "causal_attention",
+    "check_ranks",
     "densify_",
     "explain_backend",
     "from_dense",

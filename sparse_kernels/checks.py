@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The lists that a product walks: the inputs of each output, or the outputs of each input.
 Orientation = Literal["rows", "columns"]
@@ -125,6 +126,18 @@ def check_is_tensor(name: str, tensor: object) -> Tensor:
     if type(tensor).__module__.startswith("torch.fx"):
         hint = "; torch.fx.symbolic_trace cannot trace it: use torch.export, or make it a leaf"
     raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for tensors of the meta device or of a FakeTensorMode, which are shapes alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Raises ValueError if `tensor` is only a shape."""
+    if not has_values(tensor):
+        kind = "a FakeTensor" if isinstance(tensor, FakeTensor) else "a tensor on the meta device"
+        raise ValueError(f"{name} must hold values, got {kind}")
 
 
 def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:

@@ -17,7 +17,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import check_block, check_fan_in, check_geometry, check_num_blocks
+from sparse_kernels.checks import (
+    check_block,
+    check_fan_in,
+    check_geometry,
+    check_has_values,
+    check_num_blocks,
+)
 
 try:
     import _sparse_kernels_cpu as _extension
@@ -99,8 +105,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have two dimensions (out_features / block_out, fan_in / block_in), "
             f"got shape {tuple(indices.shape)}"
         )
-    if indices.is_meta:
-        raise ValueError("indices must hold values, got a tensor on the meta device")
+    check_has_values("indices", indices)
     rows, width = indices.shape
     if block_rows is not None and rows != block_rows:
         raise ValueError(
@@ -227,8 +232,7 @@ class FanInLayout:
         count = check_fan_in(fan_in, in_features, block[1])
         check_num_blocks(rows, count)
         where = torch.get_default_device() if device is None else torch.device(device)
-        if where.type == "meta":
-            raise ValueError("device must be able to hold the pattern, got the meta device")
+        check_has_values("a random layout", torch.empty(0, device=where))
         source = torch.device("cpu") if generator is None else generator.device
         with torch.inference_mode(False):
             if 2 * count <= columns:
@@ -323,8 +327,7 @@ class FanInLayout:
         indices = self.indices.to(device)
         if indices is self.indices:
             return self
-        if indices.is_meta:
-            raise ValueError("device must be able to hold the pattern, got the meta device")
+        check_has_values("a layout", indices)
         transposed = self._transposed
         if transposed is not None:
             transposed = Transposed(*(part.to(device) for part in transposed))

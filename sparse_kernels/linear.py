@@ -7,10 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparse_kernels import backends, ops, ranks, reference
-from sparse_kernels.checks import check_fan_in, check_geometry, check_num_blocks, refuse_jit_trace
+from sparse_kernels.checks import (
+    check_fan_in,
+    check_geometry,
+    check_has_values,
+    check_num_blocks,
+    has_values,
+    refuse_jit_trace,
+)
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.matmul import linear
 
@@ -59,12 +68,14 @@ class SparseLinear(nn.Module):
     a GPU the comparison does not wait for the device: a write that torch does not count, such as a
     collective's, raises a device-side assert. To change the pattern during training use `rewire_`.
 
-    Under DistributedDataParallel the patterns of all ranks are compared at the first forward, and
-    different ones refused with a RuntimeError; `reset_parameters` of a layer whose weight is
-    sharded (FSDP2) gives all ranks the pattern of the first.
+    DistributedDataParallel that does not broadcast buffers compares the patterns of all ranks at
+    its first forward and raises a RuntimeError if they differ; `reset_parameters` of a layer whose
+    weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes are not
+    compared: call `check_ranks` after rewiring or loading on several ranks.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
-    one, `reset_parameters` draws one, forward raises RuntimeError until then.
+    one, `reset_parameters` draws one, forward raises RuntimeError until then. Under a
+    FakeTensorMode forward and backward give shapes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or size; the message names it.
@@ -159,8 +170,9 @@ class SparseLinear(nn.Module):
         self._refresh()
         if self._layout is None:
             raise RuntimeError(
-                "this SparseLinear has no pattern yet: it was made on the meta device or emptied; "
-                "call load_state_dict, or reset_parameters to draw a random one"
+                "this SparseLinear has no pattern yet: it was made on the meta device or in a "
+                "FakeTensorMode, or emptied; call load_state_dict, or reset_parameters to draw a "
+                "random one"
             )
         return self._layout
 
@@ -173,7 +185,7 @@ class SparseLinear(nn.Module):
         if self.indices.is_meta:
             raise RuntimeError("a layer on the meta device holds no values: call to_empty first")
         self._refresh()
-        if self._layout is None:
+        if self._layout is None and not isinstance(self.indices, FakeTensor):
             layout = FanInLayout.random(
                 *self._stored_shape,
                 self.weight.shape[1] * self.weight.shape[3],
@@ -194,15 +206,17 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
         refuse_jit_trace()
-        if torch.compiler.is_compiling():
-            # What is traced keeps the buffer: a pattern that is loaded later is used, and equal
+        indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
+        pattern: FanInLayout | ops.Pattern
+        if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
+            # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
-            pattern = ops.Pattern(self.indices, self._stored_shape[1], self._stored_block)
-            return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
-        layout = self.layout
-        if not layout.indices.is_cpu:
-            torch._assert_async(torch.all(self.indices == layout.indices), _OVERWRITTEN)
-        return linear(x, self.weight, layout, self.bias, self.backend, self.transpose)
+            pattern = ops.Pattern(indices, self._stored_shape[1], self._stored_block)
+        else:
+            pattern = self.layout
+            if not indices.is_cpu:
+                torch._assert_async(torch.all(indices == pattern.indices), _OVERWRITTEN)
+        return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -335,8 +349,9 @@ class SparseLinear(nn.Module):
             if layout is not None and indices.dtype != torch.int32:
                 # Module.type() casts every tensor; a pattern does not follow.
                 indices = self.indices = layout.indices.to(indices.device, copy=True)
-            if layout is not None and torch.equal(indices, layout.indices.to(indices.device)):
-                self._adopt(layout.to(indices.device))
+            moved = None if layout is None else layout.to(indices.device)
+            if moved is not None and moved.is_held_by(indices):
+                self._adopt(moved)
             else:  # `to_empty`: new memory, and no pattern in it
                 self._layout = None
                 indices.fill_(_NO_PATTERN)
@@ -394,11 +409,11 @@ class SparseLinear(nn.Module):
             try:
                 if name != "indices":
                     _check_loaded(prefix + name, loaded, current, assign)
-                elif not (isinstance(loaded, Tensor) and loaded.is_meta and current.is_meta):
+                elif not isinstance(loaded, Tensor) or has_values(loaded) or has_values(current):
                     layout = self._validated(loaded, prefix + name)
             except (TypeError, ValueError) as error:
                 refusals.append(str(error))
-        return None if before["indices"].is_meta and not assign else layout, refusals
+        return layout if has_values(before["indices"]) or assign else None, refusals
 
     def _restore(self, before: dict[str, Any], content: dict[str, Any]) -> None:
         """Puts the tensors `before` back, with the `content` that they had."""
@@ -408,6 +423,23 @@ class SparseLinear(nn.Module):
             if tensor is not None and not tensor.is_meta:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(content[name])
+
+
+def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Raises RuntimeError on every rank if a SparseLinear of `model` differs in its pattern.
+
+    A collective: every rank of `group` must call it with the same model. Call it after `rewire_` or
+    `load_state_dict` in a distributed run: a rank with another pattern trains another model, and
+    the averages of gradients mean nothing. Costs one checksum of each layer and one all_gather.
+
+    Args:
+        model: any module, also wrapped in DistributedDataParallel or sharded by FSDP2.
+        group: the ranks to compare, by default all.
+
+    Raises:
+        RuntimeError: patterns differ; the message names the layers.
+    """
+    ranks.compare(ranks.patterns(model, SparseLinear), group)
 
 
 def _version(tensor: Tensor) -> int:
@@ -435,7 +467,7 @@ def _check_loaded(key: str, loaded: object, current: Tensor, assign: bool) -> No
     if not loaded.is_floating_point() or (assign and loaded.dtype not in _DTYPES):
         needs = "float32, bfloat16, float64 or float16" if assign else "a floating-point dtype"
         raise TypeError(f"{key} must have {needs}, got {loaded.dtype}")
-    if loaded.is_meta and not current.is_meta:
-        raise ValueError(f"{key} must hold values, got a tensor on the meta device")
+    if has_values(current):
+        check_has_values(key, loaded)
     if loaded.shape != current.shape:
         raise ValueError(f"{key} must have shape {tuple(current.shape)}, got {tuple(loaded.shape)}")

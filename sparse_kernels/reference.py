@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import check_is_tensor, wide_dtype
+from sparse_kernels.checks import check_has_values, check_is_tensor, wide_dtype
 from sparse_kernels.layout import FanInLayout, Problem, check_fan_in, check_geometry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -88,8 +88,7 @@ def from_dense(
             f"weight must have two dimensions (out_features, in_features), "
             f"got shape {tuple(weight.shape)}"
         )
-    if weight.is_meta:
-        raise ValueError("weight must hold values, got a tensor on the meta device")
+    check_has_values("weight", weight)
     weight = weight.detach()
     out_features, in_features = weight.shape
     block_out, block_in = check_geometry(out_features, in_features, block)

@@ -49,6 +49,9 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
     backward, and whoever keeps buffers of the old shapes must make new ones: wrap the model in
     `DistributedDataParallel` again, load checkpoints into a layer of the new fan.
 
+    In a distributed run every rank must rewire with the same `new_layout`; `check_ranks` compares
+    the patterns afterwards.
+
     Everything is validated and computed before anything is written.
 
     Args:
