@@ -150,8 +150,8 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
                                        a.size(),      a.data(),         a.size(),   a.size(),
                                        a.data(),      a.size(),         a.threads()};
     });
-    define("sum_tokens", &Table::sum_tokens, 6, [](Arguments& a) {
-        return sk::SumTokensArguments{a.data(), a.size(), a.data(),
+    define("bias_grad", &Table::bias_grad, 6, [](Arguments& a) {
+        return sk::BiasGradArguments{a.data(), a.size(), a.data(),
                                       a.size(), a.size(), a.threads()};
     });
     const auto topk = [](Arguments& a) {

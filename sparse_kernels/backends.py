@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from sparse_kernels import checks, cpu, cuda, reference, triton
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Layout, Problem
 
 
 class Backend(Protocol):
@@ -34,7 +34,7 @@ class Backend(Protocol):
     def grad_weight(self, grad_output: Tensor, x: Tensor, layout: FanInLayout, /) -> Tensor:
         """`dW = dY^T X` at the kept blocks."""
 
-    def sum_tokens(self, grad_output: Tensor, /) -> Tensor:
+    def bias_grad(self, grad_output: Tensor, /) -> Tensor:
         """The gradient of a bias."""
 
     def abs_topk(self, x: Tensor, k: int, /) -> Tensor:
@@ -44,38 +44,14 @@ class Backend(Protocol):
         """`dY` where y is not zero."""
 
 
-class FusedBackend(Backend, Protocol):
-    """A backend that also has attention, and AbsTopK together with what comes before it."""
-
-    def gelu_abs_topk(self, x: Tensor, k: int, /) -> Tensor:
-        """`abs_topk(gelu(x), k)`."""
-
-    def gelu_abs_topk_backward(self, grad_output: Tensor, y: Tensor, x: Tensor, /) -> Tensor:
-        """The gradient of x."""
-
-    def norm_abs_topk(
-        self, x: Tensor, weight: Tensor, k: int, eps: float, /
-    ) -> tuple[Tensor, Tensor]:
-        """`abs_topk(rms_norm(x) * weight, k)`, and each row's scale."""
-
-    def norm_abs_topk_backward(
-        self, grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, /
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and weight."""
-
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, /
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention, and the logarithm of each row's sum."""
-
-    def attention_backward(
-        self, qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, /
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of qkv and sinks."""
-
-
-_FUSED: dict[str, FusedBackend] = {"reference": reference, "cpu": cpu}
-_BACKENDS: dict[str, Backend] = {**_FUSED, "triton": triton, "cuda": cuda}
+_BACKENDS: dict[str, Backend] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+}
+# Those that also have attention, and AbsTopK fused with what comes before it.
+FUSED = ("reference", "cpu")
 NAMES = tuple(_BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 
@@ -160,16 +136,6 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def is_fused(name: str) -> bool:
-    """Whether the backend `name` is a `FusedBackend`."""
-    return name in _FUSED
-
-
-def get_fused(name: str) -> FusedBackend:
-    """The backend `name`; KeyError if it is no `FusedBackend`."""
-    return _FUSED[name]
-
-
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
     return _BACKENDS[name].why_not(problem)
@@ -243,17 +209,24 @@ def explain(problem: Problem, backend: str | None = None) -> list[tuple[str, str
     return [(name, sentence(name)) for name in NAMES]
 
 
-def choose_product(
-    x: Tensor, layout: checks.Geometry, product: str, backend: str | None = None
+def choose_for(
+    x: Tensor, product: str, backend: str | None = None, layout: Layout | None = None
 ) -> str:
-    """`choose(problem_of(...))`; at once for cpu tensors, which have one backend."""
-    if backend is None and x.is_cpu and cpu.is_available() and x.dtype in checks.CPU_DTYPES:
+    """`choose` for inputs like `x` and this layout, at once on the CPU, which has one backend."""
+    if (
+        (backend is None or backend == "cpu")
+        and x.is_cpu
+        and cpu.is_available()
+        and x.dtype in checks.CPU_DTYPES
+    ):
         return "cpu"
     return choose(problem_of(x, layout, product), backend)
 
 
-def problem_of(x: Tensor, layout: checks.Geometry, product: str) -> Problem:
-    """The `Problem` of running `product` on inputs like `x` with this layout."""
+def problem_of(x: Tensor, layout: Layout | None, product: str) -> Problem:
+    """The `Problem` of running `product` on inputs like `x` with this layout, if it has one."""
+    if layout is None:
+        return Problem(x.device.type, x.dtype, product)
     return Problem(
         x.device.type,
         x.dtype,

@@ -1,4 +1,4 @@
-"""The CUDA backend: checks, allocates, and hands device addresses to the CUDA kernels.
+"""The CUDA backend: allocates, and hands addresses to the CUDA kernels; `ops` checks arguments.
 
 The kernels (`csrc/cuda/`) keep a tile of tokens in shared memory and stream the blocks past it, so
 they serve unstructured weights and small blocks. They are launched on PyTorch's current stream and
@@ -14,16 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import (
-    Orientation,
-    check_float,
-    check_kept,
-    check_orientation,
-    check_tensor,
-    refuse_capture,
-)
+from sparse_kernels.checks import Orientation
 from sparse_kernels.layout import FanInLayout, Problem
-from sparse_kernels.reference import sum_tokens as sum_tokens  # as good on a GPU
+from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
 _missing: str | None = None
 try:
@@ -136,9 +129,6 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
     `_order`), for 1 x 1 blocks also where each list begins in that order, in fours of entries,
     rounded up; int32. For either the columns in 16 bits, unsigned, where these hold them.
     """
-    check_orientation(lists)
-    _check_device("layout", layout.indices, layout.device)
-    refuse_capture(layout.device)
     parts = []
     columns, count = layout.indices.flatten(), layout.block_cols
     if lists == "columns":
@@ -160,7 +150,6 @@ def _scheduled(
     layout: FanInLayout, lists: Orientation
 ) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
     """The lists for the extension, and the tensors that they point to."""
-    assert _extension is not None, _missing
     tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
     geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
     transposed = lists == "columns"
@@ -173,49 +162,6 @@ def _scheduled(
     starts = tensors[2].data_ptr() if layout.block == (1, 1) else 0
     pointers = ids.data_ptr(), order.data_ptr(), starts
     return _extension.Lists.fan_out(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device.type != _device_type:
-        raise ValueError(f"{name} must be on a {_device_type} device, got {tensor.device}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    _check_device(name, tensor, device)
-    check_tensor(name, tensor, shape, dtype)
-
-
-def _dtype_name(name: str, tensor: Tensor) -> str:
-    check_float(name, tensor, tuple(_DTYPES))
-    return _DTYPES[tensor.dtype]
-
-
-def _check_row(name: str, tensor: Tensor) -> None:
-    if tensor.shape[1] > _MAX_ROW:
-        raise ValueError(
-            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
-        )
-
-
-def _check_block(layout: FanInLayout) -> None:
-    if max(layout.in_features, layout.out_features) > _MAX_BLOCKS:
-        raise ValueError(
-            f"layout must have at most {_MAX_BLOCKS} features, got {layout.out_features} x "
-            f"{layout.in_features}"
-        )
-    if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
-        raise ValueError(
-            f"layout must have at most {_MAX_BLOCKS} blocks, with sides of at most "
-            f"{_MAX_BLOCK_SIDE}, got {layout.num_blocks} of {layout.block}"
-        )
 
 
 def _queue(tensor: Tensor) -> tuple[int, int]:
@@ -232,64 +178,45 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def _gather(
-    x: Tensor,
-    values: Tensor,
-    layout: FanInLayout,
-    bias: Tensor | None,
-    product: str,
-    name: str,
+def _check_row(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] > _MAX_ROW:
+        raise ValueError(
+            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
+        )
+
+
+def _matrix(tensor: Tensor) -> tuple[int, ...]:
+    """The address and strides of a matrix."""
+    return tensor.data_ptr(), *tensor.stride()
+
+
+def _spmm(
+    product: str, x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None
 ) -> Tensor:
-    assert _extension is not None, _missing
-    width, out_width = layout.in_features, layout.out_features
-    walked: Orientation = "columns" if product == "grad_input" else "rows"
-    if walked == "columns":
-        width, out_width = out_width, width
-    dtype = _dtype_name(name, x)
-    _check_block(layout)
-    _check(name, x, (None, width), x.dtype, layout.device)
-    _check("values", values, layout.values_shape, x.dtype, layout.device)
-    if bias is not None:
-        _check("bias", bias, (out_width,), x.dtype, layout.device)
-        bias = bias.contiguous()
+    transposed = product == "grad_input"
+    dtype, size = _DTYPES[x.dtype], values.element_size()
+    bias = None if bias is None else bias.contiguous()
     values = values.contiguous()
     with _on_device_of(x):
-        out = torch.empty((x.shape[0], out_width), dtype=x.dtype, device=x.device)
+        out = x.new_empty(x.shape[0], layout.in_features if transposed else layout.out_features)
         if out.shape[0] == 0:
             return out
         queue = _queue(x)
-        pointed, schedule = _scheduled(layout, walked)
-        size = values.element_size()
+        pointed, schedule = _scheduled(layout, "columns" if transposed else "rows")
         # Single weights that fit are brought into words together with their indices.
         count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
-        if walked == "columns" and not count:
+        if transposed and not count:
             # Each tile of tokens reads all values in the order of the lists: bring them into it.
             ordered = torch.empty_like(values)
-            _extension.pack_blocks(
-                schedule[0].data_ptr(),
-                layout.num_blocks,
-                layout.block[0] * layout.block[1] * size,
-                size,
-                values.data_ptr(),
-                ordered.data_ptr(),
-                *queue,
-            )
+            shape = layout.num_blocks, layout.block[0] * layout.block[1] * size, size
+            pointers = values.data_ptr(), ordered.data_ptr()
+            _extension.pack_blocks(schedule[0].data_ptr(), *shape, *pointers, *queue)
             values = ordered
-        _extension.gather(
-            product,
-            dtype,
-            pointed,
-            x.data_ptr(),
-            *x.stride(),
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            words.data_ptr() if count else 0,
-            out.data_ptr(),
-            x.shape[0],
-            _SLICE_FEATURES,
-            *queue,
-        )
+        inputs = *_matrix(x), values.data_ptr(), 0 if bias is None else bias.data_ptr()
+        outputs = words.data_ptr() if count else 0, out.data_ptr()
+        sizes = x.shape[0], _SLICE_FEATURES
+        _extension.gather(product, dtype, pointed, *inputs, *outputs, *sizes, *queue)
     return out
 
 
@@ -302,7 +229,7 @@ def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None 
         TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
         RuntimeError: CUDA refuses the launch, or memory runs out; it names kernel and problem.
     """
-    return _gather(x, values, layout, bias, "forward", "x")
+    return _spmm("forward", x, values, layout, bias)
 
 
 def grad_input(
@@ -313,7 +240,7 @@ def grad_input(
     Dtypes and errors are those of `forward`. Needs working memory of the size of `values`, for
     single weights also of their indices.
     """
-    return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
+    return _spmm("grad_input", grad_output, values, layout, bias)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
@@ -322,31 +249,15 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     Dtypes and errors are those of `forward`. Needs working memory of at most 16 float32 for each
     element of the result; their number follows from M alone, and so do the bits of the result.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
-    _check_block(layout)
-    width = (None, layout.out_features)
-    _check("grad_output", grad_output, width, grad_output.dtype, layout.device)
-    shape = (grad_output.shape[0], layout.in_features)
-    _check("x", x, shape, grad_output.dtype, layout.device)
+    dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
-        out = torch.empty(layout.values_shape, dtype=x.dtype, device=x.device)
+        out = x.new_empty(layout.values_shape)
         parts = _extension.grad_weight_parts(dtype, x.shape[0])
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         pointed, _ = _scheduled(layout, "rows")
-        _extension.grad_weight(
-            dtype,
-            pointed,
-            grad_output.data_ptr(),
-            *grad_output.stride(),
-            x.data_ptr(),
-            *x.stride(),
-            partial.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            _GRAD_WEIGHT_SLICE_FEATURES,
-            *_queue(x),
-        )
+        inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
+        sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
+        _extension.grad_weight(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
     return out
 
 
@@ -359,23 +270,11 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
         TypeError: x is not float32, bfloat16 or float16. ValueError: a wrong shape, device or k.
         RuntimeError: CUDA refuses the launch, or memory runs out.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("x", x)
-    _check("x", x, (None, None), x.dtype, x.device)
-    check_kept(k, x.shape[1])
     _check_row("x", x)
     with _on_device_of(x):
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _extension.abs_topk(
-            dtype,
-            x.data_ptr(),
-            *x.stride(),
-            out.data_ptr(),
-            *x.shape,
-            k,
-            _STAGED_BYTES,
-            *_queue(x),
-        )
+        out = x.new_empty(x.shape)
+        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _STAGED_BYTES)
+        _extension.abs_topk(_DTYPES[x.dtype], *pointers, *sizes, *_queue(x))
     return out
 
 
@@ -384,21 +283,9 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
 
     A NaN in y is not zero. Errors are those of `abs_topk`.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
-    _check("grad_output", grad_output, (None, None), grad_output.dtype, grad_output.device)
-    _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
     _check_row("y", y)
     with _on_device_of(y):
-        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        _extension.abs_topk_backward(
-            dtype,
-            grad_output.data_ptr(),
-            *grad_output.stride(),
-            y.data_ptr(),
-            *y.stride(),
-            out.data_ptr(),
-            *y.shape,
-            *_queue(y),
-        )
+        out = y.new_empty(y.shape)
+        pointers = *_matrix(grad_output), *_matrix(y), out.data_ptr()
+        _extension.abs_topk_backward(_DTYPES[y.dtype], *pointers, *y.shape, *_queue(y))
     return out

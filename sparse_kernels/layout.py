@@ -23,6 +23,7 @@ from sparse_kernels.checks import (
     check_geometry,
     check_has_values,
     check_num_blocks,
+    refuse_capture,
 )
 
 try:
@@ -314,6 +315,7 @@ class FanInLayout:
         """`cache[key]`, made by `build(self)` at first use. `key` is `"<backend>.<product>"`."""
         found = self.cache.get(key)
         if found is None:
+            refuse_capture(self.device)
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
@@ -380,6 +382,32 @@ class FanInLayout:
             f"FanInLayout(out_features={self.out_features}, in_features={self.in_features}, "
             f"fan_in={self.fan_in}, block={self.block}, device='{self.device}')"
         )
+
+
+class Pattern(NamedTuple):
+    """What the operations need of a layout while they are traced: its `indices` are a tensor."""
+
+    indices: Tensor
+    in_features: int
+    block: tuple[int, int]
+
+    @property
+    def out_features(self) -> int:
+        """`N`."""
+        return self.indices.shape[0] * self.block[0]
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        """`(R, F, block_out, block_in)`."""
+        return (self.indices.shape[0], self.indices.shape[1], *self.block)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `indices` lives."""
+        return self.indices.device
+
+
+Layout = FanInLayout | Pattern
 
 
 def checksum(indices: Tensor) -> int:

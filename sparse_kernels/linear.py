@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparse_kernels import backends, ops, ranks, reference
+from sparse_kernels import backends, ranks, reference
 from sparse_kernels.checks import (
     check_fan_in,
     check_geometry,
@@ -20,7 +20,7 @@ from sparse_kernels.checks import (
     has_values,
     refuse_jit_trace,
 )
-from sparse_kernels.layout import FanInLayout
+from sparse_kernels.layout import FanInLayout, Layout, Pattern
 from sparse_kernels.matmul import linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -207,11 +207,11 @@ class SparseLinear(nn.Module):
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
         refuse_jit_trace()
         indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
-        pattern: FanInLayout | ops.Pattern
+        pattern: Layout
         if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
-            pattern = ops.Pattern(indices, self._stored_shape[1], self._stored_block)
+            pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
         else:
             pattern = self.layout
             if not indices.is_cpu:

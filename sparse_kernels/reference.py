@@ -154,7 +154,7 @@ def _finish(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (y if bias is None else y + bias.double()).to(dtype)
 
 
-def sum_tokens(grad_output: Tensor) -> Tensor:
+def bias_grad(grad_output: Tensor) -> Tensor:
     """The gradient of a bias: `(M, N)` -> `(N,)`, accumulated in float32 at least."""
     wide = wide_dtype(grad_output.dtype)
     return grad_output.sum(0, dtype=wide).to(grad_output.dtype)

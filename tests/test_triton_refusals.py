@@ -68,40 +68,6 @@ def test_why_not_names_what_it_got_and_needs(changes, words):
         assert word in reason
 
 
-def test_the_launchers_check_their_own_arguments():
-    layout = sk.FanInLayout.random(32, 64, 32, (16, 16), device=DEVICE)
-    x, dy = torch.ones(5, 64, device=DEVICE), torch.ones(5, 32, device=DEVICE)
-    values = torch.ones(layout.values_shape, device=DEVICE)
-    narrow = sk.FanInLayout.random(32, 64, 32, (16, 8), device=DEVICE)
-    narrow_values = torch.ones(narrow.values_shape, device=DEVICE)
-    bias = torch.ones(32, device=DEVICE)
-    refused = [
-        (lambda: backend.forward(x[:, 1:], values, layout), "x must have shape"),
-        (lambda: backend.forward(x[0], values, layout), "x must have shape"),
-        (lambda: backend.forward(x, values[1:], layout), "values must have shape"),
-        (lambda: backend.forward(x, values.half(), layout), "values must be torch.float32"),
-        (lambda: backend.forward(x.double(), values.double(), layout), "x must be one of float32"),
-        (lambda: backend.forward(x, values, layout, bias[1:]), "bias must have shape"),
-        (lambda: backend.forward(x, values, layout, bias.half()), "bias must be torch.float32"),
-        (lambda: backend.forward(x.to("meta"), values, layout), "x must be on a cuda device"),
-        (lambda: backend.forward(x, values.to("meta"), layout), "values must be on"),
-        (lambda: backend.forward(x, narrow_values, narrow), r"layout cannot run.*\(16, 8\)"),
-        (lambda: backend.grad_input(dy[:, 1:], values, layout), "grad_output must have shape"),
-        (lambda: backend.grad_input(dy, values, layout, bias), "bias must have shape"),
-        (lambda: backend.grad_weight(dy, x[1:], layout), "x must have shape"),
-        (lambda: backend.grad_weight(dy, x.half(), layout), "x must be torch.float32"),
-        (lambda: backend.grad_weight(dy[:, 1:], x, layout), "grad_output must have shape"),
-        (lambda: backend.abs_topk(x[0], 1), "x must have shape"),
-        (lambda: backend.abs_topk(x, 0), "k must be from 1 to 64"),
-        (lambda: backend.abs_topk(x, 65), "k must be from 1 to 64.*got 65"),
-        (lambda: backend.abs_topk_backward(dy, x), "y must have shape"),
-        (lambda: backend.abs_topk_backward(x.half(), x), "y must be torch.float16"),
-    ]
-    for call, message in refused:
-        with pytest.raises((TypeError, ValueError), match=message):
-            call()
-
-
 class Failing:
     """A kernel whose launch fails."""
 
@@ -218,10 +184,10 @@ import torch, sparse_kernels as sk
 from sparse_kernels.layout import Problem
 print(sk.triton.why_not(Problem("cuda", torch.float32, "abs_topk")))
 try:
-    sk.triton.abs_topk(torch.ones(2, 3), 1)
+    sk.abs_topk(torch.ones(2, 3), 1, "triton")
 except RuntimeError as error:
     print(error)
 """
     first, second = outside(program, TRITON_INTERPRET="1").splitlines()
-    assert first == second
+    assert first in second
     assert "triton is not installed" in first

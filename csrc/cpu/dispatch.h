@@ -66,7 +66,7 @@ struct GeluAbsTopkBackwardArguments {
     int threads;
 };
 
-struct SumTokensArguments {
+struct BiasGradArguments {
     const void* in;
     int64_t row_stride;
     void* out;
@@ -128,7 +128,7 @@ struct KernelTable {
     void (*gather[kDTypes])(const GatherArguments&);
     void (*scatter[kDTypes])(const GatherArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
-    void (*sum_tokens[kDTypes])(const SumTokensArguments&);
+    void (*bias_grad[kDTypes])(const BiasGradArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);

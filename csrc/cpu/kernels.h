@@ -20,7 +20,7 @@
 #include "gather.h"
 #include "grad_weight.h"
 #include "scatter.h"
-#include "sum_tokens.h"
+#include "bias_grad.h"
 
 namespace sk {
 namespace {
@@ -60,8 +60,8 @@ void run_grad_weight(const GradWeightArguments& arguments) {
 }
 
 template <class T>
-void run_sum_tokens(const SumTokensArguments& arguments) {
-    sum_tokens(static_cast<const T*>(arguments.in), arguments.row_stride,
+void run_bias_grad(const BiasGradArguments& arguments) {
+    bias_grad(static_cast<const T*>(arguments.in), arguments.row_stride,
                static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
 }
 
@@ -172,7 +172,7 @@ void set_products(KernelTable& table, DType dtype) {
 template <class T>
 void set_row_kernels(KernelTable& table, DType dtype) {
     const int at = static_cast<int>(dtype);
-    table.sum_tokens[at] = run_sum_tokens<T>;
+    table.bias_grad[at] = run_bias_grad<T>;
     table.abs_topk[at] = run_abs_topk<T>;
     table.abs_topk_backward[at] = run_abs_topk_backward<T>;
     table.gelu_abs_topk[at] = run_gelu_abs_topk<T>;

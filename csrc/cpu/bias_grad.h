@@ -12,7 +12,7 @@ namespace {
 // The tokens are cut at places that do not depend on the threads; each part is added up in rows of
 // sums that stay in the first-level cache.
 template <class T>
-void sum_tokens(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t cols,
+void bias_grad(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t cols,
                 int threads) {
     using C = Compute<T>;
     constexpr int64_t kN = kLanes<C>, kRows = 128;
