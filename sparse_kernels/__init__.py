@@ -1,7 +1,7 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels import transformer_ops
-from sparse_kernels.backends import available_backends, explain_backend
+from sparse_kernels.backends import explain_backend
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear, check_ranks
@@ -14,7 +14,6 @@ __all__ = [
     "FanInLayout",
     "SparseLinear",
     "abs_topk",
-    "available_backends",
     "check_ranks",
     "densify_",
     "explain_backend",

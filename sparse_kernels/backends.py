@@ -1,4 +1,4 @@
-"""Which backend runs a problem, by one table of rules, and a sentence why each other does not."""
+"""Selects the backend that runs a problem, by one table of rules, and explains the choice."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from sparse_kernels.layout import FanInLayout, Layout, Problem
 
 
 class Backend(Protocol):
-    """What every backend has: a module each. `reference` says what the products mean."""
+    """The functions of a backend, which is a module; `reference` specifies their results."""
 
     def why_not(self, problem: Problem, /) -> str | None:
         """None if it can run `problem`, else a sentence that says why not."""
-
-    def build_schedule(
-        self, layout: FanInLayout, lists: checks.Orientation, /
-    ) -> tuple[Tensor, ...]:
-        """What its products want of these lists beyond the lists themselves, made once."""
 
     def forward(
         self, x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, /
@@ -59,26 +54,25 @@ PRODUCTS = ("forward", "grad_input", "grad_weight")
 class Rule(NamedTuple):
     """A row of the table below."""
 
-    # The backends to try, fastest first; one that is not here runs only when asked for by name.
+    # The backends to try, fastest first; the others run only when asked for by name.
     order: tuple[str, ...]
-    # Of the first in `order` why it is taken, of each other why it is not though it could run.
+    # Why the first of `order` is taken, and why the others are not although they can run.
     reasons: dict[str, str]
-    # The result file behind the order, or "not measured"; None if it is no matter of speed.
+    # The result file behind the order, or "not measured"; None if speed does not matter.
     source: str | None
 
+    def reason(self, name: str) -> str:
+        """The reason for or against a backend that can run the problem."""
+        return self.reasons.get(name, "it is the specification, slow, and runs only when asked for")
 
-_SPECIFICATION = {
-    "reference": "it is the specification, slow, and runs only when asked for by name"
-}
 
 RULES = {
     "cpu tensors": Rule(
         ("cpu",),
         {
             "cpu": "its kernels are those for cpu tensors",
-            "triton": "it interprets its kernels on cpu tensors only when asked for by name",
+            "triton": "it interprets its kernels on cpu tensors only when asked for",
             "cuda": "its kernels run on cpu tensors only in tests, emulated",
-            **_SPECIFICATION,
         },
         None,
     ),
@@ -87,17 +81,15 @@ RULES = {
         {
             "cuda": "it keeps a row in shared memory while it selects, if the row fits",
             "triton": "it reads a row of more than 16384 entries again for each bit of a number",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
-    "attention": Rule((), dict(_SPECIFICATION), None),
+    "attention": Rule((), {}, None),
     "both sides of the block at least 16": Rule(
         ("triton", "cuda"),
         {
             "triton": "a block with both sides at least 16 fills the operands of a tensor core",
             "cuda": "it uses no tensor core, and a block with both sides at least 16 fills one",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
@@ -106,7 +98,6 @@ RULES = {
         {
             "cuda": "a block with a side below 16 does not fill a tensor core, and it needs none",
             "triton": "a block with a side below 16 does not fill the operands of a tensor core",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
@@ -114,7 +105,7 @@ RULES = {
 
 
 def _rule(problem: Problem) -> Rule:
-    """The rule for `problem`. Plain comparisons: `choose` comes here at every call."""
+    """The rule for `problem`."""
     if problem.device == "cpu":
         return RULES["cpu tensors"]
     if problem.product == "abs_topk":
@@ -156,8 +147,8 @@ def choose(problem: Problem, backend: str | None = None) -> str:
 
     Raises:
         TypeError, ValueError: `backend` is not None and not one of the names.
-        RuntimeError: the backend asked for, or every one but `reference`, cannot run the problem.
-            The message says why. Nothing falls back silently.
+        RuntimeError: the backend asked for, or every backend except `reference`, cannot run the
+            problem; the message says why.
     """
     if backend is not None:
         check_name(backend)
@@ -170,41 +161,31 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         if _BACKENDS[name].why_not(problem) is None:
             return name
     reasons = [
-        f"{name}: {why_not(name, problem) or rule.reasons[name]}"
+        f"{name}: {why_not(name, problem) or rule.reason(name)}"
         for name in NAMES
         if name != "reference"
     ]
     raise RuntimeError(
         f"no backend can run {problem.product} on {problem.device} in {problem.dtype}; "
-        f"backend='reference' is slow but always there. " + "; ".join(reasons)
+        f"backend='reference' is slow but can run it. " + "; ".join(reasons)
     )
 
 
-def explain(problem: Problem, backend: str | None = None) -> list[tuple[str, str]]:
-    """Every backend by name, with why `choose(problem, backend)` takes it, or why it does not.
+def explain(problem: Problem) -> list[tuple[str, str]]:
+    """Every backend by name, and why `choose(problem)` takes it, or why it does not.
 
-    The sentence of the one that is taken begins with "taken: ". Where `choose` would raise, none
-    does.
+    The sentence of the one that is taken begins with "taken: ".
     """
-    check_name(backend)
     rule = _rule(problem)
-    asked = (backend,) if backend is not None else rule.order
     cannot = {name: why_not(name, problem) for name in NAMES}
-    chosen = next((name for name in asked if cannot[name] is None), None)
+    chosen = next((name for name in rule.order if cannot[name] is None), None)
     source = "" if rule.source is None else f" ({rule.source})"
 
     def sentence(name: str) -> str:
-        reason = cannot[name]
-        if reason is not None:
-            return reason
-        if backend is not None:
-            asked_for = f"backend={backend!r} was asked for"
-            return f"taken: {asked_for}" if name == chosen else f"it could run this; {asked_for}"
-        if name != chosen:
-            return rule.reasons[name] + source
-        if name != rule.order[0]:
+        if name == chosen and name != rule.order[0]:
             return f"taken: the first of {', '.join(rule.order)} that can run this" + source
-        return f"taken: {rule.reasons[name]}" + source
+        taken = "taken: " if name == chosen else ""
+        return cannot[name] or taken + rule.reason(name) + source
 
     return [(name, sentence(name)) for name in NAMES]
 
@@ -238,32 +219,13 @@ def problem_of(x: Tensor, layout: Layout | None, product: str) -> Problem:
     )
 
 
-def available_backends(x: Tensor, layout: FanInLayout) -> list[tuple[str, str | None]]:
-    """Every backend by name, with None if it can run `sparse_linear(x, values, layout)`.
-
-    Args:
-        x: a tensor of the device and dtype in question.
-        layout: the pattern in question.
-
-    Returns:
-        `[(name, None | sentence)]` for `reference`, `cpu`, `triton`, `cuda`; the sentence says why
-        that backend cannot run the problem.
-
-    Raises:
-        TypeError: `x` is not a Tensor or `layout` not a FanInLayout.
-    """
-    check_arguments(x, layout)
-    problem = problem_of(x, layout, "forward")
-    return [(name, why_not(name, problem)) for name in NAMES]
-
-
 def explain_backend(
     x: Tensor, layout: FanInLayout, product: str = "forward"
 ) -> list[tuple[str, str]]:
-    """Every backend by name, with a sentence why it is taken by default, or why it is not.
+    """Every backend by name, and why it is taken by default, or why it is not.
 
-    `sparse_linear` chooses once, for "forward" (for "grad_input" if `transpose`), and its
-    derivatives stay on that backend.
+    `sparse_linear` chooses once, for "forward" ("grad_input" if `transpose`), and its derivatives
+    run on the same backend.
 
     Args:
         x: a tensor of the device and dtype in question.
@@ -271,25 +233,20 @@ def explain_backend(
         product: "forward", "grad_input" or "grad_weight".
 
     Returns:
-        `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the one that
-        is taken begins with "taken: "; none does where no backend runs this by default. Each other
-        says why that backend cannot run the problem, or why it is not preferred and what that was
-        measured by, if it was.
+        `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the backend
+        that is taken begins with "taken: "; if no backend is, none does. The other sentences say
+        why the backend cannot run the problem, or why it is not preferred and how that was
+        measured.
 
     Raises:
         TypeError: `x` is not a Tensor, `layout` not a FanInLayout or `product` not a str.
         ValueError: `product` is not one of the three.
     """
-    check_arguments(x, layout)
+    checks.check_is_tensor("x", x)
+    if not isinstance(layout, FanInLayout):
+        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
     if not isinstance(product, str):
         raise TypeError(f"product must be a str, got {type(product).__name__}")
     if product not in PRODUCTS:
         raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
     return explain(problem_of(x, layout, product))
-
-
-def check_arguments(x: object, layout: object) -> None:
-    """Raises TypeError unless `x` is a Tensor and `layout` a FanInLayout."""
-    checks.check_is_tensor("x", x)
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")

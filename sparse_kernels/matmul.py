@@ -163,7 +163,7 @@ def sparse_linear(
         values: `layout.values_shape`, the elements of the kept blocks of `W`.
         layout: which blocks of `W` exist.
         bias: `(N,)` or None.
-        backend: one of the names in `available_backends`, by default the fastest that can run this.
+        backend: "reference", "cpu", "triton" or "cuda", by default the fastest that can run this.
         transpose: multiply by `W` in place of `W^T`: x is then `(..., N)`, the result `(..., K)`
             and bias `(K,)`. That is the forward of a fixed-fan-out layer.
 

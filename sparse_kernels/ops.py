@@ -1,8 +1,7 @@
-"""The operations as PyTorch sees them: one table of (schema, what runs it, fake results).
+"""The operations as PyTorch sees them: one table of (schema, checks, fake results).
 
-A pattern crosses a schema as its `indices`; what a backend derives from it stays outside, in the
-layout that `layout_of` finds for them. None of these ops is differentiable: the autograd Functions
-above them are.
+A schema has a pattern's `indices`; `layout_of` finds the layout that caches what backends derive
+from them. The ops are not differentiable: the autograd Functions that call them are.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ _known: dict[tuple[int, ...], _Known] = {}
 
 
 def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInLayout:
-    """The layout with these `indices`: validated when they are new, remembered until they change.
+    """The layout with these `indices`: validated when they are new, cached until they change.
 
-    On the CPU they are compared by content. A GPU would have to wait for that: there, writes that
-    PyTorch does not count (collectives, `.data`) are not seen.
+    On a CPU their content is compared. On a GPU that would mean waiting for the device: there,
+    writes that PyTorch does not count (collectives, `.data`) are not seen.
     """
     storage = indices.untyped_storage()
     place = (storage._cdata, indices.storage_offset(), *indices.shape, in_features, *block)
@@ -60,38 +59,30 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
 class Op(NamedTuple):
     """A row of the table: what the dispatcher needs to know of an op."""
 
-    # Its name is that of the backends' function. The last argument is the backend's name.
+    # The name of the op is that of the backends' function; its last argument names the backend.
     schema: str
-    # Raises unless kernels can run with these arguments, which are those of the backends' function.
+    # Takes the arguments of the backends' function, and raises if kernels cannot run with them.
     check: Callable[..., None]
-    # The result under a FakeTensorMode, from the arguments of the schema.
+    # Takes the arguments of the schema, and returns tensors of the shapes of the results.
     fake: Callable[..., Any]
 
 
 def _check_forward(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_operands("x", x, values, layout, bias, layout.in_features, layout.out_features)
+    _check_spmm("x", x, values, bias, layout, layout.in_features, layout.out_features)
 
 
 def _check_grad_input(grad: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_operands(
-        "grad_output", grad, values, layout, bias, layout.out_features, layout.in_features
-    )
+    _check_spmm("grad_output", grad, values, bias, layout, layout.out_features, layout.in_features)
 
 
-def _check_operands(
-    name: str,
-    x: Tensor,
-    values: Tensor,
-    layout: Layout,
-    bias: Tensor | None,
-    inputs: int,
-    outputs: int,
+def _check_spmm(
+    name: str, x: Tensor, values: Tensor, bias: Tensor | None, layout: Layout, *sides: int
 ) -> None:
     dtype, device = x.dtype, layout.device
-    checks.check_tensor(name, x, (*x.shape[:1], inputs), dtype, device)
+    checks.check_tensor(name, x, (*x.shape[:1], sides[0]), dtype, device)
     checks.check_tensor("values", values, layout.values_shape, dtype, device)
     if bias is not None:
-        checks.check_tensor("bias", bias, (outputs,), dtype, device)
+        checks.check_tensor("bias", bias, sides[1:], dtype, device)
 
 
 def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
@@ -321,7 +312,7 @@ def _register_flops(counter: Any) -> None:
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
-    """Registers the formulas once the counter is imported: that takes a second, and few want it."""
+    """Registers the formulas when the counter is imported, which takes a second."""
 
     name = "torch.utils.flop_counter"
 
@@ -416,9 +407,9 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Te
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of `torch.func` is under way.
+    """Whether forward-mode differentiation or a transform of `torch.func` is active.
 
-    Its tensors need not require a gradient to be differentiated, and kernels see through none.
+    Tensors are then differentiated although they do not require a gradient.
     """
     if torch.compiler.is_compiling():
         return False
@@ -427,7 +418,7 @@ def is_transformed() -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of an operation on `tensors`."""
+    """Whether autograd must record an operation on `tensors`."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return is_transformed()

@@ -260,8 +260,3 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     z = q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * q.shape[3] ** -0.5
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     return z.masked_fill(hidden, -torch.inf)
-
-
-def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """Tensors that the products want derived from the lists: this backend needs none."""
-    return ()

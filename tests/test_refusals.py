@@ -13,7 +13,7 @@ import torch
 from oracle import TARGETS
 
 import sparse_kernels as sk
-from sparse_kernels import ops
+from sparse_kernels import backends, ops
 
 
 def check_refusal(call, kind, words):
@@ -316,7 +316,8 @@ def test_other_ops_check_their_arguments(name):
 
 def test_backends_that_cannot_run_say_why():
     x = torch.ones(M, K)
-    reasons = dict(sk.available_backends(x, MADE))
+    problem = backends.problem_of(x, MADE, "forward")
+    reasons = {name: backends.why_not(name, problem) for name in backends.NAMES}
     assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
     assert reasons["reference"] is None
     for name, reason in reasons.items():
@@ -328,10 +329,7 @@ def test_backends_that_cannot_run_say_why():
         with pytest.raises(RuntimeError, match=name) as caught:
             sk.sparse_linear(x, VALUES, MADE, backend=name)
         assert reason in str(caught.value)
-    halves = dict(sk.available_backends(x.half(), MADE))
-    assert "float16" in halves["cpu"]
-    check_refusal(lambda: sk.available_backends(3, MADE), TypeError, ["x", "int"])
-    check_refusal(lambda: sk.available_backends(x, 3), TypeError, ["layout", "int"])
+    assert "float16" in dict(sk.explain_backend(x.half(), MADE))["cpu"]
 
 
 def test_a_missing_extension_is_not_replaced_silently():
@@ -343,7 +341,7 @@ import torch, sparse_kernels as sk
 layout = sk.FanInLayout.random(4, 4, 2)
 x, values = torch.ones(3, 4), torch.ones(layout.values_shape)
 assert sk.sparse_linear(x, values, layout, backend="reference").tolist() == [[2.0] * 4] * 3
-assert "_sparse_kernels_cpu" in dict(sk.available_backends(x, layout))["cpu"]
+assert "_sparse_kernels_cpu" in dict(sk.explain_backend(x, layout))["cpu"]
 for backend in (None, "cpu"):
     try:
         sk.sparse_linear(x, values, layout, backend=backend)

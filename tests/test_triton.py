@@ -233,14 +233,11 @@ def test_strided_values_and_bias(product):
 
 @given(layouts(blocks=BLOCKS))
 def test_longest_lists_start_first(layout):
-    assert backend.build_schedule(layout, "rows") == ()
-    (order,) = backend.build_schedule(layout, "columns")
+    (order,) = backend.build_schedule(layout)
     lengths = torch.bincount(layout.indices.flatten().long(), minlength=layout.block_cols)
     assert sorted(order.tolist()) == list(range(layout.block_cols))
     assert (lengths[order.long()].diff() <= 0).all()
     assert order.dtype == torch.int32
-    with pytest.raises(ValueError, match="lists must be 'rows' or 'columns', got 'both'"):
-        backend.build_schedule(layout, "both")
 
 
 def test_products_derive_only_the_lists_that_they_walk():

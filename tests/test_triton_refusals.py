@@ -143,8 +143,8 @@ def test_cpu_tensors_take_triton_only_by_name():
     layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
     x = torch.ones(3, 64)
     if DEVICE == "cpu":
-        assert dict(sk.available_backends(x, layout))["triton"] is None
-        with pytest.raises(RuntimeError, match=r"triton: .*only when asked for by name"):
+        assert backends.why_not("triton", backends.problem_of(x, layout, "forward")) is None
+        with pytest.raises(RuntimeError, match=r"triton: .*only when asked for"):
             backends.choose(backends.problem_of(x.half(), layout, "forward"))
     assert backends.choose(backends.problem_of(x, layout, "forward")) == "cpu"
 
@@ -163,7 +163,8 @@ def test_cpu_tensors_need_the_interpreter():
     program = """
 import sys, torch, sparse_kernels as sk
 layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-print(dict(sk.available_backends(torch.ones(3, 64), layout))["triton"], "triton" in sys.modules)
+problem = sk.backends.problem_of(torch.ones(3, 64), layout, "forward")
+print(sk.backends.why_not("triton", problem), "triton" in sys.modules)
 """
     assert outside(program) == "it runs on cuda tensors, and the device is cpu False"
     assert outside(program, TRITON_INTERPRET="1") == "None False"

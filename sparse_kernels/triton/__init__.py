@@ -19,7 +19,6 @@ import os
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import Orientation
 from sparse_kernels.layout import FanInLayout, Problem
 from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
@@ -67,14 +66,8 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
-    """For "columns" the input block columns, those that most rows read first (int32).
-
-    The longest lists start first, so that the last ones to run are short. Rows are all equally long
-    and need no schedule.
-    """
-    if lists == "rows":
-        return ()
+def build_schedule(layout: FanInLayout) -> tuple[Tensor, ...]:
+    """The input block columns, longest lists first, so that the last ones to run are short."""
     lengths = layout.transposed.offsets.diff()
     return (lengths.argsort(descending=True, stable=True).to(torch.int32),)
 
@@ -100,7 +93,7 @@ def grad_input(
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
     from sparse_kernels.triton import gather
 
-    (order,) = layout.derive("triton.columns", lambda this: build_schedule(this, "columns"))
+    (order,) = layout.derive("triton.columns", build_schedule)
     bias = None if bias is None else bias.contiguous()
     return gather.grad_input(grad_output, values.contiguous(), layout, bias, order)
 
