@@ -108,10 +108,10 @@ def check_is_tensor(name: str, tensor: object) -> Tensor:
 
 def check_strided(name: str, tensor: object) -> Tensor:
     """Returns `tensor` if it is a Tensor that is not sparse, else raises TypeError."""
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        return tensor
     tensor = check_is_tensor(name, tensor)
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got {tensor.layout}")
-    return tensor
+    raise TypeError(f"{name} must be a strided tensor, got {tensor.layout}")
 
 
 def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
@@ -135,9 +135,14 @@ def check_tensor(
     name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raises TypeError or ValueError unless `tensor` is a Tensor that has all of these."""
-    tensor = check_is_tensor(name, tensor)
-    if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype == dtype
+        and tensor.device == device
+    ):
         return
+    tensor = check_is_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device:

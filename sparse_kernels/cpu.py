@@ -1,7 +1,7 @@
 """The CPU backend: allocates, and hands pointers to the C++ kernels; `ops` checks the arguments.
 
 The kernels (`csrc/cpu/`) cut the tokens into tiles, pack a tile feature-major, and walk the blocks
-in the order of a *schedule*, which is derived from the layout once and cached on it.
+in the order of a *schedule*, which is computed once and cached in the layout.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ except ImportError as error:
 # The extension's numbers of dtypes and instruction sets.
 _DTYPES = {dtype: number for number, dtype in enumerate(CPU_DTYPES)}
 _isa: int = _extension.default_isa() if _extension is not None else 0
-# Inputs are cut into panels of at most this many (or one block): a tile of them fits a cache.
+# Inputs in a panel, at most (or one block): a tile of a panel fits the cache.
 _PANEL_FEATURES = 2048
+# Results of at least this size are allocated in huge pages.
 _HUGE_BYTES = 4 << 20
-# Blocks that a sum may meet one after the other.
+# The most terms of a running sum whose rounding errors do not show.
 _LONGEST_SUM = 64
-# The most blocks that an input of a layout has.
+# The largest number of blocks that read one input, by layout.
 _longest: weakref.WeakKeyDictionary[FanInLayout, int] = weakref.WeakKeyDictionary()
 
 
 def is_available() -> bool:
-    """Whether the extension is there."""
+    """Whether the extension could be imported."""
     return _extension is not None
 
 
@@ -86,8 +87,8 @@ def why_not(problem: Problem) -> str | None:
 def _panel(features: int, in_block: int, blocks_per_row: float) -> tuple[int, int]:
     """Inputs in a panel (a multiple of the block) and the number of panels.
 
-    One panel holds all inputs where several would find less than 4 blocks of a row each: the
-    schedule has an entry for every row and panel, and must not outgrow the blocks themselves.
+    The schedule has an entry for each row and panel. There is one panel if each of several would
+    have less than 4 blocks of a row: else the schedule would be larger than the blocks.
     """
     size = min(features, max(1, _PANEL_FEATURES // in_block) * in_block)
     panels = -(-features // size)
@@ -95,12 +96,11 @@ def _panel(features: int, in_block: int, blocks_per_row: float) -> tuple[int, in
 
 
 def _walks(layout: FanInLayout) -> Orientation:
-    """The lists that `grad_input` walks; the other products walk "rows", inputs of each output.
+    """The lists that `grad_input` walks; the other products walk "rows", the inputs of each output.
 
-    It gathers over "columns", outputs of each input, except where a block has several outputs but
-    too few inputs: then the inputs of a block-row share the rows of dY that they meet, and it
-    scatters over the rows. There each block adds to a running sum, which must not get so long that
-    its rounding errors show.
+    It gathers over "columns", the outputs of each input, unless a block has several outputs and few
+    inputs: then it scatters over the rows, because the inputs of a block-row read the same rows of
+    dY. Scattering keeps a running sum for each input, which must be short to be exact.
     """
     block_out, block_in = layout.block
     gathers = block_out % 4 != 0 or block_in % 4 == 0 or not _scatters_exactly(layout)
@@ -116,19 +116,18 @@ def _scatters_exactly(layout: FanInLayout) -> bool:
 
 
 class _Schedule(tuple[Tensor, ...]):
-    """What a layout derives for this backend, and the handle of the extension that points there."""
+    """The tensors that a layout caches for this backend, and the extension's pointers to them."""
 
     pattern: _extension.Pattern
 
 
 def _lists(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
-    """The lists for the extension, as yet without a schedule."""
+    """The extension's pointers to the lists, without a schedule."""
     geometry = layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block
     make = _extension.Pattern.columns if lists == "columns" else _extension.Pattern.rows
     tensors = layout.transposed if lists == "columns" else (layout.indices,)
     pattern = make(*geometry, *(tensor.data_ptr() for tensor in tensors))
-    # It has pointers only, and of threads that derive the same lists the layout keeps one copy.
-    pattern.tensors = tensors
+    pattern.tensors = tensors  # keeps what it points to
     return pattern
 
 
@@ -160,10 +159,7 @@ def _scheduled(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Memory for a result: a large one is asked for in huge pages, as numpy does.
-
-    Else the kernels would wait for the system at each of its small pages.
-    """
+    """Memory for a result, in huge pages if it is large: small ones fault one by one."""
     out = like.new_empty(shape)
     if out.nbytes >= _HUGE_BYTES:
         _extension.use_huge_pages(out.data_ptr(), out.nbytes)
@@ -203,7 +199,7 @@ def grad_input(
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
     walked = _walks(layout)
     if grad_output.shape[0] == 1 and layout.block == (1, 1) and _scatters_exactly(layout):
-        # One token meets the values in order, where the columns would send it all over them.
+        # One token reads the values in order; by columns it would read them in random order.
         walked, pattern = "rows", _lists(layout, "rows")
     else:
         pattern = _scheduled(layout, walked)

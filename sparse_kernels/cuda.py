@@ -34,16 +34,15 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-# "cuda", but for tests that run the kernels on the CPU: see `_emulated`.
+# "cpu" in tests that run the kernels on the CPU: see `_emulated`.
 _device_type = "cuda"
-# A block lies in shared memory as a whole, and is one stretch of a sum.
+# A whole block lies in shared memory and is one part of a sum.
 _MAX_BLOCK_SIDE = 128
 _MAX_BLOCKS = 2**31 - 1
 _MAX_ROW = 2**30
-# Units that the order of the transposed lists keeps together: see csrc/cuda/gather.cu.
+# Neighbouring units that the order of the transposed lists keeps together: csrc/cuda/gather.cu.
 _RUN = 32
-# At most this many features of a tile are in shared memory at a time, and no more than fit; for
-# `grad_weight`, whose tiles have more tokens. Tests lower them.
+# The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
 _GRAD_WEIGHT_SLICE_FEATURES = 2**20
 # Rows of `abs_topk` up to this size are held in shared memory, if they fit.
@@ -52,7 +51,7 @@ _STAGED_BYTES = 2**20
 
 @contextmanager
 def _emulated(extension: ModuleType) -> Iterator[None]:
-    """For tests: runs the body with kernels that were built for the CPU, on CPU tensors alone."""
+    """For tests: runs the body with kernels that were built for the CPU, on CPU tensors only."""
     global _extension, _missing, _device_type
     before = _extension, _missing, _device_type
     _extension, _missing, _device_type = extension, None, "cpu"
@@ -97,16 +96,16 @@ def _is_narrow(columns: int) -> bool:
 
 
 def _units(rows: int, size: int) -> int:
-    """What the kernels count: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
+    """The number of units: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
     return rows * size // (4 if size % 4 == 0 else 2 if size % 2 == 0 else 1)
 
 
 def _order(lengths: Tensor, block_in: int) -> Tensor:
-    """The units of rows of those lengths (block_cols) in the order in which they are taken.
+    """The order in which the kernel takes the units of block columns with lists of these lengths.
 
-    Runs of 32 stay together, so that results leave in whole pieces; the run with the longest list
-    comes first, and so does the longest list of each run, where units are single outputs. Equals
-    stay in order. A last run that is not full stays the last.
+    Runs of 32 units stay together, so that stores are coalesced. The run with the longest list
+    comes first; if units are single outputs, the longest list of each run comes first too. The sort
+    is stable, and an incomplete last run stays the last.
     """
     count = _units(lengths.shape[0], block_in)
     units = torch.arange(count, device=lengths.device)
@@ -123,11 +122,11 @@ def _order(lengths: Tensor, block_in: int) -> Tensor:
 
 
 def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
-    """What the kernels want of "rows" or "columns" beyond the lists themselves.
+    """What the kernels need beside the lists.
 
-    For columns the stored block of each entry and the order of the units (see
-    `_order`), for 1 x 1 blocks also where each list begins in that order, in fours of entries,
-    rounded up; int32. For either the columns in 16 bits, unsigned, where these hold them.
+    For "columns": the stored block of each entry, the order of the units (see `_order`), and for
+    1 x 1 blocks the start of each list in that order, in groups of 4 entries; int32. For both: the
+    column indices as unsigned 16-bit integers, if these are wide enough.
     """
     parts = []
     columns, count = layout.indices.flatten(), layout.block_cols
@@ -141,7 +140,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
             fours = ((lengths + 3) // 4)[parts[-1]].cumsum(0)
             parts.append(torch.nn.functional.pad(fours, (1, 0)).to(torch.int32))
     if _is_narrow(count):
-        # The upper half of the unsigned numbers wraps to negative ones, with the same bits.
+        # The upper half of the unsigned numbers has the bits of negative ones.
         parts.append((columns - (columns >= 2**15).int() * 2**16).to(torch.int16))
     return tuple(parts)
 
@@ -149,7 +148,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
 def _scheduled(
     layout: FanInLayout, lists: Orientation
 ) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
-    """The lists for the extension, and the tensors that they point to."""
+    """The extension's pointers to the lists and their schedule, and the schedule's tensors."""
     tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
     geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
     transposed = lists == "columns"
@@ -203,11 +202,11 @@ def _spmm(
             return out
         queue = _queue(x)
         pointed, schedule = _scheduled(layout, "columns" if transposed else "rows")
-        # Single weights that fit are brought into words together with their indices.
+        # 1 x 1 blocks are packed into words together with their indices, if these fit.
         count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
         if transposed and not count:
-            # Each tile of tokens reads all values in the order of the lists: bring them into it.
+            # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)
             shape = layout.num_blocks, layout.block[0] * layout.block[1] * size, size
             pointers = values.data_ptr(), ordered.data_ptr()
@@ -223,10 +222,9 @@ def _spmm(
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`.
 
-    Sums in float32, whatever the dtype: float32, bfloat16 or float16, one for all arguments.
+    float32, bfloat16 or float16, summed in float32.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
         RuntimeError: CUDA refuses the launch, or memory runs out; it names kernel and problem.
     """
     return _spmm("forward", x, values, layout, bias)
@@ -237,8 +235,7 @@ def grad_input(
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
 
-    Dtypes and errors are those of `forward`. Needs working memory of the size of `values`, for
-    single weights also of their indices.
+    Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices.
     """
     return _spmm("grad_input", grad_output, values, layout, bias)
 
@@ -246,8 +243,8 @@ def grad_input(
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
 
-    Dtypes and errors are those of `forward`. Needs working memory of at most 16 float32 for each
-    element of the result; their number follows from M alone, and so do the bits of the result.
+    Needs working memory of at most 16 float32 for each element of the result. Their number depends
+    only on M, and with it the order of the sums.
     """
     dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
@@ -265,10 +262,6 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides.
 
     Exact: among equals the lowest index stays, NaN counts as larger than infinity.
-
-    Raises:
-        TypeError: x is not float32, bfloat16 or float16. ValueError: a wrong shape, device or k.
-        RuntimeError: CUDA refuses the launch, or memory runs out.
     """
     _check_row("x", x)
     with _on_device_of(x):
@@ -281,7 +274,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides.
 
-    A NaN in y is not zero. Errors are those of `abs_topk`.
+    A NaN in y is not zero.
     """
     _check_row("y", y)
     with _on_device_of(y):

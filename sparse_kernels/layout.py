@@ -66,8 +66,8 @@ def _distinct(
 ) -> Tensor:
     """(rows, count) int64: in each row a uniform choice of `count` distinct columns, sorted.
 
-    Draws all, then redraws every repeated entry until none is left. What remains of each row is
-    the first `count` distinct values of a stream of independent uniform draws: a uniform subset.
+    Draws all entries, then redraws repeated ones until none is left. A row is then the first
+    `count` distinct values of a sequence of independent uniform draws: a uniform subset.
     """
     chosen = torch.randint(columns, (rows, count), generator=generator, device=device)
     chosen = chosen.sort(dim=1).values
@@ -165,7 +165,7 @@ class FanInLayout:
     in_features: int
     out_features: int = None  # type: ignore[assignment]  # set in __post_init__
     block: tuple[int, int] = (1, 1)
-    # What backends derive from the pattern, by "<backend>.<lists>"; see `derive`.
+    # What backends compute from the pattern, by "<backend>.<lists>"; see `derive`.
     cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
     _transposed: Transposed | None = field(default=None, init=False)
 
@@ -239,7 +239,7 @@ class FanInLayout:
             if 2 * count <= columns:
                 indices = _distinct(rows, columns, count, generator, source)
             else:
-                # Few are dropped: choose those instead, redrawing would take long.
+                # Draw the columns that are dropped: they are fewer, and redrawing is short.
                 dropped = _distinct(rows, columns, columns - count, generator, source)
                 kept = torch.ones(rows, columns, dtype=torch.bool, device=source)
                 indices = kept.scatter_(1, dropped, False).nonzero()[:, 1].view(rows, count)
@@ -312,20 +312,18 @@ class FanInLayout:
     def derive(
         self, key: str, build: Callable[[FanInLayout], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`cache[key]`, made by `build(self)` at first use. `key` is `"<backend>.<product>"`."""
+        """`cache[key]`, made by `build(self)` at first use; `key` is "<backend>.<lists>"."""
         found = self.cache.get(key)
         if found is None:
             refuse_capture(self.device)
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
-                return self.cache.setdefault(
-                    key, found
-                )  # of threads that derive it at once, the first
+                return self.cache.setdefault(key, found)  # another thread may have been faster
         return found
 
     def to(self, device: torch.device | str) -> FanInLayout:
-        """The same pattern on `device`; itself if it is there already. Schedules are not taken."""
+        """The same pattern on `device`, without what backends cached; itself if it is there."""
         indices = self.indices.to(device)
         if indices is self.indices:
             return self
@@ -374,7 +372,7 @@ class FanInLayout:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Through the constructor: what was stored is validated again, caches are not stored.
+        # The constructor validates what was stored. Caches are not stored.
         return FanInLayout, (self.indices, self.in_features, self.out_features, self.block)
 
     def __repr__(self) -> str:
@@ -422,11 +420,11 @@ def checksum(indices: Tensor) -> int:
 
 
 def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
-    """False for the stand-ins that tracers pass around; they must not outlive the trace."""
+    """False for the tensors of a tracer, which are valid only during the trace."""
     return not torch.compiler.is_dynamo_compiling() and all(
         type(tensor) is Tensor for tensor in tensors
     )
 
 
-# torch.load(weights_only=True) may rebuild a layout: that runs the validating constructor.
+# torch.load(weights_only=True) may build a layout, because the constructor validates.
 torch.serialization.add_safe_globals([FanInLayout])

@@ -20,7 +20,7 @@ from sparse_kernels.checks import (
     has_values,
     refuse_jit_trace,
 )
-from sparse_kernels.layout import FanInLayout, Layout, Pattern
+from sparse_kernels.layout import FanInLayout, Pattern
 from sparse_kernels.matmul import linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -29,7 +29,7 @@ _OVERWRITTEN = (
     "indices of a SparseLinear was overwritten where no GPU stream sees it: by a collective "
     "or .data; read the layer's `layout` after such a write"
 )
-# Every layer alive, to find those that share a weight.
+# Every layer that exists, to find those that share a weight.
 layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
 
@@ -62,11 +62,11 @@ class SparseLinear(nn.Module):
     The weights start uniform in `+-1/sqrt(fan_in)`, as in `torch.nn.Linear` but with the fan-in
     that exists; with `fan_out`, with its mean over the outputs. So does the bias.
 
-    The layout is a validated copy of `indices`, and only the layout reaches a kernel. `indices` is
-    compared with it at every forward, by a checksum of its content: a pattern written there in any
-    way (a collective, `.data`, a load hook) is validated and used, or refused with a ValueError. On
-    a GPU the comparison does not wait for the device: a write that torch does not count, such as a
-    collective's, raises a device-side assert. To change the pattern during training use `rewire_`.
+    Kernels read the layout, a validated copy of `indices`. Every forward compares the two by a
+    checksum: a pattern written to `indices` in any way (a collective, `.data`, a load hook) is
+    validated and used, or refused with a ValueError. On a GPU the comparison does not wait for the
+    device: a write that torch does not count, such as a collective's, raises a device-side assert.
+    To change the pattern during training use `rewire_`.
 
     DistributedDataParallel that does not broadcast buffers compares the patterns of all ranks at
     its first forward and raises a RuntimeError if they differ; `reset_parameters` of a layer whose
@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
     indices: Tensor
 
     def __new__(cls, *args: Any, **options: Any) -> SparseLinear:
-        """Copies and unpickled layers come through here as well."""
+        """Registers the layer; copies and unpickled layers skip `__init__`."""
         layer = super().__new__(cls)
         layers.add(layer)
         return layer
@@ -140,7 +140,7 @@ class SparseLinear(nn.Module):
             "indices", torch.full(shape, _NO_PATTERN, device=device, dtype=torch.int32)
         )
         self._layout: FanInLayout | None = None
-        # On a GPU, `indices` and its version when it was last compared with the layout.
+        # On a GPU: `indices` and its version at the last comparison with the layout.
         self._seen: tuple[Tensor, int] | None = None
         if device.type != "meta":
             self.reset_parameters(generator)
@@ -164,8 +164,8 @@ class SparseLinear(nn.Module):
         """The pattern in use.
 
         Raises:
-            RuntimeError: the layer has none yet, see the class. ValueError: `indices` was written
-                to and is no longer a valid pattern.
+            RuntimeError: the layer has none yet. ValueError: `indices` was written to and is not a
+                valid pattern.
         """
         self._refresh()
         if self._layout is None:
@@ -179,8 +179,8 @@ class SparseLinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws new weights, and a pattern if the layer has none yet.
 
-        Weights are uniform in `+-1/sqrt(fan_in)`. `torch.nn.init.kaiming_uniform_` and the like
-        take the number of weights from a shape that is not this layer's: call this in their place.
+        Use this instead of `torch.nn.init.kaiming_uniform_` and the like, which compute the fan-in
+        from the shape of a dense weight.
         """
         if self.indices.is_meta:
             raise RuntimeError("a layer on the meta device holds no values: call to_empty first")
@@ -207,16 +207,19 @@ class SparseLinear(nn.Module):
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
         refuse_jit_trace()
         indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
-        pattern: Layout
         if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
-        else:
-            pattern = self.layout
-            if not indices.is_cpu:
-                torch._assert_async(torch.all(indices == pattern.indices), _OVERWRITTEN)
-        return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+            return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+        layout = self.layout
+        if not indices.is_cpu:
+            torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
+        # Not `self.weight`: torch's lookup of a Parameter takes long beside a product of one token.
+        weight = self._parameters.get("weight")
+        if weight is None:  # parametrized or pruned
+            weight = self.weight
+        return linear(x, weight, layout, self.bias, self.backend, self.transpose)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -291,7 +294,7 @@ class SparseLinear(nn.Module):
     def _refresh(self) -> None:
         """Takes over a pattern that was written to `indices`; raises if it is not valid."""
         indices, layout = self._buffers["indices"], self._layout
-        # A tracer's stand-in has no content to look at, and stands for what was here before.
+        # What tracers put in its place has no content.
         if type(indices) is not Tensor or indices.is_meta:
             return
         if layout is None:
@@ -301,12 +304,12 @@ class SparseLinear(nn.Module):
             self._adopt(self._validated(indices, "indices"))
         ranks.check_once(SparseLinear)
 
-    # torch.compile runs it for real while it traces what reads `layout`. The attribute is what
+    # torch.compile executes it while it traces code that reads `layout`. This is the attribute that
     # `torch.compiler.assume_constant_result` sets, which imports all of torch._dynamo.
     _refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
-        """Whether torch counts no write since the last look: asked where looking means waiting."""
+        """Whether torch counted no write since the last comparison; False on a CPU."""
         if indices.is_cpu:
             return False
         seen, self._seen = self._seen, (indices, _version(indices))
@@ -369,7 +372,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         """Loads this layer's tensors, or none of them if one is refused.
 
-        What is wrong goes to the lists, of which `load_state_dict` makes one error for all layers.
+        Errors are appended to the lists; `load_state_dict` raises one error for all layers.
         """
         before = {**self._parameters, **self._buffers}
         content = {name: None if t is None else t.detach().clone() for name, t in before.items()}
@@ -379,7 +382,7 @@ class SparseLinear(nn.Module):
         errors: list[str] = []
         accepted = False
         try:
-            # Loads; before that it calls the hooks that may change the keys of `state_dict`.
+            # First calls the hooks, which may change the keys of `state_dict`.
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             )
@@ -443,7 +446,7 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts the writes to a tensor; -1 where torch does not count."""
+    """Torch's count of writes to a tensor; -1 if torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 

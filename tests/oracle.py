@@ -108,7 +108,7 @@ def assert_accurate(
 ) -> None:
     """At most twice PyTorch's own error, plus one rounding of the largest sum of |terms|.
 
-    `sparse_kernels.testing.assert_accurate` adds one rounding of the largest result, which tiny
+    `sparse_kernels.testing.allowed_error` adds one rounding of the largest result, which tiny
     problems can undercut: where a few terms cancel, PyTorch's own error may be zero by luck.
     """
     assert actual.dtype == torch_dense.dtype
