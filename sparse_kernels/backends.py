@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from sparse_kernels import checks, cpu, cuda, reference, triton
-from sparse_kernels.layout import FanInLayout, Layout, Problem
+from sparse_kernels.layout import FanInLayout, Layout, Problem, check_layout
 
 
 class Backend(Protocol):
@@ -136,8 +136,7 @@ def check_name(backend: object) -> None:
     """Raises TypeError or ValueError unless `backend` is None or the name of a backend."""
     if backend is None:
         return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+    checks.check_type("backend", backend, str, "a str or None")
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
 
@@ -243,10 +242,8 @@ def explain_backend(
         ValueError: `product` is not one of the three.
     """
     checks.check_is_tensor("x", x)
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
-    if not isinstance(product, str):
-        raise TypeError(f"product must be a str, got {type(product).__name__}")
+    check_layout("layout", layout)
+    checks.check_type("product", product, str, "a str")
     if product not in PRODUCTS:
         raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
     return explain(problem_of(x, layout, product))

@@ -1,9 +1,9 @@
-"""What every entrance refuses before a pointer is read: types, dtypes, shapes and devices."""
+"""Checks of arguments: types, dtypes, shapes and devices, with the messages."""
 
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 Orientation = Literal["rows", "columns"]
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-DTYPES = {"cpu": CPU_DTYPES, "cuda": (*CPU_DTYPES[:2], torch.float16, torch.float64)}
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {"cpu": CPU_DTYPES, "cuda": FLOAT_DTYPES}
 _INT32_MAX = 2**31 - 1
+
+
+def check_type(name: str, value: object, kind: Any, what: str) -> None:
+    """Raises TypeError unless `value` is an instance of `kind`, which the message calls `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> int:
@@ -84,9 +91,9 @@ def check_num_blocks(rows: int, count: int) -> None:
         )
 
 
-def has_values(tensor: Tensor) -> bool:
+def has_values(tensor: object) -> bool:
     """False for tensors on the meta device or in a FakeTensorMode, which only have a shape."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    return not isinstance(tensor, FakeTensor) and not getattr(tensor, "is_meta", False)
 
 
 def check_has_values(name: str, tensor: Tensor) -> None:
@@ -119,7 +126,7 @@ def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | Non
     tensor = check_strided(name, tensor)
     allowed = dtypes
     if allowed is None:
-        allowed = DTYPES["cpu"] if tensor.is_cpu else DTYPES["cuda"]
+        allowed = DTYPES["cpu" if tensor.is_cpu else "cuda"]
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         hint = ""

@@ -190,7 +190,7 @@ def _spmm(
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`."""
-    return _spmm("gather", x, values, bias, layout.out_features, _scheduled(layout, "rows"))
+    return _spmm("spmm", x, values, bias, layout.out_features, _scheduled(layout, "rows"))
 
 
 def grad_input(
@@ -203,7 +203,7 @@ def grad_input(
         walked, pattern = "rows", _lists(layout, "rows")
     else:
         pattern = _scheduled(layout, walked)
-    kernel = "scatter" if walked == "rows" else "gather"
+    kernel = "spmm_scatter" if walked == "rows" else "spmm"
     return _spmm(kernel, grad_output, values, bias, layout.in_features, pattern)
 
 

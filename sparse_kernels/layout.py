@@ -17,14 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import (
-    check_block,
-    check_fan_in,
-    check_geometry,
-    check_has_values,
-    check_num_blocks,
-    refuse_capture,
-)
+from sparse_kernels import checks
 
 try:
     import _sparse_kernels_cpu as _extension
@@ -97,8 +90,7 @@ def _count_rows(indices: object) -> int:
 
 def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> Tensor:
     """Returns an int32 contiguous copy of `indices`, or raises and says what is wrong with it."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
+    indices = checks.check_is_tensor("indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
     if indices.dim() != 2:
@@ -106,7 +98,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have two dimensions (out_features / block_out, fan_in / block_in), "
             f"got shape {tuple(indices.shape)}"
         )
-    check_has_values("indices", indices)
+    checks.check_has_values("indices", indices)
     rows, width = indices.shape
     if block_rows is not None and rows != block_rows:
         raise ValueError(
@@ -118,7 +110,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have at least one row and 1 to in_features / block_in = {block_cols} "
             f"columns, got shape {tuple(indices.shape)}"
         )
-    check_num_blocks(rows, width)
+    checks.check_num_blocks(rows, width)
     outside = (indices < 0) | (indices >= block_cols)
     if outside.any():
         row, slot = _first(outside)
@@ -172,8 +164,8 @@ class FanInLayout:
     def __post_init__(self) -> None:
         out_features = cast("int | None", self.out_features)
         if out_features is None:
-            out_features = _count_rows(self.indices) * check_block(self.block)[0]
-        block = check_geometry(out_features, self.in_features, self.block)
+            out_features = _count_rows(self.indices) * checks.check_block(self.block)[0]
+        block = checks.check_geometry(out_features, self.in_features, self.block)
         out_features, in_features = int(out_features), int(self.in_features)
         indices = _check_indices(self.indices, out_features // block[0], in_features // block[1])
         self.__dict__.update(
@@ -227,13 +219,13 @@ class FanInLayout:
         Raises:
             TypeError, ValueError: a size or block that does not fit; the message names it.
         """
-        block = check_geometry(out_features, in_features, block)
+        block = checks.check_geometry(out_features, in_features, block)
         out_features, in_features = int(out_features), int(in_features)
         rows, columns = out_features // block[0], in_features // block[1]
-        count = check_fan_in(fan_in, in_features, block[1])
-        check_num_blocks(rows, count)
+        count = checks.check_fan_in(fan_in, in_features, block[1])
+        checks.check_num_blocks(rows, count)
         where = torch.get_default_device() if device is None else torch.device(device)
-        check_has_values("a random layout", torch.empty(0, device=where))
+        checks.check_has_values("a random layout", torch.empty(0, device=where))
         source = torch.device("cpu") if generator is None else generator.device
         with torch.inference_mode(False):
             if 2 * count <= columns:
@@ -315,7 +307,7 @@ class FanInLayout:
         """`cache[key]`, made by `build(self)` at first use; `key` is "<backend>.<lists>"."""
         found = self.cache.get(key)
         if found is None:
-            refuse_capture(self.device)
+            checks.refuse_capture(self.device)
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
@@ -327,7 +319,7 @@ class FanInLayout:
         indices = self.indices.to(device)
         if indices is self.indices:
             return self
-        check_has_values("a layout", indices)
+        checks.check_has_values("a layout", indices)
         transposed = self._transposed
         if transposed is not None:
             transposed = Transposed(*(part.to(device) for part in transposed))
@@ -406,6 +398,11 @@ class Pattern(NamedTuple):
 
 
 Layout = FanInLayout | Pattern
+
+
+def check_layout(name: str, layout: object) -> None:
+    """Raises TypeError unless `layout` is a FanInLayout."""
+    checks.check_type(name, layout, FanInLayout, "a FanInLayout")
 
 
 def checksum(indices: Tensor) -> int:

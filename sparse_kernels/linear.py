@@ -11,19 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparse_kernels import backends, ranks, reference
-from sparse_kernels.checks import (
-    check_fan_in,
-    check_geometry,
-    check_has_values,
-    check_num_blocks,
-    has_values,
-    refuse_jit_trace,
-)
+from sparse_kernels import backends, checks, ranks, reference
 from sparse_kernels.layout import FanInLayout, Pattern
 from sparse_kernels.matmul import linear
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 _NO_PATTERN = -1  # what `indices` is filled with while a layer has no pattern
 _OVERWRITTEN = (
     "indices of a SparseLinear was overwritten where no GPU stream sees it: by a collective "
@@ -106,27 +97,26 @@ class SparseLinear(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.block = check_geometry(out_features, in_features, block)
+        self.block = checks.check_geometry(out_features, in_features, block)
         self.in_features, self.out_features = int(in_features), int(out_features)
         if (fan_in is None) == (fan_out is None):
             raise ValueError(
                 f"exactly one of fan_in and fan_out must be given, "
                 f"got fan_in={fan_in} and fan_out={fan_out}"
             )
-        if bias is not None and not isinstance(bias, bool):
-            raise TypeError(f"bias must be a bool or None, got {type(bias).__name__}")
+        checks.check_type("bias", bias, (bool, type(None)), "a bool or None")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _DTYPES:
+        if dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16, float64 or float16, got {dtype}")
         backends.check_name(backend)
         self.backend = backend
         self.fan_in, self.fan_out = fan_in, fan_out
         block_rows, block_cols = self._stored_block
         name, fan = ("fan_in", fan_in) if fan_out is None else ("fan_out", fan_out)
-        count = check_fan_in(fan, self._stored_shape[1], block_cols, name)
+        count = checks.check_fan_in(fan, self._stored_shape[1], block_cols, name)
         setattr(self, name, count * block_cols)
         shape = (self._stored_shape[0] // block_rows, count)
-        check_num_blocks(*shape)
+        checks.check_num_blocks(*shape)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.weight = nn.Parameter(
             torch.empty((*shape, block_rows, block_cols), device=device, dtype=dtype)
@@ -205,7 +195,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
-        refuse_jit_trace()
+        checks.refuse_jit_trace()
         indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
         if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
@@ -252,8 +242,7 @@ class SparseLinear(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or size; the message names it.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        checks.check_type("linear", linear, nn.Linear, "a torch.nn.Linear")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -412,11 +401,11 @@ class SparseLinear(nn.Module):
             try:
                 if name != "indices":
                     _check_loaded(prefix + name, loaded, current, assign)
-                elif not isinstance(loaded, Tensor) or has_values(loaded) or has_values(current):
+                elif checks.has_values(current) or checks.has_values(loaded):
                     layout = self._validated(loaded, prefix + name)
             except (TypeError, ValueError) as error:
                 refusals.append(str(error))
-        return layout if has_values(before["indices"]) or assign else None, refusals
+        return layout if checks.has_values(before["indices"]) or assign else None, refusals
 
     def _restore(self, before: dict[str, Any], content: dict[str, Any]) -> None:
         """Puts the tensors `before` back, with the `content` that they had."""
@@ -463,14 +452,11 @@ def _check_loaded(key: str, loaded: object, current: Tensor, assign: bool) -> No
     """Raises TypeError or ValueError if `loaded` cannot take the place of a floating `current`."""
     if not current.is_floating_point():
         return
-    if not isinstance(loaded, Tensor):
-        raise TypeError(f"{key} must be a torch.Tensor, got {type(loaded).__name__}")
-    if loaded.layout != torch.strided:
-        raise TypeError(f"{key} must be a strided tensor, got {loaded.layout}: call to_dense()")
-    if not loaded.is_floating_point() or (assign and loaded.dtype not in _DTYPES):
+    loaded = checks.check_strided(key, loaded)
+    if not loaded.is_floating_point() or (assign and loaded.dtype not in checks.FLOAT_DTYPES):
         needs = "float32, bfloat16, float64 or float16" if assign else "a floating-point dtype"
         raise TypeError(f"{key} must have {needs}, got {loaded.dtype}")
-    if has_values(current):
-        check_has_values(key, loaded)
+    if checks.has_values(current):
+        checks.check_has_values(key, loaded)
     if loaded.shape != current.shape:
         raise ValueError(f"{key} must have shape {tuple(current.shape)}, got {tuple(loaded.shape)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sparse_kernels import backends, checks, ops
-from sparse_kernels.layout import FanInLayout, Layout
+from sparse_kernels.layout import FanInLayout, Layout, check_layout
 
 
 class Spmm(Function):
@@ -179,10 +179,8 @@ def sparse_linear(
             message names the argument, what it got and what it needs.
         RuntimeError: no backend, or not the one asked for, can run this; it says why.
     """
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
-    if not isinstance(transpose, bool):
-        raise TypeError(f"transpose must be a bool, got {type(transpose).__name__}")
+    check_layout("layout", layout)
+    checks.check_type("transpose", transpose, bool, "a bool")
     checks.refuse_jit_trace()
     return linear(x, values, layout, bias, backend, transpose)
 
@@ -195,7 +193,7 @@ def linear(
     backend: str | None,
     transpose: bool,
 ) -> Tensor:
-    """`sparse_linear` without the checks of types; `layout` may be a `Pattern` while tracing."""
+    """`sparse_linear`; while tracing, `layout` may be a `Pattern`."""
     checks.check_is_tensor("x", x)
     checks.check_strided("values", values)
     if bias is not None:
@@ -208,7 +206,7 @@ def linear(
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.is_differentiated(x, values, bias):
         y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
-    else:  # what autograd would record costs more than a product of few tokens
+    else:  # a Function takes longer than the product of one token
         y = (ops.grad_input if transpose else ops.forward)(tokens, values, layout, bias, name)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -216,9 +214,9 @@ def linear(
 def grad_weight(
     grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str | None = None
 ) -> Tensor:
-    """`dW = dY^T X` at the blocks of `layout` alone: the gradient of weights that need not exist.
+    """`dW = dY^T X` at the blocks of any `layout`: the gradient of weights that need not exist.
 
-    It is what rewiring asks about connections that a layer could grow. Differentiable.
+    Rewiring uses it to score the connections that a layer could grow. Differentiable.
 
     Args:
         grad_output: `(..., N)`, any strides.
@@ -233,8 +231,7 @@ def grad_weight(
     Raises:
         TypeError, ValueError, RuntimeError: as for `sparse_linear`.
     """
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+    check_layout("layout", layout)
     _check_input("grad_output", grad_output, layout, "out_features")
     _check_input("x", x, layout, "in_features")
     if x.shape[:-1] != grad_output.shape[:-1]:

@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the specification, and a backend like the others.
 
-It computes in float64, slowly and accurately, with nothing but the blocks that exist: what an
-input holds that is not kept, NaN too, meets no weight. Each function takes two-dimensional inputs
-of any strides and returns a contiguous result in their dtype.
+It computes in float64, slowly and accurately, and reads only the blocks that exist: an input that
+no block reads changes nothing, even if it is NaN. Each function takes two-dimensional inputs of any
+strides and returns a contiguous result in their dtype.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import check_has_values, check_is_tensor, wide_dtype
-from sparse_kernels.layout import FanInLayout, Problem, check_fan_in, check_geometry
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-
-
-def _check_layout(layout: object) -> None:
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+from sparse_kernels.checks import (
+    FLOAT_DTYPES,
+    check_fan_in,
+    check_geometry,
+    check_has_values,
+    check_is_tensor,
+    wide_dtype,
+)
+from sparse_kernels.layout import FanInLayout, Problem, check_layout
 
 
 def why_not(problem: Problem) -> str | None:
     """None if this backend can run `problem`, else a sentence that says why not."""
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in FLOAT_DTYPES:
         return f"reference needs float32, bfloat16, float16 or float64, got {problem.dtype}"
     return None
 
@@ -42,7 +42,7 @@ def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
     Raises:
         TypeError: a wrong type. ValueError: a wrong shape or device.
     """
-    _check_layout(layout)
+    check_layout("layout", layout)
     check_is_tensor("values", values)
     if values.shape != layout.values_shape:
         raise ValueError(

@@ -13,7 +13,7 @@ from sparse_kernels.checks import check_float, check_int, refuse_jit_trace
 
 
 class AbsTopk(Function):
-    """`Y = X * kept(X)` for a two-dimensional x; the result itself is all that backward needs."""
+    """`Y = X * kept(X)` for a two-dimensional x; saves only the result for backward."""
 
     @staticmethod
     def forward(x: Tensor, k: int, backend: str) -> Tensor:
@@ -60,7 +60,7 @@ class KeptGradient(Function):
     @staticmethod
     def jvp_rule(ctx: Any, *tangents: Tensor | None) -> Tensor:
         (y,) = ctx.saved_tensors
-        if tangents[0] is None:  # the mask alone has a tangent, and it is constant
+        if tangents[0] is None:  # only the mask has a tangent, and it is constant
             return torch.zeros_like(y)
         grad: Tensor = ops.apply(KeptGradient, tangents[0], y, ctx.backend)
         return grad
@@ -69,10 +69,9 @@ class KeptGradient(Function):
 def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`y_i = x_i` if `|x_i|` is among the `k` largest of its row, else `0`.
 
-    Exact, not approximate. Among equal magnitudes the lowest index stays; NaN counts as larger than
-    infinity, as in `torch.topk`. The gradient passes where `y` is not zero; a zero that was kept
-    for want of anything larger has gradient zero (the function has no derivative there). It can be
-    differentiated again.
+    Among equal magnitudes the lowest index stays; NaN counts as larger than infinity, as in
+    `torch.topk`. The gradient is that of y where `y` is not zero, and zero elsewhere. Derivatives
+    of any order exist.
 
     Args:
         x: `(..., D)`, any strides, any number of leading dimensions, empty ones included; float32,
@@ -81,12 +80,11 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
         backend: "reference", "cpu", ..., by default the fastest that can run this.
 
     Returns:
-        `(..., D)`, contiguous, in the dtype of x. The backward keeps this result and nothing else.
+        `(..., D)`, contiguous, in the dtype of x. Only this result is saved for backward.
 
     Raises:
-        TypeError: `x` is no Tensor of such a dtype, or `k` no int, or `backend` no str.
-        ValueError: x has no last axis, `k` is not from 1 to its size, or `backend` is no backend's
-            name.
+        TypeError: the type of an argument or the dtype of x is wrong.
+        ValueError: x has no last axis, `k` is not from 1 to its size, or `backend` is unknown.
         RuntimeError: no backend, or not the one asked for, can run this; it says why.
 
     Source: Gao et al. 2025, "Weight-sparse transformers have interpretable circuits",
@@ -100,7 +98,7 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
 
 
 def choose_backend(x: Tensor, k: int, backend: str | None) -> str:
-    """The backend that runs this; raises what `abs_topk` says."""
+    """The backend that runs this; checks the arguments as `abs_topk` describes."""
     refuse_jit_trace()
     check_float("x", x)
     if x.dim() == 0:

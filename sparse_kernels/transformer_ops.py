@@ -20,7 +20,7 @@ from sparse_kernels.topk import abs_topk, choose_backend
 
 
 class GeluAbsTopk(Function):
-    """`abs_topk(gelu(X))`; keeps x and the result."""
+    """`abs_topk(gelu(X))`; saves x and the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
@@ -37,7 +37,7 @@ class GeluAbsTopk(Function):
 
 
 class NormAbsTopk(Function):
-    """`abs_topk(rms_norm(X) * weight)`; keeps x, the result and a number of each row."""
+    """`abs_topk(rms_norm(X) * weight)`; saves x, the result and the scale of each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, k: int, eps: float, backend: str) -> Tensor:
@@ -144,8 +144,7 @@ def causal_attention(
         `(B, T, H, d)`, contiguous, in the dtype of qkv. Differentiable once.
 
     Raises:
-        TypeError: an argument is no Tensor of such a dtype, or `backend` no str.
-        ValueError: a shape, or the device of `sinks`, does not fit; or an unknown backend.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or backend name.
         RuntimeError: no backend, or not the one asked for, can run this; it says why.
 
     Source: Dao et al. 2022 (arXiv:2205.14135) for the backward; Xiao et al. 2023
@@ -165,9 +164,9 @@ def causal_attention(
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """`causal_attention` of the last T of S positions, whose keys and values are all known.
+    """`causal_attention` of the last T of S positions, given the keys and values of all.
 
-    For inference: gradients are refused, not lost.
+    For inference: it has no gradient.
 
     Args:
         q: `(B, T, H, d)`, any strides.

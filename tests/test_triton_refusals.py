@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_triton import DEVICE, DTYPES, make, run, topk_by_op
 from triton.runtime.errors import OutOfResources
 
-from sparse_kernels.triton import gather, sampled, tiles, topk
+from sparse_kernels.triton import configs, sddmm, spmm, topk
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -92,8 +92,8 @@ class Failing:
 def test_failures_name_the_product_and_the_problem(monkeypatch, error, becomes):
     layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
     tensors = make(layout, 5, torch.float32, 0)
-    monkeypatch.setattr(gather, "gather_kernel", Failing(error))
-    monkeypatch.setattr(sampled, "sampled_kernel", Failing(error))
+    monkeypatch.setattr(spmm, "spmm_kernel", Failing(error))
+    monkeypatch.setattr(sddmm, "sddmm_kernel", Failing(error))
     monkeypatch.setattr(topk, "topk_kernel", Failing(error))
     for product in PRODUCTS:
         with pytest.raises(becomes, match=f"triton {product} of .*torch.float32") as caught:
@@ -107,7 +107,7 @@ def test_failures_name_the_product_and_the_problem(monkeypatch, error, becomes):
 
 def test_a_mistake_in_a_launcher_is_not_dressed_up(monkeypatch):
     layout = sk.FanInLayout.random(32, 64, 32, (16, 16))
-    monkeypatch.setattr(gather, "gather_kernel", Failing(AttributeError("a mistake")))
+    monkeypatch.setattr(spmm, "spmm_kernel", Failing(AttributeError("a mistake")))
     with pytest.raises(AttributeError, match=r"^a mistake$"):
         run("forward", *make(layout, 5, torch.float32, 0), layout)
 
@@ -124,7 +124,7 @@ def test_too_many_programs_are_refused(monkeypatch):
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0 or more.*7\.5"):
-        tiles.family(torch.device("cuda", 0))
+        configs.family(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_old_gpus_are_refused(monkeypatch):
 )  # fmt: skip
 def test_every_gpu_has_a_family(monkeypatch, capability, family):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert tiles.family(torch.device("cuda", 0)) == family
+    assert configs.family(torch.device("cuda", 0)) == family
 
 
 def test_cpu_tensors_take_triton_only_by_name():

@@ -4,7 +4,7 @@ Blocks have both sides a power of two from 16 to 128, so that a block is a tile 
 Sums are float32; float32 inputs are multiplied exactly (IEEE) unless PyTorch is told to allow TF32.
 Nothing is added atomically: the same inputs give the same bits.
 
-`gather.py` serves `forward` and `grad_input`, `sampled.py` `grad_weight`, `topk.py` `abs_topk`. (A
+`spmm.py` serves `forward` and `grad_input`, `sddmm.py` `grad_weight`, `topk.py` `abs_topk`. (A
 file of the same name as a function would take its place in this package once it is imported.)
 
 triton itself is imported when a kernel runs for the first time, never by `import sparse_kernels`.
@@ -81,21 +81,21 @@ def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None 
         RuntimeError: the kernel cannot be compiled or launched. torch.OutOfMemoryError: no room
             for the result.
     """
-    from sparse_kernels.triton import gather
+    from sparse_kernels.triton import spmm
 
     bias = None if bias is None else bias.contiguous()
-    return gather.forward(x, values.contiguous(), layout, bias)
+    return spmm.forward(x, values.contiguous(), layout, bias)
 
 
 def grad_input(
     grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
-    from sparse_kernels.triton import gather
+    from sparse_kernels.triton import spmm
 
     (order,) = layout.derive("triton.columns", build_schedule)
     bias = None if bias is None else bias.contiguous()
-    return gather.grad_input(grad_output, values.contiguous(), layout, bias, order)
+    return spmm.grad_input(grad_output, values.contiguous(), layout, bias, order)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
@@ -104,9 +104,9 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     Many tokens are cut at places that depend on the sizes alone; the float32 sums of the pieces are
     added in their order.
     """
-    from sparse_kernels.triton import sampled
+    from sparse_kernels.triton import sddmm
 
-    return sampled.grad_weight(grad_output, x, layout)
+    return sddmm.grad_weight(grad_output, x, layout)
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
