@@ -32,9 +32,9 @@ def sparsify_(
     Only modules whose type is exactly `nn.Linear` are selected: a subclass may have its own
     forward, or a parent that reads its weight (as `nn.MultiheadAttention` does). The fused
     inference of a `nn.TransformerEncoderLayer` with a selected module is switched off, because it
-    reads dense weights. A module that occurs several times is converted once and stays shared. If an error is
-    raised, the model is unchanged. Make the optimizer afterwards: the weights are new Parameters,
-    with the attributes of the old ones.
+    reads dense weights. A module that occurs several times is converted once and stays shared. If
+    an error is raised, the model is unchanged. Make the optimizer afterwards: the weights are new
+    Parameters, with the attributes of the old ones.
 
     Args:
         model: the model to change; not itself an `nn.Linear`.
