@@ -275,7 +275,7 @@ class FanInLayout:
     @property
     def values_shape(self) -> tuple[int, int, int, int]:
         """The shape that `values` must have: `(R, F, block_out, block_in)`."""
-        return (self.block_rows, self.blocks_per_row, self.block[0], self.block[1])
+        return (self.indices.shape[0], self.indices.shape[1], *self.block)
 
     @property
     def device(self) -> torch.device:

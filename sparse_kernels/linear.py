@@ -195,13 +195,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
-        checks.refuse_jit_trace()
         indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
         if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
             return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+        if torch._C._get_tracing_state() is not None:
+            checks.refuse_jit_trace()
         layout = self.layout
         if not indices.is_cpu:
             torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
@@ -289,7 +290,9 @@ class SparseLinear(nn.Module):
         if layout is None:
             if not bool((indices == _NO_PATTERN).all()):
                 self._adopt(self._validated(indices, "indices"))
-        elif not self._is_counted_unchanged(indices) and not layout.is_held_by(indices):
+        elif (indices.is_cpu or not self._is_counted_unchanged(indices)) and not (
+            layout.is_held_by(indices)
+        ):
             self._adopt(self._validated(indices, "indices"))
         ranks.check_once(SparseLinear)
 
@@ -298,9 +301,7 @@ class SparseLinear(nn.Module):
     _refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
-        """Whether torch counted no write since the last comparison; False on a CPU."""
-        if indices.is_cpu:
-            return False
+        """Whether torch counted no write since the last comparison."""
         seen, self._seen = self._seen, (indices, _version(indices))
         return seen is not None and seen[0] is indices and seen[1] == self._seen[1]
 
