@@ -122,20 +122,20 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         find_commands = cuda_commands if ext.name.endswith("cuda") else cpu_commands
         commands, link = find_commands(words("CXX") or ["c++"], ext.sources)
-        library, folder = self.get_ext_fullpath(ext.name), f"{self.build_temp}/{ext.name}"
+        kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"  # -e keeps nothing
+        folder = f"{kept if self.editable_mode else self.build_temp}/{ext.name}"
+        library = os.path.abspath(self.get_ext_fullpath(ext.name))
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/build.ninja", "w") as file:
             graph = ninja.Writer(file)
             graph.rule("compile", "$cmd -MMD -MF $out.d -c $in -o $out", None, "$out.d", deps="gcc")
-            graph.rule("link", "$cmd $in -o $out")
+            graph.rule("link", f"{ninja.escape(shlex.join(link))} $in -o $out")
             for source, command in reversed(commands.items()):  # the longest first
                 extra = ["-O1", *HEADERS] if "bindings" in source else []
                 extra += [] if source.endswith(".cu") else words("CPPFLAGS", "CXXFLAGS")
                 cmd = {"cmd": ninja.escape(shlex.join(command + extra))}
                 graph.build(f"{source}.o", "compile", os.path.abspath(source), variables=cmd)
-            objects = [f"{source}.o" for source in commands]
-            cmd = {"cmd": ninja.escape(shlex.join(link))}
-            graph.build(os.path.abspath(library), "link", objects, variables=cmd)
+            graph.build(library, "link", [f"{source}.o" for source in commands])
         # An isolated build has ninja on the PATH only, one without a PATH of its own beside Python.
         if subprocess.call([shutil.which("ninja") or f"{ninja.BIN_DIR}/ninja", "-C", folder]):
             raise CompileError(f"compiling {ext.name} failed; the compiler's messages are above")

@@ -21,11 +21,11 @@ from math import inf
 import torch
 from torch import Tensor
 
-from benchmarks import run
+from benchmarks import operations, run
 from benchmarks.baselines import Accuracy, Rivals
 from benchmarks.cases import DTYPES, TopkCase, topk_cases
+from benchmarks.operations import Operation
 from benchmarks.roofline import Work
-from benchmarks.run import Benchmark, Operation
 from benchmarks.timing import Candidate
 from sparse_kernels import abs_topk, backends, reference
 
@@ -44,7 +44,7 @@ def check(call: Candidate, truth: Tensor) -> Accuracy:
     return Accuracy(different, 0.0, different == 0, "every element")
 
 
-def operations(case: TopkCase, device: str, backend: str | None) -> Iterator[Operation]:
+def both(case: TopkCase, device: str, backend: str | None) -> Iterator[Operation]:
     """Forward and backward of a case."""
     generator = torch.Generator().manual_seed(case.width + case.k)
     x, grad = (
@@ -83,12 +83,13 @@ def operations(case: TopkCase, device: str, backend: str | None) -> Iterator[Ope
         )
 
 
-BENCHMARK = Benchmark(
-    name="activation",
-    description=__doc__,
-    cases=topk_cases,
-    operations=operations,
-    seconds={"smoke": (0.01, inf), **dict.fromkeys(("default", "wide", "full"), (1.5, inf))},
+BENCHMARK = operations.benchmark(
+    "activation",
+    __doc__,
+    topk_cases,
+    both,
+    seconds=(1.5, inf),
+    is_drawn=False,
 )
 main = partial(run.main, BENCHMARK)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import linear
 
 import sparse_kernels as sk
-from benchmarks.cases import DTYPES, WITH_GOAL, Case
+from benchmarks.cases import DTYPES, HEADLINES, Case
 from benchmarks.timing import Candidate
 from sparse_kernels import ops
 from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
@@ -65,16 +65,12 @@ class Operands:
 
 def ours(operands: Operands, product: str, backend: str) -> Candidate:
     """The product as users call it (without autograd's bookkeeping), schedules built already."""
-    x, grad = operands.problem.x, operands.problem.grad_output
-    values, layout = operands.problem.values, operands.problem.layout
-    calls: dict[str, Candidate] = {
-        "forward": lambda: sk.sparse_linear(x, values, layout, backend=backend),
-        "grad_input": lambda: sk.sparse_linear(
-            grad, values, layout, backend=backend, transpose=True
-        ),
-        "grad_weight": lambda: ops.grad_weight(grad, x, layout, backend),
-    }
-    return calls[product]
+    problem = operands.problem
+    x, grad, values, layout = problem.x, problem.grad_output, problem.values, problem.layout
+    if product == "grad_weight":
+        return lambda: ops.grad_weight(grad, x, layout, backend)
+    left, transpose = (x, False) if product == "forward" else (grad, True)
+    return lambda: sk.sparse_linear(left, values, layout, backend=backend, transpose=transpose)
 
 
 def with_precision(call: Candidate, precision: str) -> Candidate:
@@ -97,10 +93,10 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     The masked weight is made in the forward, which saves it for the backward; the weight's gradient
     is masked.
     """
-    x, grad, weight, mask = _tensors(operands)
-    masked = weight * mask
+    x, grad = operands.problem.x, operands.problem.grad_output
+    weight, mask, masked = operands.weight, operands.mask, operands.weight * operands.mask
     calls: dict[str, Candidate] = {
-        "forward": lambda: functional.linear(x, weight * mask),
+        "forward": lambda: linear(x, weight * mask),
         "grad_input": lambda: grad @ masked,
         "grad_weight": lambda: (grad.t() @ x) * mask,
     }
@@ -112,9 +108,9 @@ def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
 
     Times the same multiplications whatever the values are, so the masked operands serve.
     """
-    x, grad, weight, _ = (t.to(dtype) for t in _tensors(operands))
+    x, grad, weight = _tensors(operands, dtype)
     calls: dict[str, Candidate] = {
-        "forward": lambda: functional.linear(x, weight),
+        "forward": lambda: linear(x, weight),
         "grad_input": lambda: grad @ weight,
         "grad_weight": lambda: grad.t() @ x,
     }
@@ -127,47 +123,48 @@ def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candid
     torch uses MKL for fp32, which is slow on processors that are not Intel's. In `grad_weight`
     nothing is constant: the packing of its second operand is part of the call.
     """
-    x, grad, weight, _ = (t.to(dtype) for t in _tensors(operands))
-    linear = torch.ops.mkldnn._linear_pointwise
-    pack = torch.ops.mkldnn._reorder_linear_weight
+    x, grad, weight = _tensors(operands, dtype)
+    multiply = torch.ops.mkldnn._linear_pointwise
     if product == "grad_weight":
-        return lambda: linear(grad.t().contiguous(), x.t(), None, "none", [], None)
+        return lambda: multiply(grad.t().contiguous(), x.t(), None, "none", [], None)
     left, right = (x, weight) if product == "forward" else (grad, weight.t().contiguous())
-    packed = pack(right, left.shape[0])
-    return lambda: linear(left, packed, None, "none", [], None)
+    packed = torch.ops.mkldnn._reorder_linear_weight(right, left.shape[0])
+    return lambda: multiply(left, packed, None, "none", [], None)
 
 
-def _tensors(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return operands.problem.x, operands.problem.grad_output, operands.weight, operands.mask
+def _tensors(operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+    problem = operands.problem
+    return [tensor.to(dtype) for tensor in (problem.x, problem.grad_output, operands.weight)]
 
 
-def why_no_bf16_dense(case: Case) -> str | None:
-    """A sentence if torch's bfloat16 dense products on this CPU take too long to time; else None.
+def has_bf16_dense() -> bool:
+    """Whether this processor has bfloat16 instructions for torch's dense products.
 
-    Without bfloat16 instructions they run through a reference loop, up to hundreds of times slower
-    than fp32: what is left out can never be the best dense.
+    Without them they run through a reference loop, up to hundreds of times slower than fp32.
     """
-    multiplications = case.tokens * case.in_features * case.out_features
-    if multiplications <= BF16_LOOP_MAX or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return "torch's bfloat16 dense product is not timed: it takes seconds on this processor"
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def rivals(operands: Operands, product: str) -> tuple[Rivals, dict[str, str]]:
-    """Masked dense and every dense way there is, and a note about what is left out."""
+    """Masked dense and every dense way there is, and a note about what is left out.
+
+    What is left out since it would take seconds can never be the best dense.
+    """
     case, on_gpu = operands.case, operands.weight.is_cuda
-    no_bf16 = None if on_gpu else why_no_bf16_dense(case)
+    is_small = case.tokens * case.in_features * case.out_features <= BF16_LOOP_MAX
+    has_bf16 = on_gpu or is_small or has_bf16_dense()
     found: Rivals = {}
-    if case.dtype != "bfloat16" or no_bf16 is None:
+    if case.dtype != "bfloat16" or has_bf16:
         masked = masked_dense(operands, product)
         found["masked dense"] = masked, ["masked_dense"]
-        if on_gpu and case in WITH_GOAL:
+        if on_gpu and case in HEADLINES:
             compiled = torch.compile(masked, fullgraph=True, dynamic=False)
             found["compiled masked"] = compiled, ["compiled_masked"]
     stock = f"{'cuBLAS' if on_gpu else 'torch'} {SHORT_NAMES[case.dtype]}"
-    for name, call in _dense_ways(operands, product, bf16=no_bf16 is None):
+    for name, call in _dense_ways(operands, product, bf16=has_bf16):
         found[name] = call, ["best_dense", *(["dense"] if name == stock else [])]
-    return found, {} if no_bf16 is None else {"bf16_dense_note": no_bf16}
+    note = "torch's bfloat16 dense product is not timed: it takes seconds on this processor"
+    return found, {} if has_bf16 else {"bf16_dense_note": note}
 
 
 def _dense_ways(operands: Operands, product: str, *, bf16: bool) -> Iterator[tuple[str, Candidate]]:
@@ -178,15 +175,15 @@ def _dense_ways(operands: Operands, product: str, *, bf16: bool) -> Iterator[tup
         if dtype == "float32":
             yield "cuBLAS fp32", with_precision(fp32, "highest")
             yield "cuBLAS tf32", with_precision(fp32, "high")
-        other = torch.float16 if dtype == "float16" else torch.bfloat16
-        yield f"cuBLAS {'fp16' if dtype == 'float16' else 'bf16'}", dense(operands, product, other)
+        other = "float16" if dtype == "float16" else "bfloat16"
+        yield f"cuBLAS {SHORT_NAMES[other]}", dense(operands, product, DTYPES[other])
         return
     yield "torch fp32", fp32
     if bf16:
         yield "torch bf16", dense(operands, product, torch.bfloat16)
     if torch.backends.mkldnn.is_available():
         yield "oneDNN fp32", dense_onednn(operands, product, torch.float32)
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if has_bf16_dense():
             yield "oneDNN bf16", dense_onednn(operands, product, torch.bfloat16)
             if dtype == "float32":
                 yield "torch via bf16", with_precision(fp32, "medium")

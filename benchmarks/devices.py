@@ -75,13 +75,13 @@ class Device:
 
     def describe(self, command: Sequence[str]) -> dict[str, Any]:
         """What a reader needs to judge or repeat the numbers."""
-        isa = cpu.isa() if cpu.isas() else None
-        peaks = None if self.peaks is None else asdict(self.peaks)
-        return {
-            **report.describe_machine(command, isa=isa, peaks=peaks),
-            "keeps_freed_memory": self.keeps_freed_memory,
-            "peers": {name: report.version_of(name) for name in ("scipy", "sparselab", "mkl")},
-        }
+        return report.describe_machine(
+            command,
+            isa=cpu.isa() if cpu.isas() else None,
+            peaks=None if self.peaks is None else asdict(self.peaks),
+            keeps_freed_memory=self.keeps_freed_memory,
+            peers={name: report.version_of(name) for name in ("scipy", "sparselab", "mkl")},
+        )
 
     def sample_s(self, call: Candidate, calls: int = 1) -> float:
         """Seconds per call, over `calls` calls in a row."""

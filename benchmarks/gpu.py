@@ -1,7 +1,7 @@
 """Everything that has to be done on a machine with a GPU, in one go.
 
     python -m benchmarks.gpu                         build, check, measure, profile, test: 8 minutes
-    python -m benchmarks.gpu --only build,goals      some of the steps, in their order
+    python -m benchmarks.gpu --only build,matmul     some of the steps, in their order
     python -m benchmarks.gpu --smoke                 tiny shapes: does everything run?
 
 Needs a checkout, PyTorch with CUDA, Triton, nvcc, pybind11, setuptools, ninja, pytest, hypothesis;
@@ -57,19 +57,19 @@ def plan(out: Path, *, smoke: bool = False) -> list[Step]:
     check = "--smoke --check --backend"
     sanitize = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
     tune = "env SPARSE_KERNELS_TRITON_TUNE=1"
-    chosen = "--smoke" if smoke else "--goals"  # no tiny case has a goal
+    chosen = "--smoke" if smoke else ""
     table = f"""
         build          60 env SPARSE_KERNELS_CUDA=1 {python} setup.py build_ext --inplace
         check-triton   40 {matmul} {check} triton
-        goals         150 {matmul} {chosen} {json}/goals.json
+        matmul        150 {matmul} {chosen} {json}/matmul.json
         activation     20 {topk} {chosen} {json}/activation.json
         memcheck       35 {sanitize} memcheck {matmul} {check} cuda
         memcheck-topk  15 {sanitize} memcheck {topk} {check} cuda
         racecheck      35 {sanitize} racecheck {matmul} {check} cuda
         profile        45 ncu --metrics {METRICS} --csv {matmul} {check} cuda
         test           75 {python} -m pytest -q -x -o addopts=-ra -m gpu {TESTS}
-        all          3600 {matmul} {json}/all.json
-        tune         3600 {tune} {matmul} --goals --backend triton {json}/tune.json
+        all          3600 {matmul} --full {json}/all.json
+        tune         3600 {tune} {matmul} --backend triton {json}/tune.json
     """
     lines = map(shlex.split, table.strip().splitlines())
     return [Step(name, float(limit), command) for name, limit, *command in lines]

@@ -16,54 +16,69 @@ of masked dense with the same weights. Otherwise its rows say FAIL and the exit 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
 
-from benchmarks.transformer import program
-from benchmarks.transformer.check import check, densified
+from benchmarks import run
+from benchmarks.devices import Device
+from benchmarks.transformer import check, measure
 from benchmarks.transformer.jobs import Inference
-from benchmarks.transformer.program import Group
-from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, make_model
+from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, Group, make_model
 from sparse_transformer import Transformer
 
 
-def plan(options: program.Options) -> list[Group]:
+def plan(options: run.Options, _: Device | None = None) -> list[Group]:
     """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
-    return [
-        Group(
-            phase,
-            tuple(
-                Case(model, variant, dtype, phase, batch)
-                for dtype in ("float32", "bfloat16")
-                for variant in ("sparse", "masked_dense_kernel", "dense")
-            ),
-            memory=phase == "prefill",
+    bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_kernel", "dense")
+    variants = {"float32": ("masked_dense_kernel", "dense"), "bfloat16": bf16_dense}
+    groups = []
+    for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 16)):
+        cases = tuple(
+            Case(model, variant, dtype, phase, batch)
+            for dtype, dense in variants.items()
+            for variant in ("sparse", *dense)
         )
-        for phase, batch in (("prefill", 1), ("decode", 1), ("decode", 16))
-    ]
+        measured = cases[: 1 if options.smoke else None] if phase == "prefill" else ()
+        groups.append(Group(phase, cases, measured))
+    return groups
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    options, command = program.parse(program.Options, "inference", __doc__, arguments)
-    groups = plan(options)
-    sparse = make_model(groups[0].cases[0], options.device)
-    verdict = check(sparse, gradients=False)
-    models: dict[tuple[str, str], Transformer] = {}
+@cache
+def shared_model(case: Case, device: str) -> Transformer:
+    """The model of a case, of which all phases and batches differ in nothing."""
+    if case.variant == "masked_dense_kernel":
+        sparse = shared_model(replace(case, variant="sparse", dtype="float32"), device)
+        model = check.densified(sparse)
+    else:
+        model = make_model(case, device)
+    return model.to(case.torch_dtype)
 
-    def make(case: Case) -> Inference:
-        key = (case.variant, case.dtype)
-        if key not in models:
-            is_masked = case.variant == "masked_dense_kernel"
-            model = densified(sparse) if is_masked else make_model(case, options.device)
-            models[key] = model.to(case.torch_dtype)
-        job = Inference(case, options.device, models[key])
-        if case.variant == "sparse":
-            job.verdict = verdict
-        return job
 
-    return program.run(groups, make, options, command)
+@cache
+def verdict(case: Case, device: str) -> check.Verdict:
+    """The check of the sparse model in float32."""
+    return check.check(shared_model(case, device), gradients=False)
 
+
+def make(case: Case, device: str) -> Inference:
+    """The job of a case, with the verdict about its model."""
+    of_model = replace(case, phase="prefill", batch=1)
+    job = Inference(case, device, shared_model(of_model, device))
+    if case.variant == "sparse":
+        job.verdict = verdict(replace(of_model, dtype="float32"), device)
+    return job
+
+
+BENCHMARK = run.Benchmark(
+    name="inference",
+    description=__doc__,
+    cases=plan,
+    measure=lambda group, options, device: measure.measure_group(group, options, make),
+    missing=measure.missing,
+    is_drawn=False,
+)
+main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Times the three sparse products against dense, other sparse libraries and the roofline bound.
 
-    python -m benchmarks.matmul                      the cases with a goal, in about 80 seconds
-    python -m benchmarks.matmul --full               every layer of every published width; hours
+    python -m benchmarks.matmul                      the most telling cases, in about 80 seconds
+    python -m benchmarks.matmul --full               every case, in minutes
     python -m benchmarks.matmul --smoke              tiny shapes, in seconds
     python -m benchmarks.matmul --case 2048-8192     the cases whose name contains this
     python -m benchmarks.matmul --device cuda        the cases of a GPU
@@ -15,18 +15,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from math import inf
 
-from benchmarks import baselines, peers, run
+from benchmarks import baselines, operations, peers, run
 from benchmarks.baselines import Operands, Rivals
 from benchmarks.cases import Case, matmul_cases
+from benchmarks.operations import Operation
 from benchmarks.roofline import count_work
-from benchmarks.run import Benchmark, Operation
 from benchmarks.timing import Candidate
 from sparse_kernels import backends
 
 
-def operations(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
+def products(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
     """The three products of a case, over the same operands."""
     operands = Operands.draw(case, device)
     for problem in case.problems(device):
@@ -49,13 +48,13 @@ def rivals(operands: Operands, product: str, ours: Candidate) -> tuple[Rivals, d
     return dense | sparse, notes | more
 
 
-BENCHMARK = Benchmark(
-    name="matmul",
-    description=__doc__,
-    cases=matmul_cases,
-    operations=operations,
-    seconds={"smoke": (0.01, inf), "default": (0.3, 0.8), "wide": (0.6, inf), "full": (0.6, inf)},
-    missing=peers.missing,
+BENCHMARK = operations.benchmark(
+    "matmul",
+    __doc__,
+    matmul_cases,
+    products,
+    seconds=(0.3, 0.8),
+    missing=lambda options: peers.missing(),
 )
 main = partial(run.main, BENCHMARK)
 

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,10 +32,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 Row = Mapping[str, Any]
+Style = Literal["terminal", "markdown"]
 
-# The module that prints the rows of a benchmark. It has `text(content) -> str`, a table for the
-# terminal, and may have `markdown(content) -> dict[str, str]`, the tables by their marks in
-# documents, as "measured", and `draw(rows, path, title)`.
+# The module that prints the rows of a benchmark. It has `text(content) -> str`, all tables for the
+# terminal, `lines(rows) -> str`, what a run prints of a case, and `closing(rows) -> list[str]`, of
+# all. It may have `markdown(content) -> dict[str, str]`, the tables by their marks in documents, as
+# "measured", and `draw(rows, path, title)`, which raises ValueError if there is nothing to draw.
 VIEWS = {
     "matmul": "benchmarks.tables",
     "activation": "benchmarks.tables",
@@ -57,15 +60,10 @@ def refuse(program: str, sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def describe_machine(
-    command: Sequence[str], *, isa: str | None, peaks: Mapping[str, object] | None
-) -> dict[str, Any]:
+def describe_machine(command: Sequence[str], **more: object) -> dict[str, Any]:
     """What a reader needs to judge or repeat the numbers; unknown things are None.
 
-    Args:
-        command: the words after `python`, as given.
-        isa: the instruction set of our kernels.
-        peaks: the measured peaks of the machine, or None.
+    `command` is the words after `python`, as given; `more` is what else is known.
     """
     lines = (output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
     cpu = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -79,13 +77,12 @@ def describe_machine(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "isa": isa,
         "load_average": os.getloadavg()[0],
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(_ENVIRONMENT)},
         "commit": commit(),
         "command": shlex.join(["python", *command]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "peaks": peaks,
+        **more,
     }
 
 
@@ -112,11 +109,8 @@ def commit() -> str | None:
 
     Outside git the environment variable BENCHMARK_COMMIT, or None.
     """
-    commit = output_of("git", "rev-parse", "--short=12", "HEAD")
-    changes = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    if commit is None:
-        return os.environ.get("BENCHMARK_COMMIT")
-    return commit + ("-dirty" if changes else "")
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return found or os.environ.get("BENCHMARK_COMMIT")
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -141,10 +135,9 @@ def why_not_writable(path: Path) -> str | None:
     """None if a file can be written at `path`, else a sentence. Asked before anything runs."""
     if path.is_dir():
         return f"{path} is a directory; name a file"
-    folder = path.parent
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist; create it first"
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist; create it first"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
         return f"{path} is not writable; choose another place"
     return None
 
@@ -187,74 +180,83 @@ def update_document(path: Path, tables: Mapping[str, str]) -> None:
     """Writes each table between its marks, `<!-- mark:begin -->` and `<!-- mark:end -->`.
 
     Raises:
-        ValueError: the document has none of the marks, or one of them not once and in order.
+        ValueError: the document has none of the marks.
     """
-    text, found = path.read_text(), False
+    text, found = path.read_text(), 0
     for mark, table in tables.items():
         begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            _, found_end, after = rest.partition(end)
-            if not found_end or begin in rest or end in after:
-                raise ValueError(f"{path} must have one {begin} and, after it, one {end}")
-            text, found = f"{before}{begin}\n{table.rstrip()}\n{end}{after}", True
+        new = f"{begin}\n{table.rstrip()}\n{end}".replace("\\", r"\\")
+        text, count = re.subn(f"{begin}.*?{end}", new, text, flags=re.DOTALL)
+        found += count
     if not found:
         marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
-        raise ValueError(f"{path} has no mark {marks}; add it with its end")
+        raise ValueError(f"{path} has no mark {marks} with its end; add it")
     path.write_text(text)
 
 
-def table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    style: Literal["terminal", "markdown"] = "terminal",
-) -> str:
-    """A table of text; a column whose cells all start with a digit or a sign is right-aligned."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    columns = zip(*cells, strict=True) if cells else [()] * len(headings)
-    is_number = [all(cell[:1] in "0123456789-<" for cell in column) for column in columns]
+def table(lines: Sequence[Mapping[str, object]], style: Style = "terminal") -> str:
+    """A table of the lines, by their headings. What is None or missing is `-`.
+
+    A column that no line fills is left out; one of numbers is aligned to the right.
+    """
+    columns = {}
+    for heading in dict.fromkeys(heading for line in lines for heading in line):
+        values = (line.get(heading) for line in lines)
+        cells = ["-" if value is None else str(value) for value in values]
+        if set(cells) != {"-"}:
+            columns[heading] = cells
+    is_number = [all(cell[:1] in "0123456789-<" for cell in cells) for cells in columns.values()]
     return tabulate(
-        cells,
-        headers=list(headings),
+        columns,
+        headers="keys",
         tablefmt="github" if style == "markdown" else "simple",
-        colalign=["right" if right else "left" for right in is_number] if cells else None,
+        colalign=["right" if right else "left" for right in is_number],
         disable_numparse=True,
     )
 
 
-def ratio(value: float | None) -> str:
-    """`2.34x`, `23.4x`, `234x`, or `-` for None."""
+def number(value: float | None, digits: int = 4) -> str:
+    """So many digits, all of those before the point, or `-` for None."""
     if value is None:
         return "-"
-    return f"{value:.{0 if value >= 99.5 else 1 if value >= 9.95 else 2}f}x"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
-def progress(*, total: int) -> tqdm[Any]:
-    """A bar on stderr with the time left: `update()` it `total` times, `write` above it."""
+def ratio(value: float | None) -> str:
+    """`2.34x`, `23.4x`, `234x`, or `-` for None."""
+    return "-" if value is None else f"{number(value, 3).rstrip('.')}x"
+
+
+def compare(times: float, what: str) -> str:
+    """`1.3 times faster than what`, with two significant digits."""
+    if 0.95 <= times < 1.05:
+        return f"as fast as {what}"
+    word = "faster" if times >= 1 else "slower"
+    return f"{float(f'{max(times, 1 / times):.2g}'):g} times {word} than {what}"
+
+
+def progress(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """A bar on stderr with the time left, over `items`, or to `update()`; `write` above it."""
     # Where stderr is a file, a line every ten seconds is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
+    return tqdm(items, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **options)
 
 
-def view_of(content: Mapping[str, Any]) -> Any:
-    """The module that knows the rows of a result file, or None."""
-    words = shlex.split(content["machine"]["command"])
-    found = next((VIEWS[name] for word in words if (name := word.split(".")[-1]) in VIEWS), None)
+def view_of(command: str) -> Any:
+    """The module that knows the rows of a benchmark's command or name, or None."""
+    names = (word.split(".")[-1] for word in command.split())
+    found = next((VIEWS[name] for name in names if name in VIEWS), None)
     return found and importlib.import_module(found)
 
 
 def text(content: Mapping[str, Any]) -> str:
     """The table of a result file for the terminal."""
-    if view := view_of(content):
+    if view := view_of(content["machine"]["command"]):
         body = view.text(content)
     else:
-        rows = [{n: v for n, v in row.items() if _is_short(v)} for row in content["rows"]]
+        rows = [{n: v for n, v in row.items() if len(str(v)) < 40} for row in content["rows"]]
         body = tabulate(rows, headers="keys", floatfmt=".5g", missingval="-")
     return f"{machine_line(content['machine'])}\n\n{body}"
-
-
-def _is_short(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str)) and len(str(value)) < 40
 
 
 def main(
@@ -275,7 +277,7 @@ def main(
     program = "python -m benchmarks.report"
     try:
         content = read_json(file)
-        view = view_of(content)
+        view = view_of(content["machine"]["command"])
         for option, wanted in {"markdown": markdown or update, "draw": plot}.items():
             if wanted and not hasattr(view, option):
                 what = "drawn" if option == "draw" else "written as Markdown"

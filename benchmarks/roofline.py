@@ -2,16 +2,14 @@
 
 docs/benchmarks.md has the equations of the three terms. Nothing is fitted: every rate is measured
 in the same process, with the vectors and the number of threads that the kernels use, as the best of
-several runs. The C++ is csrc/bench/peaks.cpp. It is compiled at first use, with the compiler that
-CXX names or c++, g++ or clang++, into the user's cache folder, under a name that changes with
-source and flags.
+several runs. The C++ is csrc/bench/peaks.cpp. Each process compiles it, in two seconds, with the
+compiler that CXX names or c++, g++ or clang++.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -194,22 +192,14 @@ def _load(isa: str) -> ctypes.CDLL | str:
     compiler = next(filter(None, map(shutil.which, filter(None, wanted))), None)
     if compiler is None:
         return "no bound: install a C++ compiler (or set CXX) to measure the peaks of this machine"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-kernels"
-    flags = (*FLAGS, *ISA_FLAGS.get(isa, ()))
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags)).encode())
-    path = base / f"peaks-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base) as folder:
-            made = Path(folder) / "peaks.so"
-            # Without OpenMP the kernels run on one thread, and so do their peaks.
-            for openmp in (("-fopenmp",), ()):
-                command = [compiler, *flags, *openmp, str(SOURCE), "-o", str(made)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    break
-            else:
-                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                return f"no bound: {compiler} cannot compile csrc/bench/peaks.cpp ({reason})"
-            made.replace(path)
-    return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "peaks.so")
+        # Without OpenMP the kernels run on one thread, and so do their peaks.
+        for openmp in (["-fopenmp"], []):
+            flags = [*FLAGS, *ISA_FLAGS.get(isa, ()), *openmp]
+            command = [compiler, *flags, str(SOURCE), "-o", library]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return ctypes.CDLL(library)
+    reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+    return f"no bound: {compiler} cannot compile csrc/bench/peaks.cpp ({reason})"

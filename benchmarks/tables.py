@@ -1,19 +1,21 @@
-"""What the rows of `benchmarks.matmul` and `benchmarks.activation` say: tables, goals, a plot."""
+"""What the rows of `benchmarks.matmul` and `benchmarks.activation` say: tables and a plot."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import GOALS
-from benchmarks.report import Row, machine_line, ratio, table
+from benchmarks.report import Row, compare, machine_line, number, ratio, table
 
-# README.md has one short table; docs/benchmarks.md has all cases.
-SHORT_MARK, FULL_MARK = "measured", "measured-full"
+# README.md has one short table; docs/benchmarks.md has all cases and columns.
 SHORT_ROWS = 6
+SHORT_COLUMNS = (
+    "layer", "fan_in", "block", "dtype", "ms", "over masked dense", "over best dense",
+    "over best sparse",
+)  # fmt: skip
 # A fraction of the bound above this is more than noise: the peaks were measured too low.
 IMPOSSIBLE = 1.05
 
@@ -58,90 +60,48 @@ def steps(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["product"] == "step" and r["correct"] and "time_ms" in r]
 
 
-def milliseconds(value: float | None) -> str:
-    """A time with three or four digits, or `-` for None."""
-    if value is None:
-        return "-"
-    return f"{value:.{1 if value >= 99.95 else 2 if value >= 1 else 4}f}"
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-
-def _value(name: str) -> Callable[[Row], object]:
-    return lambda row: row.get(name) if row.get(name) is not None else "-"
-
-
-def _over(baseline: str) -> Callable[[Row], str]:
-    return lambda row: ratio(speedup(row, baseline))
-
-
-def _over_peer(row: Row) -> str:
+def _line(row: Row) -> dict[str, object]:
+    """The cells of a row by their headings."""
     column, library = sparse_peer(row)
-    value = speedup(row, column)
-    return "-" if value is None else f"{ratio(value)} ({library})"
+    bound, peer = speedup(row, "bound"), speedup(row, column)
+    return {
+        "layer": f"{row['K']} -> {row['N']}" if "K" in row else None,
+        **{name: row.get(name) for name in ("fan_in", "block", "D", "k", "dtype", "M", "product")},
+        "ms": number(row.get("time_ms")) if row["correct"] else "FAIL",
+        "iqr": number(row.get("spread_ms")),
+        "over masked dense": ratio(speedup(row, "masked_dense")),
+        "over dense": ratio(speedup(row, "dense")),
+        "over best dense": ratio(speedup(row, "best_dense")),
+        "which": row.get("best_dense_kind"),
+        "over best sparse": f"{ratio(peer)} ({library})" if peer else None,
+        "over torch": ratio(speedup(row, "torch")),
+        "bound": f"{bound:.0%}" if bound else None,
+        "error": f"{row['error']:.0e}",
+        "torch's": f"{row['torch_error']:.0e}" if "torch_error" in row else None,
+    }
 
 
-# Heading -> the cell of a row. A column that no row fills is left out.
-COLUMNS: dict[str, Callable[[Row], object]] = {
-    "layer": lambda row: f"{row['K']} -> {row['N']}" if "K" in row else "-",
-    "fan_in": _value("fan_in"),
-    "block": _value("block"),
-    "D": _value("D"),
-    "k": _value("k"),
-    "dtype": _value("dtype"),
-    "M": _value("M"),
-    "product": _value("product"),
-    "ms": lambda row: milliseconds(row.get("time_ms")) if row["correct"] else "FAIL",
-    "iqr": lambda row: milliseconds(row.get("spread_ms")),
-    "masked dense": _over("masked_dense"),
-    "dense": _over("dense"),
-    "best dense": _over("best_dense"),
-    "which": _value("best_dense_kind"),
-    "best sparse": _over_peer,
-    "torch": _over("torch"),
-    "bound": lambda row: f"{speedup(row, 'bound'):.0%}" if speedup(row, "bound") else "-",
-    "error": lambda row: f"{row['error']:.0e}",
-    "torch's": lambda row: f"{row['torch_error']:.0e}" if "torch_error" in row else "-",
-}
-SHORT_COLUMNS = {
-    **{name: COLUMNS[name] for name in ("layer", "fan_in", "block", "dtype")},
-    "step, ms": COLUMNS["ms"],
-    "over masked dense": COLUMNS["masked dense"],
-    "over best dense": COLUMNS["best dense"],
-    "over best sparse peer": _over_peer,
-}
-
-
-def _table(columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row], style: Any) -> str:
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if set(column) != {"-"}}
-    return table(list(cells), zip(*cells.values(), strict=True), style)
-
-
-def case_line(step: Row) -> str:
-    """The step of a case in one line, as it is measured."""
-    start = f"{case_name(step):<46}"
+def lines(rows: Sequence[Row]) -> str:
+    """The step of a case, as it is measured."""
+    step = rows[-1]
     if not step["correct"]:
-        return f"{start} FAIL: error {step['error']:.1e}"
+        return f"{case_name(step)}: FAIL, error {step['error']:.1e}"
     if "time_ms" not in step:
-        return f"{start} correct"
-    over = [
-        f"{ratio(value):>5} over {name.removeprefix('the ')}"
-        for name, value in over_baselines(step).items()
-    ]
-    return f"{start} step {milliseconds(step['time_ms']):>7} ms, {', '.join(over)}"
+        return f"{case_name(step)}: correct"
+    time = f"{number(step['time_ms'])} ms"
+    over = [compare(value, name) for name, value in over_baselines(step).items()]
+    return f"{case_name(step)}: {', '.join([time, *over])}"
 
 
 def text(content: Mapping[str, Any]) -> str:
-    """All rows, the goals and the sentences, for the terminal."""
+    """All rows and the sentences, for the terminal."""
     rows = content["rows"]
-    lines = [
+    said = [
         "ms: median of one call; step: all products. Then: how many times faster than masked",
         "dense, torch's dense in the same dtype, the fastest dense and sparse of the process.",
-        _table(COLUMNS, rows, "terminal"),
+        table([_line(row) for row in rows]),
     ]
-    return "\n".join([*lines, *closing_lines(rows)])
+    return "\n".join([*said, *closing(rows)])
 
 
 def markdown(content: Mapping[str, Any]) -> dict[str, str]:
@@ -151,47 +111,21 @@ def markdown(content: Mapping[str, Any]) -> dict[str, str]:
     chosen = [row for row in steps(rows) if row.get("headline") and row["M"] != 1]
     short = ([row for row in chosen if row["dtype"] != "bfloat16"] or chosen)[:SHORT_ROWS]
     suffix = "-cuda" if rows and rows[0]["device"] == "cuda" else ""
+    cells = [_line(row) for row in short]
+    cells = [{name: line[name] for name in SHORT_COLUMNS} for line in cells]
     return {
-        SHORT_MARK + suffix: f"{_table(SHORT_COLUMNS, short, 'markdown')}\n\n{where}",
-        FULL_MARK + suffix: f"{where}\n\n{_table(COLUMNS, rows, 'markdown')}",
+        f"measured{suffix}": f"{table(cells, 'markdown')}\n\n{where}",
+        f"measured-full{suffix}": f"{where}\n\n{table(list(map(_line, rows)), 'markdown')}",
     }
 
 
-# --- goals and sentences -----------------------------------------------------------------------
-
-
-def goals(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
-    """`(what, measured, goal)` of every goal that the rows decide."""
-    for goal in GOALS:
-        here, there = (
-            {} if isinstance(case, str) else case.columns | {"product": goal.product}
-            for case in (goal.case, goal.over)
-        )
-        timed = [row for row in rows if row["correct"] and row.get("time_ms") is not None]
-        for row in (row for row in timed if here.items() <= row.items()):
-            name = f"{case_name(row)} {goal.product} over"
-            if isinstance(goal.over, str):
-                if value := speedup(row, goal.over):
-                    kind = row.get(f"{goal.over}_kind", "")
-                    kind = f" ({kind})" if goal.over.startswith("best") else ""
-                    yield f"{name} {goal.over.replace('_', ' ')}{kind}", value, goal.least
-            else:
-                changed = " ".join(str(there[k]) for k in here if here[k] != there[k])
-                for other in (other for other in timed if there.items() <= other.items()):
-                    yield f"{name} {changed}", other["time_ms"] / row["time_ms"], goal.least
-
-
-def closing_lines(rows: Sequence[Row]) -> list[str]:
-    """Each goal beside what was measured, the fraction of the bound, and the sentences."""
-    found = [
-        [name, ratio(value), ratio(goal), "reached" if value >= goal else "missed"]
-        for name, value, goal in goals(rows)
-    ]
-    lines = ["", table(("goal", "measured", "goal", ""), found)] if found else []
+def closing(rows: Sequence[Row]) -> list[str]:
+    """The fraction of the bound, and the sentences."""
+    lines = []
     products = [row for row in rows if row["product"] != "step" and row["correct"]]
     if fractions := [value for row in products if (value := speedup(row, "bound"))]:
         mean = statistics.geometric_mean(fractions)
-        lines += ["", f"fraction of the roofline bound, geometric mean: {mean:.0%}"]
+        lines += [f"fraction of the roofline bound, geometric mean: {mean:.0%}"]
         if max(fractions) > IMPOSSIBLE:
             lines.append(
                 "A fraction above 100% means that another process disturbed the measurement of the "
@@ -202,16 +136,8 @@ def closing_lines(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", *sentences(rows)]
 
 
-def compare(times: float, what: str) -> str:
-    """`1.3 times faster than what`, with two significant digits."""
-    if 0.95 <= times < 1.05:
-        return f"as fast as {what}"
-    word = "faster" if times >= 1 else "slower"
-    return f"{float(f'{max(times, 1 / times):.2g}'):g} times {word} than {what}"
-
-
 def sentences(rows: Sequence[Row], count: int = 3) -> list[str]:
-    """What a person can repeat: a step of the first cases with a goal, and where it does not pay.
+    """What a person can repeat: a step of the first headlines, and where it does not pay.
 
     Each number is computed from the row of that step.
     """
@@ -244,9 +170,6 @@ def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
     return []
 
 
-# --- the plot ----------------------------------------------------------------------------------
-
-
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     """Speed-up of a step against density, log-log, one line per block, into a PNG.
 
@@ -255,8 +178,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    tokens = max((row["M"] for row in steps(rows)), default=0)
-    drawn = [row for row in steps(rows) if row["M"] == tokens]
+    layers = [row for row in steps(rows) if "block" in row]
+    if not layers:
+        raise ValueError("there is nothing to draw: no step of a layer was timed")
+    tokens = max(row["M"] for row in layers)
+    drawn = [row for row in layers if row["M"] == tokens]
     blocks = sorted({row["block"] for row in drawn}, key=lambda b: [int(n) for n in b.split("x")])
     styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -279,7 +205,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.grid(which="both", alpha=0.25, lw=0.5)
-    if drawn:  # baselines may be missing for a dtype: the axis that shows more explains both
-        max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
+    # Baselines may be missing for a dtype: the axis that shows more explains both.
+    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
     figure.suptitle(f"{title}, M={tokens}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")

@@ -29,9 +29,9 @@ MIN_SAMPLES, MIN_SAMPLES_SLOW, MAX_SAMPLES = 5, 3, 101
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and spread (interquartile range), in milliseconds, over `samples` samples."""
+    """Median and interquartile range, in milliseconds, over `samples` samples."""
 
-    median_ms: float
+    time_ms: float
     spread_ms: float
     samples: int
 
@@ -68,7 +68,6 @@ def interleave(
     *,
     estimates: Mapping[str, float],
     budget_s: float = 0.5,
-    repeats: int | None = None,
     limit_s: float = math.inf,
     sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
@@ -81,39 +80,41 @@ def interleave(
             least 5 samples (3 if it takes longer than 0.15 s; one that takes more than a second
             keeps its estimate), at most 101. A slow candidate sits out once it has used up an
             equal share of the time.
-        repeats: take exactly so many samples of each instead.
-        limit_s: after this long no further round starts, even if some have fewer samples, at
-            least one, than `budget_s` would give them.
+        limit_s: after this long each has at least one sample, and no further round starts.
         sampler: takes one sample; by default with the processor's clock.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    turns = dict(candidates)
-    if not repeats:
-        for name in candidates:
-            if estimates[name] > VERY_SLOW_S:
-                samples[name].append(estimates[name])
-                del turns[name]
-    calls = {name: max(1, math.ceil(MIN_SAMPLE_S / max(estimates[name], 1e-9))) for name in turns}
-    least = {name: MIN_SAMPLES_SLOW if estimates[name] > SLOW_S else MIN_SAMPLES for name in turns}
-    wanted = dict.fromkeys(turns, repeats) if repeats else least
-    share_s = 0.0 if repeats else budget_s / max(1, len(candidates))
-    spent = dict.fromkeys(turns, 0.0)
+    spent = dict.fromkeys(candidates, 0.0)
+    least = {name: _least_samples(estimates[name]) for name in candidates}
+    for name in candidates:
+        if least[name] == 0:
+            samples[name].append(estimates[name])
+    share_s = budget_s / max(1, len(candidates))
+
+    def needs_more(name: str) -> bool:
+        return len(samples[name]) < least[name] or (least[name] > 0 and spent[name] <= share_s)
+
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(repeats or MAX_SAMPLES):
-            total_s = sum(spent.values())
-            if all(len(samples[n]) >= wanted[n] for n in turns) and total_s >= budget_s:
+        for _ in range(MAX_SAMPLES):
+            is_late = sum(spent.values()) >= limit_s and all(samples.values())
+            turn = [] if is_late else [name for name in candidates if needs_more(name)]
+            if not turn:
                 break
-            if all(samples.values()) and total_s >= limit_s:
-                break
-            for name, call in turns.items():
-                if len(samples[name]) < wanted[name] or spent[name] <= share_s:
-                    seconds = sampler(call, calls[name])
-                    samples[name].append(seconds)
-                    spent[name] += seconds * calls[name]
+            for name in turn:
+                calls = max(1, math.ceil(MIN_SAMPLE_S / max(estimates[name], 1e-9)))
+                seconds = sampler(candidates[name], calls)
+                samples[name].append(seconds)
+                spent[name] += seconds * calls
     finally:
         if collects:
             gc.enable()
     return {name: summarize(values) for name, values in samples.items()}
+
+
+def _least_samples(estimate_s: float) -> int:
+    if estimate_s > VERY_SLOW_S:
+        return 0
+    return MIN_SAMPLES_SLOW if estimate_s > SLOW_S else MIN_SAMPLES

@@ -17,15 +17,16 @@ those of masked dense with the same weights. Otherwise its rows say FAIL and the
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from benchmarks.transformer import program
+from benchmarks import run
+from benchmarks.devices import Device
+from benchmarks.transformer import measure
 from benchmarks.transformer.check import check
 from benchmarks.transformer.jobs import Training
-from benchmarks.transformer.program import Group
-from benchmarks.transformer.variants import LARGE_MODEL, MODEL, SMOKE_MODEL, Case
+from benchmarks.transformer.variants import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group
 
 L0_INVERSES = (1024, 512, 256, 128, 64, 32, 16)
 WIDTHS = (256, 512, 1024, 2048)
@@ -33,25 +34,28 @@ GPU_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Options(program.Options):
+class Options(run.Options):
     """Options of the command line."""
 
     part: Literal["default", "l0", "width", "all"] = "default"
     """What to measure."""
 
 
-def plan(options: Options) -> list[Group]:
+def plan(options: Options, _: Device | None = None) -> list[Group]:
     """What is to be measured."""
     smoke, on_gpu = options.smoke, options.device != "cpu"
     model = SMOKE_MODEL if smoke else LARGE_MODEL if on_gpu else MODEL
     base = Case(model, "sparse", batch=2 if smoke else GPU_BATCH if on_gpu else 8)
     kernels = ("masked_dense_kernel", "dense")
+    bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_abs_topk", *kernels)
     variants = (
         (base, ("sparse", "masked_dense", *kernels)),
-        (replace(base, dtype="bfloat16"), ("sparse", "masked_dense_abs_topk", *kernels)),
+        (replace(base, dtype="bfloat16"), ("sparse", *bf16_dense)),
         (_with(base, density=model.density / 4), ("sparse", "masked_dense")),
     )
     default = [replace(case, variant=name) for case, names in variants for name in names]
+    # A dense matrix takes as much memory at any density.
+    memory = [case for case in default if case.variant == "sparse" or case.model == model]
     # All of L0 grows alike: the ratio of the two densities stays.
     ratio = model.embedding_density / model.density
     l0 = [
@@ -64,7 +68,7 @@ def plan(options: Options) -> list[Group]:
         for name in ("sparse", "masked_dense")
     ]
     groups = {
-        "default": Group("default", tuple(default), memory=True),
+        "default": Group("default", tuple(default), tuple(memory[: 1 if smoke else None])),
         "l0": Group("l0", (*l0, replace(base, variant="masked_dense"))),
         "width": Group("width", tuple(width)),
     }
@@ -87,18 +91,23 @@ def _of_width(case: Case, width: int) -> Case:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    options, command = program.parse(Options, "training", __doc__, arguments)
+def make(case: Case, device: str) -> Training:
+    """The checked job of a case."""
+    job = Training(case, device)
+    if case.variant == "sparse":
+        job.verdict = check(job.model)
+    return job
 
-    def make(case: Case) -> Training:
-        job = Training(case, options.device)
-        if case.variant == "sparse":
-            job.verdict = check(job.model)
-        return job
 
-    return program.run(plan(options), make, options, command)
-
+BENCHMARK = run.Benchmark(
+    name="training",
+    description=__doc__,
+    cases=plan,
+    measure=lambda group, options, device: measure.measure_group(group, options, make),
+    options=Options,
+    missing=measure.missing,
+)
+main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

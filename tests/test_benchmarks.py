@@ -52,22 +52,13 @@ def test_sentences_are_computed_from_the_rows() -> None:
      (0.78, "1.3 times slower"), (1.05, "1.1 times faster"), (0.952, "as fast")],
 )  # fmt: skip
 def test_a_comparison_has_two_digits_and_is_never_one_time(times: float, words: str) -> None:
-    assert tables.compare(times, "dense").startswith(words)
-
-
-def test_goals_compare_the_measured_ratio() -> None:
-    case = "1024->1024 fan-in 64 1x1 float32 M=2048 step over"
-    other = step(dtype="bfloat16", time_ms=1.0)
-    found = {name: (value, goal) for name, value, goal in tables.goals([step(), other])}
-    assert found[f"{case} masked dense"] == (25.0, 12.0)
-    assert found[f"{case} best dense (oneDNN fp32)"] == (5.0, 2.5)
-    assert found[f"{case.replace('float32', 'bfloat16')} float32"] == (2.0, 1.3)
+    assert report.compare(times, "dense").startswith(words)
 
 
 def test_an_impossible_fraction_of_the_bound_is_flagged() -> None:
     possible = step(product="forward", bound_ms=1.9)
-    assert "above 100%" not in "\n".join(tables.closing_lines([possible]))
-    said = "\n".join(tables.closing_lines([possible, step(product="forward", bound_ms=2.2)]))
+    assert "above 100%" not in "\n".join(tables.closing([possible]))
+    said = "\n".join(tables.closing([possible, step(product="forward", bound_ms=2.2)]))
     assert "A fraction above 100% means" in said
 
 
@@ -104,7 +95,7 @@ def test_smoke_rows_are_complete_and_a_step_is_the_sum(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["complete"]
     rows = content["rows"]
-    assert len(rows) == 4 * sum(case.tokens == 33 for case in cases.SMOKE)
+    assert len(rows) == 4 * sum(c.tokens == 33 for c in cases.matmul_cases("cpu", "smoke"))
     for start in range(0, len(rows), 4):
         *products, total = rows[start : start + 4]
         assert [row["product"] for row in products] == list(cases.PRODUCTS)
@@ -131,7 +122,7 @@ def test_a_wrong_result_has_no_times(
     assert "4 of 4 rows are WRONG" in capsys.readouterr().out
 
 
-ONE_CASE = ["--smoke", "--case", "64->48", "--repeats", "1"]
+ONE_CASE = ["--smoke", "--case", "64->48"]
 
 
 def test_check_compares_and_takes_no_times(
@@ -149,6 +140,7 @@ def test_check_compares_and_takes_no_times(
     ("error", "status"),
     [(KeyboardInterrupt, report.INTERRUPTED), (RuntimeError("no memory\nat all"), 1)],
 )
+@pytest.mark.slow
 def test_rows_are_kept_after_an_interruption_and_a_case_that_fails_alone(
     error: BaseException | type[BaseException],
     status: int,
@@ -165,7 +157,7 @@ def test_rows_are_kept_after_an_interruption_and_a_case_that_fails_alone(
 
     monkeypatch.setattr(baselines.Operands, "draw", fail)
     path = tmp_path / "rows.json"
-    words = ["--smoke", "--case", "M=33", "--repeats", "1", "--json", str(path)]
+    words = ["--smoke", "--case", "M=33", "--json", str(path)]
     assert matmul.main(words) == status
     content = json.loads(path.read_text())
     shapes = [(row["fan_in"], row["block"]) for row in content["rows"] if row["product"] == "step"]
@@ -187,7 +179,7 @@ def test_slow_bf16_dense_is_left_out_with_a_sentence(
     monkeypatch.setattr(baselines, "BF16_LOOP_MAX", 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     path = tmp_path / "rows.json"
-    words = ["--smoke", "--case", "bfloat16 M=33", "--repeats", "1", "--json", str(path)]
+    words = ["--smoke", "--case", "bfloat16 M=33", "--json", str(path)]
     assert matmul.main(words) == 0
     *products, total = json.loads(path.read_text())["rows"]
     for row in products:
@@ -204,7 +196,7 @@ def test_cases_that_a_backend_cannot_run_are_left_out(
         backends, "why_not", lambda _, p: "it has no blocks" if p.block != (1, 1) else None
     )
     path = tmp_path / "rows.json"
-    words = ["--smoke", "--case", "fan_in=16", "--repeats", "1", "--json", str(path)]
+    words = ["--smoke", "--case", "fan_in=16", "--json", str(path)]
     with pytest.raises(SystemExit):
         matmul.main(words)
     assert "the backend cpu cannot run here: it has no blocks" in capsys.readouterr().err
@@ -216,7 +208,7 @@ def test_cases_that_a_backend_cannot_run_are_left_out(
 
 def test_activation_rows_compare_with_torch(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    words = ["--smoke", "--case", "D=64 k=16 float32", "--repeats", "2", "--json", str(path)]
+    words = ["--smoke", "--case", "D=64 k=16 float32", "--json", str(path)]
     assert activation.main(words) == 0
     forward, backward, total = json.loads(path.read_text())["rows"]
     assert (forward["product"], backward["product"]) == ("abs_topk forward", "abs_topk backward")
@@ -234,9 +226,9 @@ def test_activation_rows_compare_with_torch(tmp_path: Path) -> None:
         (["--json", "."], "is a directory"),
         (["--plot", "plot.pdf"], "does not end in .png"),
         (["--case", "3->5"], "no case matches"),
-        (["--backend", "triton", "--repeats", "1"], "the backend triton cannot run here"),
-        (["--threads", "0"], "needs a positive whole number"),
-        (["--backend", "abacus"], "--backend must be one of"),
+        (["--backend", "triton"], "the backend triton cannot run here"),
+        (["--threads", "0"], "--threads: it must be at least 1, got 0"),
+        (["--backend", "abacus"], "--backend: it must be one of"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(
@@ -330,13 +322,11 @@ def test_candidates_take_turns_and_slow_ones_keep_their_minimum() -> None:
     order: list[str] = []
     timings = timing.interleave(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
-        repeats=3,
+        budget_s=0.0,
         estimates={"a": 1.0, "b": 1.0},
     )
     assert order == ["a", "b"] * 3
-    assert [t.samples for t in timings.values()] == [3, 3]
-    timings = timing.interleave({"a": lambda: None}, budget_s=0.0, estimates={"a": 1.0})
-    assert timings["a"].samples == timing.MIN_SAMPLES_SLOW
+    assert [t.samples for t in timings.values()] == [timing.MIN_SAMPLES_SLOW] * 2
     timings = timing.interleave({"a": lambda: None}, budget_s=0.0, estimates={"a": 1e-3})
     assert timings["a"].samples == timing.MIN_SAMPLES
 
@@ -355,3 +345,21 @@ def test_very_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatc
 def test_summarize_is_median_and_interquartile_range() -> None:
     assert timing.summarize([0.004, 0.001, 0.002, 0.003, 0.005]) == timing.Timing(3.0, 2.0, 5)
     assert timing.summarize([0.002]) == timing.Timing(2.0, 0.0, 1)
+
+
+def test_results_that_cannot_be_drawn_or_written_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, plot = ROOT / "benchmarks" / "results", tmp_path / "plot.png"
+    report.main(results / "matmul-cpu-zen5.json", plot=plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
+    for name, sentence in {
+        "activation-cpu-zen5": "there is nothing to draw",
+        "inference-cpu-zen5": "there is nothing to draw",
+        "break-even-cpu-zen5": "cannot be drawn",
+    }.items():
+        with pytest.raises(SystemExit):
+            report.main(results / f"{name}.json", plot=plot)
+        assert sentence in capsys.readouterr().err
+        assert not plot.exists()

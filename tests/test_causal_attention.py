@@ -237,6 +237,7 @@ def test_opcheck(dtype):
         )
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_ignores_autocast():
     qkv, sinks, grad = Case(2, 33, 3, 16).draw(torch.float32)
     wanted = results(qkv, sinks, grad)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import activation, cases, devices, gpu, matmul, run
+from benchmarks import activation, cases, devices, gpu, matmul, operations, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
@@ -31,17 +31,18 @@ def test_without_a_gpu_it_is_refused_in_one_sentence(main, capsys):
     assert all("PyTorch finds no GPU" in line for line in lines)
 
 
-@pytest.mark.parametrize("size", ["smoke", "default"])
-def test_gpu_cases_are_valid_layouts_and_have_the_goals(size):
+@pytest.mark.parametrize("size", ["smoke", "default", "full"])
+def test_gpu_cases_are_valid_layouts_and_have_the_headlines(size):
     found = cases.matmul_cases("cuda", size)
     for case in found:
         block_out, block_in = case.block
         assert case.fan_in <= case.in_features
         assert case.out_features % block_out == case.in_features % block_in == 0
         assert case.fan_in % block_in == 0
-    if size == "default":
-        goals = [case for case in cases.WITH_GOAL if case.tokens == cases.GPU_TOKENS]
-        assert set(goals) <= {*found, *cases.topk_cases("cuda", size)}
+    if size != "smoke":
+        wanted = {case for case in cases.HEADLINES if case.tokens == cases.GPU_TOKENS}
+        assert len(wanted) == 6
+        assert wanted <= {*found, *cases.topk_cases("cuda", size)}
 
 
 def test_the_plan_fits_eight_minutes_and_its_programs_take_its_options(tmp_path):
@@ -52,9 +53,9 @@ def test_the_plan_fits_eight_minutes_and_its_programs_take_its_options(tmp_path)
         if "--device" in words:
             start = words.index("--device")
             assert words[start - 1] in ("benchmarks.matmul", "benchmarks.activation")
-            options = tyro.cli(run.Options, args=words[start:])
+            options = tyro.cli(operations.Options, args=words[start:])
             assert options.check != (options.json == tmp_path / f"{step.name}.json")
-            assert run.why_not(options) in (None, f"--device cuda: {devices.why_not('cuda')}")
+            assert run.why_not(options) in (None, f"--device: {devices.why_not('cuda')}")
         for word in words:
             assert not word.startswith("tests/") or (ROOT / word).is_file()
 

@@ -93,9 +93,7 @@ def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name}
-    page = {
-        f"sparse_transformer/circuits/picture/page.{ending}" for ending in ("html", "css", "js")
-    }
+    page = {f"sparse_transformer/circuits/viz/page.{ending}" for ending in ("html", "css", "js")}
     assert names - info == package_sources() | page | {"sparse_kernels/py.typed", *EXTENSIONS}
     assert {name.split("/", 1)[1] for name in info} == {
         "METADATA",

@@ -81,6 +81,7 @@ def test_the_flop_counter_counts_the_products(block):
     assert counter.get_total_flops() == 3 * 2 * 15 * 64 * 8
 
 
+@pytest.mark.slow
 def test_the_flop_counter_is_not_imported_before_it_is_wanted():
     program = "import sys, sparse_kernels; print('torch.utils.flop_counter' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

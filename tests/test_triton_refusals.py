@@ -159,6 +159,7 @@ def outside(program, **changes):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_cpu_tensors_need_the_interpreter():
     program = """
 import sys, torch, sparse_kernels as sk
@@ -173,6 +174,7 @@ print(sk.backends.why_not("triton", problem), "triton" in sys.modules)
 @pytest.mark.parametrize(
     "missing", ["sys.modules['triton'] = None", "sys.meta_path.insert(0, Nothing())"]
 )
+@pytest.mark.slow
 def test_a_missing_triton_is_named(missing):
     program = f"""
 import sys

@@ -22,8 +22,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import devices, report
-from benchmarks.transformer import program
+from benchmarks import devices, report, run
 from sparse_transformer import UserError, evaluate, keep_freed_memory
 from sparse_transformer.circuits import __main__ as search
 from sparse_transformer.circuits import compare
@@ -49,17 +48,17 @@ class Options:
     """torch.set_num_threads."""
 
 
-def record(run: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+def record(folder: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     """The row of a model: its last validation, its scores and its circuits by task."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "val_loss" in line][-1]
-    with tempfile.TemporaryDirectory() as folder:
-        scores = Path(folder) / "scores.json"
-        evaluate.run(evaluate.EvaluateConfig(run, pairs=pairs, json=scores), sys.stdout)
+    with tempfile.TemporaryDirectory() as scratch:
+        scores = Path(scratch) / "scores.json"
+        evaluate.run(evaluate.EvaluateConfig(folder, pairs=pairs, json=scores), sys.stdout)
         tasks = json.loads(scores.read_text())["tasks"]
     kept = ("accuracy", "sizes", "proof", "curve", "seconds", "model", "error")
     return {
-        "run": run.resolve().name,
+        "run": folder.resolve().name,
         "training": {name: last[name] for name in ("step", "tokens", "l0", "val_loss", "seconds")},
         "scores": tasks,
         "circuits": {t: {k: v for k, v in row.items() if k in kept} for t, row in found.items()},
@@ -72,19 +71,23 @@ def text(content: Mapping[str, Any]) -> str:
     for row in content["rows"]:
         trained = row["training"]
         scores = [score["accuracy"]["value"] for score in row["scores"].values() if "loss" in score]
-        solved = sum(value >= evaluate.SOLVED_ACCURACY for value in scores)
-        numbers = (f"{trained[name]:,.0f}" for name in ("l0", "tokens", "seconds"))
-        lines.append([row["run"], *numbers, f"{trained['val_loss']:.3f}", solved])
-    headings = ("run", "L0", "tokens", "seconds", "validation loss", "tasks solved")
+        lines.append(
+            {
+                "run": row["run"],
+                **{name: f"{trained[name]:,.0f}" for name in ("l0", "tokens", "seconds")},
+                "validation loss": f"{trained['val_loss']:.3f}",
+                "tasks solved": sum(value >= evaluate.SOLVED_ACCURACY for value in scores),
+            }
+        )
     circuits = {row["run"]: row["circuits"] for row in content["rows"]}
-    return f"{report.table(headings, lines)}\n\n{compare.table(circuits)}"
+    return f"{report.table(lines)}\n\n{compare.table(circuits)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    options, command = program.parse(Options, "experiments.circuits", __doc__, words[:cut])
+    options, command = run.parse(Options, "experiments.circuits", __doc__, words[:cut])
     keep_freed_memory()
     machine = devices.connect("cpu").describe([*command, *words[cut:]])
     print(report.machine_line(machine), flush=True)
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     found = json.loads((options.out / "comparison.json").read_text())
     try:
-        rows = [record(run, found[run.resolve().name], options.pairs) for run in options.runs]
+        rows = [record(path, found[path.resolve().name], options.pairs) for path in options.runs]
     except UserError as error:
         report.refuse(PROGRAM, str(error))
     if options.json is not None:

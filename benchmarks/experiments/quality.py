@@ -21,6 +21,7 @@ the steps without validation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -31,14 +32,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from benchmarks import devices, report
+from benchmarks import report
 from benchmarks import run as runner
+from benchmarks.devices import Device
 from benchmarks.report import Row
-from benchmarks.transformer import program
 from benchmarks.transformer.variants import PROJECTIONS, VARIANTS
 from sparse_transformer import ModelConfig
 from sparse_transformer.data import Corpus, prepare
@@ -92,7 +93,7 @@ class Run:
         changed = self.topology | ({"writers": self.writers} if self.writers != "fan_out" else {})
         return " ".join((self.variant, *(f"{name}={value}" for name, value in changed.items())))
 
-    def settings(self, device: Literal["cpu", "cuda"] = "cpu") -> Settings:
+    def settings(self, device: str = "cpu") -> Settings:
         """For the trainer."""
 
         def given(kind: type[Any]) -> dict[str, Any]:
@@ -100,11 +101,12 @@ class Run:
             return {name: getattr(self, name) for name in names}
 
         model = MODELS[self.variant]
+        on: Any = device
         projection: Any = PROJECTIONS.get(model, "select")
         static = {"start_multiple": 1.0, "drop_share": 0.0} if self.variant == "static" else {}
         return Settings(
             preset="quality",
-            train=TrainConfig(**given(TrainConfig), device=device, projection=projection),
+            train=TrainConfig(**given(TrainConfig), device=on, projection=projection),
             model=ModelConfig(**given(ModelConfig), **VARIANTS[model]),
             topology=TopologyConfig(**given(TopologyConfig), **static | self.topology),
             optimizer=OptimizerConfig(**given(OptimizerConfig)),
@@ -147,10 +149,20 @@ SUITES: dict[str, list[Run]] = {
 }
 
 
+@functools.cache
+def _corpus(smoke: bool) -> Corpus:
+    if not smoke:
+        return prepare()
+    with tempfile.TemporaryDirectory() as cache:
+        return prepare(Path(__file__).parent, vocab_size=_TINY["vocab_size"], cache_dir=cache)
+
+
 @torch.enable_grad()
-def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+def perform(run: Run, options: Options, device: Device) -> list[dict[str, Any]]:
     """Trains; returns the row. A run that diverges has a `failure` and no `val_loss`."""
-    trainer = Trainer(run.settings(device), corpus, Ranks(0, 1, torch.device(device)))
+    trainer = Trainer(
+        run.settings(device.name), _corpus(options.smoke), Ranks(0, 1, torch.device(device.name))
+    )
     curve: list[dict[str, float]] = []
     times_s: list[float] = []
     failure = None
@@ -164,7 +176,7 @@ def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[st
                 curve.append({"tokens": tokens, "seconds": sum(times_s), "val_loss": loss})
     except Diverged as error:
         failure = str(error)
-    return {
+    row = {
         "settings": dataclasses.asdict(run),
         "variant": run.variant,
         "name": run.name,
@@ -180,6 +192,7 @@ def perform(run: Run, corpus: Corpus, device: Literal["cpu", "cuda"]) -> dict[st
         "failure": failure,
         "correct": failure is None,
     }
+    return [row]
 
 
 def groups(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
@@ -215,26 +228,38 @@ def compare(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[float, f
 
 def text(content: Mapping[str, Any]) -> str:
     """A table for each group, a line for each variant."""
-    headings = (
-        "variant", "seeds", "L0", "val_loss", "vs masked dense (least, most)", "step ms", "sooner",
-    )  # fmt: skip
+    return "\n".join(closing(content["rows"]))
+
+
+def closing(rows: Sequence[Row]) -> list[str]:
+    """A table for each group, a line for each variant, and what failed."""
     parts = []
-    for shape, names in groups(content["rows"]).items():
-        lines = []
-        for name, rows in names.items():
-            over = [loss for loss, _ in compare(rows, names.get("masked_dense", ()))]
-            sooner = [speed for _, speed in compare(rows, names.get("released", ()))]
-            val_loss = statistics.fmean(row["val_loss"] for row in rows)
-            step_ms = statistics.median(row["step_ms"] for row in rows)
-            versus = "-"
-            if over:
-                versus = f"{statistics.fmean(over):+.2%} ({min(over):+.2%}, {max(over):+.2%})"
-            l0 = f"{rows[0]['l0']:,}"
-            faster = report.ratio(min(sooner, default=None))
-            lines.append([name, len(rows), l0, f"{val_loss:.4f}", versus, f"{step_ms:.1f}", faster])
-        parts.append(f"{shape}\n{report.table(headings, lines)}")
-    failed = [row for row in content["rows"] if row["failure"]]
-    return "\n\n".join([*parts, *(f"FAILED {row['name']}: {row['failure']}" for row in failed)])
+    for shape, names in groups(rows).items():
+        table = []
+        for name, found in names.items():
+            over = [loss for loss, _ in compare(found, names.get("masked_dense", ()))]
+            sooner = [speed for _, speed in compare(found, names.get("released", ()))]
+            least_and_most = f"({min(over):+.2%}, {max(over):+.2%})" if over else ""
+            table.append(
+                {
+                    "variant": name,
+                    "seeds": len(found),
+                    "L0": f"{found[0]['l0']:,}",
+                    "val_loss": f"{statistics.fmean(row['val_loss'] for row in found):.4f}",
+                    "vs masked dense (least, most)": (
+                        f"{statistics.fmean(over):+.2%} {least_and_most}" if over else None
+                    ),
+                    "step ms": f"{statistics.median(row['step_ms'] for row in found):.1f}",
+                    "sooner": report.ratio(min(sooner, default=None)),
+                }
+            )
+        parts.append(f"{shape}\n{report.table(table)}\n")
+    return [*parts, *(f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"])]
+
+
+def lines(rows: Sequence[Row]) -> str:
+    """What a run prints."""
+    return "\n".join(f"{row['name']}, seed {row['seed']}: {row['val_loss']}" for row in rows)
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -259,49 +284,45 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 @dataclass(frozen=True)
-class Options(program.Options):
+class Options(runner.Options):
     """Options of the command line."""
 
     suite: list[str] = field(default_factory=list)
     """A suite (default: main); may be repeated. With --json, runs of the file are kept."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
-    options, command = program.parse(Options, "experiments.quality", __doc__, arguments)
+def kept(options: Options) -> list[dict[str, Any]]:
+    """The rows of the file that the run continues."""
+    if options.json is None or not options.json.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = report.read_json(options.json)["rows"]
+    except ValueError as error:
+        report.refuse(PROGRAM, f"--json: {error}")
+    if not all({"settings", "curve", "val_loss"} <= row.keys() for row in rows):
+        report.refuse(PROGRAM, f"--json: {options.json} is the result of another benchmark")
+    return [row | {"correct": row["failure"] is None} for row in rows]
+
+
+def plan(options: Options, _: Device) -> list[Run]:
+    """The runs of the suites that the file does not have."""
     suites = ["smoke"] if options.smoke else options.suite or ["main"]
     if unknown := set(suites) - set(SUITES):
         names = ", ".join(SUITES)
         report.refuse(PROGRAM, f"--suite must be one of {names}; got {min(unknown)}")
-    rows: list[dict[str, Any]] = []
-    if options.json is not None and options.json.exists():
-        try:
-            rows = report.read_json(options.json)["rows"]
-        except ValueError as error:
-            report.refuse(PROGRAM, f"--json: {error}")
-        if not all({"settings", "curve", "val_loss"} <= row.keys() for row in rows):
-            report.refuse(PROGRAM, f"--json: {options.json} is the result of another benchmark")
-        rows = [row | {"correct": row["failure"] is None} for row in rows]
-    done = [Run(**row["settings"]) for row in rows]
-    missing = [run for name in suites for run in SUITES[name] if run not in done]
-    with tempfile.TemporaryDirectory() as cache:
-        folder, size = Path(__file__).parent, _TINY["vocab_size"]
-        corpus = prepare(folder, vocab_size=size, cache_dir=cache) if options.smoke else prepare()
-        outcome = runner.run(
-            # What the file has is one case, so that no moment loses it.
-            [*([None] if rows else []), *missing],
-            lambda run: rows if run is None else [perform(run, corpus, options.device)],
-            lambda rows: "\n".join(f"{r['name']}, seed {r['seed']}: {r['val_loss']}" for r in rows),
-            devices.connect(options.device),
-            command=command,
-            smoke=options.smoke,
-            json=options.json,
-        )
-    print("", text({"rows": outcome.rows}), sep="\n", flush=True)
-    if options.plot is not None:
-        draw(outcome.rows, options.plot, report.machine_line(outcome.machine))
-    return outcome.status
+    done = [Run(**row["settings"]) for row in kept(options)]
+    return [run for name in suites for run in SUITES[name] if run not in done]
 
+
+BENCHMARK = runner.Benchmark(
+    name="experiments.quality",
+    description=__doc__,
+    cases=plan,
+    measure=perform,
+    options=Options,
+    kept=kept,
+)
+main = functools.partial(runner.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

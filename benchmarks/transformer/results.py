@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks import report
-
-Row = Mapping[str, Any]
+from benchmarks.report import Row, compare, number
 
 PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
 # Columns that are empty where a row is not correct.
 TIMED = (
     "step_ms", "tokens_per_s", "ordinary_ms", "rewiring_ms", "period", "spread_ms", "samples",
     "parts_ms", "state_mb", "bigram_mb", "loss",
-)  # fmt: skip
-_HEADINGS = (
-    "phase", "variant", "dtype", "d_model", "density", "tokens", "ms", "iqr", "tokens/s",
-    "sparse is faster by", "rewiring", *PARTS, "peak MB", "state MB",
 )  # fmt: skip
 # What grows in the other parts than the default one.
 _SWEEPS = {"l0": ("l0", "nonzero weights"), "width": ("d_model", "d_model")}
@@ -31,29 +26,24 @@ _CALLS = {
 _DISTURBED = 0.2
 
 
-def table(rows: Sequence[Row], style: Literal["terminal", "markdown"] = "terminal") -> str:
+def lines(rows: Sequence[Row], style: report.Style = "terminal") -> str:
     """A line for each row: the step, its parts in milliseconds, its memory."""
-    return report.table(_HEADINGS, [_cells(row, rows) for row in rows], style)
-
-
-def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    names = ("phase", "variant", "dtype", "d_model")
-    start = [*(str(row[name]) for name in names), density(row), str(row["tokens"])]
-    if not row["correct"]:
-        return [*start, f"FAIL: {row['failure']}", *[""] * (len(_HEADINGS) - len(start) - 1)]
-    ours = [other for other in _alike(row, rows) if other["variant"] == "sparse"]
-    faster = row["step_ms"] / ours[0]["step_ms"] if ours and row is not ours[0] else None
-    return [
-        *start,
-        _number(row["step_ms"]),
-        _number(row["spread_ms"]),
-        f"{row['tokens_per_s']:.0f}",
-        report.ratio(faster),
-        _number(row["rewiring_ms"]),
-        *(_number(row["parts_ms"].get(part)) for part in PARTS),
-        _number(row["peak_mb"]),
-        f"{row['state_mb']:.1f} + {row['bigram_mb']:.0f}",
-    ]
+    made = []
+    for row in rows:
+        line = {name: row[name] for name in ("phase", "variant", "dtype", "d_model")}
+        line |= {"density": density(row), "tokens": row["tokens"], "ms": f"FAIL: {row['failure']}"}
+        if row["correct"]:
+            ours = next((r for r in _alike(row, rows) if r["variant"] == "sparse"), row)
+            faster = None if ours is row else row["step_ms"] / ours["step_ms"]
+            line |= {"ms": number(row["step_ms"]), "iqr": number(row["spread_ms"])}
+            line |= {"tokens/s": f"{row['tokens_per_s']:.0f}"}
+            line |= {"sparse is faster by": report.ratio(faster)}
+            line |= {"rewiring": number(row["rewiring_ms"])}
+            line |= {part: number(row["parts_ms"].get(part)) for part in PARTS}
+            line |= {"peak MB": number(row["peak_mb"])}
+            line |= {"state MB": f"{row['state_mb']:.1f} + {row['bigram_mb']:.0f}"}
+        made.append(line)
+    return report.table(made, style)
 
 
 def _alike(row: Row, rows: Sequence[Row]) -> list[Row]:
@@ -73,16 +63,12 @@ def density(row: Row) -> str:
     return "1" if row["variant"] == "dense" else f"1/{1 / row['density']:.4g}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
-
-
 def text(content: Mapping[str, Any]) -> str:
     """The tables of all parts, and the closing sentences."""
     rows = content["rows"]
     parts = dict.fromkeys(row.get("part") for row in rows)
-    tables = [table([row for row in rows if row.get("part") == part]) for part in parts]
-    return "\n\n".join([*tables, "\n".join(sentences(rows))])
+    tables = [lines([row for row in rows if row.get("part") == part]) for part in parts]
+    return "\n\n".join([*tables, "\n".join(closing(rows))])
 
 
 def markdown(content: Mapping[str, Any]) -> dict[str, str]:
@@ -91,43 +77,39 @@ def markdown(content: Mapping[str, Any]) -> dict[str, str]:
     rows = [row for row in content["rows"] if row["correct"] and row.get("part") not in _SWEEPS]
     mark = "training" if any(row["phase"] == "train" for row in rows) else "inference"
     where = f"Measured on {report.machine_line(machine)}, {machine['date'][:10]}:"
-    return {f"measured-{mark}": f"{where}\n\n    {machine['command']}\n\n{table(rows, 'markdown')}"}
+    return {f"measured-{mark}": f"{where}\n\n    {machine['command']}\n\n{lines(rows, 'markdown')}"}
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
+def closing(rows: Sequence[Row]) -> list[str]:
     """What a person can repeat, and what to beware of."""
     good = [row for row in rows if row["correct"]]
-    lines = []
+    said = []
     for row in good:
         if row["variant"] == "sparse" and row.get("part") not in _SWEEPS:
-            line = (
-                f"{_CALLS[row['phase']].format(**row)} of a {row['n_layer']}-layer d_model "
-                f"{row['d_model']} model at density {density(row)} in {row['dtype']} takes "
-                f"{_number(row['step_ms'])} ms"
+            model = f"{row['n_layer']}-layer d_model {row['d_model']} model"
+            others = [
+                f", {compare(other['step_ms'] / row['step_ms'], other['variant'])}"
+                for other in _alike(row, good)
+                if other is not row
+            ]
+            said.append(
+                f"{_CALLS[row['phase']].format(**row)} of a {model} at density {density(row)} in "
+                f"{row['dtype']} takes {number(row['step_ms'])} ms{''.join(others)}."
             )
-            for other in _alike(row, good):
-                times = other["step_ms"] / row["step_ms"]
-                faster = (
-                    f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
-                )
-                line += f", {faster} than {other['variant']}" if other is not row else ""
-            lines.append(f"{line}.")
     for part, (key, name) in _SWEEPS.items():
         if swept := [row for row in _sweep(good, part) if row["variant"] == "sparse"]:
             least, most = swept[0], swept[-1]
-            times = most["step_ms"] / least["step_ms"]
-            lines.append(
+            said.append(
                 f"From {least[key]:,} to {most[key]:,} {name}, the time of a sparse step grows "
-                f"{times:.3g} times."
+                f"{most['step_ms'] / least['step_ms']:.3g} times."
             )
     if len(good) < len(rows):
-        lines.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
-    disturbed = [row for row in good if row["spread_ms"] > _DISTURBED * row["step_ms"]]
-    if disturbed:
+        said.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
+    if disturbed := [row for row in good if row["spread_ms"] > _DISTURBED * row["step_ms"]]:
         names = (f"{r['phase']} {r['variant']} {r['dtype']} {density(r)}" for r in disturbed)
         which = ", ".join(dict.fromkeys(names))
-        lines.append(f"Another process disturbed these, run again when it is idle: {which}.")
-    return lines
+        said.append(f"Another process disturbed these, run again when it is idle: {which}.")
+    return said
 
 
 def _sweep(rows: Sequence[Row], part: str) -> list[Row]:
@@ -141,6 +123,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     good = [row for row in rows if row["correct"]]
+    if not any(row.get("part") in _SWEEPS for row in good):
+        raise ValueError("there is nothing to draw: no part of them is l0 or width")
     for axis, (part, (key, name)) in zip(figure.subplots(1, 2), _SWEEPS.items(), strict=True):
         swept = _sweep(good, part)
         ours = [row for row in swept if row["variant"] == "sparse"]

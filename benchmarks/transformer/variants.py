@@ -9,14 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks import timing
 from sparse_transformer.model import ModelConfig, Transformer
-
-_PROBED_TOKENS = 32
-# Dense bfloat16 is left out where it is so many times slower than float32.
-BF16_SLOWER = 4.0
 
 MODEL = ModelConfig(d_model=1024)
 # One whose weights a forward must read, and one for tests.
@@ -68,10 +62,6 @@ class Case:
         name = f"{self.phase} {self.variant} {self.dtype} d_model={self.model.d_model}"
         return f"{name} 1/{1 / self.model.density:g}"
 
-    @property
-    def is_bf16_dense(self) -> bool:
-        return self.dtype == "bfloat16" and self.variant != "sparse"
-
     def columns(self) -> dict[str, Any]:
         """What a row says of the case."""
         shape = ("d_model", "n_layer", "context", "density", "embedding_density")
@@ -87,35 +77,20 @@ class Case:
         }
 
 
+@dataclass(frozen=True)
+class Group:
+    """Cases that take turns, all in memory at once; the peak memory of some is measured too."""
+
+    name: str
+    cases: tuple[Case, ...]
+    memory: tuple[Case, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.cases)} variants in turns"
+
+
 def make_model(case: Case, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """The seeded model of a case, with float32 parameters unless told otherwise."""
     generator = torch.Generator().manual_seed(0)
     config = replace(case.model, **VARIANTS[case.variant])
     return Transformer(config, generator=generator, device=device, dtype=dtype)
-
-
-def why_no_bf16_dense(case: Case) -> str | None:
-    """A sentence if torch's bfloat16 dense product is several times slower than float32, else None.
-
-    Processors without bfloat16 multiply-adds run it through a reference loop: a step of a dense
-    model takes minutes there. A few tokens through one matrix are timed.
-    """
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (
-            torch.ones(rows, case.model.d_model, dtype=dtype, requires_grad=case.phase == "train")
-            for rows in (_PROBED_TOKENS, case.model.d_model)
-        )
-
-        def product(x: Tensor = x, weight: Tensor = weight) -> None:
-            y = nn.functional.linear(x, weight)
-            if y.requires_grad:
-                y.sum().backward()
-
-        seconds.append(min(timing.sample_s(product) for _ in range(3)))
-    slower = seconds[1] / seconds[0]
-    if slower < BF16_SLOWER:
-        return None
-    return (
-        f"dense bfloat16 is left out: on this processor it is {slower:.0f} times slower than fp32"
-    )

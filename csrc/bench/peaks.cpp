@@ -2,8 +2,8 @@
 // bytes per second from a buffer of a given size. Every function returns the best of several short
 // runs, since a peak that is measured too low would flatter the kernels.
 //
-// benchmarks/roofline.py compiles this file for one instruction set at its first use and loads it
-// with ctypes. It is in no wheel.
+// benchmarks/roofline.py compiles this file for one instruction set, once in a process, and loads
+// it with ctypes. It is in no wheel.
 
 #include <algorithm>
 #include <chrono>

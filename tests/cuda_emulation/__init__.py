@@ -7,11 +7,11 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "csrc/cuda" / name for name in ("gather.cu", "grad_weight.cu", "abs_topk.cu")]
@@ -44,10 +44,10 @@ def build(name: str, sources: list[Path], flags: list[str]) -> Path:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
     built = folder / f"{name}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            half_built = Path(scratch) / built.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # the other worker waits
+        if not built.exists():
+            half_built = folder / "half_built.so"
             done = subprocess.run(
                 [*command, "-o", str(half_built)], capture_output=True, text=True, check=False
             )

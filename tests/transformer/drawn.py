@@ -7,28 +7,35 @@ import re
 
 from hypothesis import strategies as st
 
-from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node, Snippet
+from sparse_transformer.circuits.circuit import (
+    Ablated,
+    Circuit,
+    Control,
+    Edge,
+    Example,
+    Node,
+    Snippet,
+    Validation,
+)
 
-PROOF = {
-    "model_loss": 0.081,
-    "model_accuracy": 0.984,
-    "circuit": {
-        "mean": {"loss": 0.142, "accuracy": 0.961},
-        "zero": {"loss": 0.218, "accuracy": 0.934},
-        "resample": {"loss": 0.163, "accuracy": 0.953},
+VALIDATION = Validation(
+    pairs=1024,
+    model_loss=0.081,
+    model_accuracy=0.984,
+    circuit={
+        "mean": Ablated(0.142, 0.961),
+        "zero": Ablated(0.218, 0.934),
+        "resample": Ablated(0.163, 0.953),
     },
-    "without": {
-        "mean": {"loss": 2.914, "recalibrated_loss": 0.693, "accuracy": 0.498},
-        "zero": {"loss": 3.377, "recalibrated_loss": 0.691, "accuracy": 0.507},
-        "resample": {"loss": 2.52, "recalibrated_loss": 0.688, "accuracy": 0.513},
+    without={
+        "mean": Ablated(2.914, 0.498, 0.693),
+        "zero": Ablated(3.377, 0.507, 0.691),
+        "resample": Ablated(2.52, 0.513, 0.688),
     },
-    "sufficient": True,
-    "necessary": True,
-    "control": {
-        "loss": 0.688, "reached": False, "nodes": 31, "edges": 87, "limit": 90, "passed": True
-    },
-    "pairs": 1024,
-}  # fmt: skip
+    sufficient=True,
+    necessary=True,
+    control=Control(0.688, nodes=31, edges=87, limit=90, reached=False, passed=True),
+)
 
 
 def channel(place, number, kind, label="", **fields):
@@ -116,7 +123,8 @@ def quotes() -> Circuit:
         "linear": "sparse",
         "d_model": 256,
         "n_layer": 2,
-        "L0": 15000,
+        "l0": 57_344,
+        "edges": 15_000,
     }
     return Circuit(
         task="string_closing",
@@ -128,7 +136,7 @@ def quotes() -> Circuit:
         nodes=nodes,
         edges=edges,
         edges_before=41,
-        proof=PROOF,
+        validation=VALIDATION,
         examples=tuple(examples),
         snippets=snippets,
     )
@@ -207,7 +215,10 @@ def hostile() -> Circuit:
         description=" ".join(HOSTILE),
         model={word: word for word in HOSTILE},
         nodes=tuple(dataclasses.replace(node, label=next(words)) for node in base.nodes),
-        proof={**PROOF, **{word: {word: word} for word in HOSTILE}},
+        validation=dataclasses.replace(
+            VALIDATION,
+            circuit={"mean": Ablated(0.1, 0.9), **{word: Ablated(0.1, 0.9) for word in HOSTILE}},
+        ),
         examples=tuple(
             dataclasses.replace(
                 example,

@@ -17,6 +17,7 @@ from sparse_transformer import ModelConfig, checkpoint, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.circuit import Circuit
+from sparse_transformer.run import load_run
 
 TASK = "single_double_quote"
 QUICK = [
@@ -58,16 +59,21 @@ def found(run, tmp_path_factory):
     return out, more
 
 
-def test_a_circuit_comes_with_its_pictures(found):
+def test_a_circuit_comes_with_its_pictures(run, found):
     folder = found[0] / TASK
     circuit = Circuit.from_json((folder / "circuit.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     assert circuit.task == TASK
     assert [circuit.node_count, circuit.edge_count] == summary["sizes"]["edges"]
-    assert circuit.proof == summary["proof"]
-    assert set(circuit.proof["circuit"]) == {"mean", "zero", "resample"}
-    assert {"sufficient", "necessary", "control", "pairs"} <= set(circuit.proof)
+    assert circuit.validation.to_dict() == summary["proof"]
+    assert set(circuit.validation.circuit) == {"mean", "zero", "resample"}
+    assert circuit.validation.control is not None
     assert circuit.model["linear"] == "sparse"
+    # L0 is that of training, embeddings included; edges are the weights of the blocks.
+    assert circuit.model["l0"] == sum(
+        layer.weight.numel() for layer in load_run(run[0])[0].sparse_layers().values()
+    )
+    assert 0 < circuit.model["edges"] < circuit.model["l0"]
     assert len(circuit.examples) == 6
     for example in circuit.examples:
         assert all(len(v) == len(example.tokens) for v in example.activations.values())
@@ -79,15 +85,18 @@ def test_a_circuit_comes_with_its_pictures(found):
 
 def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
     out, more = found
-    monkeypatch.setattr(program, "find", None)
+    monkeypatch.setattr(program, "find_circuit", None)
     assert program.main(arguments(run, out, *more)) == 0
-    assert TASK in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert TASK in said
+    assert "loss is binary cross-entropy over the two answers" in said
+    assert not any(word in said for word in ("two-way", "recalibrated", "resid_delta"))
     # So are other weights, though the folder is the same.
     monkeypatch.setattr(program, "fingerprint", lambda model: "other")
     with pytest.raises(TypeError):
         program.main(arguments(run, out, *more))
     monkeypatch.undo()
-    monkeypatch.setattr(program, "find", None)
+    monkeypatch.setattr(program, "find_circuit", None)
     # Another target is another question.
     with pytest.raises(TypeError):
         program.main(arguments(run, out, *more[:-1], "4"))
@@ -162,12 +171,13 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "find", interrupted)
+    monkeypatch.setattr(program, "find_circuit", interrupted)
     more = ["--task", TASK, "--solved", "0", "--target", "3"]
     assert program.main(arguments(run, tmp_path / "out", *more)) == 130
     assert "continues the search" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     found = subprocess.run(
         [sys.executable, "-m", "sparse_transformer.circuits", "--help"],

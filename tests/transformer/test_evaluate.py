@@ -318,6 +318,7 @@ def test_ctrl_c_exits_130(folder, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_module_runs(folder):
     command = [sys.executable, "-m", "sparse_transformer.evaluate", "--checkpoint", str(folder)]
     ran = subprocess.run(

@@ -8,8 +8,9 @@ import torch
 from test_model import SMALL, batch, make
 
 from sparse_transformer import UserError, data, taps
-from sparse_transformer.circuits import describe, means
-from sparse_transformer.circuits.nodes import Places
+from sparse_transformer.circuits import activations as means
+from sparse_transformer.circuits import annotate
+from sparse_transformer.circuits.graph import Nodes
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_means_are_those_of_all_tokens(model, tokens):
     found = means.mean_activations(model, tokens, progress=False)
     with taps.record(model) as seen:
         model(tokens)
-    wanted = [*Places.of(SMALL).names, *(f"{layer}.attn.y" for layer in range(SMALL.n_layer))]
+    wanted = [*Nodes.of(SMALL).names, *(f"{layer}.attn.y" for layer in range(SMALL.n_layer))]
     assert sorted(found) == sorted(wanted)
     for name, mean in found.items():
         torch.testing.assert_close(mean, seen[name].mean((0, 1)))
@@ -98,7 +99,7 @@ def test_ends_have_the_rows_of_the_tables(linear, tied):
     model = make(dataclasses.replace(SMALL, linear=linear, tied=tied), dtype=torch.float32)
     rows = [3, 0, 49]
     table = model.embed(torch.arange(SMALL.vocab_size).unsqueeze(0)).squeeze(0)
-    assert torch.equal(describe._rows(model, model.embed, rows), table[rows])
+    assert torch.equal(annotate._rows(model, model.embed, rows), table[rows])
     if not tied:
         columns = model.unembed(torch.eye(SMALL.d_model))  # (D, V)
-        torch.testing.assert_close(describe._rows(model, model.unembed, rows), columns.T[rows])
+        torch.testing.assert_close(annotate._rows(model, model.unembed, rows), columns.T[rows])

@@ -326,6 +326,7 @@ def test_forward_refuses():
         model.loss(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     model = make(dtype=torch.float32)
     tokens, targets = batch(T=66)

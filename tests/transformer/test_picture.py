@@ -1,8 +1,4 @@
-"""The pictures: boxes apart, nothing from outside, nothing lost, and a page that answers.
-
-The last tests drive a real Chromium. They need the package `playwright` and a browser:
-SPARSE_CHROMIUM names it, otherwise it is looked for in PATH.
-"""
+"""The pictures: everything is drawn, nothing comes from outside, nothing is lost."""
 
 import dataclasses
 import io
@@ -15,102 +11,127 @@ from html.parser import HTMLParser
 import networkx as nx
 import numpy as np
 import pytest
-from drawn import PROOF, channel, circuits, hostile, large, quotes
-from hypothesis import given
+from drawn import VALIDATION, channel, circuits, hostile, large, quotes
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_transformer.circuits import picture
-from sparse_transformer.circuits.circuit import Circuit, Edge, Node
-from sparse_transformer.circuits.picture import image, order, page, text
-from sparse_transformer.circuits.picture.facts import facts
-from sparse_transformer.circuits.picture.layout import lay_out
-from sparse_transformer.circuits.picture.numbers import points_of
+from sparse_transformer.circuits import viz
+from sparse_transformer.circuits.circuit import Ablated, Circuit, Edge, Node
+from sparse_transformer.circuits.viz import drawing, page, words
+from sparse_transformer.circuits.viz.summary import summarize
 from sparse_transformer.errors import UserError
 
-# --- geometry ---------------------------------------------------------------------------------
+SVG = "{http://www.w3.org/2000/svg}"
+
+# --- the drawing ------------------------------------------------------------------------------
+
+
+def drawn(circuit):
+    """The elements of the drawing by id, and the names of its rows."""
+    root = ElementTree.fromstring(drawing.picture(circuit))
+    groups = [group for group in root.iter(f"{SVG}g") if group.get("id")]
+    rows = [texts(group) for group in groups if "row" in group.get("class", "").split()]
+    return {group.get("id"): group for group in groups}, rows
+
+
+def texts(group):
+    return ["".join(found.itertext()) for found in group.iter(f"{SVG}text")]
+
+
+def box_of(group):
+    """Left, top, right, bottom of the frame of a node or a head."""
+    numbers = re.findall(r"-?[\d.]+", group.find(f"{SVG}path").get("d"))
+    points = np.array(numbers, dtype=float).reshape(-1, 2)
+    return (*points.min(0), *points.max(0))
+
+
+def boxes_of(circuit):
+    elements, _ = drawn(circuit)
+    return {node.id: box_of(elements[f"n{at}"]) for at, node in enumerate(circuit.nodes)}
 
 
 def overlap(one, other):
-    return (
-        min(one.x + one.width, other.x + other.width) - max(one.x, other.x) > 1e-6
-        and min(one.y + one.height, other.y + other.height) - max(one.y, other.y) > 1e-6
-    )
-
-
-def check_geometry(circuit):
-    layout = lay_out(circuit)
-    assert set(layout.boxes) == {node.id for node in circuit.nodes}
-    for one, other in itertools.combinations(layout.boxes.values(), 2):
-        assert not overlap(one, other)
-    for one, other in itertools.combinations(layout.frames, 2):
-        assert not overlap(one, other)
-    in_heads = {node.id for node in circuit.nodes if node.kind in "qkv"}
-    for id, box in layout.boxes.items():
-        assert box.x >= layout.gutter
-        assert box.x + box.width <= layout.width
-        # In exactly one band, and in a frame if it is of a head and only then.
-        holders = [b for b in layout.bands if b.y < box.y and box.y + box.height < b.y + b.height]
-        assert len(holders) == 1
-        assert sum(overlap(box, frame) for frame in layout.frames) == (id in in_heads)
-    for lower, upper in itertools.pairwise(layout.bands):
-        assert upper.y + upper.height < lower.y
-    rows = [(box.row, box.x) for box in layout.boxes.values()]
-    assert rows == sorted(rows)
-    assert len(layout.routes) == len(circuit.edges)
-    for edge, route in zip(circuit.edges, layout.routes, strict=True):
-        source, target = layout.boxes[edge.source], layout.boxes[edge.target]
-        (x0, y0), (x1, y1) = route.points[0], route.points[-1]
-        assert y0 == source.y
-        assert source.x <= x0 <= source.x + source.width
-        assert y1 == target.y + target.height
-        assert target.x <= x1 <= target.x + target.width
-    assert layout == lay_out(circuit)
-
-
-@given(circuits())
-def test_boxes_are_apart_and_stages_ascend(circuit):
-    check_geometry(circuit)
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return wide > 0.5 and high > 0.5
 
 
 @pytest.mark.parametrize("make", [quotes, large, hostile])
-def test_real_circuits_too(make):
-    check_geometry(make())
+def test_every_node_and_edge_is_drawn_and_boxes_are_apart(make):
+    circuit = make()
+    elements, _ = drawn(circuit)
+    for at, node in enumerate(circuit.nodes):
+        assert node.kind in elements[f"n{at}"].get("class").split()
+    for at, edge in enumerate(circuit.edges):
+        found = elements[f"e{at}"].get("class").split()
+        assert {edge.kind, "negative" if edge.weight < 0 else "positive"} <= set(found)
+    boxes = boxes_of(circuit)
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not overlap(one, other)
 
 
-def test_no_line_passes_under_a_box():
-    """What lanes are for: between its ends an edge keeps clear of all boxes."""
-    for circuit in (quotes(), large()):
-        layout = lay_out(circuit)
-        ids = list(layout.boxes)
-        low = np.array([(box.x, box.y) for box in layout.boxes.values()])
-        high = low + [(box.width, box.height) for box in layout.boxes.values()]
-        for edge, route in zip(circuit.edges, layout.routes, strict=True):
-            for start, end in itertools.pairwise(route.points):
-                points = points_of(start, end, np.linspace(0, 1, 50))[:, None]
-                inside = ((low < points) & (points < high)).all(-1).any(0)
-                crossed = {ids[place] for place in np.flatnonzero(inside)}
-                assert crossed <= {edge.source, edge.target}, edge
+@settings(max_examples=25)
+@given(circuits())
+def test_any_circuit_is_drawn(circuit):
+    elements, _ = drawn(circuit)
+    assert {f"n{at}" for at in range(len(circuit.nodes))} <= set(elements)
+    assert {f"e{at}" for at in range(len(circuit.edges))} <= set(elements)
 
 
-def test_stages_are_those_that_have_nodes():
-    labels = [" ".join(band.label) for band in lay_out(quotes()).bands]
-    assert labels == [
-        "tokens", "MLP reads", "neurons", "MLP writes", "attention reads", "heads",
-        "attention writes", "answers",
-    ]  # fmt: skip
-    layers = [band.label for band in lay_out(quotes()).layers]
-    assert layers == [("layer 0",), ("layer 1",)]
-    assert [frame.label for frame in lay_out(quotes()).frames] == ["head 1"]
-
-
-def test_numbers_of_a_usual_circuit_are_all_free():
+def test_rows_follow_the_forward_from_the_bottom_up():
     circuit = quotes()
-    layout = lay_out(circuit)
-    for edge, route in zip(circuit.edges, layout.routes, strict=True):
-        assert bool(route.number) == (edge.kind not in ("residual", "attention"))
-        assert route.free or not route.number
-    assert layout.routes[3].number == "−0.71"
+    _, rows = drawn(circuit)
+    assert rows == [
+        ["tokens"], ["MLP reads", "layer 0"], ["neurons", "layer 0"], ["MLP writes", "layer 0"],
+        ["attention reads", "layer 1"], ["q and k", "layer 1"], ["v", "layer 1"],
+        ["attention writes", "layer 1"], ["answers"],
+    ]  # fmt: skip
+    boxes = boxes_of(circuit)
+    for edge in circuit.edges:
+        # y grows downward.
+        assert boxes[edge.target][3] < boxes[edge.source][1], edge
+    middles = {}
+    for node in circuit.nodes:
+        place = (drawing._row(node), round((boxes[node.id][1] + boxes[node.id][3]) / 2))
+        middles.setdefault(place[0], set()).add(place[1])
+    assert all(len(found) == 1 for found in middles.values())
+
+
+def test_heads_are_framed_with_their_channels_alone():
+    circuit = quotes()
+    root = ElementTree.fromstring(drawing.picture(circuit))
+    (frame,) = [g for g in root.iter(f"{SVG}g") if "head" in g.get("class", "").split()]
+    assert texts(frame) == ["head 1"]
+    left, top, right, bottom = box_of(frame)
+    for node in circuit.nodes:
+        box = boxes_of(circuit)[node.id]
+        inside = left < box[0] and box[2] < right and top < box[1] and box[3] < bottom
+        assert inside == (node.kind in "qkv")
+
+
+def test_numbers_are_at_the_edges_that_have_a_weight_unless_there_are_many():
+    circuit = quotes()
+    elements, _ = drawn(circuit)
+    for at, edge in enumerate(circuit.edges):
+        weighted = edge.kind not in ("residual", "attention")
+        shown = [text.strip() for text in texts(elements[f"e{at}"])]
+        assert shown == ([words.signed(edge.weight)] if weighted else [])
+    elements, _ = drawn(large())
+    assert not any(texts(element) for id, element in elements.items() if id.startswith("e"))
+
+
+def test_the_strongest_edge_of_a_kind_is_the_widest():
+    circuit = quotes()
+    elements, _ = drawn(circuit)
+    widths = {
+        at: float(elements[f"e{at}"].find(f"{SVG}path").get("stroke-width", 1))
+        for at, edge in enumerate(circuit.edges)
+        if edge.kind == "weight"
+    }
+    strongest = max(widths, key=lambda at: abs(circuit.edges[at].weight))
+    assert widths[strongest] == max(widths.values()) == pytest.approx(4.2)
+    assert min(widths.values()) < 2
 
 
 def test_edges_do_not_cross_where_they_need_not():
@@ -123,47 +144,12 @@ def test_edges_do_not_cross_where_they_need_not():
         nodes += made
         edges += [Edge(a.id, b.id, 1.0) for a, b in itertools.pairwise(made)]
     circuit = dataclasses.replace(quotes(), nodes=tuple(nodes), edges=tuple(edges))
-    boxes = lay_out(circuit).boxes
-    left = {node.label for node in nodes if boxes[node.id].centre < 180}
-    xs = {
-        label: {round(boxes[n.id].centre, 3) for n in nodes if n.label == label} for label in "ab"
-    }
-    assert len(left) == 1
-    assert {len(found) for found in xs.values()} == {1}
-
-
-@given(st.data())
-def test_spread_is_the_nearest_that_keeps_the_gaps(data):
-    count = data.draw(st.integers(1, 8))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    wanted, weights, gaps = (
-        rng.normal(0, 3, count),
-        rng.uniform(0.1, 4, count),
-        rng.random(count - 1),
-    )
-    found = np.array(order.spread(wanted, weights, gaps))
-    assert (np.diff(found) >= gaps - 1e-9).all()
-    cost = (weights * (found - wanted) ** 2).sum()
-    for _ in range(50):
-        steps = np.maximum(np.diff(found) + rng.normal(0, 0.3, count - 1), gaps)
-        other = np.concatenate([[0], np.cumsum(steps)]) + found[0] + rng.normal(0, 0.3)
-        assert (weights * (other - wanted) ** 2).sum() >= cost - 1e-9
-
-
-def test_an_edge_to_nowhere_is_refused():
-    circuit = dataclasses.replace(quotes(), edges=(Edge("token:5", "gone", 1.0),))
-    with pytest.raises(ValueError, match="token:5 -> gone"):
-        lay_out(circuit)
-
-
-def test_kinds_that_are_not_known_are_refused():
-    circuit = quotes()
-    edge = dataclasses.replace(circuit.edges[0], kind='"><script>')
-    with pytest.raises(ValueError, match=r"kind of the edge token:5 -> .* must be"):
-        picture.write_html(dataclasses.replace(circuit, edges=(edge,)), "never.html")
-    node = dataclasses.replace(circuit.nodes[0], kind="head")
-    with pytest.raises(ValueError, match="kind of the node token:5 must be"):
-        lay_out(dataclasses.replace(circuit, nodes=(node,), edges=()))
+    boxes = boxes_of(circuit)
+    for row in range(3):
+        left = nodes[row].id, nodes[3 + row].id
+        assert (boxes[left[0]][0] < boxes[left[1]][0]) == (
+            boxes[nodes[0].id][0] < boxes[nodes[3].id][0]
+        )
 
 
 def test_names_of_channels_are_said_once():
@@ -172,13 +158,27 @@ def test_names_of_channels_are_said_once():
     nodes = tuple(
         dataclasses.replace(node, label=named.get(node.id, node.label)) for node in quotes().nodes
     )
-    boxes = lay_out(dataclasses.replace(quotes(), nodes=nodes)).boxes
-    shown = {id: (boxes[id].lines, boxes[id].note) for id in named}
-    assert shown == {
-        "1.attn.q:18": (("q 2",), ""),
-        "1.attn.k:20": (("k 4",), ""),
-        "1.attn.v:21": (("type",), "v 21"),
-    }
+    elements, _ = drawn(dataclasses.replace(quotes(), nodes=nodes))
+    shown = {node.id: texts(elements[f"n{at}"]) for at, node in enumerate(nodes)}
+    assert shown["1.attn.q:18"] == ["q 2"]
+    assert shown["1.attn.k:20"] == ["k 4"]
+    assert shown["1.attn.v:21"] == ["type", "v 21"]
+
+
+def test_an_edge_to_nowhere_is_refused():
+    circuit = dataclasses.replace(quotes(), edges=(Edge("token:5", "gone", 1.0),))
+    with pytest.raises(ValueError, match="token:5 -> gone"):
+        drawing.picture(circuit)
+
+
+def test_kinds_that_are_not_known_are_refused():
+    circuit = quotes()
+    edge = dataclasses.replace(circuit.edges[0], kind='"><script>')
+    with pytest.raises(ValueError, match=r"kind of the edge token:5 -> .* must be"):
+        viz.write_html(dataclasses.replace(circuit, edges=(edge,)), "never.html")
+    node = dataclasses.replace(circuit.nodes[0], kind="head")
+    with pytest.raises(ValueError, match="kind of the node token:5 must be"):
+        drawing.picture(dataclasses.replace(circuit, nodes=(node,), edges=()))
 
 
 # --- words ------------------------------------------------------------------------------------
@@ -192,20 +192,12 @@ def test_names_of_channels_are_said_once():
     ],
 )  # fmt: skip
 def test_visible(token, shown):
-    assert text.visible(token) == shown
-
-
-@given(st.text(max_size=60).map(text.visible), st.integers(30, 200), st.integers(1, 3))
-def test_wrap_loses_nothing_but_what_has_no_line(words, limit, lines):
-    found = text.wrap(words, 12, limit, lines=lines)
-    assert 1 <= len(found) <= lines
-    assert all(len(line) == 1 or text.width(line, 12) <= limit for line in found)
-    if not found[-1].endswith("…"):
-        assert "".join(found).replace(" ", "") == words.replace(" ", "")
+    assert words.visible(token) == shown
 
 
 def sentences(**changes):
-    said = facts(dataclasses.replace(quotes(), proof={**PROOF, **changes}))
+    validation = dataclasses.replace(VALIDATION, **changes)
+    said = summarize(dataclasses.replace(quotes(), validation=validation))
     return {
         verdict.sentence.split(":")[0].split(",")[0]: verdict.holds for verdict in said.verdicts
     }
@@ -213,30 +205,61 @@ def sentences(**changes):
 
 def test_what_fails_is_said():
     assert sentences() == {"Sufficient": True, "Necessary": True, "Control passed": True}
-    failed = sentences(
-        sufficient=False, necessary=False, control={**PROOF["control"], "passed": False}
-    )
+    control = dataclasses.replace(VALIDATION.control, passed=False)
+    failed = sentences(sufficient=False, necessary=False, control=control)
     assert failed == {"Not sufficient": False, "Not necessary": False, "Control failed": False}
+    assert list(sentences(control=None)) == ["Sufficient", "Necessary"]
 
 
-@pytest.mark.parametrize("nothing", [{}, dict.fromkeys(PROOF), {"circuit": {"mean": None}}])
-def test_a_proof_may_lack_anything(nothing):
-    circuit = dataclasses.replace(quotes(), proof=nothing)
-    said = facts(circuit)
+def test_a_circuit_may_lack_its_validation():
+    circuit = dataclasses.replace(quotes(), validation=None)
+    said = summarize(circuit)
     assert not said.verdicts
     assert not said.rows
     assert "<table>" not in page.render(circuit)
 
 
-def test_all_of_the_proof_is_shown():
-    said = facts(
-        dataclasses.replace(quotes(), proof={**PROOF, "seeds": [1, 2], "extra": {"a": 0.5}})
-    )
-    assert said.columns == ("loss", "recalibrated loss", "accuracy")
+def test_all_of_the_validation_is_shown():
+    said = summarize(quotes())
     assert len(said.rows) == 7
     assert said.rows[0] == ("whole model", ("0.081", "–", "98.4%"))
-    assert said.rows[4] == ("model, the circuit at its mean", ("2.914", "0.693", "49.8%"))
-    assert said.others == (("pairs", "1024"), ("seeds", "1, 2"), ("extra", "a 0.500"))
+    assert said.rows[4] == (
+        "without the circuit, which is at its mean",
+        ("2.914", "0.693", "49.8%"),
+    )
+    assert said.note.startswith("On 1024 held-out pairs")
+    assert "L0 57,344" in said.model
+
+
+# --- circuit.json -----------------------------------------------------------------------------
+
+
+def test_json_keeps_the_keys_of_earlier_releases():
+    proof = json.loads(quotes().to_json())["proof"]
+    assert proof["without"]["mean"] == {
+        "loss": 2.914, "accuracy": 0.498, "recalibrated_loss": 0.693
+    }  # fmt: skip
+    assert proof["circuit"]["mean"] == {"loss": 0.142, "accuracy": 0.961}
+    assert proof["control"]["limit"] == 90
+    bare = dataclasses.replace(quotes(), validation=None)
+    assert json.loads(bare.to_json())["proof"] == {}
+    assert Circuit.from_json(bare.to_json()) == bare
+
+
+def test_a_file_that_is_no_circuit_is_refused():
+    data = json.loads(quotes().to_json())
+    for broken in ([], {**data, "schema": "other"}, {**data, "proof": {"circuit": {"mean": 1}}}):
+        with pytest.raises(UserError, match="cannot read the circuit"):
+            Circuit.from_json(json.dumps(broken))
+
+
+def test_networkx_reads_the_file():
+    data = json.loads(quotes().to_json())
+    graph = nx.node_link_graph(data, directed=True, multigraph=False, edges="edges")
+    assert nx.is_directed_acyclic_graph(graph)
+    assert nx.has_path(graph, "token:5", "answer:7")
+    assert graph.edges["1.attn.act_in:31", "1.attn.k:20"]["weight"] == 1.63
+    assert graph.nodes["0.mlp.post_act:137"]["label"] == "quote detector"
 
 
 # --- the page as a file -----------------------------------------------------------------------
@@ -269,7 +292,7 @@ class Elements(HTMLParser):
 def test_the_page_holds_all_of_the_circuit_and_needs_nothing_else(make, tmp_path):
     circuit = make()
     path = tmp_path / "circuit.html"
-    picture.write_html(circuit, path)
+    viz.write_html(circuit, path)
     found = Elements(path.read_text(encoding="utf-8"))
     assert Circuit.from_json(found.scripts["circuit"]) == circuit
     assert set(found.scripts) == {"circuit", "code"}
@@ -280,15 +303,14 @@ def test_the_page_holds_all_of_the_circuit_and_needs_nothing_else(make, tmp_path
         if name in ("src", "href", "xlink:href", "action", "data", "poster")
     ]
     assert links == ["data:,"]
-    assert not any(tag in ("img", "iframe", "object", "base") for tag, _ in found.tags)
+    assert not any(tag in ("img", "iframe", "object", "base", "image") for tag, _ in found.tags)
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    code = found.scripts["code"] + page._template("page.css")
-    assert not re.search(r"https?:|@import|url\(|fetch\(|innerHTML|localStorage", code)
-    named = [attributes for tag, attributes in found.tags if "data-node" in attributes]
-    assert len(named) == len(circuit.nodes)
-    assert all(attributes["aria-label"] for attributes in named)
+    code = found.scripts["code"] + page.template("page.css")
+    assert not re.search(r"https:|@import|url\(|fetch\(|innerHTML|localStorage", code)
+    assert re.findall(r"http://[^\"]*", code) == ["http://www.w3.org/2000/svg"]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.text(), min_size=1, max_size=6), st.text())
 def test_any_text_survives_the_page(labels, task):
     nodes = tuple(Node(f"token:{n}", "token", label, channel=n) for n, label in enumerate(labels))
@@ -297,138 +319,64 @@ def test_any_text_survives_the_page(labels, task):
     )
     found = Elements(page.render(circuit))
     assert Circuit.from_json(found.scripts["circuit"]) == circuit
-    names = [attributes["aria-label"] for _, attributes in found.tags if "data-node" in attributes]
-    assert {name.rsplit(", token ", 1)[0] for name in names} == set(map(text.visible, labels))
-
-
-# --- networkx ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [quotes, large, hostile])
-def test_networkx_and_back(make):
-    circuit = make()
-    graph = picture.to_networkx(circuit)
-    assert isinstance(graph, nx.DiGraph)
-    assert set(graph.nodes) == {node.id for node in circuit.nodes}
-    assert picture.from_networkx(graph) == circuit
-    stored = json.dumps(nx.node_link_data(graph, edges="edges"))
-    again = nx.node_link_graph(json.loads(stored), edges="edges")
-    assert picture.from_networkx(again) == circuit
-
-
-@given(circuits())
-def test_networkx_and_back_for_any(circuit):
-    assert picture.from_networkx(picture.to_networkx(circuit)) == circuit
-
-
-def test_the_graph_can_be_computed_with():
-    graph = picture.to_networkx(quotes())
-    assert nx.is_directed_acyclic_graph(graph)
-    assert nx.has_path(graph, "token:5", "answer:7")
-    assert graph.edges["1.attn.act_in:31", "1.attn.k:20"]["weight"] == 1.63
-    graph.remove_node("1.attn.act_in:3")
-    graph.add_edge("token:6", "1.attn.act_in:31", weight=0.5, kind="embedding")
-    changed = picture.from_networkx(graph)
-    assert len(changed.nodes) == len(quotes().nodes) - 1
-    assert changed.edges[-1] == Edge("token:6", "1.attn.act_in:31", 0.5, "embedding")
-
-
-def test_what_a_digraph_cannot_hold_is_refused():
-    circuit = quotes()
-    twice = dataclasses.replace(circuit, edges=(*circuit.edges, circuit.edges[0]))
-    with pytest.raises(ValueError, match="more than one edge token:5"):
-        picture.to_networkx(twice)
-    with pytest.raises(ValueError, match="more than one node token:5"):
-        picture.to_networkx(dataclasses.replace(circuit, nodes=circuit.nodes + circuit.nodes))
-    with pytest.raises(UserError, match="cannot read the circuit"):
-        picture.from_networkx(nx.DiGraph())
+    assert [tag for tag, _ in found.tags].count("script") == 2
 
 
 # --- images -----------------------------------------------------------------------------------
 
 
+def pixels_of(circuit):
+    with Image.open(io.BytesIO(drawing.render(circuit, "png", titled=True))) as opened:
+        return np.asarray(opened.convert("RGB")).astype(int)
+
+
+def count(pixels, color):
+    wanted = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+    return int((np.abs(pixels - wanted).max(-1) < 24).sum())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [quotes, large, hostile])
 def test_png(make, tmp_path):
-    circuit = make()
     path = tmp_path / "circuit.png"
-    picture.write_image(circuit, path)
+    viz.write_image(make(), path)
     with Image.open(path) as opened:
         pixels = np.asarray(opened.convert("RGB")).astype(int)
-        dpi = round(opened.info["dpi"][0])
-    # Small, and sharp; one of hundreds of edges is small enough that its numbers can be read.
-    assert path.stat().st_size <= image.MOST_BYTES or (make, dpi) == (large, 100)
-    assert dpi == (100 if make is large else 200)
-    assert pixels.shape[1] >= lay_out(circuit).width * dpi / 100
     # Light, not blank, and with both signs of weights.
     assert 200 < pixels.mean() < 254
-    for color in (image._POSITIVE, image._NEGATIVE):
-        wanted = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
-        assert (np.abs(pixels - wanted).max(-1) < 24).sum() > 50
+    for color in (drawing.POSITIVE, drawing.NEGATIVE):
+        assert count(pixels, color) > 50
 
 
 def test_png_says_in_red_what_failed():
-    def red(circuit):
-        with Image.open(io.BytesIO(image.render(circuit, ".png"))) as opened:
-            pixels = np.asarray(opened.convert("RGB")).astype(int)
-        return (np.abs(pixels - [179, 20, 15]).max(-1) < 24).sum()
-
     nothing = dataclasses.replace(quotes(), nodes=(), edges=())
-    assert red(nothing) == 0
-    assert red(dataclasses.replace(nothing, proof={**PROOF, "necessary": False})) > 200
+    assert count(pixels_of(nothing), "#b3140f") == 0
+    failed = dataclasses.replace(VALIDATION, necessary=False)
+    assert count(pixels_of(dataclasses.replace(nothing, validation=failed)), "#b3140f") > 200
 
 
-@pytest.mark.parametrize("make", [quotes, large, hostile])
+@pytest.mark.parametrize("make", [quotes, hostile])
 def test_svg_has_text_as_text(make, tmp_path):
     circuit = make()
     path = tmp_path / "circuit.svg"
-    picture.write_image(circuit, path)
-    root = ElementTree.parse(path).getroot()
-    words = ["".join(found.itertext()) for found in root.iter("{http://www.w3.org/2000/svg}text")]
-    layout = lay_out(circuit)
-    for box in layout.boxes.values():
-        for line in box.lines:
-            if all(ord(char) < 0x250 for char in line):
-                assert line in words
-    for route in layout.routes:
-        if route.number and route.free:
-            assert route.number in words
+    viz.write_image(circuit, path)
+    shown = texts(ElementTree.parse(path).getroot())
+    assert any(text.startswith("Sufficient: ") for text in shown)
+    if make is quotes:
+        assert {"quote detector", "neuron 137", "string_closing"} <= set(shown)
     # The same circuit gives the same file.
-    assert make is large or path.read_bytes() == image.render(circuit, ".svg")
-
-
-def test_names_fit_their_boxes():
-    circuit = large()
-    labels = (
-        "Would it wrap?",
-        "quote detector",
-        "MMMM WWWW",
-        "if … else :",
-        "closing ](){}",
-        "nnnnnnnnnn",
-    )
-    # Tokens and answers have another font.
-    nodes = tuple(
-        dataclasses.replace(node, label=label) if node.place else node
-        for node, label in zip(circuit.nodes, itertools.cycle(labels), strict=False)
-    )
-    circuit = dataclasses.replace(circuit, nodes=nodes)
-    widths = {}
-    for box in lay_out(circuit).boxes.values():
-        for line in (*box.lines, box.note):
-            widths[line] = min(box.width, widths.get(line, 1e9))
-    figure = image._draw(circuit)
-    renderer = figure.canvas.get_renderer()
-    checked = 0
-    for found in figure.axes[0].texts:
-        if found.get_text() in widths and found.get_text():
-            wide = found.get_window_extent(renderer).width * 100 / figure.dpi
-            assert wide <= widths[found.get_text()] - 4, found.get_text()
-            checked += 1
-    assert checked > len(nodes)
+    assert path.read_bytes() == drawing.render(circuit, "svg", titled=True)
 
 
 def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is a \.png or an \.svg"):
-        picture.write_image(quotes(), tmp_path / "circuit.pdf")
+        viz.write_image(quotes(), tmp_path / "circuit.pdf")
     assert not list(tmp_path.iterdir())
+
+
+def test_unknown_ablations_are_named_as_they_are():
+    validation = dataclasses.replace(
+        VALIDATION, circuit={**VALIDATION.circuit, "patch": Ablated(0.2, 0.9)}
+    )
+    said = summarize(dataclasses.replace(quotes(), validation=validation))
+    assert ("circuit alone, the rest patch", ("0.200", "–", "90.0%")) in said.rows

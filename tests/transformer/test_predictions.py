@@ -7,15 +7,16 @@ import pytest
 import torch
 from test_steer import prepared_tokenizer, save_run
 
-from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
-from sparse_transformer.circuits import brackets, predictions, quotes
-from sparse_transformer.circuits.circuit import Circuit, Node
-from sparse_transformer.circuits.predictions import (
+from benchmarks.experiments.predictions import __main__ as predictions
+from benchmarks.experiments.predictions import brackets, quotes
+from benchmarks.experiments.predictions.__main__ import (
     bracket_counting,
     main,
     single_double_quote,
 )
-from sparse_transformer.circuits.trend import trend as follow
+from benchmarks.experiments.predictions.dose_response import dose_response as follow
+from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
+from sparse_transformer.circuits.circuit import Circuit, Node
 
 NEURON, VALUE, DEPTH = "0.mlp.post_act:0", "1.attn.v:0", "1.attn.resid_delta:3"
 TRENDS = ["longer_list", "text_before", "open_brackets_before", "double_brackets_before"]
@@ -275,11 +276,11 @@ def test_a_node_that_flips_the_answer_whatever_it_is_set_to_does_not_hold_it(
     tokenizer, monkeypatch
 ):
     model = quotes_by_averaging(tokenizer)
-    margins = quotes._Quotes.margins
+    margins = quotes._Quotes.diffs
     # Any change inverts the margins.
     monkeypatch.setattr(
         quotes._Quotes,
-        "margins",
+        "diffs",
         lambda self, model, changes=(): margins(self, model) * (-1 if changes else 1),
     )
     node, _ = single_double_quote(model, tokenizer, prompts=8)

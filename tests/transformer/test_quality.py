@@ -14,6 +14,8 @@ import torch
 from benchmarks import report
 from benchmarks.experiments import quality
 from benchmarks.experiments.quality import SUITES, Run, compare, main
+from sparse_transformer.presets import Settings
+from sparse_transformer.train import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks/results"
 
@@ -32,17 +34,17 @@ def test_quality_goes_on_where_it_stopped(
 ) -> None:
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     words = ["--smoke", "--json", str(path)]
-    runs: list[Run] = []
-    train = quality.perform
+    starts: list[Settings] = []
+    train = quality.Trainer
 
-    def interrupt(run: Run, *rest: Any) -> dict[str, Any]:
-        if len(runs) == 1:
+    def interrupt(settings: Settings, *rest: Any) -> Trainer:
+        if starts:
             raise KeyboardInterrupt
-        runs.append(run)
-        return train(run, *rest)
+        starts.append(settings)
+        return train(settings, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "perform", interrupt)
+        patch.setattr(quality, "Trainer", interrupt)
         assert main(words) == report.INTERRUPTED
     content = json.loads(path.read_text())
     assert content["complete"] is False

@@ -514,6 +514,7 @@ def test_ctrl_c_exits_130(run, capsys, monkeypatch):
     assert main(["--checkpoint", str(run[0]), "--prompt", "x"]) == 130
 
 
+@pytest.mark.slow
 def test_the_module_runs_and_reads_a_prompt_from_standard_input(run):
     ran = subprocess.run(
         [sys.executable, "-m", "sparse_transformer.steer", "--checkpoint", str(run[0]),

@@ -319,6 +319,7 @@ def test_accumulated_parts_give_the_same_losses(options, reference, tmp_path):
     assert_same_losses(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_to_about_the_same(options, reference, tmp_path):
     assert run_here([*options, "--dtype", "bfloat16"], tmp_path / "run") == 0
     torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(reference), rtol=0.02, atol=0)

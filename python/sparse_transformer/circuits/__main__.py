@@ -6,8 +6,8 @@ models, a dense one for instance, and compares the sizes. The same command conti
 search; tasks that already have a circuit are skipped.
 
 `DIR/comparison.json` has the numbers of all models and tasks. With `--against` or `--all`, and if
-all models have a circuit of the same task, there is also `DIR/comparison.png`: size against target
-loss, and against L0.
+all models have a circuit of the same task, there is also `DIR/comparison.png`: circuit size against
+target loss and against model size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +27,14 @@ from torch import Tensor
 from sparse_transformer import program, tasks
 from sparse_transformer.checkpoint import load
 from sparse_transformer.circuits import compare
-from sparse_transformer.circuits.describe import describe
-from sparse_transformer.circuits.edges import Edges
-from sparse_transformer.circuits.find import find
-from sparse_transformer.circuits.means import fingerprint, mean_activations, windows
-from sparse_transformer.circuits.picture import write_html, write_image
-from sparse_transformer.circuits.problem import Problem
-from sparse_transformer.circuits.search import Budget
+from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
+from sparse_transformer.circuits.annotate import annotate
+from sparse_transformer.circuits.budget import Budget, Progress
+from sparse_transformer.circuits.circuit import Validation
+from sparse_transformer.circuits.graph import Edges, count_weights
+from sparse_transformer.circuits.objective import TaskLoss
+from sparse_transformer.circuits.pipeline import find_circuit
+from sparse_transformer.circuits.viz import write_html, write_image
 from sparse_transformer.data import default_cache, prepare
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluate import SOLVED_ACCURACY
@@ -40,7 +42,8 @@ from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
 
-# More edges than this, those of the ends and the residual stream included, are no picture.
+# More edges than this, those to tokens, to answers and of the residual stream included, are not
+# drawn: nobody could read the picture.
 _MOST_DRAWN = 1500
 # Windows of the training corpus for means and snippets.
 _WINDOWS = 256
@@ -61,7 +64,8 @@ class CircuitConfig:
     against: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
     """Other runs to compare with; their circuits are found too."""
     target: float = 0.15
-    """Two-way loss, in nats, that a circuit must reach on its own."""
+    """Loss that a circuit must reach alone: binary cross-entropy over the two answers, in nats
+    (guessing has 0.69)."""
     edges: bool = True
     """Also prune single edges, which the paper does not do."""
     control: bool = True
@@ -69,7 +73,7 @@ class CircuitConfig:
     solved: float = SOLVED_ACCURACY
     """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)
-    """How long to search."""
+    """Limits of the search for each circuit."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
@@ -81,7 +85,7 @@ class CircuitConfig:
 
 
 class _Run:
-    """A model with what its problems share.
+    """A model with what its tasks share.
 
     Raises:
         UserError: a checkpoint or corpus that cannot be read.
@@ -111,12 +115,13 @@ class _Run:
             "linear": self.model.config.linear,
             "n_layer": self.model.config.n_layer,
             "d_model": self.model.config.d_model,
-            "l0": len(Edges.of(self.model).weight),
+            "l0": count_weights(self.model),
+            "edges": len(Edges.of(self.model).weight),
             "preset": settings["preset"],
         }
 
     def circuit(self, name: str, config: CircuitConfig, folder: Path) -> dict[str, Any]:
-        """Finds, proves and draws one circuit; returns what summary.json has of it.
+        """Finds, validates and draws one circuit; returns the content of summary.json.
 
         Raises:
             UserError: the task cannot be asked, or is not solved, or the target is out of reach.
@@ -126,34 +131,37 @@ class _Run:
         stored = _stored(done, settings)
         if stored is not None:
             return stored
-        problem = Problem(self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed)
-        solved = problem.need_solved(config.solved)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = find(
-            problem,
-            config.target,
-            config.budget,
-            journal=folder / "search.journal",
-            edges=config.edges,
-            with_control=config.control,
-            seed=config.seed,
-        )
-        drawn = describe(
-            problem,
-            found.part,
-            found.calibration,
-            self.tokenizer,
-            self.corpus,
-            target=config.target,
-            model=self.facts,
-            proof=found.proof,
-        )
-        _write(folder / "circuit.json", drawn.to_json())
+        with closing(Progress(config.budget.seconds, shown=None)) as progress:
+            task = TaskLoss(
+                self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed
+            )
+            solved = task.need_solved(config.solved)
+            folder.mkdir(parents=True, exist_ok=True)
+            found = find_circuit(
+                task,
+                config.target,
+                config.budget,
+                journal=folder / "search.journal",
+                edges=config.edges,
+                with_control=config.control,
+                seed=config.seed,
+                progress=progress,
+            )
+            circuit = annotate(
+                task,
+                found,
+                self.tokenizer,
+                self.corpus,
+                target=config.target,
+                model=self.facts,
+                progress=progress,
+            )
+        _write(folder / "circuit.json", circuit.to_json())
         pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
-        if len(drawn.edges) <= _MOST_DRAWN:
-            write_html(drawn, pictures[0])
+        if len(circuit.edges) <= _MOST_DRAWN:
+            write_html(circuit, pictures[0])
             for picture in pictures[1:]:
-                write_image(drawn, picture)
+                write_image(circuit, picture)
         else:
             for picture in pictures:
                 picture.unlink(missing_ok=True)
@@ -162,7 +170,7 @@ class _Run:
             "model": self.facts,
             "accuracy": solved.accuracy,
             "sizes": found.sizes,
-            "proof": found.proof,
+            "proof": found.validation.to_dict(),
             "curve": found.curve,
             "seconds": found.seconds,
             "config": vars(found.config),
@@ -171,7 +179,7 @@ class _Run:
         return summary
 
     def _settings(self, config: CircuitConfig) -> dict[str, Any]:
-        """What a result depends on."""
+        """Everything that a result depends on."""
         names = ("target", "edges", "control", "solved", "seed")
         return {
             **{name: getattr(config, name) for name in names},
@@ -181,7 +189,7 @@ class _Run:
 
 
 def run(config: CircuitConfig) -> None:
-    """Does what `config` says and prints what it found.
+    """Finds the circuits and prints a few lines about each.
 
     Raises:
         UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
@@ -228,31 +236,36 @@ def run(config: CircuitConfig) -> None:
 
 
 def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
-    proof, sizes = row["proof"], row["sizes"]
+    found, sizes = Validation.from_dict(row["proof"]), row["sizes"]
     nodes, edges = list(sizes.values())[-1]
-    control = proof.get("control")
     lines = [
-        f"{model}, {name}: {nodes} nodes, {edges} edges (by nodes alone {sizes['nodes'][1]}, by "
-        f"bisection of nodes {sizes['cut'][1]}) in {sum(row['seconds'].values()):.0f} s",
-        f"  model alone: accuracy {proof['model_accuracy']:.1%}, loss {proof['model_loss']:.3f} on "
-        f"{proof['pairs']} held-out pairs",
-        *(
-            f"  {ablation}-ablated: circuit alone {proof['circuit'][ablation]['loss']:.3f}, "
-            f"without it {proof['without'][ablation]['loss']:.3f} "
-            f"(recalibrated {proof['without'][ablation]['recalibrated_loss']:.3f})"
-            for ablation in proof["circuit"]
-        ),
-        f"  sufficient: {_yes(proof['sufficient'])}; necessary: {_yes(proof['necessary'])}",
+        f"{model}, {name}: {nodes} nodes, {edges} edges in {sum(row['seconds'].values()):.0f} s "
+        f"(before edges were pruned {sizes['nodes'][1]}, by the mask alone {sizes['cut'][1]})",
+        f"  on {found.pairs} held-out pairs; loss is binary cross-entropy over the two answers, "
+        f"guessing has 0.69",
+        f"  whole model: loss {found.model_loss:.3f}, accuracy {found.model_accuracy:.1%}",
     ]
-    if control is not None:
-        verdict = _red("REACHED THE TARGET") if control["reached"] else "did not reach the target"
+    for ablation, alone in found.circuit.items():
+        without = found.without[ablation]
+        best = without.recalibrated_loss
         lines.append(
-            f"  control, random labels: {verdict} with up to {control['limit']} edges "
-            f"(least loss {control['loss']:.3f})"
+            f"  {ablation} ablation: circuit alone {alone.loss:.3f}, model without it "
+            f"{without.loss:.3f}"
+            + ("" if best is None else f" ({best:.3f} with its best scale and shift)")
+        )
+    lines.append(f"  sufficient: {_yes(found.sufficient)}; necessary: {_yes(found.necessary)}")
+    if found.control is not None:
+        reached = found.control.reached
+        verdict = _red("REACHED THE TARGET") if reached else "did not reach the target"
+        cut = found.control.trained
+        lines.append(
+            f"  control, random labels: {verdict} with up to {found.control.limit} edges "
+            f"(lowest loss {found.control.loss:.3f})"
+            + ("" if cut is None else f"; no time for more than {cut:.0%} of its training")
         )
     picture = folder / "circuit.html"
-    found = str(picture) if picture.exists() else f"{folder / 'circuit.json'}, too large to draw"
-    return "\n".join([*lines, f"  {found}"])
+    path = str(picture) if picture.exists() else f"{folder / 'circuit.json'}, too large to draw"
+    return "\n".join([*lines, f"  {path}"])
 
 
 def _yes(value: bool) -> str:
@@ -264,7 +277,7 @@ def _red(text: str) -> str:
 
 
 def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run of the same settings."""
+    """The result of an earlier run with the same settings."""
     try:
         summary = json.loads(path.read_text())
         same = summary["settings"] == settings
@@ -274,7 +287,7 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one go, so that an interruption leaves no half of a file."""
+    """Atomically, so that an interruption leaves no partial file."""
     temporary = path.with_name(f".{path.name}.temporary")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -1,8 +1,9 @@
 """A circuit as data: what `circuit.json` holds and what the pictures are drawn from.
 
 `circuit.json` is `Circuit.to_json()`: an object with the fields of `Circuit`, in which a `Node`,
-an `Edge`, an `Example` and a `Snippet` are objects with theirs. `Circuit.from_json` is the inverse;
-picture/graph.py makes a `networkx.DiGraph` of it, and the reverse.
+an `Edge`, an `Example` and a `Snippet` are objects with theirs; `proof` has the validation.
+`Circuit.from_json` is the inverse. The file is node-link data: networkx makes a graph of it with
+`node_link_graph(data, directed=True, multigraph=False, edges="edges")`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Node:
             `answer:ID` for the ends.
         kind: of `KINDS`.
         label: what a reader may call it.
-        place: the tap's name, as in taps.py; "" for the ends.
+        place: its hook point; "" for the ends.
         layer: of the block; -1 for tokens, n_layer for answers.
         channel: in the place, or the token's id.
         head: which attention head a q, k or v channel belongs to.
@@ -94,6 +95,91 @@ class Snippet:
 
 
 @dataclass(frozen=True)
+class Ablated:
+    """What is left of the task when a part of the model is ablated.
+
+    Attributes:
+        loss: binary cross-entropy over the two answers, in nats; guessing has ln 2 = 0.69.
+        accuracy: share of correct answers.
+        recalibrated_loss: the loss after the best scale and shift for these very prompts: what is
+            still known of the answer.
+    """
+
+    loss: float
+    accuracy: float
+    recalibrated_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the same procedure makes of random labels.
+
+    Attributes:
+        loss: the least, calibrated, of all thresholds with at most `limit` edges, on prompts that
+            the masks were trained on, which favours the control.
+        nodes, edges: of that threshold.
+        limit: the most edges that it was given.
+        reached: the target.
+        passed: not reached, as it should be.
+        trained: share of the training steps for which there was time; None for all of them.
+    """
+
+    loss: float
+    nodes: int
+    edges: int
+    limit: int
+    reached: bool
+    passed: bool
+    trained: float | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out validation of a circuit.
+
+    Attributes:
+        pairs: number of held-out prompt pairs.
+        model_loss, model_accuracy: of the whole model.
+        circuit: the circuit alone, the rest ablated: by ablation (mean, zero, resample).
+        without: the model without the circuit, which is ablated.
+        sufficient: the circuit alone reaches the target under mean ablation.
+        necessary: the task is lost without it, under mean ablation.
+        control: with random labels; None if it was not asked for.
+    """
+
+    pairs: int
+    model_loss: float
+    model_accuracy: float
+    circuit: Mapping[str, Ablated]
+    without: Mapping[str, Ablated]
+    sufficient: bool
+    necessary: bool
+    control: Control | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `proof` of the JSON files; what is None is left out."""
+
+        def given(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in items if value is not None}
+
+        return dataclasses.asdict(self, dict_factory=given)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Validation:
+        """The inverse of `to_dict`.
+
+        Raises:
+            AttributeError, KeyError, TypeError: it is no validation.
+        """
+        parts = {
+            part: {name: Ablated(**found) for name, found in data[part].items()}
+            for part in ("circuit", "without")
+        }
+        control = data.get("control")
+        return cls(**{**data, **parts, "control": None if control is None else Control(**control)})
+
+
+@dataclass(frozen=True)
 class Circuit:
     """Everything that is known of one circuit.
 
@@ -107,7 +193,7 @@ class Circuit:
         nodes, edges: all, the ends included.
         node_count, edge_count: the published size: nodes of blocks, edges of kind "weight".
         edges_before: all nonzero weights between its nodes, those that were pruned included.
-        proof: losses by name; see proof.py.
+        validation: on held-out prompts; None if there was none. `proof` in JSON.
         examples: a few prompts of the test split.
         snippets: by node id, the most active first.
     """
@@ -121,7 +207,7 @@ class Circuit:
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     edges_before: int
-    proof: Mapping[str, Any] = field(default_factory=dict)
+    validation: Validation | None = None
     examples: tuple[Example, ...] = ()
     snippets: Mapping[str, tuple[Snippet, ...]] = field(default_factory=dict)
 
@@ -147,6 +233,8 @@ class Circuit:
     def to_json(self) -> str:
         """Text that `from_json` reads."""
         data = dataclasses.asdict(self)
+        del data["validation"]
+        data["proof"] = {} if self.validation is None else self.validation.to_dict()
         sizes = {"node_count": self.node_count, "edge_count": self.edge_count}
         return json.dumps({"schema": SCHEMA, **sizes, **data}, indent=1, allow_nan=False)
 
@@ -161,10 +249,12 @@ class Circuit:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA!r}")
-            known = {name: data[name] for name in (f.name for f in dataclasses.fields(cls))}
+            names = {field.name for field in dataclasses.fields(cls)} - {"validation"}
+            proof = data["proof"]
             return cls(
-                **known
+                **{name: data[name] for name in names}
                 | {
+                    "validation": Validation.from_dict(proof) if proof else None,
                     "nodes": tuple(Node(**node) for node in data["nodes"]),
                     "edges": tuple(Edge(**edge) for edge in data["edges"]),
                     "examples": tuple(_example(example) for example in data["examples"]),

@@ -1,4 +1,4 @@
-"""Circuits of several models at the same tasks and target: sizes, geometric means, the plot."""
+"""Circuits of several models on the same tasks and target: sizes, geometric means, the plot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from sparse_transformer import program
 
-# By model name, then by task: `sizes`, `curve` and `proof` of find.Found, or `error`.
+# By model name, then by task: what `summary.json` has of a circuit, or `error`.
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
-STAGES = ("cut", "nodes", "edges")
+# The sizes of `pipeline.FoundCircuit` in the words of the table.
+STAGES = {"cut": "node mask", "nodes": "nodes pruned", "edges": "edges pruned"}
 
 
 def common_tasks(results: Results) -> list[str]:
-    """Those of which every model has a circuit, in the order of the first."""
+    """The tasks for which every model has a circuit, in the order of the first model."""
     first, *others = results.values()
     return [
         task
@@ -39,9 +40,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def geometric_means(results: Results, stage: str) -> dict[str, float]:
-    """Of the edges of the common tasks' circuits, by model; {} if there is no such task.
+    """Geometric means of the edges over the common tasks, by model; {} if there is no such task.
 
-    A circuit without an edge counts as one edge, as the mean must not vanish.
+    A circuit without edges counts as one edge, so that the mean does not vanish.
     """
     tasks = common_tasks(results)
     if not tasks:
@@ -54,7 +55,7 @@ def geometric_means(results: Results, stage: str) -> dict[str, float]:
 
 
 def curves(results: Results) -> dict[str, dict[float, float]]:
-    """Geometric means of the edges by bisection over the common tasks, by model and target loss.
+    """Geometric means of the edges by node mask over the common tasks, by model and target loss.
 
     A target is left out for a model that does not reach it in one of these tasks.
     """
@@ -78,7 +79,7 @@ def table(results: Results) -> str:
     """For people: a line per task, the geometric means, and what could not be compared."""
     models = list(results)
     tasks = sorted({task for rows in results.values() for task in rows})
-    lines = [["task", *(f"{model}: {stage}" for model in models for stage in STAGES)]]
+    lines = [["task", *(f"{model}: {words}" for model in models for words in STAGES.values())]]
     for task in tasks:
         cells = [task]
         for model in models:
@@ -111,31 +112,39 @@ def table(results: Results) -> str:
         for task, row in rows.items()
         if "error" in row
     ]
-    return "\n".join(
-        [program.table(lines), "edges; cut: nodes by bisection; nodes: single nodes taken away "
-         "too; edges: single edges too", "at a target loss: the geometric mean of what is cut from "
-         "one mask", *reasons]
-    )  # fmt: skip
+    notes = [
+        "Numbers of edges. Node mask: all edges between the nodes of the thresholded mask; nodes "
+        "pruned: after removing single nodes; edges pruned: after removing single edges.",
+        "At a target loss: geometric mean over the same tasks, by node mask.",
+    ]
+    return "\n".join([program.table(lines), *notes, *reasons])
+
+
+def model_edges(row: Mapping[str, Any]) -> int:
+    """Nonzero weights of the model's blocks; files of earlier releases call them `l0`."""
+    model = row["model"]
+    edges: int = model.get("edges", model["l0"])
+    return edges
 
 
 def plot(results: Results, path: Path) -> None:
-    """Geometric means of edges over the common tasks: against target loss, and against L0."""
+    """Geometric means of edges over the common tasks, against target loss and model size."""
     tasks = common_tasks(results)
     figure = Figure(figsize=(9, 4), layout="constrained")
-    by_loss, by_l0 = figure.subplots(1, 2, sharey=True)
+    by_loss, by_model = figure.subplots(1, 2, sharey=True)
     by_target = curves(results)
     for model, rows in results.items():
         points = by_target[model]
         by_loss.plot(list(points), list(points.values()), "o-", label=model)
         size = geometric_means(results, "cut")[model]
-        by_l0.plot(rows[tasks[0]]["model"]["l0"], size, "o", label=model)
-    by_loss.set(xlabel="target loss (nats)", ylabel="edges, by bisection", yscale="log")
-    by_l0.set(xlabel="L0 of the blocks", xscale="log")
-    # Their labels would lie on each other.
-    by_l0.xaxis.set_minor_formatter(NullFormatter())
-    by_l0.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    by_l0.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (by_loss, by_l0):
+        by_model.plot(model_edges(rows[tasks[0]]), size, "o", label=model)
+    by_loss.set(xlabel="target loss (nats)", ylabel="edges of the circuit", yscale="log")
+    by_model.set(xlabel="edges of the model: nonzero weights of its blocks", xscale="log")
+    # The labels would overlap.
+    by_model.xaxis.set_minor_formatter(NullFormatter())
+    by_model.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    by_model.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (by_loss, by_model):
         axes.grid(which="both", alpha=0.3)
     by_loss.legend()
     over = tasks[0] if len(tasks) == 1 else f"geometric mean of {len(tasks)} tasks"

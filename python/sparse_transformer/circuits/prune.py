@@ -1,32 +1,29 @@
-"""Cutting a model to the nodes and edges that a task needs.
+"""From a trained mask to the subgraph that a task needs.
 
-`cut` and `cut_edges` keep as few of the highest ones of a trained mask as the target loss allows,
-as published. `refine` goes further than the paper: it removes single nodes and single edges
-while the loss stays below the target.
+`threshold_nodes` and `threshold_edges` keep as few of the highest values of a mask as the target
+loss allows, as published. `greedy_prune` goes further than the paper: it removes single nodes and
+single edges while the loss stays below the target.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sparse_transformer.circuits.gradients import EdgeGradients
-from sparse_transformer.circuits.nodes import masked
-from sparse_transformer.circuits.problem import Part, Problem, margin
+from sparse_transformer.circuits.budget import Progress
+from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
+from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
 # Above so many candidates their effects are estimated from gradients, not measured one by one.
 _MOST_MEASURED = 64
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The first nodes of an order that are enough.
+class Thresholded:
+    """The nodes with the highest mask that are enough.
 
     Attributes:
         keep: bool `(total,)`.
@@ -40,216 +37,197 @@ class Cut:
     loss: float
 
 
-def cut(problem: Problem, mask: Tensor, target: float) -> Cut:
-    """Bisects the number of nodes, those of the highest mask first, to the target loss.
+def threshold_nodes(
+    task: TaskLoss, mask: Tensor, target: float, progress: Progress | None = None
+) -> Thresholded:
+    """Bisects the number of nodes, those with the highest mask first, to the target loss.
 
-    The loss is taken to fall with the number of nodes; where it does not, what is found is enough
-    all the same, though not always the least.
+    Bisection assumes that the loss falls with the number of nodes; where it does not, the result
+    still reaches the target, but a smaller one may exist.
     """
     order = mask.argsort(descending=True, stable=True)
     total = len(mask)
+    losses: dict[int, float] = {}
 
-    def of(count: int) -> Tensor:
-        keep = torch.zeros(total, dtype=torch.bool)
-        keep[order[:count]] = True
-        return keep
+    def keep(count: int) -> Tensor:
+        nodes = torch.zeros(total, dtype=torch.bool)
+        nodes[order[:count]] = True
+        return nodes
 
-    def loss(count: int) -> float:
-        return problem.calibrated_loss(Part(of(count)))
+    def enough(count: int) -> bool:
+        losses[count] = task.calibrated_loss(Subgraph(keep(count)))
+        return losses[count] <= target
 
     # From the number that training chose upwards, as all of them may be far too many to need.
-    high = max(1, int((mask > 0).sum()))
-    value = loss(high)
-    low = 0
-    while value > target and high < total:
+    low, high = 0, max(1, int((mask > 0).sum()))
+    while not enough(high) and high < total:
         low, high = high, min(total, 2 * high)
-        value = loss(high)
-    while high - low > max(1, high // 100):
-        middle = (low + high) // 2
-        found = loss(middle)
-        if found <= target:
-            high, value = middle, found
-        else:
-            low = middle
-    keep = of(high)
-    return Cut(keep, high, problem.edges.count(keep), value)
+    high = _bisect(enough, low, high, coarse=100, progress=progress)
+    return Thresholded(keep(high), high, task.edges.count(keep(high)), losses[high])
 
 
-def cut_edges(problem: Problem, keep: Tensor, mask: Tensor, target: float) -> Part | None:
-    """Bisects the number of edges, those of the highest mask first; None if all are too few."""
-    between = problem.edges.between(keep)
-    order = mask.argsort(descending=True, stable=True)[: int(between.sum())]
+def threshold_edges(
+    task: TaskLoss,
+    keep: Tensor,
+    mask: Tensor,
+    target: float,
+    progress: Progress | None = None,
+) -> Subgraph | None:
+    """Bisects the number of edges between the nodes of `keep`, those with the highest mask first.
 
-    def of(count: int) -> Part:
+    Args:
+        mask: of these edges, in their order.
+
+    Returns:
+        The subgraph without nodes that have no edge; None if all edges are too few.
+    """
+    between = task.edges.between(keep)
+    order = between.nonzero().squeeze(1)[mask.argsort(descending=True, stable=True)]
+
+    def of(count: int) -> Subgraph:
         removed = between.clone()
         removed[order[:count]] = False
-        return Part(keep, removed)
+        return Subgraph(keep, removed)
+
+    def enough(count: int) -> bool:
+        return task.calibrated_loss(of(count)) <= target
 
     low, high = 0, len(order)
-    if problem.calibrated_loss(of(high)) > target:
+    if not enough(high):
         return None
     chosen = int((mask > 0).sum())
-    if problem.calibrated_loss(of(chosen)) <= target:
+    if enough(chosen):
         high = chosen
     else:
         low = chosen
-    while high - low > 1:
+    return drop_isolated_nodes(task, of(_bisect(enough, low, high, progress=progress)))
+
+
+def _bisect(
+    enough: Callable[[int], bool],
+    low: int,
+    high: int,
+    *,
+    coarse: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Narrows `(low, high]` to one number, or to one in `coarse`; ends early when time is over."""
+    while high - low > max(1, high // coarse if coarse else 1):
+        if progress is not None and progress.left < 0:
+            break
         middle = (low + high) // 2
-        if problem.calibrated_loss(of(middle)) <= target:
+        if enough(middle):
             high = middle
         else:
             low = middle
-    return without_loose_ends(problem, of(high))
+    return high
 
 
-def without_loose_ends(problem: Problem, part: Part) -> Part:
+def drop_isolated_nodes(task: TaskLoss, subgraph: Subgraph) -> Subgraph:
     """The same edges, without the nodes that have none."""
-    present = alive(problem, part)
-    keep = torch.zeros_like(part.keep)
-    keep[problem.edges.source[present]] = True
-    keep[problem.edges.target[present]] = True
-    return Part(keep, ~present & problem.edges.between(keep))
+    present = task.present_edges(subgraph)
+    keep = torch.zeros_like(subgraph.keep)
+    keep[task.edges.source[present]] = True
+    keep[task.edges.target[present]] = True
+    return Subgraph(keep, ~present & task.edges.between(keep))
 
 
-def refine(
-    problem: Problem,
-    part: Part,
+def greedy_prune(
+    task: TaskLoss,
+    subgraph: Subgraph,
     target: float,
     *,
     edges: bool = True,
-    seconds: float = math.inf,
-    progress: bool | None = None,
-) -> Part:
-    """Takes away nodes, then edges, then both again, until nothing can go.
+    progress: Progress | None = None,
+) -> Subgraph:
+    """Removes nodes, then edges, then both again, until nothing can go or the time is over.
 
-    In each round what is left is ordered by what its absence would cost, measured one by one if
-    there are few, estimated from gradients if there are many; the largest number of the cheapest
-    that can go together is found by bisection.
+    In each round the rest is ordered by what its absence would cost: measured one by one if there
+    are few, estimated from gradients if there are many. Bisection finds the largest number of the
+    cheapest that can go together.
 
     Args:
-        part: what reaches the target.
-        target: loss on the prompts for fitting, calibrated.
-        edges: take single edges away too.
-        seconds: no round begins after that.
-
-    Returns:
-        Nodes that each have an edge, where `edges`, and the edges that are gone.
+        subgraph: reaches the target.
+        target: calibrated loss on the prompts for fitting.
+        edges: remove single edges too.
     """
-    if part.removed is None:
-        part = replace(part, removed=torch.zeros(len(problem.edges.source), dtype=torch.bool))
-    disable = None if progress is None else not progress
-    with tqdm(desc="refine", unit=" rounds", disable=disable, leave=False) as bar:
-        end = time.monotonic() + seconds
-        changed = True
-        while changed:
-            changed = False
-            for shrink in (_fewer_nodes, _fewer_edges) if edges else (_fewer_nodes,):
-                if time.monotonic() > end:
-                    return part
-                smaller = shrink(problem, part, target)
-                bar.update()
-                bar.set_postfix(nodes=int(part.keep.sum()), edges=size(problem, part))
-                if smaller is not None:
-                    part, changed = smaller, True
-    return part
+    progress = progress or Progress()
+    if subgraph.removed is None:
+        subgraph = replace(subgraph, removed=torch.zeros(len(task.edges.source), dtype=torch.bool))
+    changed = True
+    while changed:
+        changed = False
+        for shrink in (_fewer_nodes, _fewer_edges) if edges else (_fewer_nodes,):
+            if progress.left < 0:
+                return subgraph
+            smaller = shrink(task, subgraph, target, progress)
+            if smaller is not None:
+                subgraph, changed = smaller, True
+            progress.advance(0.0, nodes=int(subgraph.keep.sum()), edges=task.size(subgraph))
+    return subgraph
 
 
-def alive(problem: Problem, part: Part) -> Tensor:
-    """bool `(E,)`: the edges of a part."""
-    between = problem.edges.between(part.keep)
-    return between if part.removed is None else between & ~part.removed
+def _fewer_nodes(
+    task: TaskLoss, subgraph: Subgraph, target: float, progress: Progress
+) -> Subgraph | None:
+    kept = subgraph.keep.nonzero().squeeze(1)
 
-
-def size(problem: Problem, part: Part) -> int:
-    """How many edges a part has."""
-    return int(alive(problem, part).sum())
-
-
-def _fewer_nodes(problem: Problem, part: Part, target: float) -> Part | None:
-    kept = part.keep.nonzero().squeeze(1)
-
-    def without(nodes: Tensor) -> Part:
-        keep = part.keep.clone()
+    def without(nodes: Tensor) -> Subgraph:
+        keep = subgraph.keep.clone()
         keep[nodes] = False
-        return replace(part, keep=keep)
+        return replace(subgraph, keep=keep)
 
-    def estimate() -> Tensor:
-        return node_effects(problem, part)[kept]
-
-    return _fewer(problem, kept, without, estimate, target)
+    return _fewer(task, kept, without, lambda: node_effects(task, subgraph)[kept], target, progress)
 
 
-def _fewer_edges(problem: Problem, part: Part, target: float) -> Part | None:
-    present = alive(problem, part).nonzero().squeeze(1)
+def _fewer_edges(
+    task: TaskLoss, subgraph: Subgraph, target: float, progress: Progress
+) -> Subgraph | None:
+    present = task.present_edges(subgraph).nonzero().squeeze(1)
 
-    def without(gone: Tensor) -> Part:
-        assert part.removed is not None
-        removed = part.removed.clone()
+    def without(gone: Tensor) -> Subgraph:
+        assert subgraph.removed is not None
+        removed = subgraph.removed.clone()
         removed[gone] = True
-        return replace(part, removed=removed)
+        return replace(subgraph, removed=removed)
 
     def estimate() -> Tensor:
-        return edge_effects(problem, part)[present]
+        return edge_effects(task, subgraph)[present]
 
-    return _fewer(problem, present, without, estimate, target)
+    return _fewer(task, present, without, estimate, target, progress)
 
 
 def _fewer(
-    problem: Problem,
+    task: TaskLoss,
     candidates: Tensor,
-    without: Callable[[Tensor], Part],
+    without: Callable[[Tensor], Subgraph],
     estimate: Callable[[], Tensor],
     target: float,
-) -> Part | None:
-    """The part without as many candidates as the target allows; None if none can go."""
+    progress: Progress,
+) -> Subgraph | None:
+    """The subgraph without as many candidates as the target allows; None if none can go."""
     if len(candidates) == 0:
         return None
     if len(candidates) <= _MOST_MEASURED:
         # The order may come from fewer prompts; what goes is decided on all.
-        probe = problem.probe()
-        costs = torch.tensor(
-            [problem.calibrated_loss(without(one), probe) for one in candidates.unsqueeze(1)]
-        )
+        probe = task.probe()
+        measured = []
+        for one in candidates.unsqueeze(1):
+            if progress.left < 0:
+                return None
+            measured.append(task.calibrated_loss(without(one), probe))
+        costs = torch.tensor(measured)
     else:
         costs = estimate()
     ordered = candidates[costs.argsort(stable=True)]
     best, low, high = None, 0, len(candidates) + 1
     # Bisection, though the loss need not rise: each result that counts has been measured.
-    while high - low > 1:
+    while high - low > 1 and progress.left >= 0:
         # Large steps fail more often than not.
         middle = low + max(1, (high - low) // 3)
         smaller = without(ordered[:middle])
-        if problem.calibrated_loss(smaller) <= target:
+        if task.calibrated_loss(smaller) <= target:
             best, low = smaller, middle
         else:
             high = middle
     return best
-
-
-def node_effects(problem: Problem, part: Part) -> Tensor:
-    """First-order estimate of what the loss rises by if a node is frozen, `(total,)`."""
-    mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0).requires_grad_(True)
-    # At 1 the derivative of the sigmoid is a positive constant, which the order does not see.
-    _backward(problem, part, mask)
-    assert mask.grad is not None
-    slope = 1 / (2 + 2 * math.cosh(1.0))
-    return -mask.grad.squeeze(0) / slope
-
-
-def edge_effects(problem: Problem, part: Part) -> Tensor:
-    """First-order estimate of what the loss rises by if an edge is removed, `(E,)`."""
-    mask = torch.where(part.keep, 1.0, -1.0).unsqueeze(0)
-    with EdgeGradients(problem) as gradients:
-        _backward(problem, part, mask)
-        return -gradients.take()
-
-
-def _backward(problem: Problem, part: Part, mask: Tensor) -> None:
-    """Gradients of the calibrated loss on the prompts for fitting."""
-    for batch, calibration in problem.fit_batches(part):
-        count = 2 * len(problem.fit)
-        removed = part.removed
-        with problem.removing(removed), masked(problem.model, mask, problem.means, 1.0):
-            margins = margin(problem.model, batch)
-            calibrated = calibration.apply(margins, batch.positive)
-            (torch.nn.functional.softplus(-calibrated).sum() / count).backward()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,59 +17,26 @@ import torch
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
-from tqdm import tqdm
 
-from sparse_transformer.circuits.masks import PruneConfig, train_masks
-from sparse_transformer.circuits.problem import Problem
-from sparse_transformer.circuits.prune import Cut, cut
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The limits of a search for a circuit; it stops at the first that it reaches.
-
-    Attributes:
-        trials: number of trials, including those of an interrupted search.
-        together: trials trained in one batch.
-        seconds: time after which no trial starts.
-        steps: training steps of a mask.
-        pairs: prompt pairs per training step.
-        finalists: number of best trials that are refined by removing single nodes and edges.
-        refine_seconds: time limit of the refinement of each.
-    """
-
-    trials: int = 8
-    together: int = 4
-    seconds: float = 240.0
-    steps: int = 300
-    pairs: int = 16
-    finalists: int = 2
-    refine_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "trials",
-            "together",
-            "steps",
-            "pairs",
-            "finalists",
-            "seconds",
-            "refine_seconds",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+from sparse_transformer.circuits.budget import Budget, Progress
+from sparse_transformer.circuits.masks import MaskConfig, NodeMasks, train_masks
+from sparse_transformer.circuits.objective import TaskLoss
+from sparse_transformer.circuits.prune import Thresholded, threshold_nodes
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A trial that reached the target, or came nearest."""
 
-    cut: Cut
-    config: PruneConfig
+    nodes: Thresholded
+    config: MaskConfig
 
+
+# Share of a trial's time for training; the rest is for the threshold.
+_TRAINING = 0.75
 
 # To begin with. The published starting values (price 1e-4, learning rate 3e-3) suit far longer
-# trainings. Where `follow` is true the price follows the loss, see `PruneConfig.aim`.
+# trainings. Where `follow` is true the price follows the loss, see `MaskConfig.aim`.
 _GUESSES = tuple(
     {
         "follow": follow,
@@ -90,20 +56,20 @@ _GUESSES = tuple(
 
 
 def search(
-    problem: Problem,
+    task: TaskLoss,
     target: float,
     budget: Budget,
     *,
     key: str = "search",
     journal: Path | None = None,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates, the smallest first.
 
     Args:
         target: loss on the prompts for fitting, calibrated.
-        key: of everything that the result depends on; a search of another key is not gone on with.
+        key: of everything that the result depends on; only a search with this key is continued.
         journal: file that keeps the trials; its folder exists. None keeps nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -119,35 +85,35 @@ def search(
     if not study.trials:
         for guess in _GUESSES:
             study.enqueue_trial(guess)
-    began = time.monotonic()
-    disable = None if progress is None else not progress
-    with tqdm(
-        total=budget.trials, initial=_done(study), desc="search", unit=" trials", disable=disable,
-        leave=False,
-    ) as bar:  # fmt: skip
-        while (left := budget.trials - _done(study)) > 0:
-            if _done(study) and time.monotonic() - began > budget.seconds:
-                break
-            trials = [study.ask() for _ in range(min(left, budget.together))]
+    progress = progress or Progress()
+    batches = -(-(budget.trials - _done(study)) // budget.together)
+    for batch in range(batches):
+        if _done(study) and progress.left <= 0:
+            break
+        with progress.part(batch / batches, (batch + 1) / batches):
+            count = min(budget.trials - _done(study), budget.together)
+            trials = [study.ask() for _ in range(count)]
             configs = [_suggest(trial, budget, target) for trial in trials]
-            # Numbers of trials go on after an interruption, and so do the batches that are drawn.
-            masks = train_masks(problem, configs, seed=seed + trials[0].number, progress=progress)
+            # Trial numbers continue after an interruption, and so do the batches that are drawn.
+            with progress.part(0.0, _TRAINING):
+                masks, _ = train_masks(
+                    NodeMasks(task), configs, seed=seed + trials[0].number, progress=progress
+                )
             for trial, config, mask in zip(trials, configs, masks, strict=True):
-                found = cut(problem, mask, target)
+                found = threshold_nodes(task, mask, target, progress)
                 trial.set_user_attr("config", asdict(config))
                 trial.set_user_attr("nodes", json.dumps(found.keep.nonzero().squeeze(1).tolist()))
                 trial.set_user_attr("loss", found.loss)
                 trial.set_user_attr("edges", found.edges)
-                study.tell(trial, _value(problem, found, target))
-                bar.update()
-            bar.set_postfix(edges=_edges(study.best_trial))
+                study.tell(trial, _value(task, found, target))
+        progress.advance(0.0, trials=_done(study), edges=_edges(study.best_trial))
     complete = study.get_trials(states=[TrialState.COMPLETE])
     complete.sort(key=lambda trial: (trial.value, trial.number))
-    return [_candidate(problem, trial) for trial in _distinct(complete)[: budget.finalists]]
+    return [_candidate(task, trial) for trial in _distinct(complete)[: budget.finalists]]
 
 
-def _suggest(trial: Trial, budget: Budget, target: float) -> PruneConfig:
-    return PruneConfig(
+def _suggest(trial: Trial, budget: Budget, target: float) -> MaskConfig:
+    return MaskConfig(
         steps=budget.steps,
         pairs=budget.pairs,
         price=trial.suggest_float("price", 1e-4, 1e-1, log=True),
@@ -159,11 +125,11 @@ def _suggest(trial: Trial, budget: Budget, target: float) -> PruneConfig:
     )
 
 
-def _value(problem: Problem, found: Cut, target: float) -> float:
+def _value(task: TaskLoss, found: Thresholded, target: float) -> float:
     """The logarithm of the size; what does not reach the target is worse than all that do."""
     if found.loss <= target:
         return math.log(found.edges + 1)
-    return math.log(len(problem.edges.source) + 1) + found.loss - target
+    return math.log(len(task.edges.source) + 1) + found.loss - target
 
 
 def _done(study: optuna.Study) -> int:
@@ -181,9 +147,9 @@ def _distinct(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return list({trial.user_attrs["nodes"]: trial for trial in reversed(trials)}.values())[::-1]
 
 
-def _candidate(problem: Problem, trial: FrozenTrial) -> Candidate:
-    keep = torch.zeros(problem.places.total, dtype=torch.bool)
+def _candidate(task: TaskLoss, trial: FrozenTrial) -> Candidate:
+    keep = torch.zeros(task.nodes.total, dtype=torch.bool)
     keep[torch.tensor(json.loads(trial.user_attrs["nodes"]), dtype=torch.int64)] = True
     loss = trial.user_attrs["loss"]
-    found = Cut(keep, int(keep.sum()), _edges(trial), loss)
-    return Candidate(found, replace(PruneConfig(), **trial.user_attrs["config"]))
+    found = Thresholded(keep, int(keep.sum()), _edges(trial), loss)
+    return Candidate(found, replace(MaskConfig(), **trial.user_attrs["config"]))

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_transformer import taps, tasks
-from sparse_transformer.circuits.circuit import Circuit
-from sparse_transformer.circuits.trend import (
+from benchmarks.experiments.predictions.dose_response import (
     Prediction,
     accuracy,
-    margin_of,
-    margins_of,
+    dose_response,
+    logit_diff_of,
+    logit_diffs_of,
     single_token,
-    trend,
 )
+from sparse_transformer import taps, tasks
+from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.intervention import Intervention, Nodes, Set
 from sparse_transformer.model import Transformer
 
@@ -88,19 +88,19 @@ def single_double_quote(
     )
     asked = [prompt for pair in test for prompt in (pair.positive, pair.negative)]
     answers = torch.tensor([[prompt.right, prompt.wrong] for prompt in asked])
-    margins = {
-        n: margins_of(model, [[*before[p.right][n], *p.tokens] for p in asked], answers)
+    diffs = {
+        n: logit_diffs_of(model, [[*before[p.right][n], *p.tokens] for p in asked], answers)
         for n in _STRINGS
     }
-    # Half of the prompts have either answer, and margins are right over wrong.
-    gap = 2 * float(margins[0].mean())
+    # Half of the prompts have either answer, and diffs are right over wrong.
+    gap = 2 * float(diffs[0].mean())
     sentence = (
         f"the more of {most} closed strings before an open one have the other kind of quote, the "
         f"less is the right quote preferred"
     )
     return [
         _quote_node(model, circuit, train, test),
-        trend("other_quotes_before", _QUOTES, sentence, margins, -1, gap),
+        dose_response("other_quotes_before", _QUOTES, sentence, diffs, -1, gap),
     ]
 
 
@@ -130,9 +130,9 @@ class _Quotes:
         answers = torch.stack([batch.right, batch.wrong], 1)
         return cls(batch.tokens, batch.last, answers, batch.positive, batch.tokens != other)
 
-    def margins(self, model: Transformer, changes: Sequence[Intervention] = ()) -> Tensor:
+    def diffs(self, model: Transformer, changes: Sequence[Intervention] = ()) -> Tensor:
         """Right over wrong, `(B,)`."""
-        return margin_of(model, self.tokens, self.answers, changes, self.last)
+        return logit_diff_of(model, self.tokens, self.answers, changes, self.last)
 
     def changes(
         self,
@@ -169,17 +169,17 @@ def _quote_node(
     else:
         nodes = [node.id for node in circuit.nodes if node.kind in ("neuron", "v")]
 
-    before = seen.margins(model).mean()
+    before = seen.diffs(model).mean()
     drops = {}
     for node in nodes:
-        after = seen.margins(model, seen.changes(model, [node], means))
+        after = seen.diffs(model, seen.changes(model, [node], means))
         drops[node] = float(before - after.mean())
     order = sorted(drops, key=drops.__getitem__, reverse=True)
-    untouched = unseen.margins(model)
+    untouched = unseen.diffs(model)
 
     def flipped(nodes: Sequence[str], own: bool = False) -> float:
         """Share of prompts whose right answer becomes a wrong one."""
-        after = unseen.margins(model, unseen.changes(model, nodes, means, own=own))
+        after = unseen.diffs(model, unseen.changes(model, nodes, means, own=own))
         return float(((untouched > 0) & (after <= 0)).double().mean())
 
     solved = min(accuracy(untouched[0::2]), accuracy(untouched[1::2]))

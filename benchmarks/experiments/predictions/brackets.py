@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_transformer.circuits.circuit import Circuit
-from sparse_transformer.circuits.trend import (
+from benchmarks.experiments.predictions.dose_response import (
     Prediction,
     Tokens,
-    margin_of,
-    margins_of,
+    dose_response,
+    logit_diff_of,
+    logit_diffs_of,
     mean_and_error,
     padded,
     single_token,
-    trend,
 )
+from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.errors import UserError
 from sparse_transformer.intervention import Patch
 from sparse_transformer.model import Transformer
@@ -66,12 +66,14 @@ def bracket_counting(
     found = []
     for asked in _ASKED:
         made = _fitting(model, lists, asked)
-        margins = {amount: margins_of(model, texts, answers) for amount, texts in made.items()}
+        diffs = {amount: logit_diffs_of(model, texts, answers) for amount, texts in made.items()}
         direction = -1 if asked.opening == "[[" else 1
         first = min(made)
         other = lists.prompts("[" if asked.opening == "[[" else "[[", asked, first)
-        gap = (margins_of(model, other, answers) - margins[first]).mean() * direction
-        found.append(trend(asked.name, _BRACKETS, asked.sentence, margins, direction, float(gap)))
+        gap = (logit_diffs_of(model, other, answers) - diffs[first]).mean() * direction
+        found.append(
+            dose_response(asked.name, _BRACKETS, asked.sentence, diffs, direction, float(gap))
+        )
     if circuit is not None:
         made = _fitting(model, lists, _LONGER)
         found.append(_depth_node(model, circuit, made[min(made)], made[max(made)], answers))
@@ -208,14 +210,14 @@ def _depth_node(
 ) -> Prediction:
     """Chosen on the first half of the prompts, measured on the second."""
     half = len(short) // 2
-    before = margins_of(model, long, answers)
-    costs = margins_of(model, short, answers) - before
+    before = logit_diffs_of(model, long, answers)
+    costs = logit_diffs_of(model, short, answers) - before
 
     def restored(node: str, some: slice) -> float:
         """What the node of the shorter lists gives back, of what the longer ones cost."""
         tokens, last = padded(model, long[some])
         patch = Patch(node, *padded(model, short[some]), at="-1")
-        gain = margin_of(model, tokens, answers, [patch], last) - before[some]
+        gain = logit_diff_of(model, tokens, answers, [patch], last) - before[some]
         cost = float(costs[some].mean())
         return float(gain.mean()) / cost if cost > 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""`python -m sparse_transformer.circuits.predictions`: what circuits predict, and whether it holds.
+"""`python -m benchmarks.experiments.predictions`: what circuits predict, and whether it holds.
 
 The predictions are those of brackets.py and quotes.py. Everything is measured on the whole model.
 """
@@ -13,11 +13,11 @@ from typing import Annotated, TextIO
 
 import tyro
 
+from benchmarks.experiments.predictions.brackets import bracket_counting
+from benchmarks.experiments.predictions.dose_response import Prediction
+from benchmarks.experiments.predictions.quotes import single_double_quote
 from sparse_transformer import program
-from sparse_transformer.circuits.brackets import bracket_counting
 from sparse_transformer.circuits.circuit import Circuit
-from sparse_transformer.circuits.quotes import single_double_quote
-from sparse_transformer.circuits.trend import Prediction
 from sparse_transformer.errors import UserError
 from sparse_transformer.run import load_run
 
@@ -122,9 +122,7 @@ def _text(found: Prediction) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(
-        PredictionsConfig, prog="sparse_transformer.circuits.predictions", args=arguments
-    )
+    config = tyro.cli(PredictionsConfig, prog="benchmarks.experiments.predictions", args=arguments)
     return program.status(lambda: run(config, sys.stdout))
 
 

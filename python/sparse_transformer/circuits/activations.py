@@ -1,7 +1,7 @@
-"""Mean activations over the training corpus, at which ablated nodes are frozen, and snippets.
+"""Activations over a corpus: the means that ablated nodes have, and where a node is most active.
 
 The corpus is that of the run, or any that is given; its text is encoded with the run's tokenizer.
-Means are kept in the user's cache, by the weights of the model and the tokens they were taken over.
+Means are kept in the user's cache, under a hash of the model's weights and of the tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sparse_transformer import taps
 from sparse_transformer.circuits.circuit import Snippet
-from sparse_transformer.circuits.nodes import Places
+from sparse_transformer.circuits.graph import Nodes
 from sparse_transformer.data import Corpus
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
@@ -55,7 +55,7 @@ def mean_activations(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Tensor]:
-    """The mean over all tokens by place, and by `{layer}.attn.y`; float32 `(C,)` each.
+    """The mean over all tokens by hook point, `{layer}.attn.y` included; float32 `(C,)` each.
 
     Args:
         model: in evaluation.
@@ -112,12 +112,12 @@ def top_snippets(
     count: int = 4,
     progress: bool | None = None,
 ) -> dict[str, tuple[Snippet, ...]]:
-    """Where in `tokens` each node's activation is largest in magnitude, by `place:channel`.
+    """Where in `tokens` each node's activation is largest in magnitude, by `hook:channel`.
 
     Args:
-        nodes: place and channel of each.
+        nodes: hook point and channel of each.
         texts: of each token id.
-        count: how many snippets; from different rows.
+        count: how many snippets, each from another row.
     """
     by_place: dict[str, list[int]] = {}
     for place, channel in nodes:
@@ -157,9 +157,9 @@ def _snippets(values: Tensor, tokens: Tensor, texts: list[str], count: int) -> t
 def _recorded(
     model: Transformer, tokens: Tensor, name: str, progress: bool | None
 ) -> Iterator[dict[str, Tensor]]:
-    """What the taps of nodes see, some rows at a time."""
-    places = Places.of(model.config)
-    names = [*places.names, *(name[:-1] + "y" for name in places.names if name.endswith(".v"))]
+    """The activations of all nodes, some rows at a time."""
+    nodes = Nodes.of(model.config)
+    names = [*nodes.names, *(name[:-1] + "y" for name in nodes.names if name.endswith(".v"))]
     disable = None if progress is None else not progress
     device = model.norm.weight.device
     for rows in tqdm(tokens.split(_ROWS), name, unit=" batches", disable=disable, leave=False):

@@ -1,11 +1,11 @@
-"""What is found of a prediction, and trends of mean logit differences, in nats.
+"""Dose response: how the mean logit difference follows an amount that a prediction names, in nats.
 
-A model must be able to do the task: at the first
-amount its gap, by which the difference is larger where the first answer is right than where the
-second is, must be at least `GAP`. A constant lean to one answer is left aside, as it is where
-circuits are calibrated. Then the trend holds when at least `ORDERED` of all pairs of amounts are
-ordered as predicted, and the change from the first amount to the last is as predicted, more than
-two of its standard errors, and at least the share `MATERIAL` of the gap.
+The model must be able to do the task: at the first amount its gap, by which the difference is
+larger where the first answer is right than where the second is, must be at least `GAP`. A constant
+preference for one answer is ignored, as it is where circuits are calibrated. A prediction holds
+when at least `ORDERED` of all pairs of amounts are ordered as predicted, and the change from the
+first amount to the last goes as predicted, is more than two of its standard errors, and at least
+the share `MATERIAL` of the gap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Tokens = Sequence[int]
 
-# What is asked of a trend, see above.
+# See above.
 GAP, ORDERED, MATERIAL = 1.0, 0.8, 0.1
 # How many tokens go through the model at once.
 _MOST_TOKENS = 8192
@@ -56,21 +56,21 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
     return int(id)
 
 
-def trend(
+def dose_response(
     name: str,
     task: str,
     sentence: str,
-    margins: Mapping[int, Tensor],
+    diffs: Mapping[int, Tensor],
     direction: int,
     gap: float,
 ) -> Prediction:
-    """Whether means of `margins`, by amount `(prompts,)`, go in the `direction`, 1 or -1.
+    """Whether means of `diffs`, by amount `(prompts,)`, go in the `direction`, 1 or -1.
 
     The n-th prompts of all amounts belong together. What is predicted is always a mistake: a margin
     in the direction is a wrong answer.
     """
-    amounts = sorted(margins)
-    table = torch.stack([margins[amount] for amount in amounts]).double()  # (amounts, prompts)
+    amounts = sorted(diffs)
+    table = torch.stack([diffs[amount] for amount in amounts]).double()  # (amounts, prompts)
     means = table.mean(1).tolist()
     steps = [direction * (later - earlier) > 0 for earlier, later in combinations(means, 2)]
     ordered = sum(steps) / len(steps)
@@ -91,9 +91,9 @@ def trend(
     return Prediction(name, task, sentence, held, numbers)
 
 
-def accuracy(margins: Tensor) -> float:
-    """Share of right answers; margins are right over wrong."""
-    return float((margins > 0).double().mean())
+def accuracy(diffs: Tensor) -> float:
+    """Share of right answers; diffs are right over wrong."""
+    return float((diffs > 0).double().mean())
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -110,7 +110,7 @@ def padded(model: Transformer, prompts: Sequence[Tokens]) -> tuple[Tensor, Tenso
     return tokens.to(device), last.to(device)
 
 
-def margins_of(model: Transformer, prompts: Sequence[Tokens], answers: Tensor) -> Tensor:
+def logit_diffs_of(model: Transformer, prompts: Sequence[Tokens], answers: Tensor) -> Tensor:
     """The first answer's logit over the second's, `(B,)`; answers `(2,)` or `(B, 2)`."""
     rows = max(1, _MOST_TOKENS // max(map(len, prompts)))
     answers = answers.expand(len(prompts), 2)
@@ -118,11 +118,11 @@ def margins_of(model: Transformer, prompts: Sequence[Tokens], answers: Tensor) -
     for first in range(0, len(prompts), rows):
         some = slice(first, first + rows)
         tokens, last = padded(model, prompts[some])
-        found.append(margin_of(model, tokens, answers[some], (), last))
+        found.append(logit_diff_of(model, tokens, answers[some], (), last))
     return torch.cat(found)
 
 
-def margin_of(
+def logit_diff_of(
     model: Transformer,
     tokens: Tensor,
     answers: Tensor,

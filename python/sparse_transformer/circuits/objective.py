@@ -1,10 +1,11 @@
-"""One task asked of one model: its prompts, and the loss of any part of the model on them."""
+"""The objective of a search: the loss of any part of a model on the prompts of one task."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import taps
-from sparse_transformer.circuits.edges import Edges
-from sparse_transformer.circuits.nodes import Base, Places, frozen
+from sparse_transformer.circuits.ablation import Baseline, keep_nodes, remove_edges
+from sparse_transformer.circuits.graph import Edges, Nodes
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
@@ -26,12 +27,12 @@ _PROBE_STRIDE = 2
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a model: nodes, and the edges among them that are there.
+class Subgraph:
+    """A part of a model.
 
     Attributes:
-        keep: bool `(total,)`, the nodes.
-        removed: bool `(E,)`, edges that are not there although both ends are; None for none.
+        keep: bool `(total,)`, its nodes.
+        removed: bool `(E,)`, edges that it lacks although it has both ends; None for none.
     """
 
     keep: Tensor
@@ -42,43 +43,43 @@ class Part:
 class Calibration:
     """`scale` (above 0) and `shift` of the difference between the logits of the two answers.
 
-    The difference is that of the positive prompt's answer over the negative's, so that a shift
-    corrects a constant lean to one answer. A scale that could turn negative would let any part that
-    answers wrongly count as one that answers rightly.
+    The difference is the positive prompt's answer minus the negative's, so a shift corrects a
+    constant preference for one answer. A scale that could turn negative would let any part that
+    answers wrongly count as one that answers correctly.
     """
 
     scale: float = 1.0
     shift: float = 0.0
 
-    def apply(self, margin: Tensor, positive: Tensor) -> Tensor:
-        """`margin`: the logit of the right answer minus that of the wrong one."""
-        return margin * self.scale + torch.where(positive, self.shift, -self.shift)
+    def apply(self, logit_diff: Tensor, positive: Tensor) -> Tensor:
+        """`logit_diff`: the logit of the right answer minus that of the wrong one."""
+        return logit_diff * self.scale + torch.where(positive, self.shift, -self.shift)
 
 
 @dataclass(frozen=True)
-class Score:
-    """Two-way cross-entropy in nats, and the share of prompts answered rightly."""
+class TaskScore:
+    """Binary cross-entropy over the two answers, in nats, and the share of correct answers."""
 
     loss: float
     accuracy: float
 
 
-class Problem:
-    """A model, a task and its prompts.
+class TaskLoss:
+    """The loss of parts of a model on a task.
 
     Args:
-        model: in evaluation; its parameters stop requiring gradients.
+        model: in evaluation mode; its parameters stop requiring gradients.
         task: the task.
-        tokenizer: of the model.
-        means: see means.py.
-        train_pairs, fit_pairs, test_pairs: how many; masks are trained on the first, cut to the
-            target loss on the second, and everything that is reported is measured on the third,
-            which is of the other split of the task.
-        max_tokens: prompts for training are at most this long, to save time.
-        seed: draws the prompts.
+        tokenizer: the model's.
+        means: the mean activations, see activations.py.
+        train_pairs, fit_pairs, test_pairs: number of pairs. Masks are trained on the first, pruned
+            to the target loss on the second, and validated on the third, which come from the
+            task's other split.
+        max_tokens: the longest prompt for training, to save time.
+        seed: of the prompts.
 
     Raises:
-        UserError: the task cannot be asked of this tokenizer.
+        UserError: the task cannot be asked with this tokenizer.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Problem:
         model: Transformer,
         task: Task,
         tokenizer: Tokenizer,
-        means: Base,
+        means: Baseline,
         *,
         train_pairs: int = 512,
         fit_pairs: int = 96,
@@ -96,7 +97,7 @@ class Problem:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.task, self.means = task, means
-        self.places, self.edges = Places.of(model.config), Edges.of(model)
+        self.nodes, self.edges = Nodes.of(model.config), Edges.of(model)
         self.pad = model.config.vocab_size - 1
         context = model.config.context
         self.train = task.pairs(
@@ -110,12 +111,8 @@ class Problem:
         self.fit = task.pairs(tokenizer, fit_pairs, split="train", seed=seed + 1, context=context)
         self.test = task.pairs(tokenizer, test_pairs, split="test", seed=seed, context=context)
 
-    def everything(self) -> Part:
-        """The whole model."""
-        return Part(torch.ones(self.places.total, dtype=torch.bool))
-
     def batches(self, pairs: int, seed: int) -> Iterator[Batch]:
-        """Training batches without end; pairs of about equal length go together."""
+        """Endless training batches; pairs of about equal length go together."""
         ordered = sorted(self.train, key=_length)
         generator = torch.Generator().manual_seed(seed)
         count = max(1, len(ordered) // pairs)
@@ -124,99 +121,74 @@ class Problem:
                 yield collate(ordered[number * pairs : (number + 1) * pairs], self.pad)
 
     @torch.no_grad()
-    def margins(
+    def logit_diffs(
         self,
         pairs: Sequence[Pair],
-        part: Part | None = None,
-        base: Base | None = None,
+        subgraph: Subgraph | None = None,
+        baseline: Baseline | None = None,
         resample: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of each prompt, positive before negative: logit of right minus wrong; whether positive.
+        """Right minus wrong logit of each prompt, positive before negative; and which are positive.
 
         Args:
             pairs: the prompts.
-            part: what is left of the model; None for all of it.
-            base: what the rest has instead; by default the means.
-            resample: int64 `(2P,)`, for each prompt the number of another one, with any
-                answer: what the rest has is then its activation there at the same position.
+            subgraph: what is left of the model; None for all of it.
+            baseline: of the ablated rest; None for the means.
+            resample: int64 `(2P,)`, for each prompt the number of another one, with any answer:
+                the rest then has its activation in that prompt, at the same position.
         """
         order = sorted(range(len(pairs)), key=lambda number: _length(pairs[number]))
-        margins = torch.empty(2 * len(pairs))
+        found = torch.empty(2 * len(pairs))
         prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
         for numbers in _chunks(order, pairs):
             batch = collate([pairs[number] for number in numbers], self.pad)
             rows = torch.tensor([row for number in numbers for row in (2 * number, 2 * number + 1)])
             if resample is not None:
                 others = [prompts[number] for number in resample[rows].tolist()]
-                base = self._activations(others, batch.tokens.shape[1])
+                baseline = self._activations(others, batch.tokens.shape[1])
             with ExitStack() as stack:
-                if part is not None:
-                    self._enter(stack, part, base or self.means)
-                margins[rows] = margin(self.model, batch)
+                if subgraph is not None:
+                    rest = baseline or self.means
+                    stack.enter_context(keep_nodes(self.model, subgraph.keep, rest))
+                    removed = subgraph.removed
+                    stack.enter_context(remove_edges(self.model, self.edges, removed, rest))
+                found[rows] = logit_diff(self.model, batch)
         positive = torch.tensor([True, False]).repeat(len(pairs))
-        return margins, positive
+        return found, positive
 
-    def score(
-        self,
-        pairs: Sequence[Pair],
-        part: Part | None = None,
-        base: Base | None = None,
-        *,
-        calibration: Calibration | None = None,
-        resample: Tensor | None = None,
-    ) -> Score:
-        """Loss and accuracy, calibrated if so."""
-        margins, positive = self.margins(pairs, part, base, resample)
-        return score(margins, positive, calibration)
+    def score(self, pairs: Sequence[Pair], subgraph: Subgraph | None = None) -> TaskScore:
+        """Loss and accuracy, not calibrated."""
+        return score(*self.logit_diffs(pairs, subgraph))
 
-    def calibrated_loss(self, part: Part, pairs: Sequence[Pair] | None = None) -> float:
-        """Loss on the prompts that are for fitting, after calibrating on them."""
-        margins, positive = self.margins(self.fit if pairs is None else pairs, part)
-        return score(margins, positive, calibrate(margins, positive)).loss
+    def calibrated_loss(self, subgraph: Subgraph, pairs: Sequence[Pair] | None = None) -> float:
+        """Loss on `pairs`, by default those for fitting, after calibration on them."""
+        diffs, positive = self.logit_diffs(self.fit if pairs is None else pairs, subgraph)
+        return score(diffs, positive, calibrate(diffs, positive)).loss
 
     def probe(self) -> list[Pair]:
-        """Some of the prompts for fitting, short ones, for what is measured very often."""
+        """A few short prompts of those for fitting, for what is measured very often."""
         return sorted(self.fit, key=_length)[: max(1, len(self.fit) // 2) : _PROBE_STRIDE]
 
-    def fit_batches(self, part: Part) -> Iterator[tuple[Batch, Calibration]]:
-        """The prompts for fitting, batch by batch, and the calibration of `part` on them."""
-        calibration = calibrate(*self.margins(self.fit, part))
+    def fit_batches(self, subgraph: Subgraph) -> Iterator[tuple[Batch, Calibration]]:
+        """The prompts for fitting, batch by batch, and the calibration of `subgraph` on them."""
+        calibration = calibrate(*self.logit_diffs(self.fit, subgraph))
         order = sorted(range(len(self.fit)), key=lambda number: _length(self.fit[number]))
         for numbers in _chunks(order, self.fit):
             yield collate([self.fit[number] for number in numbers], self.pad), calibration
 
-    @contextmanager
-    def removing(self, removed: Tensor | None, base: Base | None = None) -> Iterator[None]:
-        """Inside the block these edges are gone; see `Edges.without`."""
-        if removed is None:
-            yield
-            return
-        with self.edges.without(self.model, removed, base or self.means):
-            yield
+    def present_edges(self, subgraph: Subgraph) -> Tensor:
+        """bool `(E,)`: the edges of a subgraph."""
+        between = self.edges.between(subgraph.keep)
+        return between if subgraph.removed is None else between & ~subgraph.removed
 
-    def _enter(self, stack: ExitStack, part: Part, base: Base) -> None:
-        stack.enter_context(frozen(self.model, part.keep, base))
-        stack.enter_context(self.removing(part.removed, base))
+    def size(self, subgraph: Subgraph) -> int:
+        """How many edges a subgraph has."""
+        return int(self.present_edges(subgraph).sum())
 
-    def _activations(self, prompts: Sequence[Prompt], width: int) -> Base:
-        """Of all nodes in these prompts at `width` positions; the last one's where they end."""
-        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        tokens = torch.full((len(prompts), int(last.max()) + 1), self.pad)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
-        with taps.record(self.model) as seen:
-            self.model(tokens, last_only=True)
-        where = torch.arange(width).expand(len(tokens), -1).minimum(last.unsqueeze(1))
-        return {
-            name: value.gather(1, where.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
-            for name, value in seen.items()
-        }
-
-    def control(self, seed: int) -> Problem:
+    def with_random_labels(self, seed: int) -> TaskLoss:
         """The same prompts with random labels, one draw for each pair."""
         generator = torch.Generator().manual_seed(seed)
-        made = object.__new__(Problem)
-        made.__dict__.update(self.__dict__)
+        made = copy.copy(self)
         for name in ("train", "fit", "test"):
             pairs = getattr(self, name)
             flips = torch.randint(2, (len(pairs),), generator=generator).tolist()
@@ -227,7 +199,7 @@ class Problem:
             )
         return made
 
-    def need_solved(self, least: float) -> Score:
+    def need_solved(self, least: float) -> TaskScore:
         """The whole model's score on the test prompts.
 
         Raises:
@@ -242,26 +214,40 @@ class Problem:
             )
         return found
 
+    def _activations(self, prompts: Sequence[Prompt], width: int) -> Baseline:
+        """Of all nodes in these prompts at `width` positions; the last one's where they end."""
+        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
+        tokens = torch.full((len(prompts), int(last.max()) + 1), self.pad)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
+        with taps.record(self.model) as seen:
+            self.model(tokens, last_only=True)
+        where = torch.arange(width).expand(len(tokens), -1).minimum(last.unsqueeze(1))
+        return {
+            name: value.gather(1, where.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
+            for name, value in seen.items()
+        }
 
-def margin(model: Transformer, batch: Batch) -> Tensor:
+
+def logit_diff(model: Transformer, batch: Batch) -> Tensor:
     """Logit of the right answer minus that of the wrong one, `(2P,)`."""
     logits = model(batch.tokens, at=batch.last).squeeze(1)
     found: Tensor = logits.gather(1, torch.stack([batch.right, batch.wrong], 1)).float()
     return found[:, 0] - found[:, 1]
 
 
-def score(margins: Tensor, positive: Tensor, calibration: Calibration | None = None) -> Score:
-    """Of margins `(2P,)`. A tie is not right, as in evaluate.py."""
+def score(diffs: Tensor, positive: Tensor, calibration: Calibration | None = None) -> TaskScore:
+    """Of logit differences `(2P,)`. A tie is not correct, as in evaluation."""
     if calibration is not None:
-        margins = calibration.apply(margins, positive)
-    loss = torch.nn.functional.softplus(-margins).mean()
-    return Score(float(loss), float((margins > 0).float().mean()))
+        diffs = calibration.apply(diffs, positive)
+    loss = torch.nn.functional.softplus(-diffs).mean()
+    return TaskScore(float(loss), float((diffs > 0).float().mean()))
 
 
-def calibrate(margins: Tensor, positive: Tensor) -> Calibration:
+def calibrate(diffs: Tensor, positive: Tensor) -> Calibration:
     """The scale and shift of least loss, by 16 steps of L-BFGS."""
-    wide = margins.detach().double()
-    # The scale starts where margins are of size 1: a circuit's may be a thousandth of the model's.
+    wide = diffs.detach().double()
+    # The scale starts where differences have size 1: a circuit's may be 1000 times smaller.
     size = max(float(wide.abs().mean()), 1e-12)
     parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(

@@ -8,12 +8,9 @@
   const nodes = circuit.nodes;
   const place = new Map(nodes.map((node, index) => [node.id, index]));
 
-  // By index in circuit.nodes and circuit.edges.
-  const shapes = new Array(nodes.length);
-  const order = [...picture.querySelectorAll(".node")];
-  for (const shape of order) shapes[Number(shape.dataset.node)] = shape;
-  const marks = circuit.edges.map(() => []);
-  for (const mark of picture.querySelectorAll("[data-edge]")) marks[Number(mark.dataset.edge)].push(mark);
+  // By index in circuit.nodes and circuit.edges, as the ids n12 and e34 in the drawing are.
+  const shapes = nodes.map((_, index) => byId(`n${index}`));
+  const lines = circuit.edges.map((_, index) => byId(`e${index}`));
   const arriving = nodes.map(() => []);
   const leaving = nodes.map(() => []);
   circuit.edges.forEach((edge, index) => {
@@ -21,10 +18,19 @@
     leaving[source].push({ index, other: target });
     arriving[target].push({ index, other: source });
   });
+  // The middle of each node; nodes of a row have the same y.
+  const middle = shapes.map((shape) => {
+    const { x, y, width, height } = shape.querySelector("path").getBBox();
+    return [x + width / 2, y + height / 2];
+  });
+  const sameRow = (a, b) => Math.abs(middle[a][1] - middle[b][1]) < 2;
+  // Reading order: rows upward, each from left to right.
+  const order = nodes.map((_, index) => index);
+  order.sort((a, b) => (sameRow(a, b) ? middle[a][0] - middle[b][0] : middle[b][1] - middle[a][1]));
 
   // --- words ---
 
-  // The same as `visible` in text.py.
+  // The same as `visible` in words.py.
   function visible(text) {
     if (!text) return "∅";
     const inner = text.replace(/^ +| +$/g, "");
@@ -45,9 +51,28 @@
     return (value < 0 ? "−" : "+") + (usual ? size.toFixed(2) : size.toExponential(0));
   }
 
+  const weightOf = (edge) =>
+    edge.kind === "residual" ? "residual stream" : edge.kind === "attention" ? "attention" : signed(edge.weight);
   const sign = (value) => (value < 0 ? "negative" : "positive");
   const isEnd = (node) => node.kind === "token" || node.kind === "answer";
   const nameOf = (node) => visible(node.label || (isEnd(node) ? "" : `${node.kind} ${node.channel}`));
+
+  const MEANING = {
+    token: "a token of the prompts",
+    read: "what a sublayer reads from the residual stream",
+    q: "a query channel of an attention head",
+    k: "a key channel of an attention head",
+    v: "a value channel of an attention head",
+    neuron: "an MLP neuron",
+    write: "what a sublayer adds to the residual stream",
+    answer: "one of the two answers",
+  };
+  function whereOf(node) {
+    if (isEnd(node)) return `${node.kind} ${node.channel}`;
+    let part = node.head === null ? "" : `head ${node.head}, `;
+    if (node.kind === "read" || node.kind === "write") part = node.id.includes(".mlp.") ? "MLP, " : "attention, ";
+    return `${node.kind} ${node.channel}, ${part}layer ${node.layer}`;
+  }
 
   function element(tag, attributes, ...children) {
     const made = document.createElement(tag);
@@ -55,6 +80,19 @@
     made.append(...children);
     return made;
   }
+
+  nodes.forEach((node, index) => {
+    const shape = shapes[index];
+    const label = `${nameOf(node)}, ${whereOf(node)}, ${arriving[index].length} in, ${leaving[index].length} out`;
+    const attributes = { "data-node": index, role: "button", "aria-pressed": "false", "aria-label": label, tabindex: index === order[0] ? 0 : -1 };
+    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
+  });
+  circuit.edges.forEach((edge, index) => {
+    const ends = `${nameOf(nodes[place.get(edge.source)])} → ${nameOf(nodes[place.get(edge.target)])}`;
+    const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+    title.textContent = `${ends}  ${weightOf(edge)}`;
+    lines[index].prepend(title);
+  });
 
   // --- the panel ---
 
@@ -84,9 +122,7 @@
     for (const { index, other } of sorted) {
       const edge = circuit.edges[index];
       const weighted = edge.kind !== "residual" && edge.kind !== "attention";
-      const weight = weighted
-        ? element("span", { class: `weight ${sign(edge.weight)}` }, signed(edge.weight))
-        : element("span", { class: "weight" }, edge.kind);
+      const weight = element("span", { class: weighted ? `weight ${sign(edge.weight)}` : "weight" }, weightOf(edge));
       const button = element("button", { type: "button" }, element("span", {}, nameOf(nodes[other])), weight);
       button.addEventListener("click", () => go(other));
       box.append(button);
@@ -102,8 +138,8 @@
       const difference = element("span", right ? {} : { class: "wrong" }, signed(example.logit_difference));
       const line = element(
         "p", { class: "answer-line" },
-        "then ", element("code", {}, visible(example.right)),
-        " over ", element("code", {}, visible(example.wrong)), " by ", difference,
+        "the circuit prefers ", element("code", {}, visible(example.right)),
+        " to ", element("code", {}, visible(example.wrong)), " by ", difference,
         right ? "" : element("span", { class: "wrong" }, ", which is wrong"),
       );
       const first = example.positive ? "example first" : "example";
@@ -128,12 +164,12 @@
     const node = nodes[index];
     const largest = scaleOf(node);
     const whole = element("div", {}, element("h2", {}, nameOf(node)));
-    const where = shapes[index].dataset.place;
+    const where = whereOf(node);
     whole.append(element("p", { class: "where" }, pinned === index ? `${where} · kept here` : where));
     const list = element("dl", {});
-    fact(list, "kind", node.kind);
+    fact(list, "kind", `${node.kind}: ${MEANING[node.kind]}`);
     if (!isEnd(node)) {
-      fact(list, "place", node.id);
+      fact(list, "hook point", node.id);
       fact(list, "mean", signed(node.mean));
       if (node.importance !== null) fact(list, "importance", `${signed(node.importance)} loss without it`);
     }
@@ -144,7 +180,7 @@
         ends(`read by (${leaving[index].length})`, leaving[index])),
     );
     if (circuit.examples.length) {
-      whole.append(element("h3", {}, isEnd(node) ? "Prompts" : "On the prompts"));
+      whole.append(element("h3", {}, isEnd(node) ? "Prompts" : "Its activations on prompts, in the whole model"));
       whole.append(...examples(node, largest));
     }
     const snippets = circuit.snippets[node.id] ?? [];
@@ -171,7 +207,7 @@
     shapes[shown].classList.add("lit");
     for (const { index, other } of [...arriving[shown], ...leaving[shown]]) {
       shapes[other].classList.add("lit");
-      for (const mark of marks[index]) mark.classList.add("lit");
+      lines[index].classList.add("lit");
     }
   }
 
@@ -179,7 +215,7 @@
     light();
     const shown = pinned ?? active ?? current;
     if (shown === current && pinned === kept) return;
-    order.forEach((shape) => shape.setAttribute("aria-pressed", String(shape === shapes[pinned])));
+    shapes.forEach((shape, index) => shape.setAttribute("aria-pressed", String(index === pinned)));
     if (current !== null) shapes[current].classList.remove("current");
     [current, kept] = [shown, pinned];
     shapes[current].classList.add("current");
@@ -204,27 +240,22 @@
   }
 
   const nodeAt = (target) => {
-    const shape = target instanceof Element ? target.closest(".node") : null;
+    const shape = target instanceof Element ? target.closest("[data-node]") : null;
     return shape ? Number(shape.dataset.node) : null;
   };
   const focused = () => nodeAt(document.activeElement);
 
   picture.addEventListener("pointerover", (event) => {
     const index = nodeAt(event.target);
-    const edge = event.target.closest("g.edge");
     if (index !== null) look(index);
-    else if (edge && pinned === null && active === null)
-      for (const mark of marks[Number(edge.dataset.edge)]) mark.classList.add("lit");
   });
   picture.addEventListener("pointerout", (event) => {
-    const index = nodeAt(event.target);
-    if (index === null) light();
-    else if (nodeAt(event.relatedTarget) === null) look(focused());
+    if (nodeAt(event.target) !== null && nodeAt(event.relatedTarget) === null) look(focused());
   });
   // Not at the picture: an <svg> that listens for focus is a stop of Tab itself.
   scroller.addEventListener("focusin", (event) => {
     if (nodeAt(event.target) === null) return;
-    for (const shape of order) shape.tabIndex = shape === event.target ? 0 : -1;
+    for (const shape of shapes) shape.tabIndex = shape === event.target ? 0 : -1;
     look(nodeAt(event.target));
   });
   scroller.addEventListener("focusout", (event) => {
@@ -238,27 +269,29 @@
 
   // --- keys ---
 
-  function beside(at, key) {
-    const row = (shape) => Number(shape.dataset.row);
-    const x = (shape) => Number(shape.dataset.x);
-    const here = order[at];
-    if (key === "Home") return 0;
-    if (key === "End") return order.length - 1;
+  function beside(index, key) {
+    const at = order.indexOf(index);
+    if (key === "Home") return order[0];
+    if (key === "End") return order.at(-1);
     if (key === "ArrowLeft" || key === "ArrowRight") {
       const next = order[at + (key === "ArrowRight" ? 1 : -1)];
-      return next && row(next) === row(here) ? order.indexOf(next) : at;
+      return next !== undefined && sameRow(next, index) ? next : index;
     }
-    const step = key === "ArrowUp" ? 1 : -1;
-    const near = order.filter((shape) => row(shape) === row(here) + step);
-    near.sort((a, b) => Math.abs(x(a) - x(here)) - Math.abs(x(b) - x(here)));
-    return near.length ? order.indexOf(near[0]) : at;
+    // The nearest in the next row.
+    const [x, y] = middle[index];
+    const up = key === "ArrowUp" ? 1 : -1;
+    const ahead = order.filter((other) => !sameRow(other, index) && up * (y - middle[other][1]) > 0);
+    const closest = up > 0 ? ahead[0] : ahead.at(-1);
+    const row = ahead.filter((other) => sameRow(other, closest));
+    row.sort((a, b) => Math.abs(middle[a][0] - x) - Math.abs(middle[b][0] - x));
+    return row[0] ?? index;
   }
 
   picture.addEventListener("keydown", (event) => {
-    const at = order.indexOf(document.activeElement);
-    if (at === -1 || event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "Enter" || event.key === " ") pin(focused());
-    else if (/^(Arrow|Home|End)/.test(event.key)) order[beside(at, event.key)].focus();
+    const index = focused();
+    if (index === null || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "Enter" || event.key === " ") pin(index);
+    else if (/^(Arrow|Home|End)/.test(event.key)) shapes[beside(index, event.key)].focus();
     else return;
     event.preventDefault();
   });
@@ -269,23 +302,16 @@
   // --- size and theme ---
 
   const [LEAST, MOST] = [0.8, 1.3]; // relative to the size that fits
-  const natural = Number(picture.getAttribute("width"));
+  const { width: natural, height: tall } = picture.viewBox.baseVal;
   let scale = null; // null: what fits
   // As wide as there is room, but not so large that a picture leaves the screen which need not.
   const fitting = () => {
-    const upright = Math.max(1, (innerHeight - 40) / Number(picture.getAttribute("height")));
+    const upright = Math.max(1, (innerHeight - 40) / tall);
     return Math.min(MOST, Math.max(LEAST, Math.min(upright, scroller.clientWidth / natural)));
   };
-
-  function keepNames() {
-    // On a narrow screen the names would cover the nodes.
-    const shift = scroller.clientWidth > 480 ? scroller.scrollLeft / (scale ?? fitting()) : 0;
-    picture.querySelector(".gutter").setAttribute("transform", `translate(${shift} 0)`);
-  }
   function size() {
     picture.style.width = `${natural * (scale ?? fitting())}px`;
     picture.style.height = "auto";
-    keepNames();
   }
   function zoom(factor) {
     scale = factor === null ? null : Math.min(4, Math.max(0.2, (scale ?? fitting()) * factor));
@@ -294,13 +320,12 @@
   byId("smaller").addEventListener("click", () => zoom(1 / 1.25));
   byId("larger").addEventListener("click", () => zoom(1.25));
   byId("fit").addEventListener("click", () => zoom(null));
-  scroller.addEventListener("scroll", keepNames, { passive: true });
   addEventListener("resize", size);
   size();
 
-  // A font that is wider than the boxes were made for is made narrower.
-  for (const shape of order) {
-    const room = shape.querySelector("rect").width.baseVal.value - 8;
+  // Text in a font that is wider than the one the boxes were made for is made narrower.
+  for (const shape of shapes) {
+    const room = shape.querySelector("path").getBBox().width - 8;
     for (const words of shape.querySelectorAll("text")) {
       if (words.getComputedTextLength() <= room) continue;
       words.setAttribute("textLength", room);

@@ -1,4 +1,4 @@
-"""Gradients of a loss in the presence of each edge of a model."""
+"""Attribution: first-order estimates of what the loss rises by if a node or an edge is ablated."""
 
 from __future__ import annotations
 
@@ -7,23 +7,54 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_transformer.circuits.problem import Problem
+from sparse_transformer.circuits.ablation import mask_nodes, remove_edges, sigmoid_slope
+from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
+
+
+def node_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
+    """Estimated rise of the loss if a node is ablated, `(total,)`."""
+    mask = _mask(subgraph).requires_grad_(True)
+    _backward(task, subgraph, mask)
+    assert mask.grad is not None
+    return -(mask.grad / sigmoid_slope(torch.ones_like(mask), 1.0)).squeeze(0)
+
+
+def edge_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
+    """Estimated rise of the loss if an edge is removed, `(E,)`."""
+    with EdgeGradients(task) as gradients:
+        _backward(task, subgraph, _mask(subgraph))
+        return -gradients.take()
+
+
+def _mask(subgraph: Subgraph) -> Tensor:
+    return torch.where(subgraph.keep, 1.0, -1.0).unsqueeze(0)
+
+
+def _backward(task: TaskLoss, subgraph: Subgraph, mask: Tensor) -> None:
+    """Gradients of the calibrated loss on the prompts for fitting."""
+    for batch, calibration in task.fit_batches(subgraph):
+        count = 2 * len(task.fit)
+        with (
+            remove_edges(task.model, task.edges, subgraph.removed, task.means),
+            mask_nodes(task.model, mask, task.means),
+        ):
+            calibrated = calibration.apply(logit_diff(task.model, batch), batch.positive)
+            (torch.nn.functional.softplus(-calibrated).sum() / count).backward()
 
 
 class EdgeGradients:
     """Inside the block every backward adds to the gradients in the presence h of each edge.
 
-    An edge carries `w mean(x) + h w (x - mean(x))`, with h = 1 where it is there and 0 where it is
-    removed. With g the gradient of the loss in what it leads to, summed over tokens,
+    An edge carries `w mean(x) + h w (x - mean(x))`, with h = 1 where it is present and 0 where it
+    is removed. With g the gradient of the loss in what it leads to, summed over tokens,
     `d loss / d h = sum(g w (x - mean(x))) = w (dw - mean(x) db)`, dw and db being the gradients of
     the weight and of a bias. No K x N matrix is made but the gradient of a dense layer's weight.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    def __init__(self, task: TaskLoss) -> None:
+        self._task = task
         self._modules = {
-            matrix.module: problem.model.get_submodule(matrix.module)
-            for matrix in problem.edges.matrices
+            matrix.module: task.model.get_submodule(matrix.module) for matrix in task.edges.matrices
         }
         self._weights = {
             name: module.get_parameter("weight") for name, module in self._modules.items()
@@ -48,13 +79,13 @@ class EdgeGradients:
     def take(self) -> Tensor:
         """`(E,)`, the gradients of the backwards since the last call."""
         found = []
-        for matrix in self._problem.edges.matrices:
+        for matrix in self._task.edges.matrices:
             weight = self._weights[matrix.module]
             if weight.grad is None:
                 # Nothing that counts goes through this matrix.
                 found.append(torch.zeros_like(matrix.weight))
                 continue
-            mean = self._problem.means[matrix.reads][matrix.inputs]
+            mean = self._task.means[matrix.reads][matrix.inputs]
             db = self._sums[matrix.module][matrix.outputs]
             dw = weight.grad.reshape(-1)[matrix.position]
             found.append(matrix.weight * (dw - mean * db))

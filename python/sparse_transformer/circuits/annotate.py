@@ -1,4 +1,4 @@
-"""From a pruned part of a model to a `Circuit`: names, ends, examples, snippets."""
+"""From a found subgraph to a `Circuit`: labels, tokens and answers, examples, snippets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import sparse_kernels as sk
 from sparse_transformer import taps
+from sparse_transformer.circuits.activations import top_snippets
+from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node
-from sparse_transformer.circuits.means import top_snippets
-from sparse_transformer.circuits.problem import Calibration, Part, Problem, margin
-from sparse_transformer.circuits.prune import alive
+from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.pipeline import FoundCircuit
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import collate
 
@@ -26,94 +27,101 @@ _MOST_ANSWERS = 4
 _MOST_DESCRIBED = 150
 
 
-def describe(
-    problem: Problem,
-    part: Part,
-    calibration: Calibration,
+def annotate(
+    task: TaskLoss,
+    found: FoundCircuit,
     tokenizer: Tokenizer,
     corpus: Tensor,
     *,
     target: float,
     model: Mapping[str, Any],
-    proof: Mapping[str, Any],
+    progress: Progress | None = None,
 ) -> Circuit:
-    """The circuit of `part`.
+    """The circuit with what a reader needs to understand it.
 
     Args:
+        found: the circuit in numbers.
+        tokenizer: the model's.
         corpus: int64 `(rows, context)`, where snippets are looked for.
         target: the loss that it was pruned to.
         model: facts for the reader.
-        proof: see proof.py.
+        progress: importances are left out when its time is over.
     """
-    texts = [tokenizer.decode([token]) for token in range(problem.model.config.vocab_size)]
-    numbers = part.keep.nonzero().squeeze(1).tolist()
-    located = [problem.places.locate(number) for number in numbers]
-    importance = _importance(problem, part) if len(numbers) <= _MOST_DESCRIBED else {}
+    subgraph = found.subgraph
+    texts = [tokenizer.decode([token]) for token in range(task.model.config.vocab_size)]
+    numbers = subgraph.keep.nonzero().squeeze(1).tolist()
+    located = [task.nodes.locate(number) for number in numbers]
+    few = located if len(located) <= _MOST_DESCRIBED else []
+    progress = progress or Progress()
+    with progress.step("describe", 1.0), progress.part(0.0, 0.5):
+        importance = _importance(task, subgraph, progress) if few else {}
     nodes = [
-        _node(problem, place, channel, importance.get(number))
-        for number, (place, channel) in zip(numbers, located, strict=True)
+        _node(task, hook, channel, importance.get(number))
+        for number, (hook, channel) in zip(numbers, located, strict=True)
     ]
-    present = alive(problem, part)
+    present = task.present_edges(subgraph)
     edges = [
-        Edge(problem.places.id(source), problem.places.id(target), weight)
+        Edge(task.nodes.id(source), task.nodes.id(target), weight)
         for source, target, weight in zip(
-            problem.edges.source[present].tolist(),
-            problem.edges.target[present].tolist(),
-            problem.edges.weight[present].tolist(),
+            task.edges.source[present].tolist(),
+            task.edges.target[present].tolist(),
+            task.edges.weight[present].tolist(),
             strict=True,
         )
     ]
     edges += _residual(nodes) + _attention(nodes)
-    ends, end_edges = _ends(problem, nodes, texts)
-    few = located if len(located) <= _MOST_DESCRIBED else []
+    ends, end_edges = _ends(task, nodes, texts)
     return Circuit(
-        task=problem.task.name,
-        description=problem.task.description,
+        task=task.task.name,
+        description=task.task.description,
         model=dict(model),
         target_loss=target,
-        scale=calibration.scale,
-        shift=calibration.shift,
+        scale=found.calibration.scale,
+        shift=found.calibration.shift,
         nodes=tuple(nodes + ends),
         edges=tuple(edges + end_edges),
-        edges_before=problem.edges.count(part.keep),
-        proof=dict(proof),
-        examples=_examples(problem, part, calibration, located, texts),
-        snippets=top_snippets(problem.model, corpus, few, texts) if few else {},
+        edges_before=task.edges.count(subgraph.keep),
+        validation=found.validation,
+        examples=_examples(task, subgraph, found.calibration, few, texts),
+        snippets=top_snippets(task.model, corpus, few, texts, progress=False) if few else {},
     )
 
 
-def _node(problem: Problem, place: str, channel: int, importance: float | None) -> Node:
-    layer = place.split(".")[0]
-    kind = problem.places.kind(place)
-    head = channel // problem.places.d_head if kind in ("q", "k", "v") else None
+def _node(task: TaskLoss, hook: str, channel: int, importance: float | None) -> Node:
+    layer = hook.split(".")[0]
+    kind = task.nodes.kind(hook)
+    head = channel // task.nodes.d_head if kind in ("q", "k", "v") else None
     if kind == "neuron":
         label = f"neuron {channel}"
     elif head is not None:
-        label = f"{kind} {channel % problem.places.d_head} of head {head}"
+        label = f"{kind} {channel % task.nodes.d_head} of head {head}"
     else:
         label = f"{kind} {channel}"
     return Node(
-        id=f"{place}:{channel}",
+        id=f"{hook}:{channel}",
         kind=kind,
         label=label,
-        place=place,
+        place=hook,
         layer=int(layer),
         channel=channel,
         head=head,
-        mean=float(problem.means[place][channel]),
+        mean=float(task.means[hook][channel]),
         importance=importance,
     )
 
 
-def _importance(problem: Problem, part: Part) -> dict[int, float]:
-    """What the loss on the prompts for fitting rises by without each node, recalibrated."""
-    before = problem.calibrated_loss(part)
-    found = {}
-    for number in part.keep.nonzero().squeeze(1).tolist():
-        keep = part.keep.clone()
+def _importance(task: TaskLoss, subgraph: Subgraph, progress: Progress) -> dict[int, float]:
+    """How much the calibrated loss on the prompts for fitting rises without each node."""
+    before = task.calibrated_loss(subgraph)
+    numbers = subgraph.keep.nonzero().squeeze(1).tolist()
+    found: dict[int, float] = {}
+    for number in numbers:
+        if progress.left < 0:
+            return {}
+        progress.advance(len(found) / len(numbers))
+        keep = subgraph.keep.clone()
         keep[number] = False
-        loss = problem.calibrated_loss(Part(keep, part.removed))
-        found[number] = loss - before
+        found[number] = task.calibrated_loss(Subgraph(keep, subgraph.removed)) - before
     return found
 
 
@@ -145,12 +153,12 @@ def _attention(nodes: list[Node]) -> list[Edge]:
 
 
 @torch.no_grad()
-def _ends(problem: Problem, nodes: list[Node], texts: list[str]) -> tuple[list[Node], list[Edge]]:
+def _ends(task: TaskLoss, nodes: list[Node], texts: list[str]) -> tuple[list[Node], list[Edge]]:
     """The tokens in which the prompts of a pair differ, and the answers, with their edges."""
-    model = problem.model
+    model = task.model
     last = model.config.n_layer
-    tokens = _deciding_tokens(problem)
-    answers = [token for token, _ in _answers(problem).most_common(_MOST_ANSWERS)]
+    tokens = _deciding_tokens(task)
+    answers = [token for token, _ in _answers(task).most_common(_MOST_ANSWERS)]
     embedding = _rows(model, model.embed, tokens)
     unembedding = _rows(model, model.embed if model.unembed is None else model.unembed, answers)
     unembedding = unembedding * model.norm.weight
@@ -179,19 +187,17 @@ def _ends(problem: Problem, nodes: list[Node], texts: list[str]) -> tuple[list[N
     return ends, edges
 
 
-def _deciding_tokens(problem: Problem) -> list[int]:
+def _deciding_tokens(task: TaskLoss) -> list[int]:
     """Those that one prompt of a pair has more often than the other, the most frequent ones."""
     counts: Counter[int] = Counter()
-    for pair in problem.test:
+    for pair in task.test:
         positive, negative = Counter(pair.positive.tokens), Counter(pair.negative.tokens)
         counts.update(set(positive - negative) | set(negative - positive))
     return [token for token, _ in counts.most_common(_MOST_TOKENS)]
 
 
-def _answers(problem: Problem) -> Counter[int]:
-    return Counter(
-        prompt.right for pair in problem.test for prompt in (pair.positive, pair.negative)
-    )
+def _answers(task: TaskLoss) -> Counter[int]:
+    return Counter(prompt.right for pair in task.test for prompt in (pair.positive, pair.negative))
 
 
 def _rows(model: Transformer, module: nn.Module, rows: list[int]) -> Tensor:
@@ -207,24 +213,22 @@ def _rows(model: Transformer, module: nn.Module, rows: list[int]) -> Tensor:
 
 @torch.no_grad()
 def _examples(
-    problem: Problem,
-    part: Part,
+    task: TaskLoss,
+    subgraph: Subgraph,
     calibration: Calibration,
     located: list[tuple[str, int]],
     texts: list[str],
 ) -> tuple[Example, ...]:
     """The shortest test prompts, with activations of the whole model."""
-    shortest = sorted(
-        problem.test, key=lambda pair: (len(pair.positive.tokens), pair.positive.text)
-    )[:_EXAMPLE_PAIRS]
-    if not shortest:
+    shortest = sorted(task.test, key=lambda pair: (len(pair.positive.tokens), pair.positive.text))
+    pairs = shortest[:_EXAMPLE_PAIRS]
+    if not pairs:
         return ()
-    batch = collate(shortest, problem.pad)
-    shown = located if len(located) <= _MOST_DESCRIBED else []
-    with taps.record(problem.model, sorted({place for place, _ in shown})) as seen:
-        margin(problem.model, batch)
-    margins, positive = problem.margins(shortest, part)
-    margins = calibration.apply(margins, positive)
+    batch = collate(pairs, task.pad)
+    with taps.record(task.model, sorted({hook for hook, _ in located})) as seen:
+        logit_diff(task.model, batch)
+    diffs, positive = task.logit_diffs(pairs, subgraph)
+    diffs = calibration.apply(diffs, positive)
     found = []
     for row in range(len(batch.tokens)):
         length = int(batch.last[row]) + 1
@@ -234,12 +238,12 @@ def _examples(
                 right=texts[int(batch.right[row])],
                 wrong=texts[int(batch.wrong[row])],
                 positive=bool(batch.positive[row]),
-                logit_difference=float(margins[row]),
+                logit_difference=float(diffs[row]),
                 activations={
-                    f"{place}:{channel}": tuple(
-                        round(value, 4) for value in seen[place][row, :length, channel].tolist()
+                    f"{hook}:{channel}": tuple(
+                        round(value, 4) for value in seen[hook][row, :length, channel].tolist()
                     )
-                    for place, channel in shown
+                    for hook, channel in located
                 },
             )
         )

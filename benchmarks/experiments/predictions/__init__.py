@@ -1,0 +1,1 @@
+"""What circuits predict about a model, and whether it holds."""
