@@ -136,23 +136,21 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
     };
     using Table = sk::KernelTable;
     // A braced list is evaluated in order.
-    const auto gather = [](Arguments& a) {
+    const auto spmm = [](Arguments& a) {
         const auto& pattern = a.next().cast<const Pattern&>();
-        return sk::GatherArguments{pattern.lists, pattern.schedule, a.data(), a.size(),
-                                   a.size(),      a.data(),         a.data(), a.data(),
-                                   a.size(),      a.threads()};
+        return sk::SpmmArguments{pattern.lists, pattern.schedule, a.data(), a.size(), a.size(),
+                                 a.data(),      a.data(),         a.data(), a.size(), a.threads()};
     };
-    define("gather", &Table::gather, 9, gather);
-    define("scatter", &Table::scatter, 9, gather);
+    define("spmm", &Table::spmm, 9, spmm);
+    define("spmm_scatter", &Table::spmm_scatter, 9, spmm);
     define("grad_weight", &Table::grad_weight, 10, [](Arguments& a) {
         const auto& pattern = a.next().cast<const Pattern&>();
         return sk::GradWeightArguments{pattern.lists, pattern.schedule, a.data(),   a.size(),
                                        a.size(),      a.data(),         a.size(),   a.size(),
                                        a.data(),      a.size(),         a.threads()};
     });
-    define("sum_tokens", &Table::sum_tokens, 6, [](Arguments& a) {
-        return sk::SumTokensArguments{a.data(), a.size(), a.data(),
-                                      a.size(), a.size(), a.threads()};
+    define("bias_grad", &Table::bias_grad, 6, [](Arguments& a) {
+        return sk::BiasGradArguments{a.data(), a.size(), a.data(), a.size(), a.size(), a.threads()};
     });
     const auto topk = [](Arguments& a) {
         return sk::AbsTopkArguments{a.data(), a.size(), a.size(), a.data(),

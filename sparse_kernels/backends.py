@@ -1,4 +1,4 @@
-"""Which backend runs a problem, by one table of rules, and a sentence why each other does not."""
+"""Selects the backend that runs a problem, by one table of rules, and explains the choice."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from sparse_kernels import checks, cpu, cuda, reference, triton
-from sparse_kernels.layout import FanInLayout, Problem
+from sparse_kernels.layout import FanInLayout, Layout, Problem, check_layout
 
 
 class Backend(Protocol):
-    """What every backend has: a module each. `reference` says what the products mean."""
+    """The functions of a backend, which is a module; `reference` specifies their results."""
 
     def why_not(self, problem: Problem, /) -> str | None:
         """None if it can run `problem`, else a sentence that says why not."""
-
-    def build_schedule(
-        self, layout: FanInLayout, lists: checks.Orientation, /
-    ) -> tuple[Tensor, ...]:
-        """What its products want of these lists beyond the lists themselves, made once."""
 
     def forward(
         self, x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, /
@@ -34,7 +29,7 @@ class Backend(Protocol):
     def grad_weight(self, grad_output: Tensor, x: Tensor, layout: FanInLayout, /) -> Tensor:
         """`dW = dY^T X` at the kept blocks."""
 
-    def sum_tokens(self, grad_output: Tensor, /) -> Tensor:
+    def bias_grad(self, grad_output: Tensor, /) -> Tensor:
         """The gradient of a bias."""
 
     def abs_topk(self, x: Tensor, k: int, /) -> Tensor:
@@ -44,38 +39,14 @@ class Backend(Protocol):
         """`dY` where y is not zero."""
 
 
-class FusedBackend(Backend, Protocol):
-    """A backend that also has attention, and AbsTopK together with what comes before it."""
-
-    def gelu_abs_topk(self, x: Tensor, k: int, /) -> Tensor:
-        """`abs_topk(gelu(x), k)`."""
-
-    def gelu_abs_topk_backward(self, grad_output: Tensor, y: Tensor, x: Tensor, /) -> Tensor:
-        """The gradient of x."""
-
-    def norm_abs_topk(
-        self, x: Tensor, weight: Tensor, k: int, eps: float, /
-    ) -> tuple[Tensor, Tensor]:
-        """`abs_topk(rms_norm(x) * weight, k)`, and each row's scale."""
-
-    def norm_abs_topk_backward(
-        self, grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, /
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and weight."""
-
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, /
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention, and the logarithm of each row's sum."""
-
-    def attention_backward(
-        self, qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor, /
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of qkv and sinks."""
-
-
-_FUSED: dict[str, FusedBackend] = {"reference": reference, "cpu": cpu}
-_BACKENDS: dict[str, Backend] = {**_FUSED, "triton": triton, "cuda": cuda}
+_BACKENDS: dict[str, Backend] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+}
+# Those that also have attention, and AbsTopK fused with what comes before it.
+FUSED = ("reference", "cpu")
 NAMES = tuple(_BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 
@@ -83,26 +54,25 @@ PRODUCTS = ("forward", "grad_input", "grad_weight")
 class Rule(NamedTuple):
     """A row of the table below."""
 
-    # The backends to try, fastest first; one that is not here runs only when asked for by name.
+    # The backends to try, fastest first; the others run only when asked for by name.
     order: tuple[str, ...]
-    # Of the first in `order` why it is taken, of each other why it is not though it could run.
+    # Why the first of `order` is taken, and why the others are not although they can run.
     reasons: dict[str, str]
-    # The result file behind the order, or "not measured"; None if it is no matter of speed.
+    # The result file behind the order, or "not measured"; None if speed does not matter.
     source: str | None
 
+    def reason(self, name: str) -> str:
+        """The reason for or against a backend that can run the problem."""
+        return self.reasons.get(name, "it is the specification, slow, and runs only when asked for")
 
-_SPECIFICATION = {
-    "reference": "it is the specification, slow, and runs only when asked for by name"
-}
 
 RULES = {
     "cpu tensors": Rule(
         ("cpu",),
         {
             "cpu": "its kernels are those for cpu tensors",
-            "triton": "it interprets its kernels on cpu tensors only when asked for by name",
+            "triton": "it interprets its kernels on cpu tensors only when asked for",
             "cuda": "its kernels run on cpu tensors only in tests, emulated",
-            **_SPECIFICATION,
         },
         None,
     ),
@@ -111,17 +81,15 @@ RULES = {
         {
             "cuda": "it keeps a row in shared memory while it selects, if the row fits",
             "triton": "it reads a row of more than 16384 entries again for each bit of a number",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
-    "attention": Rule((), dict(_SPECIFICATION), None),
+    "attention": Rule((), {}, None),
     "both sides of the block at least 16": Rule(
         ("triton", "cuda"),
         {
             "triton": "a block with both sides at least 16 fills the operands of a tensor core",
             "cuda": "it uses no tensor core, and a block with both sides at least 16 fills one",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
@@ -130,7 +98,6 @@ RULES = {
         {
             "cuda": "a block with a side below 16 does not fill a tensor core, and it needs none",
             "triton": "a block with a side below 16 does not fill the operands of a tensor core",
-            **_SPECIFICATION,
         },
         "not measured",
     ),
@@ -138,7 +105,7 @@ RULES = {
 
 
 def _rule(problem: Problem) -> Rule:
-    """The rule for `problem`. Plain comparisons: `choose` comes here at every call."""
+    """The rule for `problem`."""
     if problem.device == "cpu":
         return RULES["cpu tensors"]
     if problem.product == "abs_topk":
@@ -160,16 +127,6 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def is_fused(name: str) -> bool:
-    """Whether the backend `name` is a `FusedBackend`."""
-    return name in _FUSED
-
-
-def get_fused(name: str) -> FusedBackend:
-    """The backend `name`; KeyError if it is no `FusedBackend`."""
-    return _FUSED[name]
-
-
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
     return _BACKENDS[name].why_not(problem)
@@ -179,8 +136,7 @@ def check_name(backend: object) -> None:
     """Raises TypeError or ValueError unless `backend` is None or the name of a backend."""
     if backend is None:
         return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+    checks.check_type("backend", backend, str, "a str or None")
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
 
@@ -190,8 +146,8 @@ def choose(problem: Problem, backend: str | None = None) -> str:
 
     Raises:
         TypeError, ValueError: `backend` is not None and not one of the names.
-        RuntimeError: the backend asked for, or every one but `reference`, cannot run the problem.
-            The message says why. Nothing falls back silently.
+        RuntimeError: the backend asked for, or every backend except `reference`, cannot run the
+            problem; the message says why.
     """
     if backend is not None:
         check_name(backend)
@@ -204,56 +160,53 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         if _BACKENDS[name].why_not(problem) is None:
             return name
     reasons = [
-        f"{name}: {why_not(name, problem) or rule.reasons[name]}"
+        f"{name}: {why_not(name, problem) or rule.reason(name)}"
         for name in NAMES
         if name != "reference"
     ]
     raise RuntimeError(
         f"no backend can run {problem.product} on {problem.device} in {problem.dtype}; "
-        f"backend='reference' is slow but always there. " + "; ".join(reasons)
+        f"backend='reference' is slow but can run it. " + "; ".join(reasons)
     )
 
 
-def explain(problem: Problem, backend: str | None = None) -> list[tuple[str, str]]:
-    """Every backend by name, with why `choose(problem, backend)` takes it, or why it does not.
+def explain(problem: Problem) -> list[tuple[str, str]]:
+    """Every backend by name, and why `choose(problem)` takes it, or why it does not.
 
-    The sentence of the one that is taken begins with "taken: ". Where `choose` would raise, none
-    does.
+    The sentence of the one that is taken begins with "taken: ".
     """
-    check_name(backend)
     rule = _rule(problem)
-    asked = (backend,) if backend is not None else rule.order
     cannot = {name: why_not(name, problem) for name in NAMES}
-    chosen = next((name for name in asked if cannot[name] is None), None)
+    chosen = next((name for name in rule.order if cannot[name] is None), None)
     source = "" if rule.source is None else f" ({rule.source})"
 
     def sentence(name: str) -> str:
-        reason = cannot[name]
-        if reason is not None:
-            return reason
-        if backend is not None:
-            asked_for = f"backend={backend!r} was asked for"
-            return f"taken: {asked_for}" if name == chosen else f"it could run this; {asked_for}"
-        if name != chosen:
-            return rule.reasons[name] + source
-        if name != rule.order[0]:
+        if name == chosen and name != rule.order[0]:
             return f"taken: the first of {', '.join(rule.order)} that can run this" + source
-        return f"taken: {rule.reasons[name]}" + source
+        taken = "taken: " if name == chosen else ""
+        return cannot[name] or taken + rule.reason(name) + source
 
     return [(name, sentence(name)) for name in NAMES]
 
 
-def choose_product(
-    x: Tensor, layout: checks.Geometry, product: str, backend: str | None = None
+def choose_for(
+    x: Tensor, product: str, backend: str | None = None, layout: Layout | None = None
 ) -> str:
-    """`choose(problem_of(...))`; at once for cpu tensors, which have one backend."""
-    if backend is None and x.is_cpu and cpu.is_available() and x.dtype in checks.CPU_DTYPES:
+    """`choose` for inputs like `x` and this layout, at once on the CPU, which has one backend."""
+    if (
+        (backend is None or backend == "cpu")
+        and x.is_cpu
+        and cpu.is_available()
+        and x.dtype in checks.CPU_DTYPES
+    ):
         return "cpu"
     return choose(problem_of(x, layout, product), backend)
 
 
-def problem_of(x: Tensor, layout: checks.Geometry, product: str) -> Problem:
-    """The `Problem` of running `product` on inputs like `x` with this layout."""
+def problem_of(x: Tensor, layout: Layout | None, product: str) -> Problem:
+    """The `Problem` of running `product` on inputs like `x` with this layout, if it has one."""
+    if layout is None:
+        return Problem(x.device.type, x.dtype, product)
     return Problem(
         x.device.type,
         x.dtype,
@@ -265,32 +218,13 @@ def problem_of(x: Tensor, layout: checks.Geometry, product: str) -> Problem:
     )
 
 
-def available_backends(x: Tensor, layout: FanInLayout) -> list[tuple[str, str | None]]:
-    """Every backend by name, with None if it can run `sparse_linear(x, values, layout)`.
-
-    Args:
-        x: a tensor of the device and dtype in question.
-        layout: the pattern in question.
-
-    Returns:
-        `[(name, None | sentence)]` for `reference`, `cpu`, `triton`, `cuda`; the sentence says why
-        that backend cannot run the problem.
-
-    Raises:
-        TypeError: `x` is not a Tensor or `layout` not a FanInLayout.
-    """
-    check_arguments(x, layout)
-    problem = problem_of(x, layout, "forward")
-    return [(name, why_not(name, problem)) for name in NAMES]
-
-
 def explain_backend(
     x: Tensor, layout: FanInLayout, product: str = "forward"
 ) -> list[tuple[str, str]]:
-    """Every backend by name, with a sentence why it is taken by default, or why it is not.
+    """Every backend by name, and why it is taken by default, or why it is not.
 
-    `sparse_linear` chooses once, for "forward" (for "grad_input" if `transpose`), and its
-    derivatives stay on that backend.
+    `sparse_linear` chooses once, for "forward" ("grad_input" if `transpose`), and its derivatives
+    run on the same backend.
 
     Args:
         x: a tensor of the device and dtype in question.
@@ -298,25 +232,18 @@ def explain_backend(
         product: "forward", "grad_input" or "grad_weight".
 
     Returns:
-        `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the one that
-        is taken begins with "taken: "; none does where no backend runs this by default. Each other
-        says why that backend cannot run the problem, or why it is not preferred and what that was
-        measured by, if it was.
+        `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the backend
+        that is taken begins with "taken: "; if no backend is, none does. The other sentences say
+        why the backend cannot run the problem, or why it is not preferred and how that was
+        measured.
 
     Raises:
         TypeError: `x` is not a Tensor, `layout` not a FanInLayout or `product` not a str.
         ValueError: `product` is not one of the three.
     """
-    check_arguments(x, layout)
-    if not isinstance(product, str):
-        raise TypeError(f"product must be a str, got {type(product).__name__}")
+    checks.check_is_tensor("x", x)
+    check_layout("layout", layout)
+    checks.check_type("product", product, str, "a str")
     if product not in PRODUCTS:
         raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
     return explain(problem_of(x, layout, product))
-
-
-def check_arguments(x: object, layout: object) -> None:
-    """Raises TypeError unless `x` is a Tensor and `layout` a FanInLayout."""
-    checks.check_is_tensor("x", x)
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")

@@ -1,57 +1,34 @@
-"""What every entrance refuses before a pointer is read: types, dtypes, shapes and devices."""
+"""Checks of arguments: types, dtypes, shapes and devices, with the messages."""
 
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The lists that a product walks: the inputs of each output, or the outputs of each input.
 Orientation = Literal["rows", "columns"]
 
-
-class Geometry(Protocol):
-    """What the checks need to know of a pattern: a FanInLayout has it, and what tracers see."""
-
-    @property
-    def in_features(self) -> int:
-        """`K`."""
-
-    @property
-    def out_features(self) -> int:
-        """`N`."""
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """`(block_out, block_in)`."""
-
-    @property
-    def values_shape(self) -> tuple[int, int, int, int]:
-        """`(R, F, block_out, block_in)`."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pattern lives."""
-
-
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-DTYPES = {"cpu": CPU_DTYPES, "cuda": (*CPU_DTYPES[:2], torch.float16, torch.float64)}
-
-
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {"cpu": CPU_DTYPES, "cuda": FLOAT_DTYPES}
 _INT32_MAX = 2**31 - 1
 
 
-def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The dtypes as a message lists them."""
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def check_type(name: str, value: object, kind: Any, what: str) -> None:
+    """Raises TypeError unless `value` is an instance of `kind`, which the message calls `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> int:
-    """Returns `value` as an int if it is one, numpy's included (a bool is not), of `minimum` up.
+    """Returns `value` as an int; numpy integers are ints, a bool is not.
 
-    Raises TypeError or ValueError with `name`, what it got and what it needs.
+    Raises:
+        TypeError: `value` is not an int. ValueError: it is below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
@@ -70,7 +47,7 @@ def check_block(block: object) -> tuple[int, int]:
 def check_geometry(out_features: object, in_features: object, block: object) -> tuple[int, int]:
     """Returns `block` as a pair of ints that divides the `(out_features, in_features)` matrix.
 
-    Raises TypeError or ValueError with the argument's name, what it got and what it needs.
+    Raises TypeError or ValueError; the message names the argument.
     """
     sizes = {
         "out_features": check_int("out_features", out_features),
@@ -91,10 +68,7 @@ def check_geometry(out_features: object, in_features: object, block: object) -> 
 
 
 def check_fan_in(fan_in: object, in_features: int, block_in: int, name: str = "fan_in") -> int:
-    """Returns `F`, the number of blocks that `fan_in` elements of each output's inputs make.
-
-    Raises TypeError or ValueError with `name`, what it got and what it needs.
-    """
+    """Returns `F = fan_in / block_in`, or raises TypeError or ValueError."""
     elements = check_int(name, fan_in)
     if elements % block_in:
         raise ValueError(
@@ -103,13 +77,13 @@ def check_fan_in(fan_in: object, in_features: int, block_in: int, name: str = "f
         )
     if elements > in_features:
         raise ValueError(
-            f"{name} must be at most {in_features}, the features there, got {elements}"
+            f"{name} must be at most {in_features}, the number of features, got {elements}"
         )
     return elements // block_in
 
 
 def check_num_blocks(rows: int, count: int) -> None:
-    """Raises ValueError if a layout of `count` blocks in each of `rows` has too many to number."""
+    """Raises ValueError if `rows` block-rows of `count` blocks are more than int32 can count."""
     if rows * count > _INT32_MAX:
         raise ValueError(
             f"a layout may have at most {_INT32_MAX} blocks, got {rows} block-rows of {count} = "
@@ -117,8 +91,20 @@ def check_num_blocks(rows: int, count: int) -> None:
         )
 
 
+def has_values(tensor: object) -> bool:
+    """False for tensors on the meta device or in a FakeTensorMode, which only have a shape."""
+    return not isinstance(tensor, FakeTensor) and not getattr(tensor, "is_meta", False)
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Raises ValueError if `tensor` only has a shape."""
+    if not has_values(tensor):
+        kind = "a FakeTensor" if isinstance(tensor, FakeTensor) else "a tensor on the meta device"
+        raise ValueError(f"{name} must hold values, got {kind}")
+
+
 def check_is_tensor(name: str, tensor: object) -> Tensor:
-    """Returns `tensor` if it is a Tensor, else raises TypeError with what to do about it."""
+    """Returns `tensor` if it is a Tensor, else raises TypeError."""
     if isinstance(tensor, Tensor):
         return tensor
     hint = ""
@@ -127,52 +113,54 @@ def check_is_tensor(name: str, tensor: object) -> Tensor:
     raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
 
 
-def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
-    """Returns `tensor` if it is a Tensor of `dtypes`, by default what its device computes in."""
+def check_strided(name: str, tensor: object) -> Tensor:
+    """Returns `tensor` if it is a Tensor that is not sparse, else raises TypeError."""
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        return tensor
     tensor = check_is_tensor(name, tensor)
-    where = ""
-    if dtypes is None:
-        if tensor.is_cpu and tensor.dtype in CPU_DTYPES:
-            return tensor
-        where = f" on {tensor.device.type}"
-        dtypes = DTYPES.get(tensor.device.type, DTYPES["cuda"])
-    if tensor.dtype not in dtypes:
+    raise TypeError(f"{name} must be a strided tensor, got {tensor.layout}")
+
+
+def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
+    """Returns `tensor` if it is a strided Tensor of `dtypes`, by default those of its device."""
+    tensor = check_strided(name, tensor)
+    allowed = dtypes
+    if allowed is None:
+        allowed = DTYPES["cpu" if tensor.is_cpu else "cuda"]
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         hint = ""
-        if tensor.is_cpu and tensor.dtype == torch.float16:
+        if tensor.dtype == torch.float16 and tensor.is_cpu:
             hint = ": float16 runs on GPUs only, call .bfloat16() on the model and its input"
         raise TypeError(
-            f"{name} must be one of {names_of(dtypes)}{where}, got {tensor.dtype}{hint}"
+            f"{name} must be one of {names} on {tensor.device.type}, got {tensor.dtype}{hint}"
         )
     return tensor
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
+    name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raises TypeError or ValueError unless `tensor` has this dtype and shape; None is any size."""
+    """Raises TypeError or ValueError unless `tensor` is a Tensor that has all of these."""
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype == dtype
+        and tensor.device == device
+    ):
+        return
+    tensor = check_is_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
-        wanted += "," if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_orientation(lists: str) -> None:
-    """Raises ValueError unless `lists` is an `Orientation`."""
-    if lists not in ("rows", "columns"):
-        raise ValueError(f"lists must be 'rows' or 'columns', got {lists!r}")
-
-
-def check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
-    """Raises ValueError unless both have one dtype and one device."""
-    if tensor.dtype != other.dtype or tensor.device != other.device:
-        raise ValueError(
-            f"{name} must be {other.dtype} on {other.device}, as {other_name} is, "
-            f"got {tensor.dtype} on {tensor.device}"
-        )
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `tensor` has two dimensions."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_kept(k: int, width: int) -> None:
@@ -199,7 +187,7 @@ def refuse_capture(device: torch.device) -> None:
 
 
 def refuse_jit_trace() -> None:
-    """Raises RuntimeError while torch.jit.trace records, which cannot know these operations."""
+    """Raises RuntimeError while torch.jit.trace records, which cannot record these operations."""
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace cannot record the operations of sparse_kernels: use torch.export"

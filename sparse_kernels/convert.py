@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from sparse_kernels.checks import check_type
 from sparse_kernels.linear import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,12 +29,12 @@ def sparsify_(
 ) -> Model:
     """Replaces every selected `nn.Linear` of `model` by a SparseLinear of its largest weights.
 
-    Only modules whose type is `nn.Linear` itself are selected: a subclass has its own forward, or a
-    parent that reads its weight (as `nn.MultiheadAttention` does with its projection). The fused
-    inference of `nn.TransformerEncoderLayer`, which reads dense weights, is switched off where it
-    holds a selected module. A module that occurs several times is converted once and stays shared.
-    Every layer is converted before the first is replaced, so a refusal leaves the model as it was.
-    Make the optimizer afterwards: the weights are new Parameters, with the attributes of the old.
+    Only modules whose type is exactly `nn.Linear` are selected: a subclass may have its own
+    forward, or a parent that reads its weight (as `nn.MultiheadAttention` does). The fused
+    inference of a `nn.TransformerEncoderLayer` with a selected module is switched off, because it
+    reads dense weights. A module that occurs several times is converted once and stays shared. If
+    an error is raised, the model is unchanged. Make the optimizer afterwards: the weights are new
+    Parameters, with the attributes of the old ones.
 
     Args:
         model: the model to change; not itself an `nn.Linear`.
@@ -49,10 +50,10 @@ def sparsify_(
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: a size that does not fit, the message names the module; a selected weight or
-            bias that another module uses too, as tied embeddings do; hooks or a `forward` of its
-            own on a selected module, or hooks on its parameters, which would be lost; no module
-            selected; or a model that is itself an `nn.Linear`.
+        ValueError: a size that does not fit (the message names the module); a selected weight or
+            bias that another module uses too, such as a tied embedding; hooks or a replaced
+            `forward` on a selected module, or hooks on its parameters, which would be lost; no
+            module selected; or a model that is itself an `nn.Linear`.
     """
     _check(model, filter_fn)
     if isinstance(model, nn.Linear):
@@ -92,7 +93,7 @@ def sparsify_(
 def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
     """Replaces every selected SparseLinear of `model` by the `nn.Linear` that computes the same.
 
-    Only modules whose type is SparseLinear itself are selected: a subclass may compute something
+    Only modules whose type is exactly SparseLinear are selected: a subclass may compute something
     else.
 
     Args:
@@ -122,17 +123,12 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
 
 
 def _check(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("filter_fn", filter_fn, (Callable, type(None)), "callable or None")
 
 
 def _check_replaceable(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError if a chosen module has what its replacement would lose or no longer share.
-
-    That is: hooks, a forward of its own, hooks of its parameters, parameters of other modules.
-    """
+    """Raises ValueError for chosen modules with hooks, a replaced forward or shared parameters."""
     users: dict[Tensor, set[nn.Module]] = {}
     names: dict[Tensor, list[str]] = {}
     for name, module in model.named_modules():
@@ -143,7 +139,7 @@ def _check_replaceable(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Non
         hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
         if any(hooks) or "forward" in vars(module):
             raise ValueError(
-                f"module {name!r} has hooks or a forward of its own, which its replacement would "
+                f"module {name!r} has hooks or a replaced forward, which its replacement would "
                 f"lose: remove them first, or leave it out with filter_fn"
             )
         for part, parameter in module.named_parameters(recurse=False):
@@ -171,9 +167,9 @@ def _replace(
 
 
 def _stop_fused_inference(model: nn.Module) -> None:
-    """Keeps encoder layers, in eval mode, from handing weights that are sparse to a dense kernel.
+    """Switches off the dense kernel of encoder layers in eval mode, which reads the weights.
 
-    These are the attributes by which PyTorch itself tells the layers that it cannot fuse.
+    PyTorch sets these attributes itself for layers that it cannot fuse.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer) and not (

@@ -1,4 +1,4 @@
-"""The CUDA backend: checks, allocates, and hands device addresses to the CUDA kernels.
+"""The CUDA backend: allocates, and hands addresses to the CUDA kernels; `ops` checks arguments.
 
 The kernels (`csrc/cuda/`) keep a tile of tokens in shared memory and stream the blocks past it, so
 they serve unstructured weights and small blocks. They are launched on PyTorch's current stream and
@@ -14,16 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import (
-    Orientation,
-    check_float,
-    check_kept,
-    check_orientation,
-    check_tensor,
-    refuse_capture,
-)
+from sparse_kernels.checks import Orientation
 from sparse_kernels.layout import FanInLayout, Problem
-from sparse_kernels.reference import sum_tokens as sum_tokens  # as good on a GPU
+from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
 _missing: str | None = None
 try:
@@ -41,16 +34,15 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-# "cuda", but for tests that run the kernels on the CPU: see `_emulated`.
+# "cpu" in tests that run the kernels on the CPU: see `_emulated`.
 _device_type = "cuda"
-# A block lies in shared memory as a whole, and is one stretch of a sum.
+# A whole block lies in shared memory and is one part of a sum.
 _MAX_BLOCK_SIDE = 128
 _MAX_BLOCKS = 2**31 - 1
 _MAX_ROW = 2**30
-# Units that the order of the transposed lists keeps together: see csrc/cuda/gather.cu.
+# Neighbouring units that the order of the transposed lists keeps together: csrc/cuda/gather.cu.
 _RUN = 32
-# At most this many features of a tile are in shared memory at a time, and no more than fit; for
-# `grad_weight`, whose tiles have more tokens. Tests lower them.
+# The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
 _GRAD_WEIGHT_SLICE_FEATURES = 2**20
 # Rows of `abs_topk` up to this size are held in shared memory, if they fit.
@@ -59,7 +51,7 @@ _STAGED_BYTES = 2**20
 
 @contextmanager
 def _emulated(extension: ModuleType) -> Iterator[None]:
-    """For tests: runs the body with kernels that were built for the CPU, on CPU tensors alone."""
+    """For tests: runs the body with kernels that were built for the CPU, on CPU tensors only."""
     global _extension, _missing, _device_type
     before = _extension, _missing, _device_type
     _extension, _missing, _device_type = extension, None, "cpu"
@@ -104,16 +96,16 @@ def _is_narrow(columns: int) -> bool:
 
 
 def _units(rows: int, size: int) -> int:
-    """What the kernels count: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
+    """The number of units: 4, 2 or 1 neighbouring outputs of block-rows of `size` outputs."""
     return rows * size // (4 if size % 4 == 0 else 2 if size % 2 == 0 else 1)
 
 
 def _order(lengths: Tensor, block_in: int) -> Tensor:
-    """The units of rows of those lengths (block_cols) in the order in which they are taken.
+    """The order in which the kernel takes the units of block columns with lists of these lengths.
 
-    Runs of 32 stay together, so that results leave in whole pieces; the run with the longest list
-    comes first, and so does the longest list of each run, where units are single outputs. Equals
-    stay in order. A last run that is not full stays the last.
+    Runs of 32 units stay together, so that stores are coalesced. The run with the longest list
+    comes first; if units are single outputs, the longest list of each run comes first too. The sort
+    is stable, and an incomplete last run stays the last.
     """
     count = _units(lengths.shape[0], block_in)
     units = torch.arange(count, device=lengths.device)
@@ -130,15 +122,12 @@ def _order(lengths: Tensor, block_in: int) -> Tensor:
 
 
 def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
-    """What the kernels want of "rows" or "columns" beyond the lists themselves.
+    """What the kernels need beside the lists.
 
-    For columns the stored block of each entry and the order of the units (see
-    `_order`), for 1 x 1 blocks also where each list begins in that order, in fours of entries,
-    rounded up; int32. For either the columns in 16 bits, unsigned, where these hold them.
+    For "columns": the stored block of each entry, the order of the units (see `_order`), and for
+    1 x 1 blocks the start of each list in that order, in groups of 4 entries; int32. For both: the
+    column indices as unsigned 16-bit integers, if these are wide enough.
     """
-    check_orientation(lists)
-    _check_device("layout", layout.indices, layout.device)
-    refuse_capture(layout.device)
     parts = []
     columns, count = layout.indices.flatten(), layout.block_cols
     if lists == "columns":
@@ -151,7 +140,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
             fours = ((lengths + 3) // 4)[parts[-1]].cumsum(0)
             parts.append(torch.nn.functional.pad(fours, (1, 0)).to(torch.int32))
     if _is_narrow(count):
-        # The upper half of the unsigned numbers wraps to negative ones, with the same bits.
+        # The upper half of the unsigned numbers has the bits of negative ones.
         parts.append((columns - (columns >= 2**15).int() * 2**16).to(torch.int16))
     return tuple(parts)
 
@@ -159,8 +148,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
 def _scheduled(
     layout: FanInLayout, lists: Orientation
 ) -> tuple[_extension.Lists, tuple[Tensor, ...]]:
-    """The lists for the extension, and the tensors that they point to."""
-    assert _extension is not None, _missing
+    """The extension's pointers to the lists and their schedule, and the schedule's tensors."""
     tensors = layout.derive(f"cuda.{lists}", lambda this: build_schedule(this, lists))
     geometry = (layout.block_rows, layout.blocks_per_row, layout.block_cols, *layout.block)
     transposed = lists == "columns"
@@ -173,49 +161,6 @@ def _scheduled(
     starts = tensors[2].data_ptr() if layout.block == (1, 1) else 0
     pointers = ids.data_ptr(), order.data_ptr(), starts
     return _extension.Lists.fan_out(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device.type != _device_type:
-        raise ValueError(f"{name} must be on a {_device_type} device, got {tensor.device}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    _check_device(name, tensor, device)
-    check_tensor(name, tensor, shape, dtype)
-
-
-def _dtype_name(name: str, tensor: Tensor) -> str:
-    check_float(name, tensor, tuple(_DTYPES))
-    return _DTYPES[tensor.dtype]
-
-
-def _check_row(name: str, tensor: Tensor) -> None:
-    if tensor.shape[1] > _MAX_ROW:
-        raise ValueError(
-            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
-        )
-
-
-def _check_block(layout: FanInLayout) -> None:
-    if max(layout.in_features, layout.out_features) > _MAX_BLOCKS:
-        raise ValueError(
-            f"layout must have at most {_MAX_BLOCKS} features, got {layout.out_features} x "
-            f"{layout.in_features}"
-        )
-    if max(layout.block) > _MAX_BLOCK_SIDE or layout.num_blocks > _MAX_BLOCKS:
-        raise ValueError(
-            f"layout must have at most {_MAX_BLOCKS} blocks, with sides of at most "
-            f"{_MAX_BLOCK_SIDE}, got {layout.num_blocks} of {layout.block}"
-        )
 
 
 def _queue(tensor: Tensor) -> tuple[int, int]:
@@ -232,77 +177,57 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def _gather(
-    x: Tensor,
-    values: Tensor,
-    layout: FanInLayout,
-    bias: Tensor | None,
-    product: str,
-    name: str,
+def _check_row(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] > _MAX_ROW:
+        raise ValueError(
+            f"{name} must have rows of at most {_MAX_ROW} entries, got {tensor.shape[1]}"
+        )
+
+
+def _matrix(tensor: Tensor) -> tuple[int, ...]:
+    """The address and strides of a matrix."""
+    return tensor.data_ptr(), *tensor.stride()
+
+
+def _spmm(
+    product: str, x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None
 ) -> Tensor:
-    assert _extension is not None, _missing
-    width, out_width = layout.in_features, layout.out_features
-    walked: Orientation = "columns" if product == "grad_input" else "rows"
-    if walked == "columns":
-        width, out_width = out_width, width
-    dtype = _dtype_name(name, x)
-    _check_block(layout)
-    _check(name, x, (None, width), x.dtype, layout.device)
-    _check("values", values, layout.values_shape, x.dtype, layout.device)
-    if bias is not None:
-        _check("bias", bias, (out_width,), x.dtype, layout.device)
-        bias = bias.contiguous()
+    transposed = product == "grad_input"
+    dtype, size = _DTYPES[x.dtype], values.element_size()
+    bias = None if bias is None else bias.contiguous()
     values = values.contiguous()
     with _on_device_of(x):
-        out = torch.empty((x.shape[0], out_width), dtype=x.dtype, device=x.device)
+        out = x.new_empty(x.shape[0], layout.in_features if transposed else layout.out_features)
         if out.shape[0] == 0:
             return out
         queue = _queue(x)
-        pointed, schedule = _scheduled(layout, walked)
-        size = values.element_size()
-        # Single weights that fit are brought into words together with their indices.
+        pointed, schedule = _scheduled(layout, "columns" if transposed else "rows")
+        # 1 x 1 blocks are packed into words together with their indices, if these fit.
         count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
-        if walked == "columns" and not count:
-            # Each tile of tokens reads all values in the order of the lists: bring them into it.
+        if transposed and not count:
+            # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)
-            _extension.pack_blocks(
-                schedule[0].data_ptr(),
-                layout.num_blocks,
-                layout.block[0] * layout.block[1] * size,
-                size,
-                values.data_ptr(),
-                ordered.data_ptr(),
-                *queue,
-            )
+            shape = layout.num_blocks, layout.block[0] * layout.block[1] * size, size
+            pointers = values.data_ptr(), ordered.data_ptr()
+            _extension.pack_blocks(schedule[0].data_ptr(), *shape, *pointers, *queue)
             values = ordered
-        _extension.gather(
-            product,
-            dtype,
-            pointed,
-            x.data_ptr(),
-            *x.stride(),
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            words.data_ptr() if count else 0,
-            out.data_ptr(),
-            x.shape[0],
-            _SLICE_FEATURES,
-            *queue,
-        )
+        inputs = *_matrix(x), values.data_ptr(), 0 if bias is None else bias.data_ptr()
+        outputs = words.data_ptr() if count else 0, out.data_ptr()
+        sizes = x.shape[0], _SLICE_FEATURES
+        _extension.gather(product, dtype, pointed, *inputs, *outputs, *sizes, *queue)
     return out
 
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`.
 
-    Sums in float32, whatever the dtype: float32, bfloat16 or float16, one for all arguments.
+    float32, bfloat16 or float16, summed in float32.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
         RuntimeError: CUDA refuses the launch, or memory runs out; it names kernel and problem.
     """
-    return _gather(x, values, layout, bias, "forward", "x")
+    return _spmm("forward", x, values, layout, bias)
 
 
 def grad_input(
@@ -310,43 +235,26 @@ def grad_input(
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
 
-    Dtypes and errors are those of `forward`. Needs working memory of the size of `values`, for
-    single weights also of their indices.
+    Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices.
     """
-    return _gather(grad_output, values, layout, bias, "grad_input", "grad_output")
+    return _spmm("grad_input", grad_output, values, layout, bias)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
 
-    Dtypes and errors are those of `forward`. Needs working memory of at most 16 float32 for each
-    element of the result; their number follows from M alone, and so do the bits of the result.
+    Needs working memory of at most 16 float32 for each element of the result. Their number depends
+    only on M, and with it the order of the sums.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
-    _check_block(layout)
-    width = (None, layout.out_features)
-    _check("grad_output", grad_output, width, grad_output.dtype, layout.device)
-    shape = (grad_output.shape[0], layout.in_features)
-    _check("x", x, shape, grad_output.dtype, layout.device)
+    dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
-        out = torch.empty(layout.values_shape, dtype=x.dtype, device=x.device)
+        out = x.new_empty(layout.values_shape)
         parts = _extension.grad_weight_parts(dtype, x.shape[0])
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         pointed, _ = _scheduled(layout, "rows")
-        _extension.grad_weight(
-            dtype,
-            pointed,
-            grad_output.data_ptr(),
-            *grad_output.stride(),
-            x.data_ptr(),
-            *x.stride(),
-            partial.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            _GRAD_WEIGHT_SLICE_FEATURES,
-            *_queue(x),
-        )
+        inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
+        sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
+        _extension.grad_weight(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
     return out
 
 
@@ -354,51 +262,23 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides.
 
     Exact: among equals the lowest index stays, NaN counts as larger than infinity.
-
-    Raises:
-        TypeError: x is not float32, bfloat16 or float16. ValueError: a wrong shape, device or k.
-        RuntimeError: CUDA refuses the launch, or memory runs out.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("x", x)
-    _check("x", x, (None, None), x.dtype, x.device)
-    check_kept(k, x.shape[1])
     _check_row("x", x)
     with _on_device_of(x):
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _extension.abs_topk(
-            dtype,
-            x.data_ptr(),
-            *x.stride(),
-            out.data_ptr(),
-            *x.shape,
-            k,
-            _STAGED_BYTES,
-            *_queue(x),
-        )
+        out = x.new_empty(x.shape)
+        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _STAGED_BYTES)
+        _extension.abs_topk(_DTYPES[x.dtype], *pointers, *sizes, *_queue(x))
     return out
 
 
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides.
 
-    A NaN in y is not zero. Errors are those of `abs_topk`.
+    A NaN in y is not zero.
     """
-    assert _extension is not None, _missing
-    dtype = _dtype_name("grad_output", grad_output)
-    _check("grad_output", grad_output, (None, None), grad_output.dtype, grad_output.device)
-    _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
     _check_row("y", y)
     with _on_device_of(y):
-        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        _extension.abs_topk_backward(
-            dtype,
-            grad_output.data_ptr(),
-            *grad_output.stride(),
-            y.data_ptr(),
-            *y.stride(),
-            out.data_ptr(),
-            *y.shape,
-            *_queue(y),
-        )
+        out = y.new_empty(y.shape)
+        pointers = *_matrix(grad_output), *_matrix(y), out.data_ptr()
+        _extension.abs_topk_backward(_DTYPES[y.dtype], *pointers, *y.shape, *_queue(y))
     return out

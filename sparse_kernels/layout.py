@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import check_block, check_fan_in, check_geometry, check_num_blocks
+from sparse_kernels import checks
 
 try:
     import _sparse_kernels_cpu as _extension
@@ -59,8 +59,8 @@ def _distinct(
 ) -> Tensor:
     """(rows, count) int64: in each row a uniform choice of `count` distinct columns, sorted.
 
-    Draws all, then redraws every repeated entry until none is left. What remains of each row is
-    the first `count` distinct values of a stream of independent uniform draws: a uniform subset.
+    Draws all entries, then redraws repeated ones until none is left. A row is then the first
+    `count` distinct values of a sequence of independent uniform draws: a uniform subset.
     """
     chosen = torch.randint(columns, (rows, count), generator=generator, device=device)
     chosen = chosen.sort(dim=1).values
@@ -90,8 +90,7 @@ def _count_rows(indices: object) -> int:
 
 def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> Tensor:
     """Returns an int32 contiguous copy of `indices`, or raises and says what is wrong with it."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
+    indices = checks.check_is_tensor("indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
     if indices.dim() != 2:
@@ -99,8 +98,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have two dimensions (out_features / block_out, fan_in / block_in), "
             f"got shape {tuple(indices.shape)}"
         )
-    if indices.is_meta:
-        raise ValueError("indices must hold values, got a tensor on the meta device")
+    checks.check_has_values("indices", indices)
     rows, width = indices.shape
     if block_rows is not None and rows != block_rows:
         raise ValueError(
@@ -112,7 +110,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"indices must have at least one row and 1 to in_features / block_in = {block_cols} "
             f"columns, got shape {tuple(indices.shape)}"
         )
-    check_num_blocks(rows, width)
+    checks.check_num_blocks(rows, width)
     outside = (indices < 0) | (indices >= block_cols)
     if outside.any():
         row, slot = _first(outside)
@@ -159,15 +157,15 @@ class FanInLayout:
     in_features: int
     out_features: int = None  # type: ignore[assignment]  # set in __post_init__
     block: tuple[int, int] = (1, 1)
-    # What backends derive from the pattern, by "<backend>.<lists>"; see `derive`.
+    # What backends compute from the pattern, by "<backend>.<lists>"; see `derive`.
     cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
     _transposed: Transposed | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         out_features = cast("int | None", self.out_features)
         if out_features is None:
-            out_features = _count_rows(self.indices) * check_block(self.block)[0]
-        block = check_geometry(out_features, self.in_features, self.block)
+            out_features = _count_rows(self.indices) * checks.check_block(self.block)[0]
+        block = checks.check_geometry(out_features, self.in_features, self.block)
         out_features, in_features = int(out_features), int(self.in_features)
         indices = _check_indices(self.indices, out_features // block[0], in_features // block[1])
         self.__dict__.update(
@@ -221,20 +219,19 @@ class FanInLayout:
         Raises:
             TypeError, ValueError: a size or block that does not fit; the message names it.
         """
-        block = check_geometry(out_features, in_features, block)
+        block = checks.check_geometry(out_features, in_features, block)
         out_features, in_features = int(out_features), int(in_features)
         rows, columns = out_features // block[0], in_features // block[1]
-        count = check_fan_in(fan_in, in_features, block[1])
-        check_num_blocks(rows, count)
+        count = checks.check_fan_in(fan_in, in_features, block[1])
+        checks.check_num_blocks(rows, count)
         where = torch.get_default_device() if device is None else torch.device(device)
-        if where.type == "meta":
-            raise ValueError("device must be able to hold the pattern, got the meta device")
+        checks.check_has_values("a random layout", torch.empty(0, device=where))
         source = torch.device("cpu") if generator is None else generator.device
         with torch.inference_mode(False):
             if 2 * count <= columns:
                 indices = _distinct(rows, columns, count, generator, source)
             else:
-                # Few are dropped: choose those instead, redrawing would take long.
+                # Draw the columns that are dropped: they are fewer, and redrawing is short.
                 dropped = _distinct(rows, columns, columns - count, generator, source)
                 kept = torch.ones(rows, columns, dtype=torch.bool, device=source)
                 indices = kept.scatter_(1, dropped, False).nonzero()[:, 1].view(rows, count)
@@ -278,7 +275,7 @@ class FanInLayout:
     @property
     def values_shape(self) -> tuple[int, int, int, int]:
         """The shape that `values` must have: `(R, F, block_out, block_in)`."""
-        return (self.block_rows, self.blocks_per_row, self.block[0], self.block[1])
+        return (self.indices.shape[0], self.indices.shape[1], *self.block)
 
     @property
     def device(self) -> torch.device:
@@ -307,24 +304,22 @@ class FanInLayout:
     def derive(
         self, key: str, build: Callable[[FanInLayout], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`cache[key]`, made by `build(self)` at first use. `key` is `"<backend>.<product>"`."""
+        """`cache[key]`, made by `build(self)` at first use; `key` is "<backend>.<lists>"."""
         found = self.cache.get(key)
         if found is None:
+            checks.refuse_capture(self.device)
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
-                return self.cache.setdefault(
-                    key, found
-                )  # of threads that derive it at once, the first
+                return self.cache.setdefault(key, found)  # another thread may have been faster
         return found
 
     def to(self, device: torch.device | str) -> FanInLayout:
-        """The same pattern on `device`; itself if it is there already. Schedules are not taken."""
+        """The same pattern on `device`, without what backends cached; itself if it is there."""
         indices = self.indices.to(device)
         if indices is self.indices:
             return self
-        if indices.is_meta:
-            raise ValueError("device must be able to hold the pattern, got the meta device")
+        checks.check_has_values("a layout", indices)
         transposed = self._transposed
         if transposed is not None:
             transposed = Transposed(*(part.to(device) for part in transposed))
@@ -369,7 +364,7 @@ class FanInLayout:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Through the constructor: what was stored is validated again, caches are not stored.
+        # The constructor validates what was stored. Caches are not stored.
         return FanInLayout, (self.indices, self.in_features, self.out_features, self.block)
 
     def __repr__(self) -> str:
@@ -377,6 +372,37 @@ class FanInLayout:
             f"FanInLayout(out_features={self.out_features}, in_features={self.in_features}, "
             f"fan_in={self.fan_in}, block={self.block}, device='{self.device}')"
         )
+
+
+class Pattern(NamedTuple):
+    """What the operations need of a layout while they are traced: its `indices` are a tensor."""
+
+    indices: Tensor
+    in_features: int
+    block: tuple[int, int]
+
+    @property
+    def out_features(self) -> int:
+        """`N`."""
+        return self.indices.shape[0] * self.block[0]
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        """`(R, F, block_out, block_in)`."""
+        return (self.indices.shape[0], self.indices.shape[1], *self.block)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `indices` lives."""
+        return self.indices.device
+
+
+Layout = FanInLayout | Pattern
+
+
+def check_layout(name: str, layout: object) -> None:
+    """Raises TypeError unless `layout` is a FanInLayout."""
+    checks.check_type(name, layout, FanInLayout, "a FanInLayout")
 
 
 def checksum(indices: Tensor) -> int:
@@ -391,11 +417,11 @@ def checksum(indices: Tensor) -> int:
 
 
 def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
-    """False for the stand-ins that tracers pass around; they must not outlive the trace."""
+    """False for the tensors of a tracer, which are valid only during the trace."""
     return not torch.compiler.is_dynamo_compiling() and all(
         type(tensor) is Tensor for tensor in tensors
     )
 
 
-# torch.load(weights_only=True) may rebuild a layout: that runs the validating constructor.
+# torch.load(weights_only=True) may build a layout, because the constructor validates.
 torch.serialization.add_safe_globals([FanInLayout])

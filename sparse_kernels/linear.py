@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from sparse_kernels import backends, ops, ranks, reference
-from sparse_kernels.checks import check_fan_in, check_geometry, check_num_blocks, refuse_jit_trace
-from sparse_kernels.layout import FanInLayout
+from sparse_kernels import backends, checks, ranks, reference
+from sparse_kernels.layout import FanInLayout, Pattern
 from sparse_kernels.matmul import linear
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 _NO_PATTERN = -1  # what `indices` is filled with while a layer has no pattern
 _OVERWRITTEN = (
     "indices of a SparseLinear was overwritten where no GPU stream sees it: by a collective "
     "or .data; read the layer's `layout` after such a write"
 )
-# Every layer alive, to find those that share a weight.
+# Every layer that exists, to find those that share a weight.
 layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
 
 
@@ -53,18 +53,20 @@ class SparseLinear(nn.Module):
     The weights start uniform in `+-1/sqrt(fan_in)`, as in `torch.nn.Linear` but with the fan-in
     that exists; with `fan_out`, with its mean over the outputs. So does the bias.
 
-    The layout is a validated copy of `indices`, and only the layout reaches a kernel. `indices` is
-    compared with it at every forward, by a checksum of its content: a pattern written there in any
-    way (a collective, `.data`, a load hook) is validated and used, or refused with a ValueError. On
-    a GPU the comparison does not wait for the device: a write that torch does not count, such as a
-    collective's, raises a device-side assert. To change the pattern during training use `rewire_`.
+    Kernels read the layout, a validated copy of `indices`. Every forward compares the two by a
+    checksum: a pattern written to `indices` in any way (a collective, `.data`, a load hook) is
+    validated and used, or refused with a ValueError. On a GPU the comparison does not wait for the
+    device: a write that torch does not count, such as a collective's, raises a device-side assert.
+    To change the pattern during training use `rewire_`.
 
-    Under DistributedDataParallel the patterns of all ranks are compared at the first forward, and
-    different ones refused with a RuntimeError; `reset_parameters` of a layer whose weight is
-    sharded (FSDP2) gives all ranks the pattern of the first.
+    DistributedDataParallel that does not broadcast buffers compares the patterns of all ranks at
+    its first forward and raises a RuntimeError if they differ; `reset_parameters` of a layer whose
+    weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes are not
+    compared: call `check_ranks` after rewiring or loading on several ranks.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
-    one, `reset_parameters` draws one, forward raises RuntimeError until then.
+    one, `reset_parameters` draws one, forward raises RuntimeError until then. Under a
+    FakeTensorMode forward and backward give shapes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or size; the message names it.
@@ -75,7 +77,7 @@ class SparseLinear(nn.Module):
     indices: Tensor
 
     def __new__(cls, *args: Any, **options: Any) -> SparseLinear:
-        """Copies and unpickled layers come through here as well."""
+        """Registers the layer; copies and unpickled layers skip `__init__`."""
         layer = super().__new__(cls)
         layers.add(layer)
         return layer
@@ -95,27 +97,26 @@ class SparseLinear(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.block = check_geometry(out_features, in_features, block)
+        self.block = checks.check_geometry(out_features, in_features, block)
         self.in_features, self.out_features = int(in_features), int(out_features)
         if (fan_in is None) == (fan_out is None):
             raise ValueError(
                 f"exactly one of fan_in and fan_out must be given, "
                 f"got fan_in={fan_in} and fan_out={fan_out}"
             )
-        if bias is not None and not isinstance(bias, bool):
-            raise TypeError(f"bias must be a bool or None, got {type(bias).__name__}")
+        checks.check_type("bias", bias, (bool, type(None)), "a bool or None")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _DTYPES:
+        if dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16, float64 or float16, got {dtype}")
         backends.check_name(backend)
         self.backend = backend
         self.fan_in, self.fan_out = fan_in, fan_out
         block_rows, block_cols = self._stored_block
         name, fan = ("fan_in", fan_in) if fan_out is None else ("fan_out", fan_out)
-        count = check_fan_in(fan, self._stored_shape[1], block_cols, name)
+        count = checks.check_fan_in(fan, self._stored_shape[1], block_cols, name)
         setattr(self, name, count * block_cols)
         shape = (self._stored_shape[0] // block_rows, count)
-        check_num_blocks(*shape)
+        checks.check_num_blocks(*shape)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.weight = nn.Parameter(
             torch.empty((*shape, block_rows, block_cols), device=device, dtype=dtype)
@@ -129,7 +130,7 @@ class SparseLinear(nn.Module):
             "indices", torch.full(shape, _NO_PATTERN, device=device, dtype=torch.int32)
         )
         self._layout: FanInLayout | None = None
-        # On a GPU, `indices` and its version when it was last compared with the layout.
+        # On a GPU: `indices` and its version at the last comparison with the layout.
         self._seen: tuple[Tensor, int] | None = None
         if device.type != "meta":
             self.reset_parameters(generator)
@@ -153,27 +154,28 @@ class SparseLinear(nn.Module):
         """The pattern in use.
 
         Raises:
-            RuntimeError: the layer has none yet, see the class. ValueError: `indices` was written
-                to and is no longer a valid pattern.
+            RuntimeError: the layer has none yet. ValueError: `indices` was written to and is not a
+                valid pattern.
         """
         self._refresh()
         if self._layout is None:
             raise RuntimeError(
-                "this SparseLinear has no pattern yet: it was made on the meta device or emptied; "
-                "call load_state_dict, or reset_parameters to draw a random one"
+                "this SparseLinear has no pattern yet: it was made on the meta device or in a "
+                "FakeTensorMode, or emptied; call load_state_dict, or reset_parameters to draw a "
+                "random one"
             )
         return self._layout
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws new weights, and a pattern if the layer has none yet.
 
-        Weights are uniform in `+-1/sqrt(fan_in)`. `torch.nn.init.kaiming_uniform_` and the like
-        take the number of weights from a shape that is not this layer's: call this in their place.
+        Use this instead of `torch.nn.init.kaiming_uniform_` and the like, which compute the fan-in
+        from the shape of a dense weight.
         """
         if self.indices.is_meta:
             raise RuntimeError("a layer on the meta device holds no values: call to_empty first")
         self._refresh()
-        if self._layout is None:
+        if self._layout is None and not isinstance(self.indices, FakeTensor):
             layout = FanInLayout.random(
                 *self._stored_shape,
                 self.weight.shape[1] * self.weight.shape[3],
@@ -193,16 +195,22 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
-        refuse_jit_trace()
-        if torch.compiler.is_compiling():
-            # What is traced keeps the buffer: a pattern that is loaded later is used, and equal
+        indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
+        if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
+            # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
-            pattern = ops.Pattern(self.indices, self._stored_shape[1], self._stored_block)
+            pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
             return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+        if torch._C._get_tracing_state() is not None:
+            checks.refuse_jit_trace()
         layout = self.layout
-        if not layout.indices.is_cpu:
-            torch._assert_async(torch.all(self.indices == layout.indices), _OVERWRITTEN)
-        return linear(x, self.weight, layout, self.bias, self.backend, self.transpose)
+        if not indices.is_cpu:
+            torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
+        # Not `self.weight`: torch's lookup of a Parameter takes long beside a product of one token.
+        weight = self._parameters.get("weight")
+        if weight is None:  # parametrized or pruned
+            weight = self.weight
+        return linear(x, weight, layout, self.bias, self.backend, self.transpose)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -235,8 +243,7 @@ class SparseLinear(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type or size; the message names it.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        checks.check_type("linear", linear, nn.Linear, "a torch.nn.Linear")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -277,24 +284,24 @@ class SparseLinear(nn.Module):
     def _refresh(self) -> None:
         """Takes over a pattern that was written to `indices`; raises if it is not valid."""
         indices, layout = self._buffers["indices"], self._layout
-        # A tracer's stand-in has no content to look at, and stands for what was here before.
+        # What tracers put in its place has no content.
         if type(indices) is not Tensor or indices.is_meta:
             return
         if layout is None:
             if not bool((indices == _NO_PATTERN).all()):
                 self._adopt(self._validated(indices, "indices"))
-        elif not self._is_counted_unchanged(indices) and not layout.is_held_by(indices):
+        elif (indices.is_cpu or not self._is_counted_unchanged(indices)) and not (
+            layout.is_held_by(indices)
+        ):
             self._adopt(self._validated(indices, "indices"))
         ranks.check_once(SparseLinear)
 
-    # torch.compile runs it for real while it traces what reads `layout`. The attribute is what
+    # torch.compile executes it while it traces code that reads `layout`. This is the attribute that
     # `torch.compiler.assume_constant_result` sets, which imports all of torch._dynamo.
     _refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _is_counted_unchanged(self, indices: Tensor) -> bool:
-        """Whether torch counts no write since the last look: asked where looking means waiting."""
-        if indices.is_cpu:
-            return False
+        """Whether torch counted no write since the last comparison."""
         seen, self._seen = self._seen, (indices, _version(indices))
         return seen is not None and seen[0] is indices and seen[1] == self._seen[1]
 
@@ -335,8 +342,9 @@ class SparseLinear(nn.Module):
             if layout is not None and indices.dtype != torch.int32:
                 # Module.type() casts every tensor; a pattern does not follow.
                 indices = self.indices = layout.indices.to(indices.device, copy=True)
-            if layout is not None and torch.equal(indices, layout.indices.to(indices.device)):
-                self._adopt(layout.to(indices.device))
+            moved = None if layout is None else layout.to(indices.device)
+            if moved is not None and moved.is_held_by(indices):
+                self._adopt(moved)
             else:  # `to_empty`: new memory, and no pattern in it
                 self._layout = None
                 indices.fill_(_NO_PATTERN)
@@ -354,7 +362,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         """Loads this layer's tensors, or none of them if one is refused.
 
-        What is wrong goes to the lists, of which `load_state_dict` makes one error for all layers.
+        Errors are appended to the lists; `load_state_dict` raises one error for all layers.
         """
         before = {**self._parameters, **self._buffers}
         content = {name: None if t is None else t.detach().clone() for name, t in before.items()}
@@ -364,7 +372,7 @@ class SparseLinear(nn.Module):
         errors: list[str] = []
         accepted = False
         try:
-            # Loads; before that it calls the hooks that may change the keys of `state_dict`.
+            # First calls the hooks, which may change the keys of `state_dict`.
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             )
@@ -394,11 +402,11 @@ class SparseLinear(nn.Module):
             try:
                 if name != "indices":
                     _check_loaded(prefix + name, loaded, current, assign)
-                elif not (isinstance(loaded, Tensor) and loaded.is_meta and current.is_meta):
+                elif checks.has_values(current) or checks.has_values(loaded):
                     layout = self._validated(loaded, prefix + name)
             except (TypeError, ValueError) as error:
                 refusals.append(str(error))
-        return None if before["indices"].is_meta and not assign else layout, refusals
+        return layout if checks.has_values(before["indices"]) or assign else None, refusals
 
     def _restore(self, before: dict[str, Any], content: dict[str, Any]) -> None:
         """Puts the tensors `before` back, with the `content` that they had."""
@@ -410,8 +418,25 @@ class SparseLinear(nn.Module):
                     tensor.copy_(content[name])
 
 
+def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Raises RuntimeError on every rank if a SparseLinear of `model` differs in its pattern.
+
+    A collective: every rank of `group` must call it with the same model. Call it after `rewire_` or
+    `load_state_dict` in a distributed run: a rank with another pattern trains another model, and
+    the averages of gradients mean nothing. Costs one checksum of each layer and one all_gather.
+
+    Args:
+        model: any module, also wrapped in DistributedDataParallel or sharded by FSDP2.
+        group: the ranks to compare, by default all.
+
+    Raises:
+        RuntimeError: patterns differ; the message names the layers.
+    """
+    ranks.compare(ranks.patterns(model, SparseLinear), group)
+
+
 def _version(tensor: Tensor) -> int:
-    """Counts the writes to a tensor; -1 where torch does not count."""
+    """Torch's count of writes to a tensor; -1 if torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -428,14 +453,11 @@ def _check_loaded(key: str, loaded: object, current: Tensor, assign: bool) -> No
     """Raises TypeError or ValueError if `loaded` cannot take the place of a floating `current`."""
     if not current.is_floating_point():
         return
-    if not isinstance(loaded, Tensor):
-        raise TypeError(f"{key} must be a torch.Tensor, got {type(loaded).__name__}")
-    if loaded.layout != torch.strided:
-        raise TypeError(f"{key} must be a strided tensor, got {loaded.layout}: call to_dense()")
-    if not loaded.is_floating_point() or (assign and loaded.dtype not in _DTYPES):
+    loaded = checks.check_strided(key, loaded)
+    if not loaded.is_floating_point() or (assign and loaded.dtype not in checks.FLOAT_DTYPES):
         needs = "float32, bfloat16, float64 or float16" if assign else "a floating-point dtype"
         raise TypeError(f"{key} must have {needs}, got {loaded.dtype}")
-    if loaded.is_meta and not current.is_meta:
-        raise ValueError(f"{key} must hold values, got a tensor on the meta device")
+    if checks.has_values(current):
+        checks.check_has_values(key, loaded)
     if loaded.shape != current.shape:
         raise ValueError(f"{key} must have shape {tuple(current.shape)}, got {tuple(loaded.shape)}")

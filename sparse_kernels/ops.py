@@ -1,8 +1,7 @@
-"""The operations as PyTorch sees them: one table of (schema, what runs it, fake results).
+"""The operations as PyTorch sees them: one table of (schema, checks, fake results).
 
-A pattern crosses a schema as its `indices`; what a backend derives from it stays outside, in the
-layout that `layout_of` finds for them. None of these ops is differentiable: the autograd Functions
-above them are.
+A schema has a pattern's `indices`; `layout_of` finds the layout that caches what backends derive
+from them. The ops are not differentiable: the autograd Functions that call them are.
 """
 
 from __future__ import annotations
@@ -19,34 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_kernels import backends, checks
-from sparse_kernels.layout import FanInLayout
-
-
-class Pattern(NamedTuple):
-    """What an op needs of a layout, for tracers: they see a tensor where a layout is an object."""
-
-    indices: Tensor
-    in_features: int
-    block: tuple[int, int]
-
-    @property
-    def out_features(self) -> int:
-        """`N`."""
-        return self.indices.shape[0] * self.block[0]
-
-    @property
-    def values_shape(self) -> tuple[int, int, int, int]:
-        """`(R, F, block_out, block_in)`."""
-        return (self.indices.shape[0], self.indices.shape[1], *self.block)
-
-    @property
-    def device(self) -> torch.device:
-        """Where `indices` lives."""
-        return self.indices.device
+from sparse_kernels.layout import FanInLayout, Layout
 
 
 class _Known(NamedTuple):
@@ -59,10 +35,10 @@ _known: dict[tuple[int, ...], _Known] = {}
 
 
 def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInLayout:
-    """The layout with these `indices`: validated when they are new, remembered until they change.
+    """The layout with these `indices`: validated when they are new, cached until they change.
 
-    On the CPU they are compared by content. A GPU would have to wait for that: there, writes that
-    PyTorch does not count (collectives, `.data`) are not seen.
+    On a CPU their content is compared. On a GPU that would mean waiting for the device: there,
+    writes that PyTorch does not count (collectives, `.data`) are not seen.
     """
     storage = indices.untyped_storage()
     place = (storage._cdata, indices.storage_offset(), *indices.shape, in_features, *block)
@@ -83,13 +59,97 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
 class Op(NamedTuple):
     """A row of the table: what the dispatcher needs to know of an op."""
 
+    # The name of the op is that of the backends' function; its last argument names the backend.
     schema: str
-    run: Callable[..., Any]
+    # Takes the arguments of the backends' function, and raises if kernels cannot run with them.
+    check: Callable[..., None]
+    # Takes the arguments of the schema, and returns tensors of the shapes of the results.
     fake: Callable[..., Any]
 
 
-_PATTERN = "Tensor indices, int in_features, int[2] block, str backend"
-_get, _fused = backends.get, backends.get_fused
+def _check_forward(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
+    _check_spmm("x", x, values, bias, layout, layout.in_features, layout.out_features)
+
+
+def _check_grad_input(grad: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
+    _check_spmm("grad_output", grad, values, bias, layout, layout.out_features, layout.in_features)
+
+
+def _check_spmm(
+    name: str, x: Tensor, values: Tensor, bias: Tensor | None, layout: Layout, *sides: int
+) -> None:
+    dtype, device = x.dtype, layout.device
+    checks.check_tensor(name, x, (*x.shape[:1], sides[0]), dtype, device)
+    checks.check_tensor("values", values, layout.values_shape, dtype, device)
+    if bias is not None:
+        checks.check_tensor("bias", bias, sides[1:], dtype, device)
+
+
+def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
+    tokens, dtype, device = grad_output.shape[:1], grad_output.dtype, layout.device
+    shape = (*tokens, layout.out_features)
+    checks.check_tensor("grad_output", grad_output, shape, dtype, device)
+    checks.check_tensor("x", x, (*tokens, layout.in_features), dtype, device)
+
+
+def _check_rows(**tensors: Tensor) -> None:
+    """Matrices of the shape, dtype and device of the first."""
+    (first, like), *others = tensors.items()
+    checks.check_matrix(first, like)
+    for name, tensor in others:
+        checks.check_tensor(name, tensor, like.shape, like.dtype, like.device)
+
+
+def _check_topk(x: Tensor, k: int) -> None:
+    _check_rows(x=x)
+    checks.check_kept(k, x.shape[1])
+
+
+def _check_norm(x: Tensor, weight: Tensor, k: int, eps: float) -> None:
+    _check_topk(x, k)
+    checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
+
+
+def _check_norm_backward(
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> None:
+    _check_rows(grad_output=grad, y=y, x=x)
+    checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
+    checks.check_tensor("scales", scales, x.shape[:1], checks.wide_dtype(x.dtype), x.device)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """q `(B, T, H, d)`, k and v `(B, S, H, d)` with S at least T and d at least 1, sinks `(H,)`."""
+    checks.check_is_tensor("k", k)
+    if q.dim() != 4 or k.dim() != 4 or q.shape[1] > k.shape[1] or q.shape[3] == 0:
+        raise ValueError(
+            f"q must be (B, T, H, d) and k (B, S, H, d) with S at least T and d at least 1, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    shape = (q.shape[0], k.shape[1], *q.shape[2:])
+    checks.check_tensor("k", k, shape, q.dtype, q.device)
+    checks.check_tensor("v", v, shape, q.dtype, q.device)
+    if sinks is not None:
+        checks.check_tensor("sinks", sinks, q.shape[2:3], q.dtype, q.device)
+
+
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v `(B, T, H, d)`; raises ValueError unless qkv is `(B, T, 3, H, d)`."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
+        raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
+    return q, k, v
+
+
+def _check_attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
+) -> None:
+    q, k, v = split_heads(qkv)
+    check_attention(q, k, v, sinks)
+    for name, tensor in (("y", y), ("grad_y", grad_y)):
+        checks.check_tensor(name, tensor, q.shape, q.dtype, q.device)
+    B, T, H, _ = q.shape
+    checks.check_tensor("lse", lse, (B, H, T), checks.wide_dtype(q.dtype), q.device)
 
 
 def _like_first(first: Tensor, *_: object) -> Tensor:
@@ -100,81 +160,62 @@ def _row_sums(x: Tensor, *sizes: int) -> Tensor:
     return x.new_empty(sizes, dtype=checks.wide_dtype(x.dtype))
 
 
+_PATTERN = "Tensor indices, int in_features, int[2] block, str backend"
 TABLE = (
     Op(
         f"forward(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        lambda x, values, bias, indices, width, block, name: _get(name).forward(
-            x, values, layout_of(indices, width, block), bias
-        ),
+        _check_forward,
         lambda x, values, bias, indices, width, block, name: x.new_empty(
             x.shape[0], indices.shape[0] * block[0]
         ),
     ),
     Op(
         f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        lambda grad, values, bias, indices, width, block, name: _get(name).grad_input(
-            grad, values, layout_of(indices, width, block), bias
-        ),
-        lambda grad, values, bias, indices, width, block, name: grad.new_empty(
-            grad.shape[0], width
-        ),
+        _check_grad_input,
+        lambda grad, values, bias, indices, width, *_: grad.new_empty(grad.shape[0], width),
     ),
     Op(
         f"grad_weight(Tensor grad_output, Tensor x, {_PATTERN}) -> Tensor",
-        lambda grad, x, indices, width, block, name: _get(name).grad_weight(
-            grad, x, layout_of(indices, width, block)
-        ),
+        _check_grad_weight,
         lambda grad, x, indices, width, block, name: x.new_empty(*indices.shape, *block),
     ),
     Op(
-        "sum_tokens(Tensor grad_output, str backend) -> Tensor",
-        lambda grad, name: _get(name).sum_tokens(grad),
+        "bias_grad(Tensor grad_output, str backend) -> Tensor",
+        lambda grad: _check_rows(grad_output=grad),
         lambda grad, name: grad.new_empty(grad.shape[1]),
     ),
-    Op(
-        "abs_topk(Tensor x, int k, str backend) -> Tensor",
-        lambda x, k, name: _get(name).abs_topk(x, k),
-        _like_first,
-    ),
+    Op("abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
     Op(
         "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
-        lambda grad, y, name: _get(name).abs_topk_backward(grad, y),
+        lambda grad, y: _check_rows(grad_output=grad, y=y),
         _like_first,
     ),
-    Op(
-        "gelu_abs_topk(Tensor x, int k, str backend) -> Tensor",
-        lambda x, k, name: _fused(name).gelu_abs_topk(x, k),
-        _like_first,
-    ),
+    Op("gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
     Op(
         "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
-        lambda grad, y, x, name: _fused(name).gelu_abs_topk_backward(grad, y, x),
+        lambda grad, y, x: _check_rows(grad_output=grad, y=y, x=x),
         _like_first,
     ),
     Op(
         "norm_abs_topk(Tensor x, Tensor weight, int k, float eps, str backend) -> (Tensor, Tensor)",
-        lambda x, weight, k, eps, name: _fused(name).norm_abs_topk(x, weight, k, eps),
+        _check_norm,
         lambda x, *_: (_like_first(x), _row_sums(x, x.shape[0])),
     ),
     Op(
         "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight,"
         " Tensor scales, str backend) -> (Tensor, Tensor)",
-        lambda grad, y, x, weight, scales, name: _fused(name).norm_abs_topk_backward(
-            grad, y, x, weight, scales
-        ),
+        _check_norm_backward,
         lambda grad, y, x, weight, *_: (_like_first(x), _like_first(weight)),
     ),
     Op(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
-        lambda q, k, v, sinks, name: _fused(name).attention(q, k, v, sinks),
+        check_attention,
         lambda q, *_: (_like_first(q), _row_sums(q, q.shape[0], q.shape[2], q.shape[1])),
     ),
     Op(
         "attention_backward(Tensor qkv, Tensor? sinks, Tensor y, Tensor lse, Tensor grad_y,"
         " str backend) -> (Tensor, Tensor)",
-        lambda qkv, sinks, y, lse, grad_y, name: _fused(name).attention_backward(
-            qkv, sinks, y, lse, grad_y
-        ),
+        _check_attention_backward,
         lambda qkv, sinks, *_: (
             _like_first(qkv),
             qkv.new_empty(0 if sinks is None else sinks.shape),
@@ -186,11 +227,26 @@ _library = torch.library.Library("sparse_kernels", "DEF")
 
 
 def _register(op: Op) -> OpOverload:
-    """Defines one op; the backend is an argument, so every device enters through `op.run`."""
-    _library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
+    """Defines one op. All devices share an implementation: the backend is an argument."""
     name = op.schema.partition("(")[0]
+    product = "attention" if name.startswith("attention") else "abs_topk"
+    if _PATTERN in op.schema:
+        product = name
+
+    def run(*arguments: Any) -> Any:
+        *arguments, backend = arguments  # type: ignore[assignment]
+        layout = None
+        if _PATTERN in op.schema:
+            *tensors, indices, in_features, block = arguments
+            layout = layout_of(indices, in_features, block)
+            arguments = (*tensors[:2], layout, *tensors[2:])
+        backends.choose_for(arguments[0], product, backend, layout)
+        op.check(*arguments)
+        return getattr(backends.get(backend), name)(*arguments)
+
+    _library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, op.run, key)
+        _library.impl(name, run, key)
     torch.library.register_fake(f"sparse_kernels::{name}", op.fake, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
     _library.impl(name, functools.partial(_run_batched_grads, overload), "Batched")
@@ -200,7 +256,7 @@ def _register(op: Op) -> OpOverload:
 def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
     """One call per sample of what `torch.autograd.grad(is_grads_batched=True)` brings.
 
-    Its batches are not those of `torch.vmap`, which autograd Functions are told of.
+    Its batches are not those of `torch.vmap`, for which autograd Functions have a rule.
     """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -223,7 +279,7 @@ def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
     _forward,
     _grad_input,
     _grad_weight,
-    sum_tokens,
+    bias_grad,
     abs_topk,
     abs_topk_backward,
     gelu_abs_topk,
@@ -256,7 +312,7 @@ def _register_flops(counter: Any) -> None:
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
-    """Registers the formulas once the counter is imported: that takes a second, and few want it."""
+    """Registers the formulas when the counter is imported, which takes a second."""
 
     name = "torch.utils.flop_counter"
 
@@ -299,13 +355,14 @@ _IDLE_KEYS = _idle_keys()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _is_direct(*tensors: Tensor | None) -> bool:
-    """Whether a call may skip the dispatcher: nobody watches, and the tensors are ordinary.
+def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
+    """Whether a call may skip the dispatcher: no mode is active, and the tensors are ordinary.
 
     The dispatcher takes longer than the product of one token.
     """
     if (
         torch.compiler.is_compiling()
+        or not isinstance(layout, FanInLayout)
         or _active_keys() not in _IDLE_KEYS
         or torch._C._autograd._profiler_enabled()
     ):
@@ -318,55 +375,41 @@ def _is_direct(*tensors: Tensor | None) -> bool:
     return True
 
 
-def forward(
-    x: Tensor, values: Tensor, layout: FanInLayout | Pattern, bias: Tensor | None, backend: str
-) -> Tensor:
-    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; see `reference.forward`."""
-    if _is_direct(x, values, bias) and isinstance(layout, FanInLayout):
-        return _get(backend).forward(x, values, layout, bias)
+def forward(x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str) -> Tensor:
+    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; layout is a `Layout`. See `reference.forward`."""
+    _check_forward(x, values, layout, bias)
+    if _is_direct(layout, x, values, bias):
+        return backends.get(backend).forward(x, values, layout, bias)
     y: Tensor = _forward(x, values, bias, layout.indices, layout.in_features, layout.block, backend)
     return y
 
 
 def grad_input(
-    grad_output: Tensor,
-    values: Tensor,
-    layout: FanInLayout | Pattern,
-    bias: Tensor | None,
-    backend: str,
+    grad_output: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
-    if _is_direct(grad_output, values, bias) and isinstance(layout, FanInLayout):
-        return _get(backend).grad_input(grad_output, values, layout, bias)
-    grad: Tensor = _grad_input(
-        grad_output, values, bias, layout.indices, layout.in_features, layout.block, backend
-    )
+    _check_grad_input(grad_output, values, layout, bias)
+    if _is_direct(layout, grad_output, values, bias):
+        return backends.get(backend).grad_input(grad_output, values, layout, bias)
+    pattern = layout.indices, layout.in_features, layout.block
+    grad: Tensor = _grad_input(grad_output, values, bias, *pattern, backend)
     return grad
 
 
-def grad_weight(
-    grad_output: Tensor, x: Tensor, layout: FanInLayout | Pattern, backend: str
-) -> Tensor:
+def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
-    if _is_direct(grad_output, x) and isinstance(layout, FanInLayout):
-        return _get(backend).grad_weight(grad_output, x, layout)
-    grad: Tensor = _grad_weight(
-        grad_output, x, layout.indices, layout.in_features, layout.block, backend
-    )
+    _check_grad_weight(grad_output, x, layout)
+    if _is_direct(layout, grad_output, x):
+        return backends.get(backend).grad_weight(grad_output, x, layout)
+    pattern = layout.indices, layout.in_features, layout.block
+    grad: Tensor = _grad_weight(grad_output, x, *pattern, backend)
     return grad
-
-
-def derive(layout: FanInLayout, backend: str, lists: Any) -> tuple[Tensor, ...]:
-    """What the backend's products want of these lists, an `Orientation`, cached in `layout`."""
-    return layout.derive(
-        f"{backend}.{lists}", lambda this: _get(backend).build_schedule(this, lists)
-    )
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of `torch.func` is under way.
+    """Whether forward-mode differentiation or a transform of `torch.func` is active.
 
-    Its tensors need not require a gradient to be differentiated, and kernels see through none.
+    Tensors are then differentiated although they do not require a gradient.
     """
     if torch.compiler.is_compiling():
         return False
@@ -375,7 +418,7 @@ def is_transformed() -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of an operation on `tensors`."""
+    """Whether autograd must record an operation on `tensors`."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return is_transformed()
@@ -392,8 +435,10 @@ def map_samples(
     """`torch.vmap`'s rule for a Function without a better one: one call per sample, stacked.
 
     Args:
+        function: what is called.
         info: torch's, with `batch_size`.
         in_dims: the batch dimension of each argument, or None.
+        arguments: those of `function`, with a batch dimension each where `in_dims` says so.
     """
     calls = (
         function(
@@ -405,3 +450,27 @@ def map_samples(
         for sample in range(info.batch_size)
     )
     return torch.stack(list(calls)), 0
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, under forward mode and transforms with the rules that it has for them.
+
+    The rules are its `jvp_rule`, and its `vmap_rule` unless `map_samples` is as good.
+    """
+    return (_with_rules(function) if is_transformed() else function).apply(*arguments)
+
+
+@functools.cache
+def _with_rules(function: Any) -> type[Function]:
+    """A subclass that has the rules by the names that torch knows.
+
+    torch.compile does not trace a Function that has a jvp, hence two classes.
+    """
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+        return map_samples(made.apply, info, in_dims, *arguments)
+
+    rules = {"jvp": function.jvp_rule, "vmap": getattr(function, "vmap_rule", vmap)}
+    named = {name: staticmethod(rule) for name, rule in rules.items()}
+    made: type[Function] = type(function)(function.__name__, (function,), named)
+    return made

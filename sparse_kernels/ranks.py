@@ -1,4 +1,4 @@
-"""The ranks of a distributed run must have the same patterns: compared, or given by the first."""
+"""Distributed runs: compares the patterns of the ranks, or gives all ranks that of the first."""
 
 from __future__ import annotations
 
@@ -18,42 +18,48 @@ if TYPE_CHECKING:
 _compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def compare(patterns: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Raises RuntimeError on every rank of `group` if a pattern differs, with the layers' names.
+
+    A collective. `patterns` are the `indices` of each layer, by name, in the same order everywhere.
+    """
+    if not patterns:
+        return
+    sums = [checksum(indices) - 2**63 for indices in patterns.values()]  # int64 is signed
+    mine = torch.tensor(sums, device=next(iter(patterns.values())).device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    differs = (torch.stack(every) != every[0]).any(0).tolist()
+    if any(differs):
+        names = [name for name, differ in zip(patterns, differs, strict=True) if differ]
+        raise RuntimeError(
+            f"the ranks have different patterns (indices) in {', '.join(names)}: build the model "
+            f"with the same seed on every rank, load the same state dict, rewire every rank with "
+            f"the same layout, or use DistributedDataParallel with broadcast_buffers=True"
+        )
+
+
 def check_once(kind: type[SparseLinear]) -> None:
-    """At the first forward of the DistributedDataParallel in progress, if any, compares patterns.
+    """Compares patterns at the first forward of the DistributedDataParallel in progress, if any.
 
-    It compares all layers of that `kind` in one collective: whichever of them a rank runs first,
-    all ranks take part. Where DistributedDataParallel broadcasts the buffers nothing can
-    differ.
-
-    Raises:
-        RuntimeError: on every rank, with the names of the layers that differ.
+    One collective compares all layers of this `kind`, so the ranks may run them in any order.
+    Where DistributedDataParallel broadcasts buffers, patterns cannot differ.
     """
     model = DistributedDataParallel._get_active_ddp_module()
     if model is None or model in _compared or model.will_sync_module_buffers():
         return
-    named = {
-        name or "the model": module.indices
-        for name, module in model.module.named_modules()
-        if isinstance(module, kind)
-    }
-    # Signed, as torch has it.
-    sums = [checksum(indices) - 2**63 for indices in named.values()]
-    mine = torch.tensor(sums, device=next(iter(named.values())).device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(model.process_group))]
-    dist.all_gather(every, mine, group=model.process_group)
-    differs = (torch.stack(every) != every[0]).any(0).tolist()
-    if any(differs):
-        names = [name for name, differ in zip(named, differs, strict=True) if differ]
-        raise RuntimeError(
-            f"the ranks have different patterns (indices) in {', '.join(names)}, and "
-            f"DistributedDataParallel does not broadcast buffers: build the model with the same "
-            f"seed on every rank, load the same state dict, or wrap it with broadcast_buffers=True"
-        )
+    compare(patterns(model.module, kind), model.process_group)
     _compared.add(model)
 
 
+def patterns(model: nn.Module, kind: type[SparseLinear]) -> dict[str, Tensor]:
+    """The `indices` of each layer of `model`, by its name."""
+    modules = model.named_modules()
+    return {name or "the model": m.indices for name, m in modules if isinstance(m, kind)}
+
+
 def is_sharded(weight: Tensor) -> bool:
-    """Whether this rank has a part of `weight` alone: a DTensor, as FSDP2 makes it."""
+    """Whether this rank has only a part of `weight`: a DTensor, as FSDP2 makes it."""
     return hasattr(weight, "device_mesh")
 
 

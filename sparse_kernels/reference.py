@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the specification, and a backend like the others.
 
-It computes in float64, slowly and accurately, with nothing but the blocks that exist: what an
-input holds that is not kept, NaN too, meets no weight. Each function takes two-dimensional inputs
-of any strides and returns a contiguous result in their dtype.
+It computes in float64, slowly and accurately, and reads only the blocks that exist: an input that
+no block reads changes nothing, even if it is NaN. Each function takes two-dimensional inputs of any
+strides and returns a contiguous result in their dtype.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import check_is_tensor, wide_dtype
-from sparse_kernels.layout import FanInLayout, Problem, check_fan_in, check_geometry
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-
-
-def _check_layout(layout: object) -> None:
-    if not isinstance(layout, FanInLayout):
-        raise TypeError(f"layout must be a FanInLayout, got {type(layout).__name__}")
+from sparse_kernels.checks import (
+    FLOAT_DTYPES,
+    check_fan_in,
+    check_geometry,
+    check_has_values,
+    check_is_tensor,
+    wide_dtype,
+)
+from sparse_kernels.layout import FanInLayout, Problem, check_layout
 
 
 def why_not(problem: Problem) -> str | None:
     """None if this backend can run `problem`, else a sentence that says why not."""
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in FLOAT_DTYPES:
         return f"reference needs float32, bfloat16, float16 or float64, got {problem.dtype}"
     return None
 
@@ -42,7 +42,7 @@ def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
     Raises:
         TypeError: a wrong type. ValueError: a wrong shape or device.
     """
-    _check_layout(layout)
+    check_layout("layout", layout)
     check_is_tensor("values", values)
     if values.shape != layout.values_shape:
         raise ValueError(
@@ -88,8 +88,7 @@ def from_dense(
             f"weight must have two dimensions (out_features, in_features), "
             f"got shape {tuple(weight.shape)}"
         )
-    if weight.is_meta:
-        raise ValueError("weight must hold values, got a tensor on the meta device")
+    check_has_values("weight", weight)
     weight = weight.detach()
     out_features, in_features = weight.shape
     block_out, block_in = check_geometry(out_features, in_features, block)
@@ -155,7 +154,7 @@ def _finish(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (y if bias is None else y + bias.double()).to(dtype)
 
 
-def sum_tokens(grad_output: Tensor) -> Tensor:
+def bias_grad(grad_output: Tensor) -> Tensor:
     """The gradient of a bias: `(M, N)` -> `(N,)`, accumulated in float32 at least."""
     wide = wide_dtype(grad_output.dtype)
     return grad_output.sum(0, dtype=wide).to(grad_output.dtype)
@@ -261,8 +260,3 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     z = q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * q.shape[3] ** -0.5
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     return z.masked_fill(hidden, -torch.inf)
-
-
-def build_schedule(layout: FanInLayout, lists: str) -> tuple[Tensor, ...]:
-    """Tensors that the products want derived from the lists: this backend needs none."""
-    return ()

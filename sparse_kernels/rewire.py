@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_kernels.layout import FanInLayout
+from sparse_kernels.checks import check_type
+from sparse_kernels.layout import FanInLayout, check_layout
 from sparse_kernels.linear import SparseLinear, layers
 
 
@@ -18,7 +19,7 @@ def survivors(old: FanInLayout, new: FanInLayout) -> tuple[Tensor, Tensor]:
     Returns:
         `(slots, kept)`, int64 and bool, both `(R, F)` of `new`: where `kept[r, f]`, block `f` of
         row `r` of `new` is block `slots[r, f]` of row `r` of `old`; elsewhere the block is new and
-        the slot any.
+        the slot has no meaning.
     """
     slots = torch.searchsorted(old.indices, new.indices).clamp_(max=old.blocks_per_row - 1)
     return slots, old.indices.gather(1, slots) == new.indices
@@ -28,8 +29,8 @@ def carry(tensor: Tensor, slots: Tensor, kept: Tensor) -> Tensor:
     """`tensor` of `values_shape` in the new order: survivors keep their values, new blocks are 0.
 
     `(R, F_old, block_out, block_in)` to `(R, F, block_out, block_in)`; `slots` and `kept` as
-    `survivors` returns them. For state that `rewire_` does not know of, such as an average of the
-    weights.
+    `survivors` returns them. Use it for state that `rewire_` does not carry, such as an average of
+    the weights.
     """
     moved = tensor.gather(1, slots[:, :, None, None].expand(-1, -1, *tensor.shape[2:]))
     return moved.masked_fill_(~kept[:, :, None, None], 0)
@@ -45,9 +46,12 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
     counters and other parameters are not touched.
 
     With another fan the weight, its gradient, its optimizer state, `layer.indices` and
-    `layer.fan_in` (or `fan_out`) get new shapes. A graph that was recorded before refuses to run
-    backward, and whoever keeps buffers of the old shapes must make new ones: wrap the model in
-    `DistributedDataParallel` again, load checkpoints into a layer of the new fan.
+    `layer.fan_in` (or `fan_out`) get new shapes. Backward through a graph recorded before raises a
+    RuntimeError. Wrap the model in `DistributedDataParallel` again, because it has buffers of the
+    old shapes, and load checkpoints into a layer of the new fan.
+
+    In a distributed run every rank must rewire with the same `new_layout`; `check_ranks` compares
+    the patterns afterwards.
 
     Everything is validated and computed before anything is written.
 
@@ -63,14 +67,9 @@ def rewire_(layer: SparseLinear, optimizer: Optimizer | None, new_layout: FanInL
             hold the weight, or whose state for it cannot be carried (LBFGS,
             ZeroRedundancyOptimizer, anything of another shape).
     """
-    if not isinstance(layer, SparseLinear):
-        raise TypeError(f"layer must be a SparseLinear, got {type(layer).__name__}")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
-        )
-    if not isinstance(new_layout, FanInLayout):
-        raise TypeError(f"new_layout must be a FanInLayout, got {type(new_layout).__name__}")
+    check_type("layer", layer, SparseLinear, "a SparseLinear")
+    check_type("optimizer", optimizer, (Optimizer, NoneType), "a torch.optim.Optimizer or None")
+    check_layout("new_layout", new_layout)
     weight = _ordinary_weight(layer)
     old_layout = layer.layout
     if _matrix(new_layout) != _matrix(old_layout):
@@ -123,7 +122,7 @@ def _ordinary_weight(layer: SparseLinear) -> nn.Parameter:
 
 
 def _state_by_block(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What `optimizer` keeps of every block of `weight`; raises ValueError if there is more."""
+    """The state of `optimizer` for each block of `weight`; raises ValueError if there is other."""
     if not any(held is weight for group in optimizer.param_groups for held in group["params"]):
         raise ValueError("optimizer must hold layer.weight, and none of its groups does")
     names = {base.__name__ for base in type(optimizer).__mro__}
@@ -150,12 +149,12 @@ def _state_by_block(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Ten
 
 
 def _reshape_(weight: nn.Parameter, values: Tensor, grad: Tensor | None) -> None:
-    """Gives a Parameter values of another shape, and autograd a fresh place to accumulate.
+    """Gives a Parameter values of another shape, and a new node that accumulates its gradient.
 
-    The node of a graph that accumulates into `weight.grad` remembers the shape it was made for and
-    is shared by all graphs while one of them lives (`loss` of the last step, usually). Assigning
-    data of another dtype makes torch forget that node, and the next forward makes a new one, with
-    the Parameter's own hooks. The old one is made to refuse, as `torch.utils.swap_tensors` does.
+    The node has the shape of the weight that it was made for, and graphs share it while one of them
+    exists (usually that of the last loss). Assigning data of another dtype makes torch drop the
+    node; the next forward makes a new one, with the Parameter's hooks. The old node then raises, as
+    after `torch.utils.swap_tensors`.
     """
     if weight.requires_grad:
         with torch.enable_grad():
@@ -164,8 +163,7 @@ def _reshape_(weight: nn.Parameter, values: Tensor, grad: Tensor | None) -> None
     other = torch.float64 if weight.dtype != torch.float64 else torch.float32
     weight.data = torch.empty(0, dtype=other, device=weight.device)
     weight.data = torch.empty_like(values)
-    # Not assigned but copied: the copy counts as a write, so that graphs that saved the weight for
-    # their backward find it changed.
+    # Copying counts as a write, so that graphs which saved the weight find it changed.
     weight.copy_(values)
     weight.grad = grad
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_kernels import cpu, ops
-from sparse_kernels.activation import abs_topk
+from sparse_kernels.topk import abs_topk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 KINDS = [

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sparse_kernels as sk
 from sparse_kernels import backends, cpu, ops, reference
 from sparse_kernels.layout import Problem
+from sparse_kernels.transformer_ops import cached_attention, causal_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_isa = pytest.mark.parametrize("isa", cpu.isas())
@@ -50,7 +50,7 @@ cases = st.builds(
 def results(qkv, sinks, grad, backend="cpu"):
     """Y and the gradients of qkv and sinks."""
     leaves = [leaf.detach().requires_grad_() for leaf in (qkv, sinks) if leaf is not None]
-    y = sk.causal_attention(*leaves, backend=backend)
+    y = causal_attention(*leaves, backend=backend)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
@@ -119,11 +119,11 @@ def test_the_last_positions_alone_are_the_same(isa, case, seed, data):
     count = data.draw(st.integers(1, case.T))
     q, k, v = qkv.unbind(2)
     with cpu.use_isa(isa), torch.no_grad():
-        whole = sk.causal_attention(qkv, sinks)
-        last = sk.cached_attention(q[:, -count:], k, v, sinks)
+        whole = causal_attention(qkv, sinks)
+        last = cached_attention(q[:, -count:], k, v, sinks)
         # As a cache holds them: a head's positions next to each other.
         turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (k, v)]
-        again = sk.cached_attention(q[:, -count:], *turned, sinks)
+        again = cached_attention(q[:, -count:], *turned, sinks)
     torch.testing.assert_close(last, whole[:, -count:], rtol=1e-5, atol=1e-5)
     assert torch.equal(again, last)
 
@@ -166,10 +166,10 @@ def test_extreme_scores(isa):
         qkv = torch.zeros(1, 70, 3, 1, 1)
         qkv[0, :, 0] = 100.0
         qkv[0, :, 1, 0, 0] = qkv[0, :, 2, 0, 0] = torch.arange(70.0)
-        y = sk.causal_attention(qkv, torch.tensor([-200.0]))
+        y = causal_attention(qkv, torch.tensor([-200.0]))
         torch.testing.assert_close(y[0, 1:, 0, 0], torch.arange(1.0, 70.0))
         # A sink that takes everything.
-        assert sk.causal_attention(qkv, torch.tensor([1e5])).abs().max() == 0
+        assert causal_attention(qkv, torch.tensor([1e5])).abs().max() == 0
         # Scores beyond float32's exponent range, both ways.
         huge = torch.full((1, 9, 3, 1, 1), 1e19)
         huge[:, :, 2] = 1.0
@@ -185,11 +185,11 @@ def test_a_nan_is_seen_by_all_that_look_at_it_and_by_no_other(isa, bits):
     nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     assert nan.isnan().all()
     with cpu.use_isa(isa):
-        before = sk.causal_attention(qkv, sinks)
+        before = causal_attention(qkv, sinks)
         for part in range(3):
             spoiled = qkv.clone()
             spoiled[0, 17, part, 1, 3] = nan
-            y = sk.causal_attention(spoiled, sinks)
+            y = causal_attention(spoiled, sinks)
             # A value that is NaN also reaches the queries that are computed together with its own,
             # as 0 * NaN; in PyTorch's dense products it reaches every earlier one.
             clean = 16 if part == 2 else 17
@@ -205,7 +205,7 @@ def test_a_nan_is_seen_by_all_that_look_at_it_and_by_no_other(isa, bits):
 def test_nothing_to_attend(shape):
     qkv = torch.zeros(shape, requires_grad=True)
     sinks = torch.zeros(shape[3], requires_grad=True)
-    y = sk.causal_attention(qkv, sinks)
+    y = causal_attention(qkv, sinks)
     assert y.shape == (shape[0], shape[1], shape[3], shape[4])
     y.sum().backward()
     assert qkv.grad.shape == shape
@@ -219,7 +219,7 @@ def test_gradcheck(backend, sinks):
     leaves = [leaf.requires_grad_() for leaf in (qkv, sink) if leaf is not None]
 
     def run(qkv, sinks=None):
-        return sk.causal_attention(qkv, sinks, backend)
+        return causal_attention(qkv, sinks, backend)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
@@ -244,7 +244,7 @@ def test_compiles_whole_and_ignores_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         for got, want in zip(results(qkv, sinks, grad), wanted, strict=True):
             assert torch.equal(got, want)
-    compiled = torch.compile(sk.causal_attention, fullgraph=True)
+    compiled = torch.compile(causal_attention, fullgraph=True)
     leaves = [qkv.requires_grad_(), sinks.requires_grad_()]
     y = compiled(*leaves)
     for got, want in zip([y, *torch.autograd.grad(y, leaves, grad)], wanted, strict=True):
@@ -258,24 +258,27 @@ PART = torch.zeros(2, 5, 2, 4)
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "qkv must be a torch.Tensor", lambda: sk.causal_attention([1])),
-        (TypeError, "got torch.float16", lambda: sk.causal_attention(GOOD.half())),
-        (ValueError, r"qkv must be \(B, T, 3, H, d\)", lambda: sk.causal_attention(PART)),
-        (ValueError, "qkv must be", lambda: sk.causal_attention(GOOD[..., :0])),
-        (ValueError, r"sinks must be \(2,\)", lambda: sk.causal_attention(GOOD, torch.zeros(3))),
-        (ValueError, "sinks must be torch.float32 on cpu, as qkv is",
-         lambda: sk.causal_attention(GOOD, torch.zeros(2).double())),
-        (ValueError, "sinks must be .* got torch.float32 on meta",
-         lambda: sk.causal_attention(GOOD, torch.zeros(2, device="meta"))),
-        (ValueError, "backend must be one of", lambda: sk.causal_attention(GOOD, None, "gpu")),
-        (RuntimeError, "the device is cpu", lambda: sk.causal_attention(GOOD, None, "cuda")),
-        (ValueError, "with S at least 5", lambda: sk.cached_attention(PART, PART[:, 1:], PART)),
-        (ValueError, "with S at least 5", lambda: sk.cached_attention(PART, *[PART[:, 1:]] * 2)),
-        (ValueError, "k must have 4 dimensions", lambda: sk.cached_attention(PART, GOOD, PART)),
-        (ValueError, "v must be torch.float32 on cpu, as q is",
-         lambda: sk.cached_attention(PART, PART, PART.double())),
+        (TypeError, "qkv must be a torch.Tensor", lambda: causal_attention([1])),
+        (TypeError, "got torch.float16", lambda: causal_attention(GOOD.half())),
+        (ValueError, r"qkv must be \(B, T, 3, H, d\)", lambda: causal_attention(PART)),
+        (ValueError, "qkv must be", lambda: causal_attention(GOOD[..., :0])),
+        (ValueError, r"sinks must have shape \(2,\)",
+         lambda: causal_attention(GOOD, torch.zeros(3))),
+        (TypeError, "sinks must be torch.float32, got torch.float64",
+         lambda: causal_attention(GOOD, torch.zeros(2).double())),
+        (ValueError, "sinks must be on cpu, got meta",
+         lambda: causal_attention(GOOD, torch.zeros(2, device="meta"))),
+        (ValueError, "backend must be one of", lambda: causal_attention(GOOD, None, "gpu")),
+        (RuntimeError, "the device is cpu", lambda: causal_attention(GOOD, None, "cuda")),
+        (ValueError, "with S at least T", lambda: cached_attention(PART, PART[:, 1:], PART)),
+        (ValueError, "with S at least T", lambda: cached_attention(PART, *[PART[:, 1:]] * 2)),
+        (ValueError, r"k \(B, S, H, d\)", lambda: cached_attention(PART, GOOD, PART)),
+        (ValueError, "v must have shape", lambda: cached_attention(PART, PART, PART[:, 1:])),
+        (TypeError, "k must be a torch.Tensor", lambda: cached_attention(PART, None, PART)),
+        (TypeError, "v must be torch.float32, got torch.float64",
+         lambda: cached_attention(PART, PART, PART.double())),
         (RuntimeError, "cached_attention has no gradient",
-         lambda: sk.cached_attention(PART.clone().requires_grad_(), PART, PART)),
+         lambda: cached_attention(PART.clone().requires_grad_(), PART, PART)),
     ],
 )  # fmt: skip
 def test_refusals(error, message, call):

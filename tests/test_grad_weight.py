@@ -50,10 +50,14 @@ GRAD, X = torch.zeros(3, 4), torch.zeros(3, 6)
     [
         (TypeError, "layout must be a FanInLayout", (GRAD, X, None)),
         (TypeError, "grad_output must be a torch.Tensor", ([1.0], X, LAYOUT)),
-        (TypeError, "x must have a floating-point dtype", (GRAD, X.long(), LAYOUT)),
-        (TypeError, "grad_output must have the dtype of x", (GRAD.double(), X, LAYOUT)),
-        (ValueError, "grad_output must have 4 as its last", (X, X, LAYOUT)),
-        (ValueError, "x must have 6 as its last dimension", (GRAD, GRAD, LAYOUT)),
+        (TypeError, "x must be one of float32, .* got torch.int64", (GRAD, X.long(), LAYOUT)),
+        (TypeError, "x must be torch.float64, got torch.float32", (GRAD.double(), X, LAYOUT)),
+        (
+            ValueError,
+            "grad_output must have the layout's out_features = 4 as its last",
+            (X, X, LAYOUT),
+        ),
+        (ValueError, "x must have the layout's in_features = 6", (GRAD, GRAD, LAYOUT)),
         (ValueError, "leading dimensions of grad_output", (GRAD, X[:2], LAYOUT)),
         (ValueError, "x must be on the layout's device", (GRAD, X.to("meta"), LAYOUT)),
     ],

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_kernels as sk
-from sparse_kernels import ops, reference
+from sparse_kernels import checks, ops, reference
 
 
 # PyTorch looks at .grad of what a layer before made while it compiles the next.
@@ -102,6 +102,53 @@ def test_fake_tensors_meet_no_kernel():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         y = layer(mode.from_tensor(x))
     assert (y.shape, y.dtype) == ((2, 8), torch.float32)
+
+
+@pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
+def test_a_layer_made_in_a_fake_mode_gives_shapes(fan):
+    with FakeTensorMode():
+        layer = sk.SparseLinear(6, 8, **{fan: 4})
+        x = torch.randn(2, 6, requires_grad=True)
+        y = torch.nn.Sequential(layer)(x)
+        y.sum().backward()
+        assert (y.shape, y.dtype) == ((2, 8), torch.float32)
+        assert (x.grad.shape, layer.weight.grad.shape) == ((2, 6), layer.weight.shape)
+        layer.reset_parameters()
+        layer.load_state_dict(layer.state_dict())
+        with pytest.raises(RuntimeError, match=r"no pattern yet: .* FakeTensorMode"):
+            _ = layer.layout
+
+
+def test_what_reads_values_refuses_fake_tensors():
+    layout = sk.FanInLayout.random(8, 6, 3)
+    with FakeTensorMode() as mode:
+        indices, linear = mode.from_tensor(layout.indices), torch.nn.Linear(6, 8)
+        calls = {
+            "indices": lambda: sk.FanInLayout(indices, 6),
+            "a random layout": lambda: sk.FanInLayout.random(8, 6, 3),
+            "weight": lambda: sk.from_dense(linear.weight, 3),
+            "module '0': weight": lambda: sk.sparsify_(torch.nn.Sequential(linear), fan_in=3),
+        }
+        for name, call in calls.items():
+            with pytest.raises(ValueError, match=f"^{name} must hold values, got a FakeTensor"):
+                call()
+
+
+def test_lists_are_not_built_while_a_cuda_graph_is_captured(monkeypatch):
+    """What is allocated during a capture belongs to the graph: caching it would give garbage."""
+    with FakeTensorMode():
+        indices = torch.empty(8, 3, dtype=torch.int32, device="cuda:0")
+    layout = sk.FanInLayout._wrap(indices, 64, (16, 16))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for build in (
+        lambda: ops.layout_of(indices, 64, (16, 16)),
+        lambda: layout.derive("cuda.rows", lambda this: (this.indices,)),
+    ):
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured: run the step once"):
+            build()
+    checks.refuse_capture(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    checks.refuse_capture(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -253,6 +253,17 @@ def without_broadcast(rank):
     with pytest.raises(RuntimeError, match=r"different patterns .* in 0, 2"):
         different(torch.ones(3, K))
 
+    sk.check_ranks(same)
+    sk.check_ranks(torch.nn.ReLU())
+    layout = sk.FanInLayout.random(N, K, 4)  # drawn from a seed that is the rank's
+    if rank == 1:
+        sk.rewire_(same.module, None, layout)
+    same(torch.ones(3, K)).sum().backward()  # compared at the first forward alone
+    with pytest.raises(RuntimeError, match=r"different patterns .* in module: .*same layout"):
+        sk.check_ranks(same)
+    dist.broadcast(same.module.indices, 0)
+    sk.check_ranks(same.module)
+
 
 @pytest.mark.slow
 def test_ranks_with_different_patterns_are_refused_where_nothing_is_broadcast():

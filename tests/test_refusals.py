@@ -13,6 +13,7 @@ import torch
 from oracle import TARGETS
 
 import sparse_kernels as sk
+from sparse_kernels import backends, ops
 
 
 def check_refusal(call, kind, words):
@@ -246,37 +247,77 @@ def test_the_good_call_is_good():
     assert torch.equal(y, torch.full((M, N), 5.0))
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_a_backend_module_checks_its_own_arguments(target):
-    """The registered ops can be called by anybody: a wrong size must not reach a pointer."""
-    if target.backend == "reference":
-        pytest.skip("the reference runs on PyTorch's own checked operations")
-    module = getattr(sk, target.backend)
+BACKENDS = sorted({target.backend for target in TARGETS})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_products_check_their_arguments(backend, dispatched):
+    """Saved tensors can change, and anybody can call the ops: no wrong size reaches a pointer."""
+
+    def call(product, first, second, *bias):
+        if not dispatched:
+            return getattr(ops, product)(first, second, MADE, *bias, backend)
+        op = getattr(torch.ops.sparse_kernels, product)
+        return op(first, second, *bias, MADE.indices, K, BLOCK, backend)
+
     x, dy = torch.ones(M, K), torch.ones(M, N)
-    with target.use():
-        for call in (
-            lambda: module.forward(x[:, 1:], VALUES, MADE),
-            lambda: module.forward(x[0], VALUES, MADE),
-            lambda: module.forward(x, VALUES[1:], MADE),
-            lambda: module.forward(x, VALUES.double(), MADE),
-            lambda: module.forward(x.half(), VALUES.half(), MADE),
-            lambda: module.forward(x, VALUES, MADE, torch.ones(N - 1)),
-            lambda: module.forward(x, VALUES, MADE, torch.ones(N).double()),
-            lambda: module.grad_input(dy[:, 1:], VALUES, MADE),
-            lambda: module.grad_input(dy, VALUES, MADE, torch.ones(N)),
-            lambda: module.grad_weight(dy, x[1:], MADE),
-            lambda: module.grad_weight(dy, x.double(), MADE),
-            lambda: module.grad_weight(dy, x[:, 1:], MADE),
-            lambda: module.grad_weight(dy[:, 1:], x, MADE),
-            lambda: module.forward(x.to("meta"), VALUES, MADE),
-        ):
-            with pytest.raises((TypeError, ValueError)):
-                call()
+    for product, *tensors in (
+        ("forward", x[:, 1:], VALUES, None),
+        ("forward", x[0], VALUES, None),
+        ("forward", x, VALUES[1:], None),
+        ("forward", x, VALUES.double(), None),
+        ("forward", x, VALUES, torch.ones(N - 1)),
+        ("forward", x, VALUES, torch.ones(N).double()),
+        ("grad_input", dy[:, 1:], VALUES, None),
+        ("grad_input", dy, VALUES, torch.ones(N)),
+        ("grad_weight", dy, x[1:]),
+        ("grad_weight", dy, x.double()),
+        ("grad_weight", dy, x[:, 1:]),
+        ("grad_weight", dy[:, 1:], x),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            call(product, *tensors)
+    if not dispatched:
+        with pytest.raises(ValueError, match="x must be on cpu, got meta"):
+            call("forward", x.to("meta"), VALUES, None)
+    elif backend == "cpu":
+        with pytest.raises(RuntimeError, match=r"cannot run forward.*torch\.float16"):
+            call("forward", x.half(), VALUES.half(), None)
+
+
+ROWS, NARROW = torch.ones(3, 6), torch.ones(3, 5)
+HEADS = torch.ones(2, 5, 2, 4)
+QKV = torch.ones(2, 5, 3, 2, 4)
+OTHER_OPS = {
+    "bias_grad": (ROWS[0],),
+    "abs_topk": (ROWS, 7),
+    "abs_topk rows": (ROWS[0], 1),
+    "abs_topk_backward": (ROWS, NARROW),
+    "abs_topk_backward dtype": (ROWS, ROWS.double()),
+    "gelu_abs_topk": (ROWS, 0),
+    "gelu_abs_topk_backward": (ROWS, ROWS, NARROW),
+    "norm_abs_topk": (ROWS, torch.ones(5), 2, 0.1),
+    "norm_abs_topk_backward": (ROWS, ROWS, ROWS, torch.ones(6), torch.ones(4)),
+    "norm_abs_topk_backward weight": (ROWS, ROWS, ROWS, torch.ones(5), torch.ones(3)),
+    "attention": (HEADS, HEADS[:, 1:], HEADS[:, 1:], None),
+    "attention v": (HEADS, HEADS, HEADS[:, 1:], None),
+    "attention sinks": (HEADS, HEADS, HEADS, torch.ones(3)),
+    "attention_backward": (QKV, None, HEADS, torch.ones(2, 2, 4), HEADS),
+    "attention_backward y": (QKV, None, HEADS[1:], torch.ones(2, 2, 5), HEADS),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPS)
+def test_other_ops_check_their_arguments(name):
+    with pytest.raises((TypeError, ValueError)):
+        getattr(torch.ops.sparse_kernels, name.split()[0])(*OTHER_OPS[name], "cpu")
 
 
 def test_backends_that_cannot_run_say_why():
     x = torch.ones(M, K)
-    reasons = dict(sk.available_backends(x, MADE))
+    problem = backends.problem_of(x, MADE, "forward")
+    reasons = {name: backends.why_not(name, problem) for name in backends.NAMES}
     assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
     assert reasons["reference"] is None
     for name, reason in reasons.items():
@@ -288,10 +329,7 @@ def test_backends_that_cannot_run_say_why():
         with pytest.raises(RuntimeError, match=name) as caught:
             sk.sparse_linear(x, VALUES, MADE, backend=name)
         assert reason in str(caught.value)
-    halves = dict(sk.available_backends(x.half(), MADE))
-    assert "float16" in halves["cpu"]
-    check_refusal(lambda: sk.available_backends(3, MADE), TypeError, ["x", "int"])
-    check_refusal(lambda: sk.available_backends(x, 3), TypeError, ["layout", "int"])
+    assert "float16" in dict(sk.explain_backend(x.half(), MADE))["cpu"]
 
 
 def test_a_missing_extension_is_not_replaced_silently():
@@ -303,7 +341,7 @@ import torch, sparse_kernels as sk
 layout = sk.FanInLayout.random(4, 4, 2)
 x, values = torch.ones(3, 4), torch.ones(layout.values_shape)
 assert sk.sparse_linear(x, values, layout, backend="reference").tolist() == [[2.0] * 4] * 3
-assert "_sparse_kernels_cpu" in dict(sk.available_backends(x, layout))["cpu"]
+assert "_sparse_kernels_cpu" in dict(sk.explain_backend(x, layout))["cpu"]
 for backend in (None, "cpu"):
     try:
         sk.sparse_linear(x, values, layout, backend=backend)

@@ -125,19 +125,19 @@ def test_batched_gradients(case):
 OPERATIONS = {
     "abs_topk": (lambda x: sk.abs_topk(x, 3), lambda x: abs_topk_dense(x, 3)),
     "gelu_abs_topk": (
-        lambda x: sk.gelu_abs_topk(x, 3),
+        lambda x: sk.transformer_ops.gelu_abs_topk(x, 3),
         lambda x: abs_topk_dense(torch.nn.functional.gelu(x), 3),
     ),
     "rms_norm_abs_topk": (
-        lambda x: sk.rms_norm_abs_topk(x, x[0] * 0 + 2, 3, 1e-5),
+        lambda x: sk.transformer_ops.rms_norm_abs_topk(x, x[0] * 0 + 2, 3, 1e-5),
         lambda x: abs_topk_dense(rms_norm_dense(x, x[0] * 0 + 2), 3),
     ),
     "causal_attention": (
-        lambda x: sk.causal_attention(x.view(1, -1, 3, 2, 1)),
+        lambda x: sk.transformer_ops.causal_attention(x.view(1, -1, 3, 2, 1)),
         lambda x: attention_dense(x.view(1, -1, 3, 2, 1)),
     ),
     "causal_attention with sinks": (
-        lambda x: sk.causal_attention(x.view(1, -1, 3, 2, 1), x[0, :2]),
+        lambda x: sk.transformer_ops.causal_attention(x.view(1, -1, 3, 2, 1), x[0, :2]),
         lambda x: attention_dense(x.view(1, -1, 3, 2, 1), x[0, :2]),
     ),
 }

@@ -34,7 +34,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.errors import OutOfResources
 
-from sparse_kernels.triton import sampled, tiles, topk
+from sparse_kernels.triton import configs, sddmm, topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow]
@@ -117,13 +117,13 @@ def test_products_match_dense(
 
 
 @every_product
-@pytest.mark.parametrize("family", tiles.FAMILIES)
+@pytest.mark.parametrize("family", configs.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("block_out", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_in", [16, 128])
 def test_every_tile_of_the_table_is_right(monkeypatch, product, family, dtype, block_out, block_in):
     """More tokens, inputs and steps than one tile takes, and no multiple of it."""
-    monkeypatch.setattr(tiles, "family", lambda device: family)
+    monkeypatch.setattr(configs, "family", lambda device: family)
     layout = sk.FanInLayout.random(
         2 * block_out,
         3 * 128,
@@ -157,7 +157,7 @@ def test_many_tokens_are_cut_in_pieces(dtype):
 def test_pieces_are_added_in_their_order():
     layout = sk.FanInLayout.random(16, 64, 32, (16, 16))
     x, grad_output, values = make(layout, 4999, torch.float32, 0)
-    size = sampled.tokens_per_piece(4999, layout)
+    size = sddmm.tokens_per_piece(4999, layout)
     cuts = [slice(start, start + size) for start in range(0, 4999, size)]
     assert len(cuts) == 4
     sums = torch.zeros(layout.values_shape)
@@ -168,11 +168,11 @@ def test_pieces_are_added_in_their_order():
 
 def test_pieces_fill_a_gpu_and_no_more():
     one = sk.FanInLayout.random(16, 64, 32, (16, 16))
-    assert sampled.tokens_per_piece(10, one) == 128
-    assert sampled.tokens_per_piece(2047, one) >= 2047
-    assert sampled.tokens_per_piece(2**20, one) == 2**20 // 512
+    assert sddmm.tokens_per_piece(10, one) == 128
+    assert sddmm.tokens_per_piece(2047, one) >= 2047
+    assert sddmm.tokens_per_piece(2**20, one) == 2**20 // 512
     many = sk.FanInLayout.random(16 * 600, 64, 32, (16, 16))
-    assert sampled.tokens_per_piece(2**20, many) == 2**20
+    assert sddmm.tokens_per_piece(2**20, many) == 2**20
 
 
 @every_dtype
@@ -233,14 +233,11 @@ def test_strided_values_and_bias(product):
 
 @given(layouts(blocks=BLOCKS))
 def test_longest_lists_start_first(layout):
-    assert backend.build_schedule(layout, "rows") == ()
-    (order,) = backend.build_schedule(layout, "columns")
+    (order,) = backend.build_schedule(layout)
     lengths = torch.bincount(layout.indices.flatten().long(), minlength=layout.block_cols)
     assert sorted(order.tolist()) == list(range(layout.block_cols))
     assert (lengths[order.long()].diff() <= 0).all()
     assert order.dtype == torch.int32
-    with pytest.raises(ValueError, match="lists must be 'rows' or 'columns', got 'both'"):
-        backend.build_schedule(layout, "both")
 
 
 def test_products_derive_only_the_lists_that_they_walk():
@@ -405,16 +402,16 @@ def test_float32_is_exact_unless_tf32_is_allowed():
         torch.backends.cuda.matmul.allow_tf32 = True
         assert precision(torch.float32) == "tf32"
         assert precision(torch.bfloat16) == "ieee"
-        assert tiles.numbers(torch.bfloat16) == "half"
+        assert configs.numbers(torch.bfloat16) == "half"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.fp32_precision = before
-    assert tiles.numbers(torch.float32) == "ieee"
+    assert configs.numbers(torch.float32) == "ieee"
 
 
 def test_a_search_takes_the_fastest_that_fits(monkeypatch):
-    first = tiles.frozen("gather", "sm_80", "half", 32)
-    candidates = tiles.candidates(first)
+    first = configs.frozen("spmm", "sm_80", "half", 32)
+    candidates = configs.candidates(first)
     assert candidates[0] == first
     best = candidates[3]
     launched = []
@@ -428,24 +425,24 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
         function()
         return 1.0 if launched[-1] == best else 2.0
 
-    monkeypatch.setattr(tiles.triton.testing, "do_bench", bench)
-    assert tiles._fastest(launch, first) == best
+    monkeypatch.setattr(configs.triton.testing, "do_bench", bench)
+    assert configs._fastest(launch, first) == best
     assert launched == [tile for tile in candidates if tile.block_m != 256]
 
 
 def test_a_search_runs_once_for_each_problem_and_only_on_request(monkeypatch, capsys):
-    monkeypatch.setattr(tiles, "family", lambda device: "sm_80")
-    monkeypatch.setattr(tiles, "_tuned", {})
-    first, other = tiles.candidates(tiles.frozen("gather", "sm_80", "half", 32))[:2]
-    monkeypatch.setattr(tiles, "_fastest", lambda launch, tile: searched.append(tile) or other)
+    monkeypatch.setattr(configs, "family", lambda device: "sm_80")
+    monkeypatch.setattr(configs, "_tuned", {})
+    first, other = configs.candidates(configs.frozen("spmm", "sm_80", "half", 32))[:2]
+    monkeypatch.setattr(configs, "_fastest", lambda launch, tile: searched.append(tile) or other)
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16, is_cuda=True)
     searched, launched = [], []
-    tiles.run(launched.append, "gather", x, 32, ("forward",))
+    configs.run(launched.append, "spmm", x, 32, ("forward",))
     assert (searched, launched) == ([], [first])
-    monkeypatch.setattr(tiles, "_TUNE", True)
+    monkeypatch.setattr(configs, "_TUNE", True)
     for _ in range(2):
-        tiles.run(launched.append, "gather", x, 32, ("forward",))
+        configs.run(launched.append, "spmm", x, 32, ("forward",))
     assert (searched, launched) == ([first], [first, other, other])
     assert str(other) in capsys.readouterr().err
-    tiles.run(launched.append, "gather", x, 32, ("grad_input",))
+    configs.run(launched.append, "spmm", x, 32, ("grad_input",))
     assert searched == [first, first]

@@ -15,14 +15,14 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sparse_kernels.triton import tiles
+from sparse_kernels.triton import configs
 
 REPORT = Path(__file__).parent / "tile_report.py"
 KIB = 1024
 # What a program may have. The sm_80 column also serves the GPUs of its generation that have least.
 SHARED = {80: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 TENSOR_CORE = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-PRODUCTS = ("gather_kernel", "sampled_kernel")
+PRODUCTS = ("spmm_kernel", "sddmm_kernel")
 
 # In one worker, which compiles once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compile")]
@@ -65,7 +65,7 @@ def test_every_tile_of_the_table_is_compiled(report):
         for out in [int(made["what"].split()[-1])]
         if made["tile"]
         == list(
-            tiles.frozen(
+            configs.frozen(
                 made["kernel"].removesuffix("_kernel"),
                 f"sm_{made['capability']}",
                 made["numbers"],
@@ -75,8 +75,8 @@ def test_every_tile_of_the_table_is_compiled(report):
     }
     table = {
         (kernel, numbers, int(family.removeprefix("sm_")), out)
-        for kernel, _, numbers in tiles.TABLE
-        for family in tiles.FAMILIES
+        for kernel, _, numbers in configs.TABLE
+        for family in configs.FAMILIES
         for out in (16, 32, 64, 128)
     }
     assert compiled == table
@@ -110,11 +110,11 @@ def test_tensor_cores_multiply(report):
 def test_tiles_are_copied_ahead_in_16_bytes(report):
     """Gathered tiles arrive by asynchronous wide copies: the compiler knows that runs are aligned.
 
-    Not so the tokens of `sampled` in TF32 on newer GPUs, which are transposed on their way.
+    Not so the tokens of `sddmm` in TF32 on newer GPUs, which are transposed on their way.
     """
 
     def wrong(made):
-        transposes = made["kernel"] == "sampled_kernel" and made["numbers"] == "tf32"
+        transposes = made["kernel"] == "sddmm_kernel" and made["numbers"] == "tf32"
         if made["kernel"] not in PRODUCTS or (transposes and made["capability"] > 80):
             return False
         return made["async_copy_16"] < made["tile"][3] - 2

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_kernels.triton import gather, sampled, tiles, topk
+from sparse_kernels.triton import configs, sddmm, spmm, topk
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -73,7 +73,7 @@ def compile_one(case: dict) -> dict:
     }
 
 
-MODULES = {"gather": gather, "sampled": sampled, "topk": topk}
+MODULES = {"spmm": spmm, "sddmm": sddmm, "topk": topk}
 INTEGERS = {
     "sources_ptr": "*i32",
     "slots_ptr": "*i32",
@@ -99,7 +99,7 @@ def make(module, kernel, family, numbers, dtype, tile, what, constants, pointers
     }
 
 
-def gather_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
+def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
     constants = {
         "stride_xk": 1,
         "OUT": out,
@@ -114,10 +114,10 @@ def gather_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
     if not transposed:
         constants |= {"slots_ptr": None, "offsets_ptr": None, "order_ptr": None}
     what = f"{'transposed' if transposed else 'own'} {into} to {out}"
-    return make("gather", "gather_kernel", family, numbers, dtype, tile, what, constants)
+    return make("spmm", "spmm_kernel", family, numbers, dtype, tile, what, constants)
 
 
-def sampled_case(family, numbers, dtype, out, into, tile) -> dict:
+def sddmm_case(family, numbers, dtype, out, into, tile) -> dict:
     constants = {
         "stride_gn": 1,
         "stride_xk": 1,
@@ -128,7 +128,7 @@ def sampled_case(family, numbers, dtype, out, into, tile) -> dict:
         "BLOCK_K": tile.block_k,
     }
     what, parts = f"{into} to {out}", {"out_ptr": "*fp32"}
-    return make("sampled", "sampled_kernel", family, numbers, dtype, tile, what, constants, parts)
+    return make("sddmm", "sddmm_kernel", family, numbers, dtype, tile, what, constants, parts)
 
 
 def topk_cases(family, dtype):
@@ -146,32 +146,32 @@ def topk_cases(family, dtype):
     constants = {"stride_gn": 1, "stride_yn": 1, "BLOCK": 1024}
     tile = (1024, 0, 4, 3)
     yield make("topk", "topk_backward_kernel", family, "none", dtype, tile, "", constants)
-    yield make("sampled", "sum_kernel", family, "none", dtype, tile, "", {"BLOCK": 1024})
+    yield make("sddmm", "sum_kernel", family, "none", dtype, tile, "", {"BLOCK": 1024})
 
 
 def table_cases():
-    for family in tiles.FAMILIES:
+    for family in configs.FAMILIES:
         for numbers in ("half", "tf32", "ieee"):
             dtype = "bfloat16" if numbers == "half" else "float32"
             # The tile goes by `out`. The other side changes no shared memory and hardly a register:
             # its ends alternate.
             for out, into in ((16, 128), (32, 16), (64, 128), (128, 16)):
-                tile = tiles.frozen("gather", family, numbers, out)
+                tile = configs.frozen("spmm", family, numbers, out)
                 for transposed in (False, True):
-                    yield gather_case(family, numbers, dtype, out, into, transposed, tile)
-                tile = tiles.frozen("sampled", family, numbers, out)
-                yield sampled_case(family, numbers, dtype, out, into, tile)
-        tile = tiles.frozen("gather", family, "half", 32)
-        yield gather_case(family, "half", "float16", 32, 16, False, tile)
-        tile = tiles.frozen("sampled", family, "half", 32)
-        yield sampled_case(family, "half", "float16", 32, 16, tile)
+                    yield spmm_case(family, numbers, dtype, out, into, transposed, tile)
+                tile = configs.frozen("sddmm", family, numbers, out)
+                yield sddmm_case(family, numbers, dtype, out, into, tile)
+        tile = configs.frozen("spmm", family, "half", 32)
+        yield spmm_case(family, "half", "float16", 32, 16, False, tile)
+        tile = configs.frozen("sddmm", family, "half", 32)
+        yield sddmm_case(family, "half", "float16", 32, 16, tile)
         for dtype in ("bfloat16", "float32"):
             yield from topk_cases(family, dtype)
 
 
 def spilling_cases():
-    tile = tiles.Tile(256, 32, 4, 2)
-    yield gather_case("sm_80", "ieee", "float32", 128, 128, False, tile)
+    tile = configs.Tile(256, 32, 4, 2)
+    yield spmm_case("sm_80", "ieee", "float32", 128, 128, False, tile)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ namespace sk {
 enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat64 = 2 };
 constexpr int kDTypes = 3;
 
-struct GatherArguments {
+struct SpmmArguments {
     Lists lists;
     Schedule schedule;
     const void* in;
@@ -66,7 +66,7 @@ struct GeluAbsTopkBackwardArguments {
     int threads;
 };
 
-struct SumTokensArguments {
+struct BiasGradArguments {
     const void* in;
     int64_t row_stride;
     void* out;
@@ -125,10 +125,10 @@ struct AttentionBackwardArguments {
 };
 
 struct KernelTable {
-    void (*gather[kDTypes])(const GatherArguments&);
-    void (*scatter[kDTypes])(const GatherArguments&);
+    void (*spmm[kDTypes])(const SpmmArguments&);
+    void (*spmm_scatter[kDTypes])(const SpmmArguments&);
     void (*grad_weight[kDTypes])(const GradWeightArguments&);
-    void (*sum_tokens[kDTypes])(const SumTokensArguments&);
+    void (*bias_grad[kDTypes])(const BiasGradArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);

@@ -14,19 +14,19 @@
 #include <immintrin.h>
 #endif
 
-#include "attention.h"
 #include "dispatch.h"
-#include "fused_topk.h"
-#include "gather.h"
-#include "grad_weight.h"
-#include "scatter.h"
-#include "sum_tokens.h"
+#include "sddmm.h"
+#include "spmm.h"
+#include "spmm_scatter.h"
+#include "transformer/attention.h"
+#include "transformer/bias_grad.h"
+#include "transformer/fused_topk.h"
 
 namespace sk {
 namespace {
 
 template <class T>
-GatherProblem<T> gather_problem(const GatherArguments& arguments) {
+SpmmProblem<T> spmm_problem(const SpmmArguments& arguments) {
     return {arguments.lists,
             arguments.schedule,
             Matrix<const T>{static_cast<const T*>(arguments.in), arguments.in_row_stride,
@@ -39,13 +39,13 @@ GatherProblem<T> gather_problem(const GatherArguments& arguments) {
 }
 
 template <class T>
-void run_gather(const GatherArguments& arguments) {
-    gather(gather_problem<T>(arguments));
+void run_spmm(const SpmmArguments& arguments) {
+    spmm(spmm_problem<T>(arguments));
 }
 
 template <class T>
-void run_scatter(const GatherArguments& arguments) {
-    scatter(gather_problem<T>(arguments));
+void run_spmm_scatter(const SpmmArguments& arguments) {
+    spmm_scatter(spmm_problem<T>(arguments));
 }
 
 template <class T>
@@ -60,9 +60,9 @@ void run_grad_weight(const GradWeightArguments& arguments) {
 }
 
 template <class T>
-void run_sum_tokens(const SumTokensArguments& arguments) {
-    sum_tokens(static_cast<const T*>(arguments.in), arguments.row_stride,
-               static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
+void run_bias_grad(const BiasGradArguments& arguments) {
+    bias_grad(static_cast<const T*>(arguments.in), arguments.row_stride,
+              static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
 }
 
 template <class T>
@@ -164,15 +164,15 @@ void run_attention_backward(const AttentionBackwardArguments& a) {
 template <class T>
 void set_products(KernelTable& table, DType dtype) {
     const int at = static_cast<int>(dtype);
-    table.gather[at] = run_gather<T>;
-    table.scatter[at] = run_scatter<T>;
+    table.spmm[at] = run_spmm<T>;
+    table.spmm_scatter[at] = run_spmm_scatter<T>;
     table.grad_weight[at] = run_grad_weight<T>;
 }
 
 template <class T>
 void set_row_kernels(KernelTable& table, DType dtype) {
     const int at = static_cast<int>(dtype);
-    table.sum_tokens[at] = run_sum_tokens<T>;
+    table.bias_grad[at] = run_bias_grad<T>;
     table.abs_topk[at] = run_abs_topk<T>;
     table.abs_topk_backward[at] = run_abs_topk_backward<T>;
     table.gelu_abs_topk[at] = run_gelu_abs_topk<T>;

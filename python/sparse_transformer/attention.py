@@ -18,7 +18,7 @@ import sparse_kernels as sk
 if TYPE_CHECKING:
     from sparse_transformer.model import ModelConfig
 
-# What sk.causal_attention has on the CPU.
+# What sk.transformer_ops.causal_attention has on the CPU.
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -33,7 +33,9 @@ def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
         `(B, T, H, d)`, contiguous, in the dtype of qkv. Differentiable once.
     """
     if qkv.device.type == "cpu" and qkv.dtype in _CPU_DTYPES:
-        return sk.causal_attention(qkv, None if sinks is None else sinks.to(qkv.dtype))
+        return sk.transformer_ops.causal_attention(
+            qkv, None if sinks is None else sinks.to(qkv.dtype)
+        )
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
     if sinks is None:
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -56,7 +58,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = Non
         `(B, T, H, d)`.
     """
     if q.device.type == "cpu" and q.dtype in _CPU_DTYPES:
-        return sk.cached_attention(q, k, v, None if sinks is None else sinks.to(q.dtype))
+        return sk.transformer_ops.cached_attention(
+            q, k, v, None if sinks is None else sinks.to(q.dtype)
+        )
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), sinks).transpose(1, 2)
 
 

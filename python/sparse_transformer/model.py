@@ -586,7 +586,9 @@ class _Keep:
     def of_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """AbsTopK of RMSNorm."""
         if self.method == "kernel" and norm.weight.dtype == x.dtype:
-            return sk.rms_norm_abs_topk(x, norm.weight, self.k, functional.RMS_EPS, self.backend)
+            return sk.transformer_ops.rms_norm_abs_topk(
+                x, norm.weight, self.k, functional.RMS_EPS, self.backend
+            )
         return self(norm(x))
 
 
@@ -595,7 +597,7 @@ class _KeepGelu(_Keep):
     """AbsTopK of GELU."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return sk.gelu_abs_topk(x, self.k, self.backend)
+        return sk.transformer_ops.gelu_abs_topk(x, self.k, self.backend)
 
 
 def _keep_all(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The Triton backend: checks, chooses tiles, and launches the kernels of this folder.
+"""The Triton backend: launches the kernels of this folder; `ops` checks the arguments.
 
 Blocks have both sides a power of two from 16 to 128, so that a block is a tile of the tensor cores.
 Sums are float32; float32 inputs are multiplied exactly (IEEE) unless PyTorch is told to allow TF32.
 Nothing is added atomically: the same inputs give the same bits.
 
-`gather.py` serves `forward` and `grad_input`, `sampled.py` `grad_weight`, `topk.py` `abs_topk`. (A
+`spmm.py` serves `forward` and `grad_input`, `sddmm.py` `grad_weight`, `topk.py` `abs_topk`. (A
 file of the same name as a function would take its place in this package once it is imported.)
 
 triton itself is imported when a kernel runs for the first time, never by `import sparse_kernels`.
@@ -19,16 +19,8 @@ import os
 import torch
 from torch import Tensor
 
-from sparse_kernels.checks import (
-    Orientation,
-    check_float,
-    check_kept,
-    check_orientation,
-    check_tensor,
-    refuse_capture,
-)
 from sparse_kernels.layout import FanInLayout, Problem
-from sparse_kernels.reference import sum_tokens as sum_tokens  # as good on a GPU
+from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIDES = (16, 32, 64, 128)
@@ -63,123 +55,58 @@ def why_not(problem: Problem) -> str | None:
         return None
     if problem.product == "attention":
         return "it has no attention: torch.nn.functional.scaled_dot_product_attention serves GPUs"
-    return _why_not_geometry(problem)
-
-
-def _why_not_geometry(made: Problem | FanInLayout) -> str | None:
-    if made.block[0] not in _SIDES or made.block[1] not in _SIDES:
+    if problem.block[0] not in _SIDES or problem.block[1] not in _SIDES:
         return (
-            f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is {made.block}"
+            f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is "
+            f"{problem.block}"
         )
-    widest = max(made.out_features, made.in_features)
+    widest = max(problem.out_features, problem.in_features)
     if widest > _MAX_FEATURES:
         return f"it counts features in 32 bits, at most {_MAX_FEATURES}, and one side has {widest}"
     return None
 
 
-def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
-    """For "columns" the input block columns, those that most rows read first (int32).
-
-    The longest lists start first, so that the last ones to run are short. Rows are all equally long
-    and need no schedule.
-    """
-    check_orientation(lists)
-    if lists == "rows":
-        return ()
-    refuse_capture(layout.device)
+def build_schedule(layout: FanInLayout) -> tuple[Tensor, ...]:
+    """The input block columns, longest lists first, so that the last ones to run are short."""
     lengths = layout.transposed.offsets.diff()
     return (lengths.argsort(descending=True, stable=True).to(torch.int32),)
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    check_tensor(name, tensor, shape, dtype)
-
-
-def _check_first(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Checks the tensor that the device and dtype of all others are compared with."""
-    if _missing is not None:
-        raise RuntimeError(_missing)
-    if tensor.device.type not in ("cuda", _device):
-        raise ValueError(f"{name} must be on a cuda device, got {tensor.device}")
-    check_float(name, tensor, _DTYPES)
-    _check(name, tensor, shape, tensor.dtype, tensor.device)
-
-
-def _check_layout(layout: FanInLayout, device: torch.device) -> None:
-    if layout.device != device:
-        raise ValueError(f"layout must be on {device}, got {layout.device}")
-    reason = _why_not_geometry(layout)
-    if reason is not None:
-        raise ValueError(f"layout cannot run on triton: {reason}")
 
 
 def forward(x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None) -> Tensor:
     """`Y = X W^T (+ b)`: x (M, K), any strides, to (M, N) contiguous. See `reference.forward`.
 
-    Args:
-        x: float32, bfloat16 or float16; values and bias have its dtype and device.
-        values: `layout.values_shape`; copied if it is not contiguous.
-        layout: blocks with sides of 16, 32, 64 or 128.
-        bias: `(N,)` or None; added in float32 before the one rounding.
+    float32, bfloat16 or float16; bias is added in float32 before the one rounding.
 
     Raises:
-        TypeError, ValueError: an argument of another kind; the message names it.
         RuntimeError: the kernel cannot be compiled or launched. torch.OutOfMemoryError: no room
             for the result.
     """
-    _check_first("x", x, (None, layout.in_features))
-    return _gather(x, values, layout, bias, "forward")
+    from sparse_kernels.triton import spmm
+
+    bias = None if bias is None else bias.contiguous()
+    return spmm.forward(x, values.contiguous(), layout, bias)
 
 
 def grad_input(
     grad_output: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None = None
 ) -> Tensor:
-    """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
+    """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`."""
+    from sparse_kernels.triton import spmm
 
-    Args and errors as for `forward`; bias is `(K,)`.
-    """
-    _check_first("grad_output", grad_output, (None, layout.out_features))
-    return _gather(grad_output, values, layout, bias, "grad_input")
-
-
-def _gather(
-    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, product: str
-) -> Tensor:
-    width = layout.in_features if product == "grad_input" else layout.out_features
-    _check_layout(layout, x.device)
-    _check("values", values, layout.values_shape, x.dtype, x.device)
-    if bias is not None:
-        _check("bias", bias, (width,), x.dtype, x.device)
-        bias = bias.contiguous()
-    from sparse_kernels.triton import gather
-
-    if product == "forward":
-        return gather.forward(x, values.contiguous(), layout, bias)
-    (order,) = layout.derive("triton.columns", lambda this: build_schedule(this, "columns"))
-    return gather.grad_input(x, values.contiguous(), layout, bias, order)
+    (order,) = layout.derive("triton.columns", build_schedule)
+    bias = None if bias is None else bias.contiguous()
+    return spmm.grad_input(grad_output, values.contiguous(), layout, bias, order)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
 
     Many tokens are cut at places that depend on the sizes alone; the float32 sums of the pieces are
-    added in their order. Errors as for `forward`.
+    added in their order.
     """
-    _check_first("grad_output", grad_output, (None, layout.out_features))
-    _check_layout(layout, x.device)
-    shape = (grad_output.shape[0], layout.in_features)
-    _check("x", x, shape, grad_output.dtype, grad_output.device)
-    from sparse_kernels.triton import sampled
+    from sparse_kernels.triton import sddmm
 
-    return sampled.grad_weight(grad_output, x, layout)
+    return sddmm.grad_weight(grad_output, x, layout)
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
@@ -187,8 +114,6 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
     Exact, the lowest index first among equals, NaN above infinity. See `reference.abs_topk`.
     """
-    _check_first("x", x, (None, None))
-    check_kept(k, x.shape[1])
     from sparse_kernels.triton import topk
 
     return topk.abs_topk(x, k)
@@ -196,8 +121,6 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
     """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides."""
-    _check_first("grad_output", grad_output, (None, None))
-    _check("y", y, tuple(grad_output.shape), grad_output.dtype, grad_output.device)
     from sparse_kernels.triton import topk
 
     return topk.abs_topk_backward(grad_output, y)

@@ -1,7 +1,7 @@
 // dW[r, c] = sum over tokens of dY[m, r] * X[m, c], at the kept blocks only.
 #pragma once
 
-#include "gather.h"
+#include "spmm.h"
 
 namespace sk {
 namespace {

@@ -1,6 +1,6 @@
 // Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+
 // bias). `forward` runs it over a layout's own lists, `grad_input` over the transposed ones, or
-// else as in scatter.h.
+// else as in spmm_scatter.h.
 #pragma once
 
 #include <type_traits>
@@ -145,7 +145,7 @@ __attribute__((noinline)) void accumulate(const typename TileOf::Element* panel,
 }
 
 template <class T>
-struct GatherProblem {
+struct SpmmProblem {
     Lists lists;
     Schedule schedule;
     Matrix<const T> in;
@@ -158,7 +158,7 @@ struct GatherProblem {
 
 // The weights in the order of the schedule: the stored values, if they lie so, or packed into `to`.
 template <int kTogether, int kGroup, class W, class T>
-const W* weights_of(const GatherProblem<T>& problem, bool in_place, W* to) {
+const W* weights_of(const SpmmProblem<T>& problem, bool in_place, W* to) {
     if (in_place) return reinterpret_cast<const W*>(problem.values);
     pack_weights<kTogether, kGroup>(problem.lists, problem.schedule, problem.values, to,
                                     problem.threads);
@@ -185,8 +185,8 @@ constexpr SharedSteps<T, kVectors> kSharedSteps = {
 
 // The steps are pointers, so that this is compiled once for each tile.
 template <class T, int kVectors>
-__attribute__((noinline)) void gather_tiles(const GatherProblem<T>& problem,
-                                            const SharedSteps<T, kVectors>& steps) {
+__attribute__((noinline)) void spmm_tiles(const SpmmProblem<T>& problem,
+                                          const SharedSteps<T, kVectors>& steps) {
     using C = Compute<T>;
     using TileOf = Tile<T, kVectors>;
     using E = typename TileOf::Element;
@@ -354,7 +354,7 @@ void copy_tokens(const Matrix<const T>& source, int64_t tokens, int64_t features
 
 // A few tokens: a dot product for each output, no tile.
 template <class T>
-void gather_dots(const GatherProblem<T>& problem) {
+void gather_dots(const SpmmProblem<T>& problem) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t outputs = lists.rows * lists.out_block;
@@ -403,7 +403,7 @@ void gather_dots(const GatherProblem<T>& problem) {
 // The widest tile, of kVectors vectors or fewer, that fits its cache and still gives every thread
 // one. Each token's sum is the same in all of them. float64 is there to check gradients: one tile.
 template <class T, int kVectors, int kShared>
-void gather_fitting(const GatherProblem<T>& problem) {
+void spmm_fitting(const SpmmProblem<T>& problem) {
     constexpr int kNarrowest = std::is_same<T, Bf16>::value ? 2 : 1;
     if constexpr (kVectors > kNarrowest && !std::is_same<T, double>::value) {
         using TileOf = Tile<T, kVectors>;
@@ -413,14 +413,14 @@ void gather_fitting(const GatherProblem<T>& problem) {
             features * TileOf::kTokens * int64_t{sizeof(typename TileOf::Element)};
         if (bytes > kTileBytes ||
             problem.tokens <= TileOf::kTokens / 2 * (2 * problem.threads - 1)) {
-            return gather_fitting<T, kVectors / 2, kShared>(problem);
+            return spmm_fitting<T, kVectors / 2, kShared>(problem);
         }
     }
-    gather_tiles<T, kVectors>(problem, kSharedSteps<T, kVectors, kShared>);
+    spmm_tiles<T, kVectors>(problem, kSharedSteps<T, kVectors, kShared>);
 }
 
 template <class T>
-void gather(const GatherProblem<T>& problem) {
+void spmm(const SpmmProblem<T>& problem) {
     if (problem.tokens == 0) return;
     const Lists& lists = problem.lists;
     const bool unshared = lists.out_block * lists.in_block == 1;
@@ -429,11 +429,11 @@ void gather(const GatherProblem<T>& problem) {
     constexpr bool kMany = kRegisters > 16;
     switch (shared_outputs(lists.out_block)) {
         case 4:
-            return gather_fitting<T, (kMany ? 4 : 2), 4>(problem);
+            return spmm_fitting<T, (kMany ? 4 : 2), 4>(problem);
         case 2:
-            return gather_fitting<T, 4, 2>(problem);
+            return spmm_fitting<T, 4, 2>(problem);
         default:
-            return gather_fitting<T, (kMany ? 8 : 4), 1>(problem);
+            return spmm_fitting<T, (kMany ? 8 : 4), 1>(problem);
     }
 }
 

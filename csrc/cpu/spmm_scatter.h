@@ -1,10 +1,10 @@
-// The gather's transpose over the same lists: out[m, c] = sum over the rows r that keep c of
+// The transpose of spmm over the same lists: out[m, c] = sum over the rows r that keep c of
 // W[r, c] * in[m, r] (+ bias). `grad_input` runs it for blocks that are several outputs tall and
 // few inputs wide, because the inputs of a block-row then share the rows of dY that they meet,
 // where over the transposed lists nothing would be shared.
 #pragma once
 
-#include "gather.h"
+#include "spmm.h"
 
 namespace sk {
 namespace {
@@ -126,7 +126,7 @@ __attribute__((noinline)) void scatter_row(const typename Outputs::Element* rows
 // `lists` and `schedule` are those of the layout itself; `in` has a column for each of its outputs,
 // `out` and `bias` for each of its inputs.
 template <class T, int kVectors>
-void scatter_tiles(const GatherProblem<T>& problem) {
+void scatter_tiles(const SpmmProblem<T>& problem) {
     using C = Compute<T>;
     using Outputs = SharedOutputs<T, kVectors>;
     using E = typename Outputs::Element;
@@ -199,7 +199,7 @@ void scatter_tiles(const GatherProblem<T>& problem) {
 
 // Adds one token's products to `out`: blocks of one weight.
 template <class T>
-void scatter_weights(const GatherProblem<T>& problem, int64_t m, Compute<T>* out) {
+void scatter_weights(const SpmmProblem<T>& problem, int64_t m, Compute<T>* out) {
     const Lists& lists = problem.lists;
     const T* in = problem.in.data + m * problem.in.row_stride;
     for (int64_t r = 0; r < lists.rows; ++r) {
@@ -213,7 +213,7 @@ void scatter_weights(const GatherProblem<T>& problem, int64_t m, Compute<T>* out
 
 // The same for other blocks; `row` is working memory for the outputs' values.
 template <class T>
-void scatter_blocks(const GatherProblem<T>& problem, int64_t m, Compute<T>* row, Compute<T>* out) {
+void scatter_blocks(const SpmmProblem<T>& problem, int64_t m, Compute<T>* row, Compute<T>* out) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t size = lists.out_block, width = lists.in_block;
@@ -238,7 +238,7 @@ void scatter_blocks(const GatherProblem<T>& problem, int64_t m, Compute<T>* row,
 
 // A few tokens: no tile, and one pass over the values for each token.
 template <class T>
-void scatter_dots(const GatherProblem<T>& problem) {
+void scatter_dots(const SpmmProblem<T>& problem) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t size = lists.out_block, width = lists.in_block;
@@ -264,7 +264,7 @@ void scatter_dots(const GatherProblem<T>& problem) {
 }
 
 template <class T>
-void scatter(const GatherProblem<T>& problem) {
+void spmm_scatter(const SpmmProblem<T>& problem) {
     if (problem.tokens == 0) return;
     if (problem.tokens <= kDotTokens) return scatter_dots(problem);
     // As wide as the sums fit the registers, if every thread still gets a tile.

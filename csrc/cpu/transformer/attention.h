@@ -11,8 +11,8 @@
 #include <cmath>
 #include <limits>
 
-#include "scratch.h"
-#include "simd_math.h"
+#include "../scratch.h"
+#include "../simd_math.h"
 
 namespace sk {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "scratch.h"
-#include "simd.h"
+#include "../scratch.h"
+#include "../simd.h"
 
 namespace sk {
 namespace {
@@ -12,8 +12,7 @@ namespace {
 // The tokens are cut at places that do not depend on the threads; each part is added up in rows of
 // sums that stay in the first-level cache.
 template <class T>
-void sum_tokens(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t cols,
-                int threads) {
+void bias_grad(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t cols, int threads) {
     using C = Compute<T>;
     constexpr int64_t kN = kLanes<C>, kRows = 128;
     constexpr int kAtOnce = 8;

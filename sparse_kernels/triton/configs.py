@@ -24,8 +24,8 @@ from sparse_kernels.triton.launch import precision
 class Tile(NamedTuple):
     """How a program is cut.
 
-    `gather`: block_m tokens, block_k features of the list at a time.
-    `sampled`: block_m features of the list, block_k tokens at a time.
+    `spmm`: block_m tokens, block_k features of the list at a time.
+    `sddmm`: block_m features of the list, block_k tokens at a time.
     """
 
     block_m: int
@@ -38,38 +38,38 @@ class Tile(NamedTuple):
 # take sm_80, whose choices fit the 99 KB of shared memory that the smallest of them have.
 FAMILIES = ("sm_80", "sm_90", "sm_100")
 # (kernel, family, numbers) -> a tile for blocks of 16, 32, 64 and 128 outputs, its other side.
-# "half" is bfloat16 and float16; float32 is "ieee" or "tf32". A step of `gather` loads an index and
+# "half" is bfloat16 and float16; float32 is "ieee" or "tf32". A step of `spmm` loads an index and
 # then what it points to, so that two more stages put one more tile in flight: odd numbers only.
 _SIDES = (16, 32, 64, 128)
 TABLE: dict[tuple[str, str, str], tuple[Tile, Tile, Tile, Tile]] = {
-    ("gather", "sm_80", "half"): (
+    ("spmm", "sm_80", "half"): (
         Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 5),
     ),
-    ("gather", "sm_80", "tf32"): (
+    ("spmm", "sm_80", "tf32"): (
         Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 4, 5), Tile(128, 32, 8, 5),
     ),
-    ("gather", "sm_80", "ieee"): (
+    ("spmm", "sm_80", "ieee"): (
         Tile(128, 16, 4, 5), Tile(128, 16, 4, 5), Tile(128, 16, 8, 5), Tile(128, 16, 8, 5),
     ),
-    ("gather", "sm_90", "half"): (
+    ("spmm", "sm_90", "half"): (
         Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 5),
     ),
-    ("gather", "sm_90", "tf32"): (
+    ("spmm", "sm_90", "tf32"): (
         Tile(128, 32, 4, 5), Tile(128, 32, 8, 5), Tile(128, 32, 4, 5), Tile(128, 32, 8, 5),
     ),
-    ("sampled", "sm_80", "half"): (
+    ("sddmm", "sm_80", "half"): (
         Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3),
     ),
-    ("sampled", "sm_80", "tf32"): (
+    ("sddmm", "sm_80", "tf32"): (
         Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3),
     ),
-    ("sampled", "sm_80", "ieee"): (
+    ("sddmm", "sm_80", "ieee"): (
         Tile(128, 16, 4, 3), Tile(128, 16, 4, 3), Tile(128, 16, 8, 3), Tile(128, 16, 8, 3),
     ),
-    ("sampled", "sm_90", "half"): (
+    ("sddmm", "sm_90", "half"): (
         Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
     ),
-    ("sampled", "sm_90", "tf32"): (
+    ("sddmm", "sm_90", "tf32"): (
         Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 8, 4),
     ),
 }  # fmt: skip
@@ -122,7 +122,7 @@ def run(
 
     Args:
         launch: starts the kernel with a tile; every tile gives a right result.
-        kernel: "gather" or "sampled".
+        kernel: "spmm" or "sddmm".
         x: a tensor of the device and dtype.
         side: outputs of a block.
         problem: what else a search depends on.

@@ -1,8 +1,8 @@
 // AbsTopK of GELU or of RMSNorm, without the tensor in between, and the derivatives.
 #pragma once
 
-#include "abs_topk.h"
-#include "simd_math.h"
+#include "../simd_math.h"
+#include "../topk.h"
 
 namespace sk {
 namespace {

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
-from sparse_kernels.triton import tiles
+from sparse_kernels.triton import configs
 from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
 
 # Programs that fill the largest GPUs, and the fewest tokens that are worth a piece of their own.
@@ -23,7 +23,7 @@ _SUM_BLOCK = 1024
 
 
 @triton.jit
-def sampled_kernel(
+def sddmm_kernel(
     grad_ptr,  # (M, R * OUT): grad_output
     x_ptr,  # (M, K)
     out_ptr,  # (pieces, R, F, OUT, IN), contiguous, float32; or values where there is one piece
@@ -130,9 +130,9 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
             shape = (pieces, *layout.values_shape)
             parts = torch.empty(shape, dtype=torch.float32, device=x.device)
 
-        def run(tile: tiles.Tile) -> None:
+        def run(tile: configs.Tile) -> None:
             groups = triton.cdiv(layout.fan_in, tile.block_m)
-            sampled_kernel[grid(groups * layout.block_rows * pieces)](
+            sddmm_kernel[grid(groups * layout.block_rows * pieces)](
                 grad_output,
                 x,
                 parts,
@@ -155,7 +155,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
                 num_stages=tile.num_stages,
             )
 
-        tiles.run(run, "sampled", x, out, (tokens, layout.block, layout.fan_in))
+        configs.run(run, "sddmm", x, out, (tokens, layout.block, layout.fan_in))
         if pieces > 1:
             size = grad.numel()
             sum_kernel[grid(triton.cdiv(size, _SUM_BLOCK))](

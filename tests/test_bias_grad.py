@@ -22,12 +22,12 @@ def test_sums(isa, dtype, tokens, cols, seed):
     exact = grad.double().sum(0)
     with cpu.use_isa(isa):
         torch.set_num_threads(1)
-        got = cpu.sum_tokens(grad)
+        got = cpu.bias_grad(grad)
         torch.set_num_threads(3)
-        assert torch.equal(cpu.sum_tokens(grad), got)
-        assert torch.equal(cpu.sum_tokens(grad.t().contiguous().t()), got)
+        assert torch.equal(cpu.bias_grad(grad), got)
+        assert torch.equal(cpu.bias_grad(grad.t().contiguous().t()), got)
         apart = torch.cat([grad, grad], 1)[:, :cols]
-        assert torch.equal(cpu.sum_tokens(apart), got)
+        assert torch.equal(cpu.bias_grad(apart), got)
     wide = torch.promote_types(dtype, torch.float32)
     allowed = 8 * torch.finfo(wide).eps * grad.double().abs().sum(0)
     if dtype != wide:
@@ -45,7 +45,7 @@ def test_errors_of_many_tokens_do_not_add_up(tokens, kind, dtype):
     exact = grad.double().sum(0)
     error, peer = (
         float((made.double() - exact).abs().max())
-        for made in (cpu.sum_tokens(grad), reference.sum_tokens(grad))
+        for made in (cpu.bias_grad(grad), reference.bias_grad(grad))
     )
     wide = torch.promote_types(dtype, torch.float32)
     # Twice PyTorch's error; and where numbers are alike, whose roundings all go one way, those of
@@ -58,7 +58,7 @@ def test_errors_of_many_tokens_do_not_add_up(tokens, kind, dtype):
 def test_opcheck(dtype):
     for backend in ("cpu", "reference"):
         torch.library.opcheck(
-            torch.ops.sparse_kernels.sum_tokens.default, (torch.randn(5, 7).to(dtype), backend)
+            torch.ops.sparse_kernels.bias_grad.default, (torch.randn(5, 7).to(dtype), backend)
         )
 
 
@@ -72,4 +72,4 @@ def test_the_gradient_of_a_bias_can_be_differentiated():
         return torch.autograd.grad((y**3).sum(), bias, create_graph=True)[0]
 
     assert torch.autograd.gradcheck(run, (leaves[0], leaves[2]))
-    assert torch.equal(ops.sum_tokens(torch.ones(0, 3), "cpu"), torch.zeros(3))
+    assert torch.equal(ops.bias_grad(torch.ones(0, 3), "cpu"), torch.zeros(3))

@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
-from sparse_kernels.triton import tiles
+from sparse_kernels.triton import configs
 from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
 
 
 @triton.jit
-def gather_kernel(
+def spmm_kernel(
     x_ptr,  # (M, features): x, or grad_output where TRANSPOSED
     values_ptr,  # (R, F, block_out, block_in), contiguous
     bias_ptr,  # (num_rows * OUT,) where HAS_BIAS
@@ -133,8 +133,8 @@ def _launch(
         if tokens == 0:
             return y
 
-        def run(tile: tiles.Tile) -> None:
-            gather_kernel[grid(triton.cdiv(tokens, tile.block_m) * rows)](
+        def run(tile: configs.Tile) -> None:
+            spmm_kernel[grid(triton.cdiv(tokens, tile.block_m) * rows)](
                 x,
                 values,
                 bias,
@@ -160,5 +160,5 @@ def _launch(
                 num_stages=tile.num_stages,
             )
 
-        tiles.run(run, "gather", x, out, (product, tokens, layout.block, layout.fan_in))
+        configs.run(run, "spmm", x, out, (product, tokens, layout.block, layout.fan_in))
     return y

@@ -1,0 +1,193 @@
+"""What a transformer needs beside sparse products: AbsTopK fused with GELU or RMSNorm, attention.
+
+These are single passes over memory for CPUs, where at small density they take more time than the
+products (docs/experiments.md). On GPUs the fused ones call PyTorch's operations in turn, and
+attention has `torch.nn.functional.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sparse_kernels import backends, ops, reference
+from sparse_kernels.checks import CPU_DTYPES, check_float, check_tensor, refuse_jit_trace
+from sparse_kernels.topk import abs_topk, choose_backend
+
+
+class GeluAbsTopk(Function):
+    """`abs_topk(gelu(X))`; saves x and the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
+        y = ops.gelu_abs_topk(x, k, backend)
+        ctx.save_for_backward(x, y)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        return ops.gelu_abs_topk_backward(grad_output, y, x, ctx.backend), None, None
+
+
+class NormAbsTopk(Function):
+    """`abs_topk(rms_norm(X) * weight)`; saves x, the result and the scale of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, k: int, eps: float, backend: str) -> Tensor:
+        y, scales = ops.norm_abs_topk(x, weight, k, eps, backend)
+        ctx.save_for_backward(x, weight, y, scales)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y, scales = ctx.saved_tensors
+        grads = ops.norm_abs_topk_backward(grad_output, y, x, weight, scales, ctx.backend)
+        return *grads, None, None, None
+
+
+class CausalAttention(Function):
+    """`causal_attention`; the backward recomputes the probabilities from qkv and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, sinks: Tensor | None, backend: str) -> Tensor:
+        q, k, v = qkv.unbind(2)
+        y, lse = ops.attention(q, k, v, sinks, backend)
+        ctx.save_for_backward(qkv, sinks, y, lse)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, sinks, y, lse = ctx.saved_tensors
+        grad, grad_sinks = ops.attention_backward(qkv, sinks, y, lse, grad_y, ctx.backend)
+        return grad, None if sinks is None else grad_sinks, None
+
+
+def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
+    """`abs_topk(gelu(x), k)` with the exact GELU, `gelu(x) = x P(X <= x)`, X standard normal.
+
+    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
+    `torch.nn.functional.gelu` and then their `abs_topk`.
+
+    Args, Returns, Raises: as for `abs_topk`. The gradient is that of `abs_topk` times `gelu'(x)`.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU); Gao et al. 2025, arXiv:2511.13653.
+    """
+    name = choose_backend(x, k, backend)
+    if name not in backends.FUSED or ops.is_transformed():
+        return abs_topk(torch.nn.functional.gelu(x), k, name)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    learns = torch.is_grad_enabled() and x.requires_grad
+    y: Tensor = GeluAbsTopk.apply(rows, k, name) if learns else ops.gelu_abs_topk(rows, k, name)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def rms_norm_abs_topk(
+    x: Tensor, weight: Tensor, k: int, eps: float, backend: str | None = None
+) -> Tensor:
+    """`abs_topk(x / sqrt(mean(x^2) + eps) * weight, k)` over the last axis.
+
+    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
+    `torch.nn.functional.rms_norm` and then their `abs_topk`. The norm is computed in float32 at
+    least and rounded to the dtype of x before the choice.
+
+    Args:
+        x: as for `abs_topk`.
+        k: as for `abs_topk`.
+        backend: as for `abs_topk`.
+        weight: `(D,)` in the dtype of x.
+        eps: at least 0, added to the mean of the squares.
+
+    Returns, Raises: as for `abs_topk`; ValueError also for a `weight` or `eps` that does not fit.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Gao et al. 2025, arXiv:2511.13653.
+    """
+    name = choose_backend(x, k, backend)
+    check_tensor("weight", weight, x.shape[-1:], x.dtype, x.device)
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if name not in backends.FUSED or ops.is_transformed():
+        return abs_topk(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), k, name)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y: Tensor = NormAbsTopk.apply(rows, weight, k, eps, name)
+    else:
+        y = ops.norm_abs_topk(rows, weight, k, eps, name)[0]
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def causal_attention(
+    qkv: Tensor, sinks: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Each position attends to itself and to earlier ones, in every head separately.
+
+    With scores `z_ij = q_i k_j / sqrt(d)` for `j <= i` and, if there are sinks, one more key of
+    score `sinks[h]` whose value is zero: `Y = softmax(z) V`. No tensor of T x T scores is kept.
+
+    Args:
+        qkv: `(B, T, 3, H, d)`, queries, keys and values; any strides; float32, bfloat16 (computed
+            in float32) or float64.
+        sinks: `(H,)` in the dtype of qkv, or None.
+        backend: "reference" or "cpu"; by default the fastest that can run this.
+
+    Returns:
+        `(B, T, H, d)`, contiguous, in the dtype of qkv. Differentiable once.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or backend name.
+        RuntimeError: no backend, or not the one asked for, can run this; it says why.
+
+    Source: Dao et al. 2022 (arXiv:2205.14135) for the backward; Xiao et al. 2023
+    (arXiv:2309.17453) and OpenAI's gpt-oss for sinks.
+    """
+    refuse_jit_trace()
+    check_float("qkv", qkv, CPU_DTYPES)
+    q, k, v = ops.split_heads(qkv)
+    ops.check_attention(q, k, v, sinks)
+    name = backends.choose_for(qkv, "attention", backend)
+    if ops.is_transformed():  # the kernel has a backward and no other derivative
+        return reference.attention(q, k, v, sinks)[0]
+    y: Tensor = CausalAttention.apply(qkv, sinks, name)
+    return y
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """`causal_attention` of the last T of S positions, given the keys and values of all.
+
+    For inference: it has no gradient.
+
+    Args:
+        q: `(B, T, H, d)`, any strides.
+        k: `(B, S, H, d)`, S at least T, any strides.
+        v: like `k`.
+        sinks: as for `causal_attention`.
+        backend: as for `causal_attention`.
+
+    Returns:
+        `(B, T, H, d)`, contiguous.
+
+    Raises:
+        RuntimeError: gradients are enabled and an argument requires one; otherwise as for
+            `causal_attention`.
+    """
+    check_float("q", q, CPU_DTYPES)
+    ops.check_attention(q, k, v, sinks)
+    learned = any(tensor is not None and tensor.requires_grad for tensor in (q, k, v, sinks))
+    if torch.is_grad_enabled() and learned:
+        raise RuntimeError("cached_attention has no gradient: call it under torch.no_grad()")
+    name = backends.choose_for(q, "attention", backend)
+    if ops.is_transformed():
+        return reference.attention(q, k, v, sinks)[0]
+    return ops.attention(q, k, v, sinks, name)[0]
