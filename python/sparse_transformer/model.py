@@ -365,8 +365,14 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of `targets (B, T)` given `tokens (B, T)`, a scalar.
 
-        One `(B T, V)` tensor of logits is made; it becomes its own gradient.
+        One `(B T, V)` tensor of logits is made; it becomes its own gradient. Hooks on `unembed` see
+        a copy that stays as it is.
+
+        Raises:
+            ValueError: no tokens, or targets of another shape.
         """
+        if tokens.numel() == 0:
+            raise ValueError(f"a loss needs at least one token, got shape {tuple(tokens.shape)}")
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens {tuple(tokens.shape)}, "
@@ -374,6 +380,8 @@ class Transformer(nn.Module):
             )
         x = self._residual(tokens, None)
         logits = self._logits(x.view(-1, x.shape[-1]))
+        if self.unembed is not None and self.unembed._forward_hooks:
+            logits = logits.clone()
         return functional.cross_entropy_(
             logits, targets.reshape(-1), self.bigram, tokens.reshape(-1)
         )
@@ -598,6 +606,17 @@ class _KeepGelu(_Keep):
         return sk.gelu_abs_topk(x, self.k, self.backend)
 
 
+@dataclass(frozen=True)
+class _KeepOf:
+    """What `keep` keeps of `activate`; a function of its own could not be pickled."""
+
+    activate: Callable[[Tensor], Tensor]
+    keep: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.keep(self.activate(x))
+
+
 def _keep_all(x: Tensor) -> Tensor:
     return x
 
@@ -614,7 +633,7 @@ def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:
     activate, keep = _ACTIVATIONS[config.activation], _keeper(config, "mlp_neuron", width)
     if isinstance(keep, _Keep) and keep.method == "kernel" and config.activation == "gelu":
         return _KeepGelu(keep.k, keep.method, keep.backend)
-    return lambda x: keep(activate(x))
+    return _KeepOf(activate, keep)
 
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:
