@@ -5,6 +5,7 @@ from sparse_transformer.errors import UserError
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import ModelConfig, SparseEmbedding, Transformer
 from sparse_transformer.released import load_released, save_released
+from sparse_transformer.run import load_model
 
 __all__ = [
     "KVCache",
@@ -13,6 +14,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "keep_freed_memory",
+    "load_model",
     "load_released",
     "save_released",
 ]

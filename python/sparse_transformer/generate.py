@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import torch
 import tyro
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sparse_transformer import program
 from sparse_transformer.attention import KVCache
+from sparse_transformer.data import encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+# Below this temperature the likeliest token is certain, and a quotient may overflow.
+_COLDEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class GenerateConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it."""
     prompt: str = ""
-    """Prompt; "-" reads it from standard input. Empty: the model starts a new file."""
+    """Prompt; "-" reads it from standard input. Empty: the model starts a new file. Of a prompt
+    that is longer than the context only the end is read."""
     tokens: int = 128
     """Maximum number of tokens; generation stops earlier at the end of a file."""
     temperature: float = 0.8
@@ -50,58 +57,143 @@ class GenerateConfig:
     """Device: cpu, cuda, ..."""
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
-    prompt: Tensor,
+    prompts: str | Sequence[str],
+    tokens: int = 128,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Continues each prompt by up to `tokens` tokens, all of them in one batch.
+
+    Args:
+        model: of `load_model`, which gives it its tokenizer.
+        prompts: one or more; an empty one begins a file. Of a longer one than the context only the
+            end is read.
+        tokens: at most so many for each; a continuation also ends with its file.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: choose among this many likeliest tokens only.
+        seed: of the choices.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        UserError: a number that does not fit, or a text that is not UTF-8.
+        ValueError: the model has no tokenizer.
+    """
+    tokenizer = _tokenizer(model)
+    device, end = model.norm.weight.device, model.config.vocab_size - 1
+    given = [prompts] if isinstance(prompts, str) else prompts
+    ids = [prompt_tokens(model, prompt)[0] for prompt in given]
+    found: list[list[int]] = [[] for _ in ids]
+    ended = [False] * len(ids)
+    generator = torch.Generator(device).manual_seed(seed)
+    for step in stream(
+        model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator
+    ):
+        for row, token in enumerate(step):
+            ended[row] = ended[row] or token == end
+            if token is not None and not ended[row]:
+                found[row].append(token)
+        if all(ended):
+            break
+    return [str(tokenizer.decode(row)) for row in found]
+
+
+def _tokenizer(model: Transformer) -> Tokenizer:
+    """The tokenizer that `load_model` gave the model.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer: load it with load_model, or set its .tokenizer"
+        )
+    return model.tokenizer
+
+
+def prompt_tokens(model: Transformer, prompt: str) -> tuple[list[int], int]:
+    """The prompt's last tokens, as many as the model reads; and how many tokens it has.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    # After the end of a file begins the next one.
+    ids = encode(_tokenizer(model), prompt) or [model.config.vocab_size - 1]
+    return ids[-model.config.context :], len(ids)
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of every sequence, `tokens` times.
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every sequence, until each has `tokens` of them.
+
+    All sequences are read from their first token on, in step: while one is still reading its prompt
+    it has no next token, and neither once it has got all of them.
 
     Args:
         model: the model, whose weights' device and dtype the cache takes.
-        prompt: int64 `(B, P)`, P from 1 to `model.config.context`.
-        tokens: how many times.
+        prompts: ids, from 1 to `model.config.context` each.
+        tokens: how many for each.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: choose among this many likeliest tokens only.
         generator: of the model's device; by default torch's global one.
 
-    Yields:
-        int64 `(B,)`.
-
     Raises:
-        UserError: a prompt that is longer than the context or empty, or a number that does not fit.
+        UserError: a prompt that is longer than the context or empty, a number that does not fit, or
+            logits that are not finite.
     """
-    B, P = prompt.shape
     context = model.config.context
-    if not 1 <= P <= context:
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, and the model reads 1 to {context}: "
+                f"{'shorten it' if prompt else 'give at least one'}"
+            )
+    if tokens < 0 or not prompts:
         raise UserError(
-            f"the prompt has {P} tokens, and the model reads 1 to {context}: "
-            f"{'shorten it' if P else 'give at least one'}"
+            f"nothing can be generated for --tokens {tokens} and {len(prompts)} prompts: "
+            f"choose more"
         )
-    if tokens < 0 or B < 1:
-        raise UserError(f"nothing can be generated for --tokens {tokens} --batch {B}: choose more")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"the temperature must be 0 or more, got {temperature}: change it")
     if top_k is not None and top_k < 1:
         raise UserError(f"top-k must be at least 1, got {top_k}: change it or leave it out")
     weight = model.norm.weight
-    cache = KVCache(model.config, B, device=weight.device, dtype=weight.dtype)
+    lengths = [len(prompt) for prompt in prompts]
+    cache = KVCache(model.config, len(prompts), device=weight.device, dtype=weight.dtype)
+    shortest = min(lengths)
+    unread = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=weight.device)
     # The last `context` tokens, read again when the cache is full.
-    seen = prompt
-    unread = prompt
-    for _ in range(tokens):
+    seen = unread
+    for length in range(shortest, max(lengths) + tokens):
         if cache.length + unread.shape[1] > context:
             cache.reset()
             unread = seen[:, -max(1, context // 2) :]
         logits = model(unread, cache, last_only=True)[:, -1]
-        chosen = _choose(logits, temperature, top_k, generator)
-        yield chosen
-        unread = chosen[:, None]
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite: choose another checkpoint")
+        chosen = _choose(logits, temperature, top_k, generator).tolist()
+        following = [
+            prompt[length] if length < len(prompt) else token
+            for prompt, token in zip(prompts, chosen, strict=True)
+        ]
+        yield [
+            token if own <= length < own + tokens else None
+            for own, token in zip(lengths, chosen, strict=True)
+        ]
+        unread = torch.tensor(following, device=weight.device)[:, None]
         seen = torch.cat([seen, unread], 1)[:, -context:]
 
 
@@ -109,7 +201,7 @@ def _choose(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """`(B, V)` to `(B,)`."""
-    if temperature == 0:
+    if temperature < _COLDEST:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is None or top_k >= logits.shape[-1]:
@@ -124,25 +216,21 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._done = ""
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
         """What can be shown now and could not before."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        self._waiting.append(token)
+        new = self._stream.step(self._tokenizer, token)
+        if new is None:
             return ""
-        return self._advance(text)
+        self._waiting.clear()
+        return str(new)
 
     def rest(self) -> str:
         """What is left at the end, whole or not."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        new = text[len(self._done) :]
-        self._done = text
-        return new
+        return str(self._tokenizer.decode(self._waiting))
 
 
 def run(config: GenerateConfig, out: TextIO) -> None:
@@ -152,18 +240,19 @@ def run(config: GenerateConfig, out: TextIO) -> None:
         UserError: a checkpoint that cannot be read, a tokenizer that does not belong to it, or what
             `generate` refuses.
     """
-    if config.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {config.batch}: choose more")
+    program.need_whole("--batch", config.batch, 1)
+    program.need_whole("--tokens", config.tokens, 0)
+    program.need_whole("--seed", config.seed, 0)
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
-    device = model.norm.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
+    prompt = program.read_text(config.prompt)
     end = model.config.vocab_size - 1
-    # After the end of a file begins the next one.
-    ids = tokenizer.encode(prompt).ids or [end]
-    steps = generate(
+    ids, length = prompt_tokens(model, prompt)
+    if len(ids) < length:
+        print(f"of the prompt's {length} tokens the last {len(ids)} are read", file=sys.stderr)
+    steps = stream(
         model,
-        torch.tensor([ids], device=device).expand(config.batch, -1),
+        [ids] * config.batch,
         config.tokens,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -176,9 +265,9 @@ def run(config: GenerateConfig, out: TextIO) -> None:
         if number == 0:
             # Only now is it known that there is nothing to refuse.
             out.write(prompt)
-        for row, token in enumerate(step.tolist()):
+        for row, token in enumerate(step):
             ended[row] = ended[row] or token == end
-            if not ended[row]:
+            if token is not None and not ended[row]:
                 others[row] += (new := texts[row].add(token))
                 if row == 0:
                     out.write(new)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ import sparse_kernels as sk
 from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
+from sparse_transformer.ranges import need, need_number, need_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Where AbsTopK stands, by the names of the released configurations.
 PLACES = (
@@ -69,28 +73,31 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))
-        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head"):
-            _need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        if self.n_head is None:
-            _need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
+        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head", "min_nonzeros"):
+            need_whole(self, name, 1)
+        need_whole(self, "positions", 0)
         for name in ("n_head", "d_mlp"):
-            value = getattr(self, name)
-            _need(value is None or value >= 1, name, "at least 1 or None", value)
+            if getattr(self, name) is not None:
+                need_whole(self, name, 1)
+        if self.n_head is None:
+            need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
+        for name in ("density", "embedding_density", *(() if self.active is None else ("active",))):
+            need_number(self, name, 0, 1, above=True)
         for name, known in (
-            ("activation", ("gelu", "gelu_tanh", "relu")),
+            ("activation", tuple(_ACTIVATIONS)),
             ("linear", ("sparse", "masked_dense", "dense")),
             ("writers", ("fan_out", "fan_in")),
             ("abs_topk", ("kernel", "torch")),
+            ("backend", (None, "reference", "cpu", "triton", "cuda")),
         ):
-            _need(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
-        for name in ("density", "embedding_density"):
-            _need(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
-        active = self.active
-        _need(active is None or 0 < active <= 1, "active", "None or in (0, 1]", active)
+            need(getattr(self, name) in known, name, _either(known), getattr(self, name))
         for place in self.active_places:
-            _need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
-        _need(self.positions >= 0, "positions", "at least 0", self.positions)
-        _need(self.min_nonzeros >= 1, "min_nonzeros", "at least 1", self.min_nonzeros)
+            need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
+        for name in ("sinks", "bigram", "bias", "added_positions", "tied", "logits_bias"):
+            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        fans: Mapping[str, Any] = self.fans or {}
+        for name, fan in fans.items():
+            need(isinstance(fan, int) and fan >= 1, f"the fan of {name}", "at least 1", fan)
 
     @property
     def heads(self) -> int:
@@ -101,6 +108,26 @@ class ModelConfig:
     def neurons(self) -> int:
         """Width of the MLP."""
         return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    def values(self, fan_multiple: float = 1.0) -> int:
+        """About how many numbers the parameters of such a model hold (`fans` left aside)."""
+        D, V, W = self.d_model, self.vocab_size, self.heads * self.d_head
+
+        def matrix(rows: int, width: int, density: float, least: int) -> int:
+            if self.linear != "sparse":
+                return rows * width
+            fan = min(width, max(least, round(density * width)))
+            return rows * min(width, round(fan * fan_multiple))
+
+        read, out = D + self.positions, self.writers == "fan_out"
+        block = matrix(3 * W, read, self.density, self.min_nonzeros)
+        block += matrix(self.neurons, read, self.density, self.min_nonzeros)
+        for inputs in (W, self.neurons):
+            rows, width = (inputs, D) if out else (D, inputs)
+            block += matrix(rows, width, self.density, self.min_nonzeros)
+        ends = (1 if self.tied else 2) * matrix(V, D, self.embedding_density, 1)
+        channels = D if self.added_positions else self.positions
+        return self.n_layer * block + ends + self.bigram * V * V + self.context * channels
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ModelConfig:
@@ -115,9 +142,8 @@ class ModelConfig:
         return cls(**stored)
 
 
-def _need(holds: bool, name: str, needed: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {needed}, got {got!r}")
+def _either(choices: tuple[str | None, ...]) -> str:
+    return " or ".join(str(choice) for choice in choices)
 
 
 class RMSNorm(nn.Module):
@@ -258,6 +284,7 @@ class Transformer(nn.Module):
         dtype: as for `torch.nn.Linear`.
 
     Attributes:
+        tokenizer: None, or that of the run which `load_model` read the model from.
         tap: None, or a function of the name and value of each tapped activation that returns the
             value to use instead; `Attention` and `MLP` have one too. See taps.py.
 
@@ -281,6 +308,7 @@ class Transformer(nn.Module):
         V, D = config.vocab_size, config.d_model
         self.config = config
         self.tap: Tap | None = None
+        self.tokenizer: Tokenizer | None = None
         self._targets = make.targets
         self.embed = make.embedding("embed")
         channels = D if config.added_positions else config.positions
@@ -312,6 +340,12 @@ class Transformer(nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: a state that is not one of such a model.
         """
+        held, wanted = sum(tensor.numel() for tensor in state.values()), config.values()
+        if wanted > 2 * held + 2**20:
+            # Before the memory for it is allocated.
+            raise ValueError(
+                f"the state holds {held:,} values, and its configuration asks for {wanted:,}"
+            )
         ending = ".indices"
         fans = {
             name.removesuffix(ending): tensor.shape[1]
@@ -319,6 +353,9 @@ class Transformer(nn.Module):
             if name.endswith(ending) and tensor.dim() == 2
         }
         model = cls(config, fans=fans, device=device, dtype=dtype)
+        for name, tensor in model.state_dict().items():
+            if name in state and state[name].is_floating_point() != tensor.is_floating_point():
+                raise TypeError(f"{name} must be {tensor.dtype}, got {state[name].dtype}")
         model.load_state_dict(dict(state))
         return model
 

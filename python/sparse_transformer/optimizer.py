@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer.ranges import need_number
 from sparse_transformer.sharding import whole
 
 # Parts of a parameter's qualified name that exempt it from weight decay.
@@ -29,6 +30,13 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.1
     eps: float = 0.1  # large, because gradients are normalized to RMS 1
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            need_number(self, name, 0, math.inf, above=True)
+        for name in ("beta1", "beta2"):
+            need_number(self, name, 0, 0.999999)
+        need_number(self, "weight_decay", 0, math.inf)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import ModelConfig
 from sparse_transformer.optimizer import OptimizerConfig
+from sparse_transformer.ranges import need, need_number, need_whole
 from sparse_transformer.topology import TopologyConfig
 
 
@@ -53,7 +55,7 @@ class TrainConfig:
     keep: int = 3
     """Number of checkpoints to keep."""
     max_rise: float = 3.0
-    """Stop if the smoothed loss rises this many nats above its minimum."""
+    """Stop if the smoothed loss rises this many nats above its minimum; 1e9 never stops."""
     shard: bool = False
     """Shard the state of a dense or masked_dense model over the ranks to save memory."""
     rank_timeout: float = 600.0
@@ -69,13 +71,16 @@ class TrainConfig:
             "steps", "batch_tokens", "accumulate", "validate_every", "validation_tokens",
             "save_every", "keep",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        for name in ("max_rise", "rank_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            need_whole(self, name, 1)
+        need_whole(self, "seed", 0, 2**63 - 1)
+        for name in ("device", "dtype", "projection"):
+            choices = get_args(get_type_hints(TrainConfig)[name])
+            need(getattr(self, name) in choices, name, " or ".join(choices), getattr(self, name))
+        for name in ("compile", "clip_only", "shard", "tensorboard"):
+            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        # A limit that no loss reaches: 1e9. Longer waits overflow the clocks below.
+        need_number(self, "max_rise", 0, math.inf, above=True)
+        need_number(self, "rank_timeout", 0, 1e7, above=True)
 
 
 @dataclass(frozen=True)

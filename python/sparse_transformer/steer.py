@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_transformer import program, taps, tasks
+from sparse_transformer.data import encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.intervention import (
     Ablate,
@@ -112,8 +113,7 @@ def run(config: SteerConfig, out: TextIO) -> None:
         report = steering.task(config.task)
         text = _task_text(report)
     else:
-        prompt = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
-        report = steering.prompt(prompt)
+        report = steering.prompt(program.read_text(str(config.prompt)))
         text = _prompt_text(report)
     if config.json is not None:
         program.write_json(config.json, report)
@@ -158,8 +158,7 @@ class _Steering:
 
     def task(self, name: str) -> dict[str, Any]:
         """What test prompts of a task are answered with, before and after."""
-        if self.config.pairs < 1:
-            raise UserError(f"--pairs must be at least 1, got {self.config.pairs}: choose more")
+        program.need_whole("--pairs", self.config.pairs, 1)
         pairs = tasks.get(name).pairs(
             self.tokenizer,
             self.config.pairs,
@@ -266,7 +265,7 @@ class _Steering:
 
     def _encode(self, text: str) -> Tensor:
         """int64 `(1, T)`; an empty text is the beginning of a file."""
-        ids = self.tokenizer.encode(text).ids or [self.end]
+        ids = encode(self.tokenizer, text) or [self.end]
         context = self.model.config.context
         if len(ids) > context:
             raise UserError(
@@ -275,7 +274,7 @@ class _Steering:
         return torch.tensor([ids], device=self.device)
 
     def _answer(self, text: str) -> int:
-        ids = self.tokenizer.encode(text).ids
+        ids = encode(self.tokenizer, text)
         if len(ids) != 1:
             parts = f"it is {' '.join(map(self._text, ids))}" if ids else "it is empty"
             raise UserError(f"the answer {text!r} is not one token, {parts}: choose another")

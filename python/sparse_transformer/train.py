@@ -23,16 +23,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_transformer import checkpoint, metrics, sharding
+from sparse_transformer import checkpoint, metrics, program, sharding
 from sparse_transformer.checkpoint import Checkpoint
-from sparse_transformer.data import Batches, Corpus, prepare, validation_batches
+from sparse_transformer.data import Batches, Corpus, check_length, prepare, validation_batches
 from sparse_transformer.errors import UserError
 from sparse_transformer.masked import masked_layers, project_
 from sparse_transformer.memory import keep_freed_memory
@@ -45,7 +45,13 @@ from sparse_transformer.optimizer import (
 )
 from sparse_transformer.parallel import Ranks, leave, ranks
 from sparse_transformer.presets import PRESETS, Settings, TrainConfig, preset
-from sparse_transformer.topology import Topology, TopologyConfig, annealed_fraction
+from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.topology import (
+    Topology,
+    TopologyConfig,
+    annealed_after,
+    annealed_fraction,
+)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +98,10 @@ class Trainer:
             world=here.world,
         )
         self._micro_batch = windows // (here.world * config.accumulate)
+        check_length(corpus.validation, context, "validation")
+        _check_memory(settings, here, self._micro_batch * context)
         self.step = point.step if point else 0
+        self.anneal_steps = config.steps
         if point is None:
             torch.manual_seed(config.seed)
             self.model = Transformer(
@@ -102,24 +111,30 @@ class Trainer:
                 device=here.device,
             )
             here.broadcast_(self.model.state_dict().values())
+            self._equip()
         else:
-            self.model = Transformer.from_state(
-                settings.model, checkpoint.part(point.tensors, "model"), device=here.device
-            )
+            with checkpoint.damage_named(point.path, "--from-step"):
+                progress = Progress.of(point)
+                self.anneal_steps = progress.anneal_steps
+                self.model = checkpoint.model_of(point, settings.model, here.device)
+                self._equip()
+                self._restore(point, progress)
+        self._topology_hash = self.topology.hash() if self.topology else "0"
+        self._compiled = torch.compile(self.model.loss) if config.compile else None
+
+    def _equip(self) -> None:
+        """What works on the model: optimizer, topology, scale and watch."""
+        settings, config = self.settings, self.settings.train
         if config.shard:
-            sharding.shard_(self.model, here.world, here.device)
+            sharding.shard_(self.model, self.ranks.world, self.ranks.device)
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.topology = (
-            Topology(self.model, self.optimizer, settings.topology, config.steps)
+            Topology(self.model, self.optimizer, settings.topology, config.steps, self.anneal_steps)
             if settings.model.linear == "sparse"
             else None
         )
         self._scale = _LossScale(enabled=self.dtype == torch.float16)
         self._watch = _RiseWatch(config.max_rise)
-        if point is not None:
-            self._restore(point)
-        self._topology_hash = self.topology.hash() if self.topology else "0"
-        self._compiled = torch.compile(self.model.loss) if config.compile else None
 
     @property
     def fraction(self) -> float:
@@ -131,7 +146,7 @@ class Trainer:
             # The published recipe starts dense.
             sparsest = min(settings.model.density, settings.model.embedding_density)
             return annealed_fraction(
-                self.step, settings.train.steps, 1 / sparsest, settings.topology.anneal_share
+                self.step, self.anneal_steps, 1 / sparsest, settings.topology.anneal_share
             )
         return 1.0
 
@@ -232,6 +247,7 @@ class Trainer:
             "corpus": self.corpus.key,
             "loss_scale": vars(self._scale),
             "watch": vars(self._watch),
+            "anneal_steps": self.anneal_steps,
         }
         if self.topology is not None:
             state = dict(self.topology.state_dict())
@@ -239,8 +255,12 @@ class Trainer:
             tensors.update(flat)
         return sharding.gather(tensors, keep=self.ranks.first), meta
 
-    def _restore(self, point: Checkpoint) -> None:
-        """Optimizer, topology and generators; the model has its tensors already."""
+    def _restore(self, point: Checkpoint, progress: Progress) -> None:
+        """Optimizer, topology and generators; the model has its tensors already.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: a part that is missing or does not fit.
+        """
         tensors, meta = point.tensors, point.meta
         numbers = {
             parameter: number
@@ -251,19 +271,18 @@ class Trainer:
         packed = self.optimizer.state_dict()
         for name, parameter in self.model.named_parameters():
             state = checkpoint.part(tensors, f"optimizer.{name}")
-            if state:
-                packed["state"][numbers[parameter]] = {
-                    key: sharding.like(value, parameter) if value.dim() else value
-                    for key, value in state.items()
-                }
+            _check_moments(name, state, parameter.shape, point.step)
+            packed["state"][numbers[parameter]] = {
+                key: sharding.like(value, parameter) if value.dim() else value
+                for key, value in state.items()
+            }
         self.optimizer.load_state_dict(packed)
         if self.topology is not None:
             self.topology.load_state_dict(
                 checkpoint.unflatten(tensors, meta["topology"], "topology")
             )
-        vars(self._scale).update(meta["loss_scale"])
-        # The limit is a setting, and may be another one now.
-        vars(self._watch).update({**meta["watch"], "limit": self._watch.limit})
+        self._scale.scale, self._scale.good = progress.scale, progress.good
+        self._watch.mean, self._watch.least = progress.mean_loss, progress.least_loss
         torch.set_rng_state(tensors["generator.cpu"].cpu())
         if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.cuda"].cpu())
@@ -372,6 +391,84 @@ class _RiseWatch:
             raise Diverged(f"the loss has risen from {self.least:.3g} to {self.mean:.3g}")
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What the meta of a checkpoint says about a run, checked.
+
+    Attributes:
+        settings: as they were.
+        corpus: the key of what it trained on.
+        anneal_steps: see `Topology`.
+        metrics_position: bytes of `metrics.jsonl` that belong to it.
+        seconds: that it had trained.
+        scale, good: of the loss scale.
+        mean_loss, least_loss: of the watch on rising losses.
+    """
+
+    settings: Settings
+    corpus: str
+    anneal_steps: int
+    metrics_position: int
+    seconds: float
+    scale: float
+    good: int
+    mean_loss: float | None
+    least_loss: float | None
+
+    @classmethod
+    def of(cls, point: Checkpoint) -> Progress:
+        """Reads it.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or has no sensible value.
+        """
+        meta = point.meta
+        settings = Settings.from_dict(meta["settings"])
+        progress = cls(
+            settings,
+            corpus=meta["corpus"],
+            # Older checkpoints are of runs that were not extended.
+            anneal_steps=meta.get("anneal_steps", settings.train.steps),
+            metrics_position=meta["metrics_position"],
+            seconds=meta["seconds"],
+            scale=meta["loss_scale"]["scale"],
+            good=meta["loss_scale"]["good"],
+            mean_loss=meta["watch"]["mean"],
+            least_loss=meta["watch"]["least"],
+        )
+        need(isinstance(progress.corpus, str), "corpus", "a key", progress.corpus)
+        need_whole(progress, "anneal_steps", 1)
+        for name in ("metrics_position", "good"):
+            need_whole(progress, name, 0)
+        need_number(progress, "seconds", 0, math.inf)
+        need_number(progress, "scale", 0, math.inf, above=True)
+        for name in ("mean_loss", "least_loss"):
+            if getattr(progress, name) is not None:
+                need_number(progress, name, -math.inf, math.inf)
+        return progress
+
+
+def _check_moments(name: str, state: dict[str, Tensor], shape: torch.Size, step: int) -> None:
+    """Raises ValueError unless AdamW can go on with `state` after `step` steps.
+
+    It would read past the end of moments that are too small.
+    """
+    if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        held = ", ".join(sorted(state)) or "nothing"
+        raise ValueError(f"the optimizer's state of {name} must be AdamW's, it has {held}")
+    for key, tensor in state.items():
+        wanted = torch.Size() if key == "step" else shape
+        if tensor.shape != wanted or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{key} of {name} must be float32 {tuple(wanted)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} of {name} is not finite")
+    if int(state["step"]) != step:
+        raise ValueError(f"the optimizer has done {int(state['step'])} steps, and not {step}")
+
+
 def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int:
     """Trains from the newest checkpoint in `out`, or from the beginning if there is none.
 
@@ -399,7 +496,7 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         )
         point = None
         if checkpoint.steps(out):
-            point = checkpoint.load(out, from_step)
+            point = checkpoint.load(out, from_step, option="--from-step")
             _check_same(settings, corpus, point)
         elif from_step is not None:
             raise UserError(f"there is no checkpoint in {out}: leave out --from-step")
@@ -572,29 +669,50 @@ def _windows(config: TrainConfig, context: int, world: int) -> int:
     return config.batch_tokens // context
 
 
+def _check_memory(settings: Settings, here: Ranks, tokens: int) -> None:
+    """Refuses what cannot fit, before anything is allocated.
+
+    Counts the parameters, their gradients and both moments at the start of training, and the logits
+    and the residual stream of `tokens` tokens.
+    """
+    if here.device.type == "cuda":
+        available = torch.cuda.get_device_properties(here.device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = settings.model
+    parts = here.world if settings.train.shard else 1
+    needed = 4 * 4 * model.values(settings.topology.start_multiple) // parts
+    needed += 4 * tokens * (model.vocab_size + 2 * model.n_layer * model.d_model)
+    if needed > available:
+        raise UserError(
+            f"training needs at least {needed / 2**30:,.0f} GiB of memory and the device has "
+            f"{available / 2**30:,.0f}: choose a smaller model, or --accumulate for fewer tokens "
+            f"at once"
+        )
+
+
 def _check_same(settings: Settings, corpus: Corpus, point: Checkpoint) -> None:
     """Refuses to continue a different run."""
-    try:
-        saved = Settings.from_dict(point.meta["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{point.path} was written by another release ({error}): continue with that release"
-        ) from error
+    with checkpoint.damage_named(point.path, "--from-step"):
+        progress = Progress.of(point)
+    saved = progress.settings
     # These say how something is computed, not what.
     model = replace(settings.model, backend=saved.model.backend, abs_topk=saved.model.abs_topk)
     _refuse_changes(point, "model", saved.model, model)
     _refuse_changes(point, "topology", saved.topology, settings.topology)
-    if point.meta["corpus"] != corpus.key:
+    if progress.corpus != corpus.key:
         raise UserError(
             f"{point.path} was trained on other files: give --data what it began with, or start "
             f"a new run with another --out"
         )
-    steps = (saved.train.steps, settings.train.steps)
-    annealing = point.step < settings.topology.anneal_share * max(steps)
-    if steps[0] != steps[1] and annealing and settings.model.linear != "dense":
+    ends = annealed_after(progress.anneal_steps, settings.topology.anneal_share)
+    anneals = settings.model.linear == "masked_dense" or (
+        settings.model.linear == "sparse" and settings.topology.start_multiple > 1
+    )
+    if saved.train.steps != settings.train.steps and anneals and point.step <= ends:
         raise UserError(
-            f"{point.path} is still annealing towards {steps[0]} steps: leave out --steps, and "
-            f"change it when annealing is over"
+            f"{point.path} is still annealing, as a run of {saved.train.steps} steps does until "
+            f"step {ends + 1}: leave out --steps, and change it when annealing is over"
         )
 
 
@@ -610,18 +728,29 @@ def _refuse_changes(point: Checkpoint, kind: str, saved: Any, now: Any) -> None:
 
 
 @contextlib.contextmanager
-def _claim(out: Path) -> Iterator[IO[str]]:
-    """Makes the folder, and keeps other runs out of it for as long as this process lives."""
+def _claim(out: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it for as long as this process lives.
+
+    What it made goes again if nothing is written there meanwhile.
+    """
+    lock = out / ".lock"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "a") as file:
+        with open(lock, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
                     f"another process is training in {out}: wait for it or choose another --out"
                 ) from error
-            yield file
+            try:
+                yield
+            finally:
+                if os.listdir(out) == [lock.name]:
+                    lock.unlink()
+                    for folder in made:
+                        folder.rmdir()
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}): choose another --out"
@@ -734,18 +863,15 @@ def _stored(out: Path) -> Settings | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C, which saves."""
+    return program.status(lambda: _main(arguments), "interrupted: continue with --resume")
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
-        try:
-            settings, out, from_step = parse(arguments)
-        except ValueError as error:
-            raise UserError(f"{error}: change that option") from error
-        return train(settings, out, from_step=from_step)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: continue with --resume", file=sys.stderr)
-        return 130
+        settings, out, from_step = parse(arguments)
+    except ValueError as error:
+        raise UserError(f"{error}: change that option") from error
+    return train(settings, out, from_step=from_step)
 
 
 if __name__ == "__main__":
