@@ -1,5 +1,6 @@
 """A small weight-sparse transformer on `sparse_kernels`: trains, generates, exchanges weights."""
 
+from sparse_transformer import _startup as _startup
 from sparse_transformer.attention import KVCache
 from sparse_transformer.errors import UserError
 from sparse_transformer.memory import keep_freed_memory

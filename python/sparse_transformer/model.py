@@ -46,30 +46,57 @@ class ModelConfig:
     """
 
     vocab_size: int = 2048
+    """Tokens of the vocabulary, end-of-text included."""
     n_layer: int = 4
+    """Blocks."""
     d_model: int = 256
+    """Channels of the residual stream."""
     context: int = 256
+    """Tokens that the model reads at once."""
     d_head: int = 16
-    n_head: int | None = None  # None: d_model / d_head
-    d_mlp: int | None = None  # None: 4 d_model
-    activation: str = "gelu"  # gelu (exact, as released) | gelu_tanh | relu
-    active: float | None = 0.25  # share kept by AbsTopK, rounded down; None: no AbsTopK
+    """Channels of an attention head."""
+    n_head: int | None = None
+    """Attention heads; by default d_model / d_head."""
+    d_mlp: int | None = None
+    """Neurons of a block; by default 4 d_model."""
+    activation: str = "gelu"
+    """Activation function of the neurons: gelu (exact, as released), gelu_tanh or relu."""
+    active: float | None = 0.25
+    """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
     active_places: tuple[str, ...] = PLACES
-    linear: str = "sparse"  # sparse | masked_dense | dense
-    density: float = 1 / 64  # final density of the four matrices of a block
-    embedding_density: float = 1 / 16  # final density of embedding and unembedding
-    min_nonzeros: int = 4  # minimum fan-in, or fan-out for attn.out and mlp.down
-    writers: str = "fan_out"  # layout of attn.out and mlp.down: fan_out | fan_in
-    fans: Mapping[str, int] | None = None  # final fan by layer name; overrides density
+    """Where AbsTopK stands; by default at all eight places."""
+    linear: str = "sparse"
+    """Kind of all matrices: sparse, masked_dense (as published) or dense."""
+    density: float = 1 / 64
+    """Final density of the four matrices of a block."""
+    embedding_density: float = 1 / 16
+    """Final density of embedding and unembedding."""
+    min_nonzeros: int = 4
+    """Minimum fan-in, or fan-out for attn.out and mlp.down."""
+    writers: str = "fan_out"
+    """What attn.out and mlp.down fix: fan_out or fan_in."""
+    fans: Mapping[str, int] | None = None
+    """Final fan by name of layer, in place of what follows from the densities."""
     sinks: bool = True
+    """Learned attention sinks, one for each head."""
     bigram: bool = True
-    bias: bool = True  # biases of all linear layers except the unembedding
-    positions: int = 0  # learned position channels, concatenated to the residual stream, read-only
-    added_positions: bool = False  # GPT-2's learned positions, added to the embedding
-    tied: bool = False  # unembedding and embedding share their weights
-    logits_bias: bool = False  # a learned bias (V,) of the logits, as in some released models
-    abs_topk: str = "kernel"  # kernel (sparse_kernels.abs_topk) | torch (topk + scatter, released)
-    backend: str | None = None  # backend of sparse_kernels; None: the fastest available
+    """A learned (vocabulary, vocabulary) table whose row of the current token joins the logits."""
+    bias: bool = True
+    """Biases of all linear layers but the unembedding."""
+    positions: int = 0
+    """Learned position channels, read beside the residual stream and never written."""
+    added_positions: bool = False
+    """GPT-2's learned positions, added to the embedding."""
+    tied: bool = False
+    """Embedding and unembedding share their weights."""
+    logits_bias: bool = False
+    """A learned bias of the logits, as in some released models."""
+    abs_topk: str = "kernel"
+    """How AbsTopK is computed: kernel (of sparse_kernels), or torch (topk and scatter, as
+    released)."""
+    backend: str | None = None
+    """Backend of sparse_kernels: reference, cpu, triton or cuda; by default the fastest
+    available."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))

@@ -33,7 +33,8 @@ class TrainConfig:
     data: tuple[Path, ...] = ()
     """Files and folders to train on; by default the standard library of the running Python."""
     cache_dir: Path | None = None
-    """Folder for tokenized corpora; by default sparse_transformer in the user's cache."""
+    """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME, or else in
+    ~/.cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto uses a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -62,6 +63,8 @@ class TrainConfig:
     """Seconds to wait for another rank before giving up."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    sample_tokens: int = 32
+    """Tokens of generated text shown at each validation, by a single rank; 0 shows none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
@@ -72,6 +75,7 @@ class TrainConfig:
             "save_every", "keep",
         ):  # fmt: skip
             need_whole(self, name, 1)
+        need_whole(self, "sample_tokens", 0)
         need_whole(self, "seed", 0, 2**63 - 1)
         for name in ("device", "dtype", "projection"):
             choices = get_args(get_type_hints(TrainConfig)[name])

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparse_transformer import _startup
 from sparse_transformer.errors import UserError
 
 # How torch says, in a RuntimeError, that an allocation failed.
@@ -23,6 +24,7 @@ def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> i
         run: what the program does; None is success.
         interrupted: what to say after Ctrl-C.
     """
+    _startup.ready()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A text that the terminal cannot show must not end a program.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -46,8 +48,13 @@ def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> i
 
 
 def _refuse(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what is not UTF-8, as names of files may be."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_text(text: str) -> str:

@@ -104,7 +104,7 @@ def run(config: SteerConfig, out: TextIO) -> None:
             that do not fit it.
     """
     if (config.prompt is None) == (config.task is None):
-        raise UserError("give either --prompt TEXT or --task NAME")
+        raise UserError("one thing can be asked at a time: give either --prompt or --task")
     if config.task is not None and config.answers is not None:
         raise UserError("--answers cannot be used with --task, which has its own answers")
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)

@@ -38,14 +38,23 @@ class TopologyConfig:
     `start_multiple=1, drop_share=0` keeps the initial random pattern.
     """
 
-    start_multiple: float = 8.0  # initial fan-in over final fan-in, at most dense
-    anneal_share: float = 0.5  # share of the run in which the fan-in falls linearly
-    period: int = 20  # steps between changes of the pattern
-    stop_share: float = 0.75  # share of the run after which the pattern no longer changes
-    drop_share: float = 0.3  # share of each row replaced at a change, with cosine decay
-    candidates: float = 0.06  # share of columns sampled per row; at least twice those that grow
-    grow: str = "gradient"  # "gradient": candidates with the largest; "random": any (control)
+    start_multiple: float = 8.0
+    """Initial fan-in over final fan-in, at most dense."""
+    anneal_share: float = 0.5
+    """Share of the run in which the fan-in falls linearly to its target."""
+    period: int = 20
+    """Steps between changes of the pattern."""
+    stop_share: float = 0.75
+    """Share of the run after which the pattern no longer changes."""
+    drop_share: float = 0.3
+    """Share of each row that the first change replaces; it falls as a half cosine."""
+    candidates: float = 0.06
+    """Share of the columns that are sampled as candidates of each row; at least twice as many as
+    grow."""
+    grow: str = "gradient"
+    """Which candidates grow: gradient (where it is largest) or random (a control)."""
     seed: int = 0
+    """Random seed of the candidates."""
 
     def __post_init__(self) -> None:
         need_number(self, "start_multiple", 1, math.inf)

@@ -30,7 +30,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_transformer import checkpoint, metrics, program, sharding
+from sparse_transformer import checkpoint, generate, metrics, program, sharding
 from sparse_transformer.checkpoint import Checkpoint
 from sparse_transformer.data import Batches, Corpus, check_length, prepare, validation_batches
 from sparse_transformer.errors import UserError
@@ -206,6 +206,36 @@ class Trainer:
                 total += torch.stack([loss.double() * windows, total.new_tensor(windows)])
         loss_sum, count = self.ranks.sum(total).tolist()
         return float(loss_sum / count)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU."""
+        return self.ranks.device.type == "cpu"
+
+    @property
+    def annealed_after(self) -> int | None:
+        """The step with which the schedule of L0 reaches its target; None if it has none."""
+        settings = self.settings
+        if settings.model.linear == "dense" or (
+            self.topology is not None and settings.topology.start_multiple == 1
+        ):
+            return None
+        return annealed_after(self.anneal_steps, settings.topology.anneal_share) + 1
+
+    def sample(self) -> str:
+        """A text that the model begins and continues, the same choices after the same step.
+
+        Empty where other ranks would have to compute with this one.
+        """
+        count = self.settings.train.sample_tokens
+        if self.ranks.world > 1 or count == 0:
+            return ""
+        end = self.corpus.end_of_text
+        generator = torch.Generator(self.ranks.device).manual_seed(self.step)
+        steps = generate.stream(
+            self.model, [[end]], count, temperature=0.8, top_k=40, generator=generator
+        )
+        return str(self.corpus.tokenizer.decode([token for (token,) in steps if token is not None]))
 
     def l0(self) -> int:
         """Nonzero weights of all matrices: for the sparse ones, those that exist.
@@ -585,35 +615,51 @@ class _Output:
         self._seconds_before = point.meta["seconds"] if point else 0.0
         self._start = time.monotonic()
         self._bar = tqdm(
-            total=config.steps,
-            initial=trainer.step,
-            unit=" steps",
+            total=config.steps * config.batch_tokens,
+            initial=trainer.step * config.batch_tokens,
+            unit=" tokens",
+            unit_scale=True,
             disable=None,
             dynamic_ncols=True,
         )
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        self.note(
-            f"{out}: {trainer.settings.model.linear}, {parameters:,} parameters now, "
-            f"{l0:,} weights in the matrices, "
-            f"{len(trainer.corpus.train):,} + {len(trainer.corpus.validation):,} tokens"
-            + (f", from step {point.step}" if point else "")
+        others = sum(
+            parameter.numel()
+            for name, parameter in trainer.model.named_parameters()
+            if parameter.dim() == 1 or name in ("bigram", "positions")
         )
+        corpus = trainer.corpus
+        skipped = f" ({corpus.skipped} that are not UTF-8 text skipped)" if corpus.skipped else ""
+        self.note(
+            f"{out}: {trainer.settings.model.linear}, {l0:,} weights in the matrices now and "
+            f"{others:,} other parameters (bigram table, biases, norms)"
+        )
+        self.note(
+            f"{corpus.files:,} files{skipped}, {len(corpus.train):,} tokens to train on and "
+            f"{len(corpus.validation):,} of other files to validate, cached in {corpus.folder}"
+            + (f"; from step {point.step}" if point else "")
+        )
+        self._busy_noted = False
+        self._note_busy()
 
     def note(self, text: str) -> None:
         """A line on stderr, above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(program.printable(text), file=sys.stderr)
 
     def write(self, line: dict[str, Any]) -> None:
         """Reports a step."""
         line["seconds"] = round(self._seconds(), 3)
         self._metrics.write(line)
-        self._bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-        self._bar.update()
+        self._bar.set_postfix(step=line["step"], loss=f"{line['loss']:.3f}", refresh=False)
+        self._bar.update(self._trainer.settings.train.batch_tokens)
         if "val_loss" in line:
             self.note(
                 f"step {line['step']}  loss {line['loss']:.4f}  val_loss {line['val_loss']:.4f}  "
                 f"L0 {line['l0']:,}  {line['tokens']:,} tokens  {line['seconds']:.0f} s"
             )
+            sample = self._trainer.sample()
+            if sample:
+                self.note(f"  sample: {sample!r}")
+            self._note_busy()
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Writes a checkpoint of the step that is done, with the trainer's state."""
@@ -628,8 +674,20 @@ class _Output:
         lines = metrics.read(self._out / "metrics.jsonl")
         name = f"{self._trainer.settings.preset}, {self._trainer.settings.model.linear}"
         if lines:
-            metrics.plot(lines, self._out / "loss.png", name)
+            metrics.plot(lines, self._out / "loss.png", name, annealed=self._trainer.annealed_after)
             self.note(f"done: {self._out / 'loss.png'}, checkpoint of step {self._saved}")
+
+    def _note_busy(self) -> None:
+        """Says once that threads wait for processors that others use."""
+        threads, processors = torch.get_num_threads(), os.cpu_count() or 1
+        waiting = os.getloadavg()[0] > processors + 0.5
+        if waiting and threads > 1 and not self._busy_noted and self._trainer.on_cpu:
+            self._busy_noted = True
+            self.note(
+                f"note: the machine is busy (load {os.getloadavg()[0]:.1f} on {processors} "
+                f"processors), where {threads} threads may be slower than one: try "
+                f"OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=passive"
+            )
 
     def close(self) -> None:
         self._bar.close()
@@ -778,11 +836,13 @@ class Arguments:
     out: Path | None = None
     """Folder of the run; it must be new or empty, or be continued with --resume."""
     preset: str = "tiny"
-    """Where all other settings start from."""
+    """Named settings, which the other options change: tiny, circuits, d256, d512, d1024, d2048 or
+    475m."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out; settings that are not given stay as they were."""
+    """Continue from the newest checkpoint in --out; settings that are not given stay as they
+    were."""
     from_step: int | None = None
-    """Go on from the checkpoint of this step; later ones are set aside, not deleted."""
+    """Continue from the checkpoint of this step; later ones are set aside, not deleted."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
@@ -842,7 +902,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
             f"{given.out} is not empty: continue its run with --resume, or choose another --out"
         )
     if resume and not checkpoint.steps(given.out):
-        print(f"{given.out} has no checkpoint yet: beginning at step 1", file=sys.stderr)
+        name = program.printable(str(given.out))
+        print(f"{name} has no checkpoint yet: beginning at step 1", file=sys.stderr)
     settings = Settings(given.preset, given.train, given.model, given.topology, given.optimizer)
     return settings, given.out, given.from_step
 
