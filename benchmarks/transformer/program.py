@@ -19,7 +19,7 @@ from benchmarks.transformer.jobs import Job
 from benchmarks.transformer.profile import measure_parts, measure_peak_mb
 from benchmarks.transformer.variants import Case, why_no_bf16_dense
 from sparse_kernels import cpu
-from sparse_transformer.topology import TopologyConfig
+from sparse_transformer.train.topology import TopologyConfig
 
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
 # limit, however long they take.

@@ -144,14 +144,14 @@ def prepare(
             root.mkdir(parents=True, exist_ok=True)
             with _locked(root / f"{key}.lock"):
                 if not _complete(folder):
-                    _build(documents, skipped, vocab_size, folder, disable)
+                    _build(documents, vocab_size, folder, disable)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
         raise UserError(
             f"the token cache {root} cannot be written ({error.strerror}): "
             f"{hint}, for example with --cache-dir or XDG_CACHE_HOME"
         ) from error
-    return _open(folder, key)
+    return _open(folder, key, skipped)
 
 
 class Batches:
@@ -392,7 +392,7 @@ def _complete(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         whole = manifest["sha256"].keys() == {"train.bin", "validation.bin", "tokenizer.json"}
-        counted = all(isinstance(manifest[name], int) for name in ("files", "skipped"))
+        counted = isinstance(manifest["files"], int)
         return (
             whole
             and counted
@@ -404,7 +404,6 @@ def _complete(folder: Path) -> bool:
 
 def _build(
     documents: list[_Document],
-    skipped: int,
     vocab_size: int,
     folder: Path,
     disable: bool | None,
@@ -424,7 +423,7 @@ def _build(
                 with open(temporary / f"{name}.bin", "wb") as file:
                     _encode(side, tokenizer, file, bar)
         hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        manifest = {"files": len(documents), "skipped": skipped, "sha256": hashes}
+        manifest = {"files": len(documents), "sha256": hashes}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
             with open(path, "rb") as written:
@@ -509,7 +508,7 @@ def _encode(documents: list[_Document], tokenizer: Tokenizer, file: IO[bytes], b
         bar.update(len(pieces))
 
 
-def _open(folder: Path, key: str) -> Corpus:
+def _open(folder: Path, key: str, skipped: int) -> Corpus:
     manifest = json.loads((folder / "manifest.json").read_text())
     return Corpus(
         train=_map(folder / "train.bin"),
@@ -518,7 +517,7 @@ def _open(folder: Path, key: str) -> Corpus:
         folder=folder,
         key=key,
         files=manifest["files"],
-        skipped=manifest["skipped"],
+        skipped=skipped,
     )
 
 

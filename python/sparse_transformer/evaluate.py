@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import program
-from sparse_transformer.checkpoint import steps
 from sparse_transformer.errors import UserError
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS, Pair, Split, collate, get
+from sparse_transformer.train.checkpoint import steps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

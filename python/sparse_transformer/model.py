@@ -11,7 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import sparse_kernels as sk
 from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
+from sparse_transformer.hook_point import HookPoint
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
 from sparse_transformer.ranges import need, need_number, need_whole
 
@@ -33,8 +34,6 @@ PLACES = (
 )  # fmt: skip
 # Standard deviation of the initial weights of a dense matrix, as released.
 _INITIAL_STD = 0.02
-
-Tap = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,6 @@ class Attention(nn.Module):
         super().__init__()
         W, D = config.heads * config.d_head, config.d_model
         self.config = config
-        self.tap: Tap | None = None
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
         self.qkv = make.reader(f"{prefix}.qkv", D + config.positions, 3 * W)
@@ -223,9 +221,12 @@ class Attention(nn.Module):
             else None
         )
         self.keep_in = _keeper(config, "attn_in", D + config.positions)
-        self.keep_qkv = [_keeper(config, f"attn_{name}", W) for name in "qkv"]
-        self.keep_alike = all(keep == self.keep_qkv[0] for keep in self.keep_qkv)
+        self.keep_qkv = _keep_parts([_keeper(config, f"attn_{name}", W) for name in "qkv"])
         self.keep_out = _keeper(config, "attn_out", D)
+        self.hook_in = HookPoint("act_in")
+        self.hook_qkv = HookPoint("q", "k", "v")
+        self.hook_y = HookPoint("y")
+        self.hook_out = HookPoint("resid_delta")
 
     def forward(
         self, x: Tensor, positions: Tensor | None, cache: KVCache | None, layer: int
@@ -233,28 +234,17 @@ class Attention(nn.Module):
         """`(B, T, D)` to what is added to it."""
         B, T, _ = x.shape
         H, d = self.config.heads, self.config.d_head
-        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
-        if self.tap is not None:
-            x = self.tap("act_in", x)
-        qkv = self.qkv(x).view(B, T, 3, H * d)
-        if self.tap is None and self.keep_alike:
-            qkv = self.keep_qkv[0](qkv)  # the three at once
-        else:
-            parts = [keep(part) for keep, part in zip(self.keep_qkv, qkv.unbind(2), strict=True)]
-            if self.tap is not None:
-                parts = [self.tap(name, part) for name, part in zip("qkv", parts, strict=True)]
-            qkv = torch.stack(parts, 2)
+        x = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
+        qkv = self.hook_qkv(self.keep_qkv(self.qkv(x).view(B, T, 3, H * d)))
         qkv = qkv.view(B, T, 3, H, d)
         if cache is None:
             y = causal_attention(qkv, self.sinks)
         else:
             q, k, v = qkv.unbind(2)
             y = cached_attention(q, *cache.append(layer, k, v), self.sinks)
-        y = y.reshape(B, T, H * d)
-        if self.tap is not None:
-            y = self.tap("y", y)
-        y = self.keep_out(self.out(y))
-        return y if self.tap is None else self.tap("resid_delta", y)
+        y = self.hook_y(y.reshape(B, T, H * d))
+        added: Tensor = self.hook_out(self.keep_out(self.out(y)))
+        return added
 
 
 class MLP(nn.Module):
@@ -263,7 +253,6 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, prefix: str, make: _Maker) -> None:
         super().__init__()
         D, neurons = config.d_model, config.neurons
-        self.tap: Tap | None = None
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
         self.up = make.reader(f"{prefix}.up", D + config.positions, neurons)
@@ -271,17 +260,16 @@ class MLP(nn.Module):
         self.keep_in = _keeper(config, "mlp_in", D + config.positions)
         self.neurons = _neurons(config, neurons)
         self.keep_out = _keeper(config, "mlp_out", D)
+        self.hook_in = HookPoint("act_in")
+        self.hook_neurons = HookPoint("post_act")
+        self.hook_out = HookPoint("resid_delta")
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`(B, T, D)` to what is added to it."""
-        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
-        if self.tap is not None:
-            x = self.tap("act_in", x)
-        x = self.neurons(self.up(x))
-        if self.tap is not None:
-            x = self.tap("post_act", x)
-        x = self.keep_out(self.down(x))
-        return x if self.tap is None else self.tap("resid_delta", x)
+        x = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
+        x = self.hook_neurons(self.neurons(self.up(x)))
+        added: Tensor = self.hook_out(self.keep_out(self.down(x)))
+        return added
 
 
 class Block(nn.Module):
@@ -312,8 +300,6 @@ class Transformer(nn.Module):
 
     Attributes:
         tokenizer: None, or that of the run which `load_model` read the model from.
-        tap: None, or a function of the name and value of each tapped activation that returns the
-            value to use instead; `Attention` and `MLP` have one too. See taps.py.
 
     The weights that exist start normal with the variance that keeps every sum as large as the
     released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
@@ -334,7 +320,6 @@ class Transformer(nn.Module):
         make = _Maker(config, fan_multiple, fans or {}, generator, device, dtype)
         V, D = config.vocab_size, config.d_model
         self.config = config
-        self.tap: Tap | None = None
         self.tokenizer: Tokenizer | None = None
         self._targets = make.targets
         self.embed = make.embedding("embed")
@@ -345,6 +330,7 @@ class Transformer(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(Block(config, layer, make) for layer in range(config.n_layer))
+        self.hook_final = HookPoint("final_resid")
         self.norm = RMSNorm(D, device, dtype)
         self.unembed = None if config.tied else make.reader("unembed", D, V, bias=False)
         self.bigram = nn.Parameter(torch.zeros(V, V, **make.where)) if config.bigram else None
@@ -480,7 +466,8 @@ class Transformer(nn.Module):
             x = block(x, positions, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return x if self.tap is None else self.tap("final_resid", x)
+        final: Tensor = self.hook_final(x)
+        return final
 
     def _logits(self, x: Tensor) -> Tensor:
         """`(..., D)` to `(..., V)`, without the bigram table's part."""
@@ -690,6 +677,22 @@ def _keeper(config: ModelConfig, place: str, width: int) -> Callable[[Tensor], T
         return _keep_all
     k = max(1, int(config.active * width))
     return _Keep(k, config.abs_topk, config.backend) if k < width else _keep_all
+
+
+@dataclass(frozen=True)
+class _KeepParts:
+    """Each of the parts along axis 2 by its own rule."""
+
+    keeps: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = zip(self.keeps, x.unbind(2), strict=True)
+        return torch.stack([keep(part) for keep, part in parts], 2)
+
+
+def _keep_parts(keeps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Of `(B, T, parts, width)`: all parts at once if they have one rule."""
+    return keeps[0] if all(keep == keeps[0] for keep in keeps) else _KeepParts(tuple(keeps))
 
 
 def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparse_transformer import checkpoint as checkpoints
 from sparse_transformer.data import load_tokenizer
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
+from sparse_transformer.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

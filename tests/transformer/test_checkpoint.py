@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from sparse_transformer import checkpoint
 from sparse_transformer.errors import UserError
+from sparse_transformer.train import checkpoint
 
 
 def tensors(seed: int, size: int = 1000) -> dict[str, torch.Tensor]:
@@ -105,7 +105,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 WRITER = """
 import sys, torch
-from sparse_transformer import checkpoint
+from sparse_transformer.train import checkpoint
 step = 0
 while True:
     step += 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SMALL, batch, make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, taps
+from sparse_transformer import ModelConfig, Transformer, UserError, hooks
 from sparse_transformer.circuits.edges import Edges
 from sparse_transformer.circuits.find import find, need_reachable
 from sparse_transformer.circuits.masks import Price, PruneConfig, train_edges, train_masks
@@ -37,7 +37,7 @@ def base_of(model, seed=3):
     """Any constants, of the size of activations."""
     generator = torch.Generator().manual_seed(seed)
     tokens = batch()[0]
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         model(tokens)
     return {
         name: torch.randn(value.shape[-1], generator=generator, dtype=torch.float64).to(value)
@@ -86,8 +86,8 @@ def test_freezing_is_what_interventions_do(linear, changes):
         part = by_place[name[:-1] + "v" if name.endswith(".y") else name]
         return lambda x: torch.where(part, x, base[name])
 
-    names = [name for name in taps.names(model) if name != "final_resid"]
-    with taps.intervene(model, {name: change(name) for name in names}):
+    names = [name for name in hooks.names(model) if name != "final_resid"]
+    with hooks.replacing(model, {name: change(name) for name in names}):
         wanted = model(tokens)
     with frozen(model, keep, base):
         found = model(tokens)
@@ -144,8 +144,8 @@ def test_masks_have_the_gradient_of_the_formula():
         rows = part.repeat_interleave(2, 0).unsqueeze(1)
         return lambda x: base[name] + rows * (x - base[name])
 
-    names = [name for name in taps.names(model) if name != "final_resid"]
-    with taps.intervene(model, {name: change(name) for name in names}):
+    names = [name for name in hooks.names(model) if name != "final_resid"]
+    with hooks.replacing(model, {name: change(name) for name in names}):
         (model(tokens) * weights).sum().backward()
     share = torch.sigmoid(mask.detach() / temperature)
     wanted = step.grad * share * (1 - share) / temperature
@@ -195,7 +195,7 @@ def test_a_removed_edge_carries_the_base(linear, changes, by_token):
     tokens = batch()[0]
     edges, base = Edges.of(model), base_of(model)
     if by_token:
-        with taps.record(model) as seen:
+        with hooks.recording(model) as seen:
             model(tokens.roll(1, 0))
         base = dict(seen)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -298,7 +298,7 @@ PLANTED_NODES = {"0.attn.act_in:0", "0.attn.v:5", "0.attn.resid_delta:3"}
 def planted_means(model):
     generator = torch.Generator().manual_seed(9)
     tokens = torch.randint(V, (64, 12), generator=generator)
-    with taps.record(model) as seen, torch.no_grad():
+    with hooks.recording(model) as seen, torch.no_grad():
         model(tokens)
     return {name: value.mean((0, 1)) for name, value in seen.items()}
 
@@ -456,7 +456,7 @@ def test_estimated_effects_are_derivatives(problem, effects):
 
                 return nearer
 
-            with taps.intervene(problem.model, {name: change(name) for name in names}):
+            with hooks.replacing(problem.model, {name: change(name) for name in names}):
                 measured = (loss() - before) / epsilon
             assert float(found[number]) == pytest.approx(measured, rel=0.1, abs=1e-4)
         return

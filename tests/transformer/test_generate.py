@@ -12,8 +12,10 @@ import pytest
 import torch
 from test_model import make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, checkpoint, data, load_model
-from sparse_transformer.generate import GenerateConfig, _Text, generate, main, run, stream
+from sparse_transformer import ModelConfig, Transformer, UserError, data, load_model
+from sparse_transformer.cli.generate import GenerateConfig, _Text, main, run
+from sparse_transformer.generation import generate, stream
+from sparse_transformer.train import checkpoint
 
 
 def slowly(model, prompt, tokens):

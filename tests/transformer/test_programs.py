@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparse_transformer import checkpoint, evaluate, generate, steer, train
+from sparse_transformer import evaluate
 from sparse_transformer.circuits import __main__ as circuits
+from sparse_transformer.cli import generate, steer, train
 from sparse_transformer.tasks import __main__ as tasks
 
 SMALL_RUN = """
@@ -42,7 +43,7 @@ def place(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("programs")
     (folder / "corpus").mkdir()
-    for file in Path(checkpoint.__file__).parent.glob("*.py"):
+    for file in Path(evaluate.__file__).parent.glob("*.py"):
         shutil.copy(file, folder / "corpus")
     run = [*TRAIN, "--data", "corpus", "--cache-dir", "cache", "--out", "run"]
     before = Path.cwd()

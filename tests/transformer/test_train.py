@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_transformer import checkpoint, metrics, train
+import sparse_transformer
+from sparse_transformer.cli.train import main
 from sparse_transformer.data import prepare
 from sparse_transformer.model import ModelConfig, Transformer
-from sparse_transformer.presets import PRESETS, Settings
-from sparse_transformer.train import main
+from sparse_transformer.presets import PRESETS
+from sparse_transformer.train import checkpoint, loop, metrics
+from sparse_transformer.train.settings import Settings
+from sparse_transformer.train.trainer import Trainer
 
 # One thread: the models are so small that two would wait for each other.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -36,7 +39,7 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    source = Path(checkpoint.__file__).parent
+    source = Path(sparse_transformer.__file__).parent
     for file in source.glob("*.py"):
         shutil.copy(file, folder)
     return folder
@@ -91,8 +94,12 @@ def test_run_leaves_what_it_promises(reference):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
-    """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end."""
+@pytest.mark.parametrize("number", range(8))
+def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path, number):
+    """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end.
+
+    Four interruptions in each of eight runs.
+    """
     seed = random.randrange(2**32)
     print("moments drawn from seed", seed)
     draw = random.Random(seed)
@@ -103,7 +110,7 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
         (signal.SIGINT, draw.randrange(8, 35)),
         (signal.SIGKILL, draw.randrange(8, 40)),
     ]
-    for number, after in moments:
+    for sent, after in moments:
         path = out / "metrics.jsonl"
         before = path.stat().st_mtime_ns if path.exists() else 0
         process = subprocess.Popen(
@@ -115,10 +122,10 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
                 break
             time.sleep(0.001)
         time.sleep(draw.random() * 0.02)
-        process.send_signal(number)
+        process.send_signal(sent)
         status = process.wait(60)
         # It may have come to its end before.
-        assert status in (0, 130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert status in (0, 130 if sent == signal.SIGINT else -signal.SIGKILL)
         if status == 130:
             assert checkpoint.steps(out)[-1] == lines_of(out)[-1]["step"]
     subprocess.run([*command(options, out), "--resume"], env=ENVIRONMENT, check=True)
@@ -170,6 +177,21 @@ def test_steps_cannot_be_changed_while_annealing(reference, tmp_path, capsys):
         assert ("is still annealing, as a run of 40 steps does until step 36" in error) == (
             step < 36
         )
+
+
+def test_checkpoints_of_earlier_versions_go_on(reference, tmp_path):
+    """They know nothing of samples and of runs that are extended."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(out / "step-00000040")
+    config = json.loads((out / "config.json").read_text())
+    del config["train"]["sample_tokens"]
+    (out / "config.json").write_text(json.dumps(config))
+    record = json.loads((out / "step-00000035" / "meta.json").read_text())
+    del record["content"]["anneal_steps"], record["content"]["settings"]["train"]["sample_tokens"]
+    (out / "step-00000035" / "meta.json").write_text(json.dumps(record))
+    # In a process like the reference's, for the same bits.
+    subprocess.run(command(["--resume"], out), env=ENVIRONMENT, check=True)
+    assert lines_of(out) == lines_of(reference)
 
 
 @pytest.mark.parametrize("given", [["--data", "nowhere"], ["--batch-tokens", "100"]])
@@ -291,7 +313,7 @@ def test_model_of_a_checkpoint(reference):
         (["--topology.period", "5"], "another topology, period 3 and not period 5"),
         (["--preset", "d256"], "began with --preset tiny, not d256"),
         (["--from-step", "3"], "no checkpoint of step 3"),
-        (["--data", str(Path(train.__file__))], "trained on other files"),
+        (["--data", str(Path(loop.__file__))], "trained on other files"),
     ],
 )
 def test_resume_with_other_settings_is_refused(reference, tmp_path, capsys, changed, match):
@@ -329,7 +351,7 @@ def test_bad_options_end_in_a_sentence(tmp_path, monkeypatch, capsys, corpus, gi
     assert main([*given, "--cache-dir", str(tmp_path / "cache")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert match in error[-1]
-    assert [line for line in error if "no checkpoint yet" not in line] == error[-1:]
+    assert [line for line in error if "beginning a new run" not in line] == error[-1:]
 
 
 def test_unknown_option_is_refused(capsys):
@@ -340,7 +362,7 @@ def test_unknown_option_is_refused(capsys):
 
 
 def test_only_one_run_in_a_folder(options, tmp_path, capsys):
-    with train._claim(tmp_path / "run"):
+    with loop._claim(tmp_path / "run"):
         assert run_here([*options, "--resume"], tmp_path / "run") == 2
     assert "another process is training in" in capsys.readouterr().err
 
@@ -366,7 +388,7 @@ def test_loss_that_is_nan_stops(options, tmp_path, monkeypatch, capsys):
 
 def test_weights_that_are_nan_are_not_saved(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    original = train.Trainer.advance
+    original = Trainer.advance
 
     def advance(self):
         line = original(self)
@@ -375,7 +397,7 @@ def test_weights_that_are_nan_are_not_saved(options, tmp_path, monkeypatch, caps
                 self.model.norm.weight[0] = math.inf
         return line
 
-    monkeypatch.setattr(train.Trainer, "advance", advance)
+    monkeypatch.setattr(Trainer, "advance", advance)
     assert run_here(options, out) == 2
     assert "norm.weight is no longer finite after step 7, and there is no checkpoint yet" in (
         capsys.readouterr().err
@@ -499,7 +521,7 @@ def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
 
 DISAGREE = """
 import os, sys
-from sparse_transformer.parallel import leave, ranks
+from sparse_transformer.train.distributed import leave, ranks
 from sparse_transformer.errors import UserError
 with ranks("cpu", 30) as here:
     assert here.agree("a" * 64, here.rank * 15) == 15

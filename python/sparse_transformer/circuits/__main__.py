@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import program, tasks
-from sparse_transformer.checkpoint import load
 from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.describe import describe
 from sparse_transformer.circuits.edges import Edges
@@ -39,6 +38,7 @@ from sparse_transformer.evaluate import SOLVED_ACCURACY
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
+from sparse_transformer.train.checkpoint import load
 
 # More edges than this, those of the ends and the residual stream included, are no picture.
 _MOST_DRAWN = 1500

@@ -27,7 +27,7 @@ from sparse_transformer.circuits.trend import (
     trend,
 )
 from sparse_transformer.errors import UserError
-from sparse_transformer.intervention import Patch
+from sparse_transformer.interventions import Patch
 from sparse_transformer.model import Transformer
 
 if TYPE_CHECKING:

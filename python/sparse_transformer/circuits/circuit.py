@@ -35,7 +35,7 @@ class Node:
             `answer:ID` for the ends.
         kind: of `KINDS`.
         label: what a reader may call it.
-        place: the tap's name, as in taps.py; "" for the ends.
+        place: the hook point's name, as in hooks.py; "" for the ends.
         layer: of the block; -1 for tokens, n_layer for answers.
         channel: in the place, or the token's id.
         head: which attention head a q, k or v channel belongs to.

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import sparse_kernels as sk
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node
 from sparse_transformer.circuits.means import top_snippets
 from sparse_transformer.circuits.problem import Calibration, Part, Problem, margin
@@ -221,7 +221,7 @@ def _examples(
         return ()
     batch = collate(shortest, problem.pad)
     shown = located if len(located) <= _MOST_DESCRIBED else []
-    with taps.record(problem.model, sorted({place for place, _ in shown})) as seen:
+    with hooks.recording(problem.model, sorted({place for place, _ in shown})) as seen:
         margin(problem.model, batch)
     margins, positive = problem.margins(shortest, part)
     margins = calibration.apply(margins, positive)

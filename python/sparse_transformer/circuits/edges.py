@@ -20,7 +20,7 @@ import sparse_kernels as sk
 from sparse_transformer.circuits.nodes import Base, Places
 from sparse_transformer.model import Transformer
 
-# Module, the tap that it reads, and the places of the nodes that it joins.
+# Module, the hook point that it reads, and the places of the nodes that it joins.
 _MATRICES = (
     ("attn.qkv", "attn.act_in", "attn.act_in", ("attn.q", "attn.k", "attn.v")),
     ("attn.out", "attn.y", "attn.v", ("attn.resid_delta",)),
@@ -35,7 +35,7 @@ class Matrix:
 
     Attributes:
         module: its name in the model.
-        reads: the tap of its input, of which `Base` has a value.
+        reads: the hook point of its input, of which `Base` has a value.
         inputs, outputs: int64 `(E,)`, feature numbers of the matrix.
         source, target: int64 `(E,)`, the nodes' numbers in `Places`.
         position: int64 `(E,)`, where in the flattened weight each stands.

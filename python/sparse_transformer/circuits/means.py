@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.circuit import Snippet
 from sparse_transformer.circuits.nodes import Places
 from sparse_transformer.data import Corpus
@@ -157,12 +157,12 @@ def _snippets(values: Tensor, tokens: Tensor, texts: list[str], count: int) -> t
 def _recorded(
     model: Transformer, tokens: Tensor, name: str, progress: bool | None
 ) -> Iterator[dict[str, Tensor]]:
-    """What the taps of nodes see, some rows at a time."""
+    """What the hook points of nodes see, some rows at a time."""
     places = Places.of(model.config)
     names = [*places.names, *(name[:-1] + "y" for name in places.names if name.endswith(".v"))]
     disable = None if progress is None else not progress
     device = model.norm.weight.device
     for rows in tqdm(tokens.split(_ROWS), name, unit=" batches", disable=disable, leave=False):
-        with taps.record(model, names) as seen:
+        with hooks.recording(model, names) as seen:
             model(rows.to(device), last_only=True)
         yield seen

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.model import ModelConfig, Transformer
 
 _KINDS = {"act_in": "read", "q": "q", "k": "k", "v": "v", "resid_delta": "write"}
@@ -34,7 +34,7 @@ class Places:
     """Where nodes are, in the order in which a forward reaches them.
 
     Attributes:
-        names: tap names.
+        names: of hook points.
         widths: how many nodes each has.
         heads: width of an attention head.
     """
@@ -48,7 +48,7 @@ class Places:
         """Those of a model."""
         found = {
             name: width
-            for name, width in taps.widths(config).items()
+            for name, width in hooks.widths(config).items()
             if name.rsplit(".", 1)[-1] in _KINDS
         }
         return cls(tuple(found), tuple(found.values()), config.d_head)
@@ -102,7 +102,7 @@ def frozen(model: Transformer, keep: Tensor, base: Base) -> Iterator[None]:
         base: by place, and by `{layer}.attn.y`.
     """
     places = Places.of(model.config)
-    with taps.intervene(model, _changes(places.split(keep), base, _replace)):
+    with hooks.replacing(model, _changes(places.split(keep), base, _replace)):
         yield
 
 
@@ -125,14 +125,14 @@ def masked(
         y: Tensor = Freeze.apply(x, part, constant, temperature)
         return y
 
-    with taps.intervene(model, _changes(places.split(mask), base, soften)):
+    with hooks.replacing(model, _changes(places.split(mask), base, soften)):
         yield
 
 
 def _changes(
     parts: Mapping[str, Tensor], base: Base, change: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> dict[str, taps.Intervention]:
-    def at(name: str, part: Tensor) -> taps.Intervention:
+) -> dict[str, hooks.Replacement]:
+    def at(name: str, part: Tensor) -> hooks.Replacement:
         return lambda x: change(x, part, base[name])
 
     changes = {name: at(name, part) for name, part in parts.items()}

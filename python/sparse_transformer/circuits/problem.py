@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.edges import Edges
 from sparse_transformer.circuits.nodes import Base, Places, frozen
 from sparse_transformer.errors import UserError
@@ -204,7 +204,7 @@ class Problem:
         tokens = torch.full((len(prompts), int(last.max()) + 1), self.pad)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
-        with taps.record(self.model) as seen:
+        with hooks.recording(self.model) as seen:
             self.model(tokens, last_only=True)
         where = torch.arange(width).expand(len(tokens), -1).minimum(last.unsqueeze(1))
         return {

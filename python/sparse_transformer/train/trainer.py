@@ -1,57 +1,34 @@
-"""Training: `python -m sparse_transformer.train --preset tiny --out DIR`.
+"""The state of a run, and one step of it.
 
-On several devices `torchrun --nproc-per-node 2 -m sparse_transformer.train ...`: each rank computes
-its part of the same global batch, gradients are averaged, and all ranks keep the same connections.
-With `--shard` each rank keeps a part of a dense model; the files written are the same.
-
-A run lies in one folder: `config.json`, `tokenizer.json`, `metrics.jsonl` (a line per step),
-`step-*/` (checkpoints), `tensorboard/` and `loss.png`. `--resume` continues an interrupted run from
-the newest checkpoint; on the CPU the losses are bit-identical.
+On several devices each rank computes its part of the same global batch, gradients are averaged, and
+all ranks keep the same connections.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fcntl
-import json
 import math
 import os
-import signal
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from sparse_transformer import checkpoint, generate, metrics, program, sharding
-from sparse_transformer.checkpoint import Checkpoint
-from sparse_transformer.data import Batches, Corpus, check_length, prepare, validation_batches
+from sparse_transformer.data import Batches, Corpus, check_length, validation_batches
 from sparse_transformer.errors import UserError
-from sparse_transformer.masked import masked_layers, project_
-from sparse_transformer.memory import keep_freed_memory
-from sparse_transformer.model import ModelConfig, Transformer
-from sparse_transformer.optimizer import (
-    OptimizerConfig,
-    learning_rate,
-    make_optimizer,
-    normalize_gradients_,
-)
-from sparse_transformer.parallel import Ranks, leave, ranks
-from sparse_transformer.presets import PRESETS, Settings, TrainConfig, preset
+from sparse_transformer.generation import stream
+from sparse_transformer.masked import masked_layers
+from sparse_transformer.model import Transformer
 from sparse_transformer.ranges import need, need_number, need_whole
-from sparse_transformer.topology import (
-    Topology,
-    TopologyConfig,
-    annealed_after,
-    annealed_fraction,
-)
+from sparse_transformer.train import checkpoint, sharding
+from sparse_transformer.train.checkpoint import Checkpoint
+from sparse_transformer.train.distributed import Ranks
+from sparse_transformer.train.masked_dense import project_
+from sparse_transformer.train.optimizer import learning_rate, make_optimizer, normalize_gradients_
+from sparse_transformer.train.settings import Settings, TrainConfig
+from sparse_transformer.train.topology import Topology, annealed_after, annealed_fraction
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -232,9 +209,7 @@ class Trainer:
             return ""
         end = self.corpus.end_of_text
         generator = torch.Generator(self.ranks.device).manual_seed(self.step)
-        steps = generate.stream(
-            self.model, [[end]], count, temperature=0.8, top_k=40, generator=generator
-        )
+        steps = stream(self.model, [[end]], count, temperature=0.8, top_k=40, generator=generator)
         return str(self.corpus.tokenizer.decode([token for (token,) in steps if token is not None]))
 
     def l0(self) -> int:
@@ -499,217 +474,6 @@ def _check_moments(name: str, state: dict[str, Tensor], shape: torch.Size, step:
         raise ValueError(f"the optimizer has done {int(state['step'])} steps, and not {step}")
 
 
-def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int:
-    """Trains from the newest checkpoint in `out`, or from the beginning if there is none.
-
-    Args:
-        settings: of the run; they must agree with the checkpoint's model and corpus.
-        out: the folder of the run.
-        from_step: go on from the checkpoint of that step instead; later ones are set aside.
-
-    Returns:
-        0, or 128 + the signal that ended it (after saving a checkpoint): 130 for Ctrl-C.
-
-    Raises:
-        UserError: see `main`; what was written before is unharmed.
-    """
-    config = settings.train
-    with ranks(config.device, config.rank_timeout) as here, contextlib.ExitStack() as stack:
-        if here.first:
-            stack.enter_context(_claim(out))
-        here.wait()
-        corpus = prepare(
-            config.data or None,
-            vocab_size=settings.model.vocab_size,
-            cache_dir=config.cache_dir,
-            progress=None if here.first else False,
-        )
-        point = None
-        if checkpoint.steps(out):
-            point = checkpoint.load(out, from_step, option="--from-step")
-            _check_same(settings, corpus, point)
-        elif from_step is not None:
-            raise UserError(f"there is no checkpoint in {out}: leave out --from-step")
-        trainer = Trainer(settings, corpus, here, point)
-        here.wait()
-        signals = stack.enter_context(_Signals())
-        output, l0 = None, trainer.l0()
-        if here.first:
-            if point is not None:
-                checkpoint.set_aside(out, point.step)
-            _write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
-            tokenizer = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
-            _write_atomically(out / "tokenizer.json", tokenizer)
-            output = _Output(trainer, out, point, l0)
-            stack.callback(output.close)
-        status = _loop(trainer, signals, out, output)
-        # Who leaves early takes the connection of the others with it.
-        here.wait()
-        return status
-
-
-def _loop(trainer: Trainer, signals: _Signals, out: Path, output: _Output | None) -> int:
-    """Steps until the end or until any rank is told to stop; `output` is that of the first rank."""
-    config = trainer.settings.train
-    while trainer.step < config.steps:
-        try:
-            line: dict[str, Any] = {"step": trainer.step + 1, **trainer.advance()}
-            last = trainer.step == config.steps
-            if last or trainer.step % config.validate_every == 0:
-                line["val_loss"] = trainer.validate()
-                if not math.isfinite(line["val_loss"]):
-                    raise Diverged(f"the validation loss of step {trainer.step} is not finite")
-            stop = trainer.agree(signals.received)
-            if output is not None:
-                output.write(line)
-            if last or stop or trainer.step % config.save_every == 0:
-                tensors, meta = trainer.state()
-                if output is not None:
-                    output.save(tensors, meta)
-        except Diverged as error:
-            raise Diverged(_way_back(error, out)) from error
-        if stop:
-            if output is not None:
-                output.note(f"stopped after step {trainer.step}, saved; continue with --resume")
-            return 128 + stop
-    if output is not None:
-        output.finish()
-    return 0
-
-
-class _Signals:
-    """Inside, Ctrl-C and SIGTERM are remembered; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-
-class _Output:
-    """Files and progress bar of the first rank."""
-
-    def __init__(self, trainer: Trainer, out: Path, point: Checkpoint | None, l0: int) -> None:
-        self._trainer, self._out = trainer, out
-        self._saved = point.step if point else 0
-        config = trainer.settings.train
-        self._metrics = metrics.Metrics(
-            out,
-            point.meta["metrics_position"] if point else 0,
-            self._saved,
-            tensorboard=config.tensorboard,
-        )
-        self._seconds_before = point.meta["seconds"] if point else 0.0
-        self._start = time.monotonic()
-        self._bar = tqdm(
-            total=config.steps * config.batch_tokens,
-            initial=trainer.step * config.batch_tokens,
-            unit=" tokens",
-            unit_scale=True,
-            disable=None,
-            dynamic_ncols=True,
-        )
-        others = sum(
-            parameter.numel()
-            for name, parameter in trainer.model.named_parameters()
-            if parameter.dim() == 1 or name in ("bigram", "positions")
-        )
-        corpus = trainer.corpus
-        skipped = f" ({corpus.skipped} that are not UTF-8 text skipped)" if corpus.skipped else ""
-        self.note(
-            f"{out}: {trainer.settings.model.linear}, {l0:,} weights in the matrices now and "
-            f"{others:,} other parameters (bigram table, biases, norms)"
-        )
-        self.note(
-            f"{corpus.files:,} files{skipped}, {len(corpus.train):,} tokens to train on and "
-            f"{len(corpus.validation):,} of other files to validate, cached in {corpus.folder}"
-            + (f"; from step {point.step}" if point else "")
-        )
-        self._busy_noted = False
-        self._note_busy()
-
-    def note(self, text: str) -> None:
-        """A line on stderr, above the bar."""
-        tqdm.write(program.printable(text), file=sys.stderr)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Reports a step."""
-        line["seconds"] = round(self._seconds(), 3)
-        self._metrics.write(line)
-        self._bar.set_postfix(step=line["step"], loss=f"{line['loss']:.3f}", refresh=False)
-        self._bar.update(self._trainer.settings.train.batch_tokens)
-        if "val_loss" in line:
-            self.note(
-                f"step {line['step']}  loss {line['loss']:.4f}  val_loss {line['val_loss']:.4f}  "
-                f"L0 {line['l0']:,}  {line['tokens']:,} tokens  {line['seconds']:.0f} s"
-            )
-            sample = self._trainer.sample()
-            if sample:
-                self.note(f"  sample: {sample!r}")
-            self._note_busy()
-
-    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Writes a checkpoint of the step that is done, with the trainer's state."""
-        step = self._trainer.step
-        meta["metrics_position"] = self._metrics.position()
-        meta["seconds"] = self._seconds()
-        checkpoint.save(self._out, step, tensors, meta, keep=self._trainer.settings.train.keep)
-        self._saved = step
-
-    def finish(self) -> None:
-        """The plot."""
-        lines = metrics.read(self._out / "metrics.jsonl")
-        name = f"{self._trainer.settings.preset}, {self._trainer.settings.model.linear}"
-        if lines:
-            metrics.plot(lines, self._out / "loss.png", name, annealed=self._trainer.annealed_after)
-            self.note(f"done: {self._out / 'loss.png'}, checkpoint of step {self._saved}")
-
-    def _note_busy(self) -> None:
-        """Says once that threads wait for processors that others use."""
-        threads, processors = torch.get_num_threads(), os.cpu_count() or 1
-        waiting = os.getloadavg()[0] > processors + 0.5
-        if waiting and threads > 1 and not self._busy_noted and self._trainer.on_cpu:
-            self._busy_noted = True
-            self.note(
-                f"note: the machine is busy (load {os.getloadavg()[0]:.1f} on {processors} "
-                f"processors), where {threads} threads may be slower than one: try "
-                f"OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=passive"
-            )
-
-    def close(self) -> None:
-        self._bar.close()
-        self._metrics.close()
-
-    def _seconds(self) -> float:
-        return float(self._seconds_before + time.monotonic() - self._start)
-
-
-def _way_back(error: Diverged, out: Path) -> str:
-    available = checkpoint.steps(out)
-    if not available:
-        return (
-            f"{error}, and there is no checkpoint yet: start again in another folder with a lower "
-            f"--learning-rate"
-        )
-    return (
-        f"{error}: the last good checkpoint is {checkpoint.folder_of(out, available[-1])}, go on "
-        f"from it with --resume and a lower --learning-rate"
-    )
-
-
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "float16" and device.type == "cpu":
         raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
@@ -747,194 +511,3 @@ def _check_memory(settings: Settings, here: Ranks, tokens: int) -> None:
             f"{available / 2**30:,.0f}: choose a smaller model, or --accumulate for fewer tokens "
             f"at once"
         )
-
-
-def _check_same(settings: Settings, corpus: Corpus, point: Checkpoint) -> None:
-    """Refuses to continue a different run."""
-    with checkpoint.damage_named(point.path, "--from-step"):
-        progress = Progress.of(point)
-    saved = progress.settings
-    # These say how something is computed, not what.
-    model = replace(settings.model, backend=saved.model.backend, abs_topk=saved.model.abs_topk)
-    _refuse_changes(point, "model", saved.model, model)
-    _refuse_changes(point, "topology", saved.topology, settings.topology)
-    if progress.corpus != corpus.key:
-        raise UserError(
-            f"{point.path} was trained on other files: give --data what it began with, or start "
-            f"a new run with another --out"
-        )
-    ends = annealed_after(progress.anneal_steps, settings.topology.anneal_share)
-    anneals = settings.model.linear == "masked_dense" or (
-        settings.model.linear == "sparse" and settings.topology.start_multiple > 1
-    )
-    if saved.train.steps != settings.train.steps and anneals and point.step <= ends:
-        raise UserError(
-            f"{point.path} is still annealing, as a run of {saved.train.steps} steps does until "
-            f"step {ends + 1}: leave out --steps, and change it when annealing is over"
-        )
-
-
-def _refuse_changes(point: Checkpoint, kind: str, saved: Any, now: Any) -> None:
-    changed = [name for name in vars(saved) if getattr(saved, name) != getattr(now, name)]
-    if changed:
-        was = ", ".join(f"{name} {getattr(saved, name)}" for name in changed)
-        wanted = ", ".join(f"{name} {getattr(now, name)}" for name in changed)
-        raise UserError(
-            f"{point.path} has another {kind}, {was} and not {wanted}: leave those options out, or "
-            f"start a new run with another --out"
-        )
-
-
-@contextlib.contextmanager
-def _claim(out: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs out of it for as long as this process lives.
-
-    What it made goes again if nothing is written there meanwhile.
-    """
-    lock = out / ".lock"
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is training in {out}: wait for it or choose another --out"
-                ) from error
-            try:
-                yield
-            finally:
-                if os.listdir(out) == [lock.name]:
-                    lock.unlink()
-                    for folder in made:
-                        folder.rmdir()
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.temporary")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another --out"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Trains a weight-sparse transformer on Python code."""
-
-    out: Path | None = None
-    """Folder of the run; it must be new or empty, or be continued with --resume."""
-    preset: str = "tiny"
-    """Named settings, which the other options change: tiny, circuits, d256, d512, d1024, d2048 or
-    475m."""
-    resume: bool = False
-    """Continue from the newest checkpoint in --out; settings that are not given stay as they
-    were."""
-    from_step: int | None = None
-    """Continue from the checkpoint of this step; later ones are set aside, not deleted."""
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
-    topology: TopologyConfig = field(default_factory=TopologyConfig)
-    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=OptimizerConfig
-    )
-
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int | None]:
-    """The command line: settings, the folder of the run, and the step to go on from.
-
-    Raises:
-        UserError: options that do not fit together, or the folder. SystemExit: `--help`, or an
-            option that does not exist.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # The defaults of all other options depend on these.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset")
-    first.add_argument("--out", type=Path)
-    first.add_argument("--from-step", "--from_step")
-    first.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    try:
-        known, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        # The real parser will say it better.
-        known = first.parse_args([])
-    stored = None
-    if known.out is not None and (known.resume or known.from_step):
-        stored = _stored(known.out)
-    if stored is not None and known.preset not in (None, stored.preset):
-        raise UserError(
-            f"the run in {known.out} began with --preset {stored.preset}, not {known.preset}: "
-            f"leave --preset out, or start a new run with another --out"
-        )
-    default = stored or preset(known.preset or "tiny")
-    given = tyro.cli(
-        Arguments,
-        args=arguments,
-        prog="python -m sparse_transformer.train",
-        default=Arguments(
-            preset=default.preset,
-            train=default.train,
-            model=default.model,
-            topology=default.topology,
-            optimizer=default.optimizer,
-        ),
-        description=f"{Arguments.__doc__} Presets: {', '.join(PRESETS)}.",
-    )
-    if given.out is None:
-        raise UserError("--out is missing: name a folder for the run, for example --out runs/first")
-    resume = given.resume or given.from_step is not None
-    if given.out.exists() and not given.out.is_dir():
-        raise UserError(f"{given.out} is a file: choose another --out")
-    if not resume and given.out.is_dir() and any(given.out.iterdir()):
-        raise UserError(
-            f"{given.out} is not empty: continue its run with --resume, or choose another --out"
-        )
-    if resume and not checkpoint.steps(given.out):
-        name = program.printable(str(given.out))
-        print(f"{name} has no checkpoint yet: beginning at step 1", file=sys.stderr)
-    settings = Settings(given.preset, given.train, given.model, given.topology, given.optimizer)
-    return settings, given.out, given.from_step
-
-
-def _stored(out: Path) -> Settings | None:
-    """The settings of the run in `out`; None if it died before it wrote them."""
-    path = out / "config.json"
-    try:
-        return Settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): put the file back, or start a new run with another "
-            f"--out"
-        ) from error
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C, which saves."""
-    return program.status(lambda: _main(arguments), "interrupted: continue with --resume")
-
-
-def _main(arguments: Sequence[str] | None) -> int:
-    try:
-        settings, out, from_step = parse(arguments)
-    except ValueError as error:
-        raise UserError(f"{error}: change that option") from error
-    return train(settings, out, from_step=from_step)
-
-
-if __name__ == "__main__":
-    keep_freed_memory()
-    leave(main())

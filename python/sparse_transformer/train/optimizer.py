@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_transformer.ranges import need_number
-from sparse_transformer.sharding import whole
+from sparse_transformer.train.sharding import whole
 
 # Parts of a parameter's qualified name that exempt it from weight decay.
 _NO_DECAY = {"bigram", "sinks"}
