@@ -264,7 +264,7 @@ def test_the_scores_are_those_of_the_model(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "absent"], "there is no checkpoint in absent"),
+        (["--checkpoint", "absent"], "absent does not exist"),
         (["--checkpoint", "HERE", "--step", "3"], "there is no checkpoint of step 3"),
         (["--checkpoint", "HERE", "--tasks", "for_wile"], "did you mean for_while"),
         (["--checkpoint", "HERE", "--pairs", "1"], "--pairs must be at least 2, got 1"),

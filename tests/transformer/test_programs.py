@@ -255,7 +255,8 @@ def test_texts(place, tmp_path, monkeypatch, capsys, program, option, number):
     monkeypatch.chdir(place)
     before = content(place)
     if program == "train":
-        given = [*TRAIN, "--steps", "1", "--cache-dir", "cache", "--out", str(tmp_path / "new")]
+        cache = str(tmp_path / "cache") if option == "--data" else "cache"
+        given = [*TRAIN, "--steps", "1", "--cache-dir", cache, "--out", str(tmp_path / "new")]
         given += ["--data", "corpus", f"{option}={text}"]
         status, _ = ask(program, given, capsys)
         assert (tmp_path / "new").exists() == (status == 0)

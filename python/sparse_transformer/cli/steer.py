@@ -325,7 +325,8 @@ def _read_means(path: Path | None) -> dict[str, Tensor] | None:
         return None
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    # A name that cannot be encoded is a ValueError.
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the means {path} cannot be read ({error}): choose another file"
         ) from error
