@@ -43,11 +43,11 @@ from benchmarks.report import Row
 from benchmarks.transformer.variants import PROJECTIONS, VARIANTS
 from sparse_transformer import ModelConfig
 from sparse_transformer.data import Corpus, prepare
-from sparse_transformer.optimizer import OptimizerConfig
-from sparse_transformer.parallel import Ranks
-from sparse_transformer.presets import Settings, TrainConfig
-from sparse_transformer.topology import TopologyConfig
-from sparse_transformer.train import Diverged, Trainer
+from sparse_transformer.train.distributed import Ranks
+from sparse_transformer.train.optimizer import OptimizerConfig
+from sparse_transformer.train.settings import Settings, TrainConfig
+from sparse_transformer.train.topology import TopologyConfig
+from sparse_transformer.train.trainer import Diverged, Trainer
 
 PROGRAM = "python -m benchmarks.experiments.quality"
 # The model of each variant, one of benchmarks.transformer.variants.

@@ -13,9 +13,9 @@ from benchmarks.timing import Candidate
 from benchmarks.transformer.check import Verdict
 from benchmarks.transformer.variants import PROJECTIONS, Case, make_model
 from sparse_transformer import KVCache, Transformer
-from sparse_transformer.masked import project_
-from sparse_transformer.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
-from sparse_transformer.topology import Topology, TopologyConfig
+from sparse_transformer.train.masked_dense import project_
+from sparse_transformer.train.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
+from sparse_transformer.train.topology import Topology, TopologyConfig
 
 # Larger than any step number here: the share of connections that a change replaces is at its most.
 _RUN = 10**6

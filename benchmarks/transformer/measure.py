@@ -30,7 +30,7 @@ from benchmarks.transformer.jobs import Inference, Job, Training
 from benchmarks.transformer.variants import SMOKE_MODEL, Case, Group, make_model
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
-from sparse_transformer.topology import TopologyConfig
+from sparse_transformer.train.topology import TopologyConfig
 
 # Seconds of timing for a group. Its cases share them; each has at least three samples before the
 # limit, however long they take.

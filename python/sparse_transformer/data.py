@@ -13,9 +13,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer.errors import UserError
+from sparse_transformer.files import new_folder, sha256
 
 END_OF_TEXT = "<|endoftext|>"
 # Answers of the circuit tasks (RECIPE) that must be one token each. Quotes come out of any Python
@@ -46,6 +47,13 @@ _TOKENIZER_SHARE = 1 / 3
 _SMALL_CORPUS_BYTES = 2_000_000
 # A single file or text is cut at line ends into this many parts, to have something to split.
 _PARTS = 64
+# Longer runs of letters, digits, signs or spaces are cut before they are tokenized: the time for
+# one grows with the square of its length.
+_LONGEST_WORD = 1000
+_LONG_SPACE = re.compile(rf"\s{{{_LONGEST_WORD}}}")
+_LONG_WORD = re.compile(
+    "|".join(rf"{kind}{{{_LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s"))
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ class Corpus:
         return self.vocab_size - 1
 
 
+def _bytes(name: str) -> bytes:
+    """Of a file's name, which need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True)
 class _Document:
     """One file, or a part of the only one: `name` decides on which side of the split it falls."""
@@ -86,7 +99,7 @@ class _Document:
 
     def share(self, purpose: str) -> float:
         """A number in [0, 1) that depends on the name alone."""
-        digest = hashlib.sha256(f"{purpose}:{self.name}".encode()).digest()
+        digest = hashlib.sha256(_bytes(f"{purpose}:{self.name}")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -126,17 +139,19 @@ def prepare(
     root = Path(cache_dir) if cache_dir is not None else default_cache()
     folder = root / key
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
-            if not _complete(folder):
-                _build(documents, skipped, vocab_size, folder, disable)
+        # What is complete needs no lock, and so no permission to write one.
+        if not _complete(folder):
+            root.mkdir(parents=True, exist_ok=True)
+            with _locked(root / f"{key}.lock"):
+                if not _complete(folder):
+                    _build(documents, vocab_size, folder, disable)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
         raise UserError(
             f"the token cache {root} cannot be written ({error.strerror}): "
-            f"{hint}, for example with --cache-dir"
+            f"{hint}, for example with --cache-dir or XDG_CACHE_HOME"
         ) from error
-    return _open(folder, key)
+    return _open(folder, key, skipped)
 
 
 class Batches:
@@ -164,7 +179,7 @@ class Batches:
                 f"the {batch} windows of a step cannot be divided among {world} ranks: "
                 f"choose --batch-tokens as a multiple of {context * world}"
             )
-        _check_length(tokens, context, "training")
+        check_length(tokens, context, "training")
         self._tokens, self._context, self._batch = tokens, context, batch
         self._seed, self._rank, self._world = seed, rank, world
 
@@ -196,7 +211,7 @@ def validation_batches(
     Raises:
         UserError: too few tokens for one window.
     """
-    _check_length(tokens, context, "validation")
+    check_length(tokens, context, "validation")
     available = (len(tokens) - 1) // context
     count = min(windows, available)
     starts = np.arange(count) * available // count * context
@@ -210,7 +225,8 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tens
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def _check_length(tokens: np.ndarray, context: int, name: str) -> None:
+def check_length(tokens: np.ndarray, context: int, name: str) -> None:
+    """Raises UserError unless `tokens` hold one window and the target of its last token."""
     if len(tokens) <= context:
         raise UserError(
             f"the corpus has {len(tokens)} {name} tokens, which is less than one window of "
@@ -221,6 +237,10 @@ def _check_length(tokens: np.ndarray, context: int, name: str) -> None:
 def _read(source: object, disable: bool | None) -> tuple[list[_Document], int]:
     """The documents, sorted by name, and how many files are not text."""
     if isinstance(source, str) and "\n" in source:
+        try:
+            source.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not UTF-8 ({error.reason}): convert it") from error
         return _parts("text", source), 0
     files = _files(source)
     documents, skipped = [], 0
@@ -269,6 +289,7 @@ def _files(source: object) -> list[tuple[str, Path]]:
     else:
         raise UserError(f"the corpus must be paths or a text, got {type(source).__name__}")
     files: dict[str, Path] = {}
+    known: set[tuple[int, int]] = set()
     for index, path in enumerate(sources):
         if path.is_dir():
             found = _folder_files(path)
@@ -277,6 +298,13 @@ def _files(source: object) -> list[tuple[str, Path]]:
         else:
             raise UserError(f"{path} does not exist: give --data files or folders that do")
         for name, file in found:
+            if len(sources) > 1:
+                # A file that is in two sources counts once.
+                status = file.stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity in known:
+                    continue
+                known.add(identity)
             # Several sources may hold the same name; the first keeps it.
             files[name if name not in files else f"{index}/{name}"] = file
     if not files:
@@ -302,8 +330,11 @@ def _folder_files(root: Path) -> list[tuple[str, Path]]:
 
 
 def _parts(name: str, text: str) -> list[_Document]:
-    """One text as `_PARTS` documents, cut at line ends."""
+    """One text as `_PARTS` documents, cut at line ends; a single line anywhere."""
     lines = text.splitlines(keepends=True)
+    if len(lines) == 1 and len(text) >= 2 * _PARTS:
+        size = -(-len(text) // _PARTS)
+        lines = [text[start : start + size] for start in range(0, len(text), size)]
     count = min(_PARTS, len(lines))
     bounds = [len(lines) * part // count for part in range(count + 1)] if count else []
     parts = ["".join(lines[a:b]) for a, b in itertools.pairwise(bounds)]
@@ -312,11 +343,33 @@ def _parts(name: str, text: str) -> list[_Document]:
     return [_Document(f"{name}#{part:04d}", text) for part, text in enumerate(parts)]
 
 
+def _pieces(text: str) -> list[str]:
+    """The text itself, or cut inside words longer than `_LONGEST_WORD`."""
+    # Of ordinary text this looks faster than the expression.
+    if max(map(len, text.split()), default=0) < _LONGEST_WORD and not _LONG_SPACE.search(text):
+        return [text]
+    ends = [match.end() for match in _LONG_WORD.finditer(text)]
+    return [text[a:b] for a, b in itertools.pairwise((0, *ends, len(text))) if a < b]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text {text[:40]!r} is not UTF-8: convert it") from error
+    return [id for piece in _pieces(text) for id in tokenizer.encode(piece).ids]
+
+
 def _key(documents: list[_Document], vocab_size: int) -> str:
     digest = hashlib.sha256(f"{_VERSION} {tokenizers.__version__} {vocab_size}".encode())
     for document in documents:
         content = document.text.encode()
-        digest.update(f"\0{document.name}\0{len(content)}\0".encode())
+        digest.update(_bytes(f"\0{document.name}\0{len(content)}\0"))
         digest.update(content)
     return digest.hexdigest()[:24]
 
@@ -335,19 +388,22 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _complete(folder: Path) -> bool:
-    """True if everything that the manifest promises is there, in its size."""
+    """True if everything that the manifest promises is there, with its bytes."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return all(
-            (folder / name).stat().st_size == size for name, size in manifest["sizes"].items()
+        whole = manifest["sha256"].keys() == {"train.bin", "validation.bin", "tokenizer.json"}
+        counted = isinstance(manifest["files"], int)
+        return (
+            whole
+            and counted
+            and all(sha256(folder / name) == digest for name, digest in manifest["sha256"].items())
         )
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
 def _build(
     documents: list[_Document],
-    skipped: int,
     vocab_size: int,
     folder: Path,
     disable: bool | None,
@@ -357,15 +413,17 @@ def _build(
     tokenizer = _train_tokenizer(train, vocab_size, disable)
     for stale in folder.parent.glob(f"{folder.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary = new_folder(folder.parent, f"{folder.name}.", ".tmp")
     try:
-        tokenizer.save(str(temporary / "tokenizer.json"))
+        # The library's own `save` raises nothing that tells a full disk from a fault.
+        text = tokenizer.to_str(pretty=True)
+        (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
         with tqdm(total=len(documents), desc="tokens", unit=" files", disable=disable) as bar:
             for name, side in (("train", train), ("validation", validation)):
                 with open(temporary / f"{name}.bin", "wb") as file:
                     _encode(side, tokenizer, file, bar)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"files": len(documents), "skipped": skipped, "sizes": sizes}
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        manifest = {"files": len(documents), "sha256": hashes}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
             with open(path, "rb") as written:
@@ -403,7 +461,11 @@ def _train_tokenizer(train: list[_Document], vocab_size: int, disable: bool | No
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (document.text for document in tqdm(sample, "tokenizer", disable=disable, leave=False))
+    texts = (
+        piece
+        for document in tqdm(sample, "tokenizer", disable=disable, leave=False)
+        for piece in _pieces(document.text)
+    )
     tokenizer.train_from_iterator(texts, trainer)
     learned = tokenizer.get_vocab_size()
     if learned != vocab_size - 1:
@@ -438,13 +500,15 @@ def _encode(documents: list[_Document], tokenizer: Tokenizer, file: IO[bytes], b
     # A file that contains the name of the end-of-text token contains ordinary characters.
     tokenizer.encode_special_tokens = True
     for first in range(0, len(documents), 64):
-        chunk = documents[first : first + 64]
-        for encoding in tokenizer.encode_batch_fast([document.text for document in chunk]):
-            file.write(np.array([*encoding.ids, end], dtype="<u2").tobytes())
-        bar.update(len(chunk))
+        pieces = [_pieces(document.text) for document in documents[first : first + 64]]
+        encodings = iter(tokenizer.encode_batch_fast([text for texts in pieces for text in texts]))
+        for texts in pieces:
+            ids = itertools.chain.from_iterable(next(encodings).ids for _ in texts)
+            file.write(np.array([*ids, end], dtype="<u2").tobytes())
+        bar.update(len(pieces))
 
 
-def _open(folder: Path, key: str) -> Corpus:
+def _open(folder: Path, key: str, skipped: int) -> Corpus:
     manifest = json.loads((folder / "manifest.json").read_text())
     return Corpus(
         train=_map(folder / "train.bin"),
@@ -453,7 +517,7 @@ def _open(folder: Path, key: str) -> Corpus:
         folder=folder,
         key=key,
         files=manifest["files"],
-        skipped=manifest["skipped"],
+        skipped=skipped,
     )
 
 
@@ -468,14 +532,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         UserError: the file is missing or is not a tokenizer, or lacks one of `TASK_TOKENS`.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        # The library raises nothing more specific than Exception, so look first.
-        valid = "model" in json.loads(text)
-    except (OSError, ValueError, TypeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is missing or not a tokenizer: copy tokenizer.json there")
-    tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise UserError(
+            f"{path} is missing or not a tokenizer: copy tokenizer.json there"
+        ) from error
     tokenizer.encode_special_tokens = True
     missing = [token for token in TASK_TOKENS if len(tokenizer.encode(token).ids) != 1]
     if missing:

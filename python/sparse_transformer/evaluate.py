@@ -1,7 +1,8 @@
 """`python -m sparse_transformer.evaluate`: evaluates a trained model on the binary tasks.
 
-A prompt is right if its right answer has the larger of the two logits. The two-way loss is the
-cross-entropy over the two answers alone, in nats; random answers have log 2 = 0.69. Pairs are drawn
+A prompt is right if its right answer has the larger of the two logits, a pair if both of its
+prompts are. The loss is the cross-entropy over the two answers alone, in nats; random answers have
+log 2 = 0.69. Pairs are drawn
 independently and the two prompts of a pair are not, so all intervals, of 95 %, are about pairs.
 """
 
@@ -21,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import program
-from sparse_transformer.checkpoint import steps
 from sparse_transformer.errors import UserError
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS, Pair, Split, collate, get
+from sparse_transformer.train.checkpoint import steps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -185,10 +186,9 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
             that cannot be written. A task that this tokenizer or context cannot ask is a row.
     """
     chosen = [get(name) for name in dict.fromkeys(config.tasks)] or list(TASKS.values())
-    if config.pairs < 2:
-        raise UserError(f"--pairs must be at least 2, got {config.pairs}")
+    program.need_whole("--pairs", config.pairs, 2)
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
-    rows = [["task", "accuracy", "both right", "two-way loss", "pairs", "answers", "solved"]]
+    rows = [["task", "accuracy", "pairs right", "loss, nats", "pairs", "answers", "solved"]]
     results: dict[str, Any] = {}
     solved = asked = 0
     for task in tqdm(chosen, "tasks", unit=" tasks", disable=None, leave=False):

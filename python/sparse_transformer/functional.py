@@ -68,10 +68,12 @@ class Embed(Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, columns: Tensor, width: int) -> Tensor:
         flat = tokens.reshape(-1)
-        where = columns[flat].long()  # (M, F)
+        # index_select refuses negative tokens, which indexing would count from the end.
+        where = columns.index_select(0, flat).long()  # (M, F)
         ctx.save_for_backward(flat, where)
         ctx.rows = weight.shape[0]
-        y = weight.new_zeros(flat.shape[0], width).scatter_(1, where, weight[flat])
+        values = weight.index_select(0, flat)
+        y = weight.new_zeros(flat.shape[0], width).scatter_(1, where, values)
         return y.view(*tokens.shape, width)
 
     @staticmethod
@@ -115,8 +117,8 @@ class CrossEntropy(Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         losses = torch.empty(M, dtype=wide, device=logits.device)
         wants_gradient = any(ctx.needs_input_grad)
-        # Not the tensor that autograd knows: its version would tell of the write.
-        memory = logits.detach().data
+        # It shares the version of `logits`: a backward of whoever kept them raises.
+        memory = logits.detach()
         # In half precision a probability over M would vanish before it meets the loss's scale.
         ctx.over = M if logits.dtype == torch.float16 else 1
         rows = max(1, _LOGITS // V) if logits.device.type == "cpu" else max(1, 2**26 // V)

@@ -11,9 +11,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ from torch import Tensor, nn
 import sparse_kernels as sk
 from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
+from sparse_transformer.hook_point import HookPoint
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
+from sparse_transformer.ranges import need, need_number, need_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Where AbsTopK stands, by the names of the released configurations.
 PLACES = (
@@ -29,8 +34,6 @@ PLACES = (
 )  # fmt: skip
 # Standard deviation of the initial weights of a dense matrix, as released.
 _INITIAL_STD = 0.02
-
-Tap = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,55 +45,85 @@ class ModelConfig:
     """
 
     vocab_size: int = 2048
+    """Tokens of the vocabulary, end-of-text included."""
     n_layer: int = 4
+    """Blocks."""
     d_model: int = 256
+    """Channels of the residual stream."""
     context: int = 256
+    """Tokens that the model reads at once."""
     d_head: int = 16
-    n_head: int | None = None  # None: d_model / d_head
-    d_mlp: int | None = None  # None: 4 d_model
-    activation: str = "gelu"  # gelu (exact, as released) | gelu_tanh | relu
-    active: float | None = 0.25  # share kept by AbsTopK, rounded down; None: no AbsTopK
+    """Channels of an attention head."""
+    n_head: int | None = None
+    """Attention heads; by default d_model / d_head."""
+    d_mlp: int | None = None
+    """Neurons of a block; by default 4 d_model."""
+    activation: str = "gelu"
+    """Activation function of the neurons: gelu (exact, as released), gelu_tanh or relu."""
+    active: float | None = 0.25
+    """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
     active_places: tuple[str, ...] = PLACES
-    linear: str = "sparse"  # sparse | masked_dense | dense
-    density: float = 1 / 64  # final density of the four matrices of a block
-    embedding_density: float = 1 / 16  # final density of embedding and unembedding
-    min_nonzeros: int = 4  # minimum fan-in, or fan-out for attn.out and mlp.down
-    writers: str = "fan_out"  # layout of attn.out and mlp.down: fan_out | fan_in
-    fans: Mapping[str, int] | None = None  # final fan by layer name; overrides density
+    """Where AbsTopK stands; by default at all eight places."""
+    linear: str = "sparse"
+    """Kind of all matrices: sparse, masked_dense (as published) or dense."""
+    density: float = 1 / 64
+    """Final density of the four matrices of a block."""
+    embedding_density: float = 1 / 16
+    """Final density of embedding and unembedding."""
+    min_nonzeros: int = 4
+    """Minimum fan-in, or fan-out for attn.out and mlp.down."""
+    writers: str = "fan_out"
+    """What attn.out and mlp.down fix: fan_out or fan_in."""
+    fans: Mapping[str, int] | None = None
+    """Final fan by name of layer, in place of what follows from the densities."""
     sinks: bool = True
+    """Learned attention sinks, one for each head."""
     bigram: bool = True
-    bias: bool = True  # biases of all linear layers except the unembedding
-    positions: int = 0  # learned position channels, concatenated to the residual stream, read-only
-    added_positions: bool = False  # GPT-2's learned positions, added to the embedding
-    tied: bool = False  # unembedding and embedding share their weights
-    logits_bias: bool = False  # a learned bias (V,) of the logits, as in some released models
-    abs_topk: str = "kernel"  # kernel (sparse_kernels.abs_topk) | torch (topk + scatter, released)
-    backend: str | None = None  # backend of sparse_kernels; None: the fastest available
+    """A learned (vocabulary, vocabulary) table whose row of the current token joins the logits."""
+    bias: bool = True
+    """Biases of all linear layers but the unembedding."""
+    positions: int = 0
+    """Learned position channels, read beside the residual stream and never written."""
+    added_positions: bool = False
+    """GPT-2's learned positions, added to the embedding."""
+    tied: bool = False
+    """Embedding and unembedding share their weights."""
+    logits_bias: bool = False
+    """A learned bias of the logits, as in some released models."""
+    abs_topk: str = "kernel"
+    """How AbsTopK is computed: kernel (of sparse_kernels), or torch (topk and scatter, as
+    released)."""
+    backend: str | None = None
+    """Backend of sparse_kernels: reference, cpu, triton or cuda; by default the fastest
+    available."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))
-        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head"):
-            _need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        if self.n_head is None:
-            _need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
+        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head", "min_nonzeros"):
+            need_whole(self, name, 1)
+        need_whole(self, "positions", 0)
         for name in ("n_head", "d_mlp"):
-            value = getattr(self, name)
-            _need(value is None or value >= 1, name, "at least 1 or None", value)
+            if getattr(self, name) is not None:
+                need_whole(self, name, 1)
+        if self.n_head is None:
+            need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
+        for name in ("density", "embedding_density", *(() if self.active is None else ("active",))):
+            need_number(self, name, 0, 1, above=True)
         for name, known in (
-            ("activation", ("gelu", "gelu_tanh", "relu")),
+            ("activation", tuple(_ACTIVATIONS)),
             ("linear", ("sparse", "masked_dense", "dense")),
             ("writers", ("fan_out", "fan_in")),
             ("abs_topk", ("kernel", "torch")),
+            ("backend", (None, "reference", "cpu", "triton", "cuda")),
         ):
-            _need(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
-        for name in ("density", "embedding_density"):
-            _need(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
-        active = self.active
-        _need(active is None or 0 < active <= 1, "active", "None or in (0, 1]", active)
+            need(getattr(self, name) in known, name, _either(known), getattr(self, name))
         for place in self.active_places:
-            _need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
-        _need(self.positions >= 0, "positions", "at least 0", self.positions)
-        _need(self.min_nonzeros >= 1, "min_nonzeros", "at least 1", self.min_nonzeros)
+            need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
+        for name in ("sinks", "bigram", "bias", "added_positions", "tied", "logits_bias"):
+            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        fans: Mapping[str, Any] = self.fans or {}
+        for name, fan in fans.items():
+            need(isinstance(fan, int) and fan >= 1, f"the fan of {name}", "at least 1", fan)
 
     @property
     def heads(self) -> int:
@@ -101,6 +134,26 @@ class ModelConfig:
     def neurons(self) -> int:
         """Width of the MLP."""
         return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    def values(self, fan_multiple: float = 1.0) -> int:
+        """About how many numbers the parameters of such a model hold (`fans` left aside)."""
+        D, V, W = self.d_model, self.vocab_size, self.heads * self.d_head
+
+        def matrix(rows: int, width: int, density: float, least: int) -> int:
+            if self.linear != "sparse":
+                return rows * width
+            fan = min(width, max(least, round(density * width)))
+            return rows * min(width, round(fan * fan_multiple))
+
+        read, out = D + self.positions, self.writers == "fan_out"
+        block = matrix(3 * W, read, self.density, self.min_nonzeros)
+        block += matrix(self.neurons, read, self.density, self.min_nonzeros)
+        for inputs in (W, self.neurons):
+            rows, width = (inputs, D) if out else (D, inputs)
+            block += matrix(rows, width, self.density, self.min_nonzeros)
+        ends = (1 if self.tied else 2) * matrix(V, D, self.embedding_density, 1)
+        channels = D if self.added_positions else self.positions
+        return self.n_layer * block + ends + self.bigram * V * V + self.context * channels
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ModelConfig:
@@ -115,9 +168,8 @@ class ModelConfig:
         return cls(**stored)
 
 
-def _need(holds: bool, name: str, needed: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {needed}, got {got!r}")
+def _either(choices: tuple[str | None, ...]) -> str:
+    return " or ".join(str(choice) for choice in choices)
 
 
 class RMSNorm(nn.Module):
@@ -159,7 +211,6 @@ class Attention(nn.Module):
         super().__init__()
         W, D = config.heads * config.d_head, config.d_model
         self.config = config
-        self.tap: Tap | None = None
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
         self.qkv = make.reader(f"{prefix}.qkv", D + config.positions, 3 * W)
@@ -170,9 +221,12 @@ class Attention(nn.Module):
             else None
         )
         self.keep_in = _keeper(config, "attn_in", D + config.positions)
-        self.keep_qkv = [_keeper(config, f"attn_{name}", W) for name in "qkv"]
-        self.keep_alike = all(keep == self.keep_qkv[0] for keep in self.keep_qkv)
+        self.keep_qkv = _keep_parts([_keeper(config, f"attn_{name}", W) for name in "qkv"])
         self.keep_out = _keeper(config, "attn_out", D)
+        self.hook_in = HookPoint("act_in")
+        self.hook_qkv = HookPoint("q", "k", "v")
+        self.hook_y = HookPoint("y")
+        self.hook_out = HookPoint("resid_delta")
 
     def forward(
         self, x: Tensor, positions: Tensor | None, cache: KVCache | None, layer: int
@@ -180,28 +234,17 @@ class Attention(nn.Module):
         """`(B, T, D)` to what is added to it."""
         B, T, _ = x.shape
         H, d = self.config.heads, self.config.d_head
-        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
-        if self.tap is not None:
-            x = self.tap("act_in", x)
-        qkv = self.qkv(x).view(B, T, 3, H * d)
-        if self.tap is None and self.keep_alike:
-            qkv = self.keep_qkv[0](qkv)  # the three at once
-        else:
-            parts = [keep(part) for keep, part in zip(self.keep_qkv, qkv.unbind(2), strict=True)]
-            if self.tap is not None:
-                parts = [self.tap(name, part) for name, part in zip("qkv", parts, strict=True)]
-            qkv = torch.stack(parts, 2)
+        x = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
+        qkv = self.hook_qkv(self.keep_qkv(self.qkv(x).view(B, T, 3, H * d)))
         qkv = qkv.view(B, T, 3, H, d)
         if cache is None:
             y = causal_attention(qkv, self.sinks)
         else:
             q, k, v = qkv.unbind(2)
             y = cached_attention(q, *cache.append(layer, k, v), self.sinks)
-        y = y.reshape(B, T, H * d)
-        if self.tap is not None:
-            y = self.tap("y", y)
-        y = self.keep_out(self.out(y))
-        return y if self.tap is None else self.tap("resid_delta", y)
+        y = self.hook_y(y.reshape(B, T, H * d))
+        added: Tensor = self.hook_out(self.keep_out(self.out(y)))
+        return added
 
 
 class MLP(nn.Module):
@@ -210,7 +253,6 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, prefix: str, make: _Maker) -> None:
         super().__init__()
         D, neurons = config.d_model, config.neurons
-        self.tap: Tap | None = None
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
         self.up = make.reader(f"{prefix}.up", D + config.positions, neurons)
@@ -218,17 +260,16 @@ class MLP(nn.Module):
         self.keep_in = _keeper(config, "mlp_in", D + config.positions)
         self.neurons = _neurons(config, neurons)
         self.keep_out = _keeper(config, "mlp_out", D)
+        self.hook_in = HookPoint("act_in")
+        self.hook_neurons = HookPoint("post_act")
+        self.hook_out = HookPoint("resid_delta")
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`(B, T, D)` to what is added to it."""
-        x = _read(x, self.norm, self.position_norm, positions, self.keep_in)
-        if self.tap is not None:
-            x = self.tap("act_in", x)
-        x = self.neurons(self.up(x))
-        if self.tap is not None:
-            x = self.tap("post_act", x)
-        x = self.keep_out(self.down(x))
-        return x if self.tap is None else self.tap("resid_delta", x)
+        x = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
+        x = self.hook_neurons(self.neurons(self.up(x)))
+        added: Tensor = self.hook_out(self.keep_out(self.down(x)))
+        return added
 
 
 class Block(nn.Module):
@@ -258,8 +299,7 @@ class Transformer(nn.Module):
         dtype: as for `torch.nn.Linear`.
 
     Attributes:
-        tap: None, or a function of the name and value of each tapped activation that returns the
-            value to use instead; `Attention` and `MLP` have one too. See taps.py.
+        tokenizer: None, or that of the run which `load_model` read the model from.
 
     The weights that exist start normal with the variance that keeps every sum as large as the
     released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
@@ -280,7 +320,7 @@ class Transformer(nn.Module):
         make = _Maker(config, fan_multiple, fans or {}, generator, device, dtype)
         V, D = config.vocab_size, config.d_model
         self.config = config
-        self.tap: Tap | None = None
+        self.tokenizer: Tokenizer | None = None
         self._targets = make.targets
         self.embed = make.embedding("embed")
         channels = D if config.added_positions else config.positions
@@ -290,6 +330,7 @@ class Transformer(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(Block(config, layer, make) for layer in range(config.n_layer))
+        self.hook_final = HookPoint("final_resid")
         self.norm = RMSNorm(D, device, dtype)
         self.unembed = None if config.tied else make.reader("unembed", D, V, bias=False)
         self.bigram = nn.Parameter(torch.zeros(V, V, **make.where)) if config.bigram else None
@@ -312,6 +353,12 @@ class Transformer(nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: a state that is not one of such a model.
         """
+        held, wanted = sum(tensor.numel() for tensor in state.values()), config.values()
+        if wanted > 2 * held + 2**20:
+            # Before the memory for it is allocated.
+            raise ValueError(
+                f"the state holds {held:,} values, and its configuration asks for {wanted:,}"
+            )
         ending = ".indices"
         fans = {
             name.removesuffix(ending): tensor.shape[1]
@@ -319,6 +366,9 @@ class Transformer(nn.Module):
             if name.endswith(ending) and tensor.dim() == 2
         }
         model = cls(config, fans=fans, device=device, dtype=dtype)
+        for name, tensor in model.state_dict().items():
+            if name in state and state[name].is_floating_point() != tensor.is_floating_point():
+                raise TypeError(f"{name} must be {tensor.dtype}, got {state[name].dtype}")
         model.load_state_dict(dict(state))
         return model
 
@@ -365,8 +415,14 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of `targets (B, T)` given `tokens (B, T)`, a scalar.
 
-        One `(B T, V)` tensor of logits is made; it becomes its own gradient.
+        One `(B T, V)` tensor of logits is made; it becomes its own gradient. Hooks on `unembed` see
+        a copy that stays as it is.
+
+        Raises:
+            ValueError: no tokens, or targets of another shape.
         """
+        if tokens.numel() == 0:
+            raise ValueError(f"a loss needs at least one token, got shape {tuple(tokens.shape)}")
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens {tuple(tokens.shape)}, "
@@ -374,6 +430,8 @@ class Transformer(nn.Module):
             )
         x = self._residual(tokens, None)
         logits = self._logits(x.view(-1, x.shape[-1]))
+        if self.unembed is not None and self.unembed._forward_hooks:
+            logits = logits.clone()
         return functional.cross_entropy_(
             logits, targets.reshape(-1), self.bigram, tokens.reshape(-1)
         )
@@ -408,7 +466,8 @@ class Transformer(nn.Module):
             x = block(x, positions, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return x if self.tap is None else self.tap("final_resid", x)
+        final: Tensor = self.hook_final(x)
+        return final
 
     def _logits(self, x: Tensor) -> Tensor:
         """`(..., D)` to `(..., V)`, without the bigram table's part."""
@@ -600,6 +659,17 @@ class _KeepGelu(_Keep):
         return sk.transformer_ops.gelu_abs_topk(x, self.k, self.backend)
 
 
+@dataclass(frozen=True)
+class _KeepOf:
+    """What `keep` keeps of `activate`; a function of its own could not be pickled."""
+
+    activate: Callable[[Tensor], Tensor]
+    keep: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.keep(self.activate(x))
+
+
 def _keep_all(x: Tensor) -> Tensor:
     return x
 
@@ -611,12 +681,28 @@ def _keeper(config: ModelConfig, place: str, width: int) -> Callable[[Tensor], T
     return _Keep(k, config.abs_topk, config.backend) if k < width else _keep_all
 
 
+@dataclass(frozen=True)
+class _KeepParts:
+    """Each of the parts along axis 2 by its own rule."""
+
+    keeps: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = zip(self.keeps, x.unbind(2), strict=True)
+        return torch.stack([keep(part) for keep, part in parts], 2)
+
+
+def _keep_parts(keeps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Of `(B, T, parts, width)`: all parts at once if they have one rule."""
+    return keeps[0] if all(keep == keeps[0] for keep in keeps) else _KeepParts(tuple(keeps))
+
+
 def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:
     """The activation function and the AbsTopK after it: in one kernel, if there is one."""
     activate, keep = _ACTIVATIONS[config.activation], _keeper(config, "mlp_neuron", width)
     if isinstance(keep, _Keep) and keep.method == "kernel" and config.activation == "gelu":
         return _KeepGelu(keep.k, keep.method, keep.backend)
-    return lambda x: keep(activate(x))
+    return _KeepOf(activate, keep)
 
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:

@@ -1,115 +1,14 @@
-"""Settings of a training run, and presets from a minute on a laptop to 475M parameters."""
+"""Presets of training runs, from a minute on a laptop to 475M parameters."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import ModelConfig
-from sparse_transformer.optimizer import OptimizerConfig
-from sparse_transformer.topology import TopologyConfig
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Training settings other than model, topology and optimizer.
-
-    Raises:
-        ValueError: a value that does not fit; the message names it.
-    """
-
-    steps: int = 1000
-    """Total number of optimizer steps, including those before --resume."""
-    batch_tokens: int = 32768
-    """Tokens per step, over all ranks and accumulated parts."""
-    accumulate: int = 1
-    """Gradient accumulation steps on each rank; more of them need less memory."""
-    data: tuple[Path, ...] = ()
-    """Files and folders to train on; by default the standard library of the running Python."""
-    cache_dir: Path | None = None
-    """Folder for tokenized corpora; by default sparse_transformer in the user's cache."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto uses a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of activations (autocast); parameters stay float32. float16 needs a GPU."""
-    seed: int = 0
-    """Random seed of the initial weights and the batches."""
-    compile: bool = False
-    """Use torch.compile; a sparse model is compiled once its fan-in no longer changes."""
-    clip_only: bool = False
-    """Divide gradients by max(RMS, 1), as in the paper, instead of by the RMS, as released."""
-    projection: Literal["select", "topk"] = "select"
-    """How masked_dense selects its largest weights: select is faster, topk is as released."""
-    validate_every: int = 100
-    """Steps between validations; the last step is always validated."""
-    validation_tokens: int = 131072
-    """Number of validation tokens; they are the same in every validation."""
-    save_every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 3
-    """Number of checkpoints to keep."""
-    max_rise: float = 3.0
-    """Stop if the smoothed loss rises this many nats above its minimum."""
-    shard: bool = False
-    """Shard the state of a dense or masked_dense model over the ranks to save memory."""
-    rank_timeout: float = 600.0
-    """Seconds to wait for another rank before giving up."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
-        for name in (
-            "steps", "batch_tokens", "accumulate", "validate_every", "validation_tokens",
-            "save_every", "keep",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        for name in ("max_rise", "rank_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a run except its folder and whether it is resumed."""
-
-    preset: str = "tiny"
-    train: TrainConfig = field(default_factory=TrainConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    topology: TopologyConfig = field(default_factory=TopologyConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        settings = dataclasses.asdict(self)
-        train = settings["train"]
-        train["data"] = [str(path.resolve()) for path in self.train.data]
-        train["cache_dir"] = str(self.train.cache_dir) if self.train.cache_dir else None
-        return settings
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it was written by a release with other settings.
-        """
-        return cls(
-            preset=stored["preset"],
-            train=TrainConfig(**stored["train"]),
-            model=ModelConfig.from_dict(stored["model"]),
-            topology=TopologyConfig(**stored["topology"]),
-            optimizer=OptimizerConfig(**stored["optimizer"]),
-        )
+from sparse_transformer.train.optimizer import OptimizerConfig
+from sparse_transformer.train.settings import Settings, TrainConfig
+from sparse_transformer.train.topology import TopologyConfig
 
 
 def _published(d_model: int, n_layer: int = 8) -> dict[str, Any]:

@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparse_transformer import _startup
 from sparse_transformer.errors import UserError
 
+# How torch says, in a RuntimeError, that an allocation failed.
+_NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
 
-def status(run: Callable[[], None], interrupted: str = "") -> int:
-    """Runs, and returns the exit status: 2 after an error, 130 after Ctrl-C.
+
+def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Runs, and returns the exit status: 2 after an error, 130 after Ctrl-C, else what `run` says.
 
     Args:
-        run: what the program does.
+        run: what the program does; None is success.
         interrupted: what to say after Ctrl-C.
     """
+    _startup.ready()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A text that the terminal cannot show must not end a program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        run()
+        return run() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read the text has seen enough; nothing is left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}: choose another")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        return _refuse("there is not enough memory: choose a smaller model or fewer tokens at once")
+
+
+def _refuse(sentence: str) -> int:
+    print(f"error: {printable(sentence)}", file=sys.stderr)
+    return 2
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what is not UTF-8, as names of files may be."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_text(text: str) -> str:
+    """A text of the command line; "-" stands for what is on standard input.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        found = sys.stdin.read() if text == "-" else text
+        found.encode()
+    except UnicodeError as error:
+        raise UserError(f"the text {text!r} is not UTF-8: convert it") from error
+    return found
+
+
+def need_whole(option: str, value: int, least: int, most: int = 2**63 - 1) -> None:
+    """Raises UserError unless `least <= value <= most`."""
+    if not least <= value <= most:
+        bound = f"at least {least}" if value < least else f"at most {most}"
+        raise UserError(f"{option} must be {bound}, got {value}")
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -51,28 +51,39 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def load_released(directory: str | os.PathLike[str], *, linear: str = "sparse") -> Transformer:
+def load_released(
+    directory: str | os.PathLike[str], *, linear: str = "sparse", abs_topk: str | None = None
+) -> Transformer:
     """Reads a released checkpoint into a model with the same logits, to float32 rounding.
 
     Args:
         directory: holds `beeg_config.json` and `final_model.pt`. The latter is read by
             `torch.load(weights_only=True)`, which runs no code of the file.
         linear: "sparse", or "dense" for a model that keeps the zeros.
+        abs_topk: "kernel", or "torch", which of equal magnitudes keeps those that the released code
+            keeps. By default the kernel for float32 weights; those of half precision have many
+            equal ones.
 
     Returns:
         The model in float32 on the CPU; `model.config.fans` has the fans that were found.
 
     Raises:
-        UserError: a file that is missing or not of this format, or a model with parts that
-            `Transformer` has not (LayerNorm, a rectified or sparsified residual stream).
+        UserError: a file that is missing or not of this format, a weight that is not finite, or a
+            model with parts that `Transformer` has not (LayerNorm, a rectified or sparsified
+            residual stream, an AbsTopK that keeps nothing).
     """
     if linear not in ("sparse", "dense"):
         raise UserError(f'linear must be "sparse" or "dense" to load a release, got {linear!r}')
     folder = Path(directory)
     config = _config(_read_json(folder / _CONFIG), linear)
-    dense = _rename(_read_weights(folder / _WEIGHTS), config)
+    stored = _read_weights(folder / _WEIGHTS)
+    dense = _rename(stored, config)
+    if abs_topk is None:
+        halves = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in stored.values())
+        abs_topk = "torch" if halves else "kernel"
     config = replace(
         config,
+        abs_topk=abs_topk,
         added_positions="positions" in dense and not config.positions,
         logits_bias="logits_bias" in dense,
     )
@@ -199,7 +210,7 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
         raise UserError(
             f"{_CONFIG} has use_tied_aux_matrix, which is not supported: choose another release"
         )
-    places = tuple(place for place in stored["afrac_loctypes"].split(",") if place)
+    places = tuple(place for place in str(stored["afrac_loctypes"]).split(",") if place)
     unknown = [place for place in places if place not in PLACES]
     if stored["afrac"] is not None and unknown:
         raise UserError(
@@ -207,7 +218,7 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
             "supported: choose another release"
         )
     try:
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=stored["vocab_size"],
             n_layer=stored["n_layer"],
             d_model=stored["d_model"],
@@ -225,10 +236,17 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
             positions=stored["d_pos_emb"] or 0,
             tied=stored["tied_unembed"],
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{_CONFIG} does not describe a model ({error}): download it again"
         ) from error
+    width = min(config.d_model, config.heads * config.d_head, config.neurons)
+    if config.active is not None and config.active_places and int(config.active * width) == 0:
+        raise UserError(
+            f"{_CONFIG} has an AbsTopK that keeps none of {width} channels (afrac "
+            f"{config.active:g}), which is not supported: choose another release"
+        )
+    return config
 
 
 def _released_config(config: ModelConfig) -> dict[str, Any]:
@@ -311,6 +329,10 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
             theirs = "lm_head.weight"
         if theirs in stored:
             tensor = stored[theirs].to(torch.float32)
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{theirs} of {_WEIGHTS} has values that are not finite: download it again"
+                )
             if name not in optional or bool((tensor != 0).any()):
                 found[name] = tensor
         elif name not in optional:

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from sparse_transformer import checkpoint
 from sparse_transformer.errors import UserError
+from sparse_transformer.train import checkpoint
 
 
 def tensors(seed: int, size: int = 1000) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ def test_damage_is_noticed_and_the_older_one_named(tmp_path, name, damage):
         path.write_bytes(content)
     else:
         path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
-    with pytest.raises(UserError, match=r"step-00000020 cannot be read .*--from-step 10") as caught:
+    with pytest.raises(UserError, match=r"step-00000020 cannot be read .*--step 10") as caught:
         checkpoint.load(tmp_path)
     assert "\n" not in str(caught.value)
     assert_same(checkpoint.load(tmp_path, 10).tensors, tensors(10))
@@ -105,7 +105,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 WRITER = """
 import sys, torch
-from sparse_transformer import checkpoint
+from sparse_transformer.train import checkpoint
 step = 0
 while True:
     step += 1

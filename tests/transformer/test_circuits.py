@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_model import SMALL, batch, make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, taps
+from sparse_transformer import ModelConfig, Transformer, UserError, hooks
 from sparse_transformer.circuits.ablation import keep_nodes, mask_nodes, remove_edges
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Validation
@@ -40,7 +40,7 @@ def base_of(model, seed=3):
     """Any constants, of the size of activations."""
     generator = torch.Generator().manual_seed(seed)
     tokens = batch()[0]
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         model(tokens)
     return {
         name: torch.randn(value.shape[-1], generator=generator, dtype=torch.float64).to(value)
@@ -89,8 +89,8 @@ def test_freezing_is_what_interventions_do(linear, changes):
         part = by_place[name[:-1] + "v" if name.endswith(".y") else name]
         return lambda x: torch.where(part, x, base[name])
 
-    names = [name for name in taps.names(model) if name != "final_resid"]
-    with taps.intervene(model, {name: change(name) for name in names}):
+    names = [name for name in hooks.names(model) if name != "final_resid"]
+    with hooks.replacing(model, {name: change(name) for name in names}):
         wanted = model(tokens)
     with keep_nodes(model, keep, base):
         found = model(tokens)
@@ -147,8 +147,8 @@ def test_masks_have_the_gradient_of_the_formula():
         rows = part.repeat_interleave(2, 0).unsqueeze(1)
         return lambda x: base[name] + rows * (x - base[name])
 
-    names = [name for name in taps.names(model) if name != "final_resid"]
-    with taps.intervene(model, {name: change(name) for name in names}):
+    names = [name for name in hooks.names(model) if name != "final_resid"]
+    with hooks.replacing(model, {name: change(name) for name in names}):
         (model(tokens) * weights).sum().backward()
     share = torch.sigmoid(mask.detach() / temperature)
     wanted = step.grad * share * (1 - share) / temperature
@@ -198,7 +198,7 @@ def test_a_removed_edge_carries_the_base(linear, changes, by_token):
     tokens = batch()[0]
     edges, base = Edges.of(model), base_of(model)
     if by_token:
-        with taps.record(model) as seen:
+        with hooks.recording(model) as seen:
             model(tokens.roll(1, 0))
         base = dict(seen)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -301,7 +301,7 @@ PLANTED_NODES = {"0.attn.act_in:0", "0.attn.v:5", "0.attn.resid_delta:3"}
 def planted_means(model):
     generator = torch.Generator().manual_seed(9)
     tokens = torch.randint(V, (64, 12), generator=generator)
-    with taps.record(model) as seen, torch.no_grad():
+    with hooks.recording(model) as seen, torch.no_grad():
         model(tokens)
     return {name: value.mean((0, 1)) for name, value in seen.items()}
 
@@ -511,7 +511,7 @@ def test_estimated_effects_are_derivatives(task, effects):
 
                 return nearer
 
-            with taps.intervene(task.model, {name: change(name) for name in names}):
+            with hooks.replacing(task.model, {name: change(name) for name in names}):
                 measured = (loss() - before) / epsilon
             assert float(found[number]) == pytest.approx(measured, rel=0.1, abs=1e-4)
         return

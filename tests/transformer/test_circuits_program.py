@@ -13,11 +13,12 @@ import torch
 from test_model import make
 
 from benchmarks.experiments import circuits as benchmark
-from sparse_transformer import ModelConfig, checkpoint, data
+from sparse_transformer import ModelConfig, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.run import load_run
+from sparse_transformer.train import checkpoint
 
 TASK = "single_double_quote"
 QUICK = [

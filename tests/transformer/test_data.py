@@ -1,6 +1,8 @@
 """The corpus: what is read, what is refused, the split, the cache and the windows."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 
@@ -118,9 +120,10 @@ def test_a_damaged_cache_is_built_again(folder, tmp_path, name):
 
     path = prepare().folder / name
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    prepare()
-    assert path.read_bytes() == content
+    for damaged in (content[: len(content) // 2], bytes(len(content)), b"[" * len(content)):
+        path.write_bytes(damaged)
+        prepare()
+        assert path.read_bytes() == content
 
 
 def test_task_tokens_are_single(corpus):
@@ -165,6 +168,75 @@ def test_unusable_corpus_is_refused(tmp_path, content, match):
             data.prepare(source, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
 
 
+def test_a_single_long_line_is_a_corpus(tmp_path):
+    text = source_text(4).replace("\n", "; ")
+    (tmp_path / "line.py").write_text(text)
+    corpus = data.prepare(tmp_path / "line.py", vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+    found = pieces(corpus, corpus.train) + pieces(corpus, corpus.validation)
+    assert len(found) == corpus.files == 64
+    assert sum(map(len, found)) == len(text)
+
+
+@pytest.mark.parametrize("character", ["x", "7", "=", "_", " ", "\t", "é"])
+def test_a_very_long_word_is_trained_on_in_pieces(tmp_path, character):
+    """Byte-level BPE takes time that grows with the square of a word."""
+    word = character * 100_000
+    corpus = data.prepare(source_text(4) + word + "\n", vocab_size=VOCAB, cache_dir=tmp_path)
+    found = "".join(pieces(corpus, corpus.train) + pieces(corpus, corpus.validation))
+    assert found.count(character) >= len(word)
+    assert "".join(data._pieces(word)) == word
+    assert max(map(len, data._pieces(f"x = '{word}'"))) <= 1100
+    assert corpus.tokenizer.decode(data.encode(corpus.tokenizer, word)) == word
+
+
+def test_ordinary_text_is_one_piece():
+    text = source_text(4)
+    assert data._pieces(text) == [text]
+    assert data._pieces("") in ([], [""])
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    for number in range(3):
+        name = f"caf{number}".encode() + b"\xe9.py"
+        with open(os.path.join(os.fsencode(tmp_path), name), "w") as file:
+            file.write(source_text(number))
+    corpus = data.prepare(tmp_path, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+    assert corpus.files == 3
+    with pytest.raises(UserError, match="not UTF-8"):
+        data.prepare(source_text(1) + "\ud800", vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+
+
+def test_the_same_file_counts_once(folder, tmp_path):
+    file = folder / "package0" / "module0.py"
+    link = tmp_path / "link.py"
+    link.symlink_to(file)
+    cache = tmp_path / "cache"
+    once = data.prepare([folder], vocab_size=VOCAB, cache_dir=cache)
+    for again in (file, folder, link, folder / "package0" / ".." / "package0"):
+        twice = data.prepare([folder, again], vocab_size=VOCAB, cache_dir=cache)
+        assert (twice.files, twice.key) == (once.files, once.key)
+
+
+def test_a_full_disk_is_a_sentence(folder, tmp_path):
+    """A limit on the size of a file stands for the disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"token cache .* cannot be written"):
+            data.prepare(folder, vocab_size=VOCAB, cache_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(folder, tmp_path):
+    corpus = data.prepare(folder, vocab_size=VOCAB, cache_dir=tmp_path)
+    (tmp_path / f"{corpus.key}.lock").unlink()
+    again = data.prepare(folder, vocab_size=VOCAB, cache_dir=tmp_path)
+    assert again.key == corpus.key
+    assert not (tmp_path / f"{corpus.key}.lock").exists()
+
+
 def test_missing_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         data.prepare(tmp_path / "nowhere", cache_dir=tmp_path)
@@ -184,9 +256,10 @@ def test_foreign_tokenizers_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="missing or not a tokenizer"):
         data.load_tokenizer(path)
     content = (corpus.folder / "tokenizer.json").read_text()
-    path.write_text(content[:-10])
-    with pytest.raises(UserError, match="missing or not a tokenizer"):
-        data.load_tokenizer(path)
+    for broken in (content[:-10], "[]", '{"model": 3}', '{"model": {"type": "BPE"}}', "[" * 10000):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="missing or not a tokenizer"):
+            data.load_tokenizer(path)
     state = json.loads(content)
     state["model"]["merges"].remove(["]", "]"])
     path.write_text(json.dumps(state))

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, checkpoint, data, evaluate
+from sparse_transformer import ModelConfig, Transformer, UserError, data, evaluate
 from sparse_transformer.evaluate import evaluate_task, main, score
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS, Pair, Prompt
+from sparse_transformer.train import checkpoint
 
 V = 50
 
@@ -202,7 +203,7 @@ def test_the_program_asks_all_tasks_and_says_which_it_cannot(folder, capsys, tmp
     assert error == ""
     heading, *rows, last = out.splitlines()
     assert re.split("  +", heading) == [
-        *("task", "accuracy", "both right", "two-way loss", "pairs", "answers", "solved")
+        *("task", "accuracy", "pairs right", "loss, nats", "pairs", "answers", "solved")
     ]
     assert [row.split()[0] for row in rows] == list(TASKS)
     content = json.loads(path.read_text())
@@ -263,7 +264,7 @@ def test_the_scores_are_those_of_the_model(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "absent"], "there is no checkpoint in absent"),
+        (["--checkpoint", "absent"], "absent does not exist"),
         (["--checkpoint", "HERE", "--step", "3"], "there is no checkpoint of step 3"),
         (["--checkpoint", "HERE", "--tasks", "for_wile"], "did you mean for_while"),
         (["--checkpoint", "HERE", "--pairs", "1"], "--pairs must be at least 2, got 1"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import pytest
 import torch
 from test_model import make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, checkpoint, data
-from sparse_transformer.generate import GenerateConfig, _Text, generate, main, run
+from sparse_transformer import ModelConfig, Transformer, UserError, data, load_model
+from sparse_transformer.cli.generate import GenerateConfig, _Text, main, run
+from sparse_transformer.generation import generate, stream
+from sparse_transformer.train import checkpoint
 
 
 def slowly(model, prompt, tokens):
@@ -32,17 +35,17 @@ def slowly(model, prompt, tokens):
 def test_cached_generation_is_that_of_whole_forwards(length):
     model = make()
     prompt = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
-    got = torch.stack(list(generate(model, prompt, 130, temperature=0)), 1)
+    got = torch.tensor(list(stream(model, prompt.tolist(), 130, temperature=0))).T
     assert torch.equal(got, slowly(model, prompt, 130))
 
 
 def test_a_seed_gives_a_text_and_another_another():
     model = make(dtype=torch.float32)
-    prompt = torch.zeros(3, 4, dtype=torch.int64)
+    prompts = [[0] * 4] * 3
 
     def draw(seed, **options):
         generator = torch.Generator().manual_seed(seed)
-        return torch.stack(list(generate(model, prompt, 30, generator=generator, **options)), 1)
+        return torch.tensor(list(stream(model, prompts, 30, generator=generator, **options))).T
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
@@ -51,15 +54,26 @@ def test_a_seed_gives_a_text_and_another_another():
 
 def test_top_k_and_temperature_limit_the_choice():
     model = make(dtype=torch.float32)
-    prompt = torch.arange(6)[None]
-    greedy = torch.cat(list(generate(model, prompt, 20, temperature=0)))
-    for options in ({"top_k": 1}, {"temperature": 1e-6}):
-        assert torch.equal(torch.cat(list(generate(model, prompt, 20, **options))), greedy)
+    prompt = list(range(6))
+    greedy = list(stream(model, [prompt], 20, temperature=0))
+    for options in ({"top_k": 1}, {"temperature": 1e-6}, {"temperature": 1e-45}):
+        assert list(stream(model, [prompt], 20, **options)) == greedy
     with torch.no_grad():
-        allowed = set(model(prompt)[0, -1].topk(3).indices.tolist())
-    many = prompt.expand(300, -1)
-    assert set(next(generate(model, many, 1, top_k=3)).tolist()) == allowed
-    assert len(set(next(generate(model, many, 1, top_k=50)).tolist())) > 3
+        allowed = set(model(torch.tensor([prompt]))[0, -1].topk(3).indices.tolist())
+    many = [prompt] * 300
+    assert set(next(stream(model, many, 1, top_k=3))) == allowed
+    assert len(set(next(stream(model, many, 1, top_k=50)))) > 3
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_are_continued_as_each_alone():
+    model = make()
+    lengths = (1, 7, 80, 33)
+    prompts = [torch.randint(50, (length,)).tolist() for length in lengths]
+    steps = list(stream(model, prompts, 60, temperature=0))
+    for row, prompt in enumerate(prompts):
+        (alone,) = slowly(model, torch.tensor([prompt]), 60).tolist()
+        assert [step[row] for step in steps if step[row] is not None] == alone
 
 
 @pytest.mark.parametrize(
@@ -71,12 +85,22 @@ def test_top_k_and_temperature_limit_the_choice():
         (3, {"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         (3, {"top_k": 0}, "top-k must be at least 1, got 0"),
         (3, {"tokens": -1}, "nothing can be generated"),
+        (3, {"prompts": []}, "nothing can be generated"),
     ],
 )
 def test_refusals(length, options, message):
-    options = {"tokens": 4, **options}
+    options = {"tokens": 4, "prompts": [[0] * length], **options}
     with pytest.raises(UserError, match=message):
-        list(generate(make(), torch.zeros(1, length, dtype=torch.int64), **options))
+        list(stream(make(), **options))
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = make(dtype=torch.float32)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    for temperature in (0.0, 0.8):
+        with pytest.raises(UserError, match="not finite: choose another checkpoint"):
+            next(stream(model, [[1, 2]], 3, temperature=temperature))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +119,19 @@ def folder(tmp_path_factory):
     meta = {"settings": {"model": dataclasses.asdict(config)}}
     checkpoint.save(folder, 7, tensors, meta)
     return folder
+
+
+def test_prompts_are_continued_from_python(folder):
+    model = load_model(folder)
+    texts = ["def f(", "", "x = 1\n" * 40, "import os, sys, numpy as np\n"]
+    together = generate(model, texts, 30, temperature=0)
+    assert together == [generate(model, text, 30, temperature=0)[0] for text in texts]
+    assert all(together)
+    with pytest.raises(UserError, match="is not UTF-8"):
+        generate(model, "a\udce9b")
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        generate(model, "x")
 
 
 def test_the_program_streams_text(folder, capsys):
@@ -143,9 +180,11 @@ def test_characters_wait_for_all_their_bytes(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "absent"], "there is no checkpoint in absent"),
+        (["--checkpoint", "absent"], "absent does not exist"),
+        (["--checkpoint", "HERE", "--prompt", "caf\udce9"], "is not UTF-8"),
+        (["--checkpoint", "HERE", "--seed", str(2**64)], "--seed must be at most"),
+        (["--checkpoint", "HERE", "--seed", "-1"], "--seed must be at least 0"),
         (["--checkpoint", "HERE", "--step", "3"], "there is no checkpoint of step 3"),
-        (["--checkpoint", "HERE", "--prompt", "x = 1\n" * 30], "shorten it"),
         (["--checkpoint", "HERE", "--batch", "0"], "--batch must be at least 1"),
         (["--checkpoint", "HERE", "--device", "abacus"], "there is no device 'abacus'"),
         (["--checkpoint", "HERE", "--temperature", "-1"], "the temperature must be 0 or more"),
@@ -159,6 +198,14 @@ def test_errors_are_one_sentence_and_exit_2(folder, capsys, arguments, message):
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_prompt_that_is_too_long_is_cropped_with_a_note(folder, capsys):
+    prompt = "x = 1\n" * 30
+    assert main(["--checkpoint", str(folder), "--prompt", prompt, "--tokens", "3"]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(prompt)
+    assert re.fullmatch(r"of the prompt's \d+ tokens the last 24 are read\n", error)
 
 
 def test_a_tokenizer_of_another_size_is_refused(folder, tmp_path, capsys):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparse_transformer import masked
-from sparse_transformer.masked import MaskedEmbedding, MaskedLinear, density_at, project_
+from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
+from sparse_transformer.train.masked_dense import density_at, project_
 
 METHODS = pytest.mark.parametrize("method", ["select", "topk"])
 

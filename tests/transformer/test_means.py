@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SMALL, batch, make
 
-from sparse_transformer import UserError, data, taps
+from sparse_transformer import UserError, data, hooks
 from sparse_transformer.circuits import activations as means
 from sparse_transformer.circuits import annotate
 from sparse_transformer.circuits.graph import Nodes
@@ -25,7 +25,7 @@ def tokens():
 
 def test_means_are_those_of_all_tokens(model, tokens):
     found = means.mean_activations(model, tokens, progress=False)
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         model(tokens)
     wanted = [*Nodes.of(SMALL).names, *(f"{layer}.attn.y" for layer in range(SMALL.n_layer))]
     assert sorted(found) == sorted(wanted)
@@ -57,7 +57,7 @@ def test_means_are_kept_for_these_weights_and_tokens(model, tokens, tmp_path, mo
 def test_snippets_are_the_most_active_places(model, tokens):
     texts = [f"<{token}>" for token in range(SMALL.vocab_size)]
     place = "1.mlp.post_act"
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         model(tokens)
     active = (seen[place] != 0).any(1).sum(0)  # in how many rows each neuron is
     channel, dead = int(active.argmax()), int(active.argmin())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import plain
 import pytest
@@ -340,3 +341,55 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(loss, wanted)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_loss_on_kept_logits_has_the_right_gradient():
+    """`loss` overwrites its logits; a hook on `unembed` gets a copy."""
+    model = make()
+    tokens, targets = batch()
+    kept = []
+    handle = model.unembed.register_forward_hook(lambda _, __, out: kept.append(out))
+    (model.loss(tokens, targets) + kept[0].logsumexp(-1).square().mean()).backward()
+    got = model.unembed.weight.grad.clone()
+    handle.remove()
+    model.zero_grad()
+    logits = model(tokens)
+    own = logits - torch.nn.functional.embedding(tokens, model.bigram)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (loss + own.logsumexp(-1).square().mean()).backward()
+    torch.testing.assert_close(got, model.unembed.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_logits_that_are_overwritten_cannot_be_used_again():
+    logits = torch.randn(4, 5, requires_grad=True) * 1.0
+    kept = logits.square().sum()
+    loss = functional.cross_entropy_(logits, torch.arange(4), None, torch.arange(4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + kept).backward()
+
+
+@pytest.mark.parametrize("linear", ["sparse", "masked_dense", "dense"])
+@pytest.mark.parametrize("token", [-1, SMALL.vocab_size])
+def test_a_token_that_does_not_exist_is_refused(linear, token):
+    model = make(dataclasses.replace(SMALL, linear=linear, bigram=False))
+    tokens = torch.tensor([[1, 2, token]])
+    with pytest.raises(IndexError, match="out of range"):
+        model(tokens)
+    with pytest.raises(IndexError, match="out of range"):
+        model.loss(tokens, tokens)
+
+
+def test_no_tokens_give_no_logits_and_no_loss():
+    tokens = torch.zeros(0, 8, dtype=torch.int64)
+    assert make()(tokens).shape == (0, 8, SMALL.vocab_size)
+    for empty in (tokens, tokens.view(2, 0)):
+        with pytest.raises(ValueError, match="a loss needs at least one token"):
+            make().loss(empty, empty)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("abs_topk", ["kernel", "torch"])
+def test_a_model_can_be_pickled(activation, abs_topk):
+    model = make(dataclasses.replace(SMALL, activation=activation, abs_topk=abs_topk))
+    tokens, _ = batch()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), model(tokens))

@@ -5,9 +5,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_transformer import ModelConfig, Transformer
-from sparse_transformer.masked import project_
-from sparse_transformer.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
-from sparse_transformer.topology import Topology, TopologyConfig
+from sparse_transformer.train.masked_dense import project_
+from sparse_transformer.train.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
+from sparse_transformer.train.topology import Topology, TopologyConfig
 
 # The smallest matrix of a block has 256 x 256 = 65,536 entries, embedding and unembedding twice as
 # many. 32 tokens have 32 x 1024 activations at most. The bigram table is dense by design: without.

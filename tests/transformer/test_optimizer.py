@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse_kernels as sk
-from sparse_transformer.optimizer import (
+from sparse_transformer.train.optimizer import (
     OptimizerConfig,
     learning_rate,
     make_optimizer,

@@ -147,6 +147,35 @@ def test_loaded_model_has_the_logits_of_the_file(tmp_path, variant, linear):
     assert model.config.logits_bias == (variant == "logits bias")
 
 
+def test_equal_magnitudes_of_half_precision_weights_are_chosen_as_released(tmp_path, monkeypatch):
+    """Among equals the released `torch.topk` decides; the kernel has a rule of its own."""
+    # Where nothing is summed before, equal magnitudes are equal in any precision.
+    state = write(tmp_path, "sinks", n_layer=1, afrac_loctypes="attn_in")
+    # So coarse that many magnitudes are equal.
+    state = {name: (tensor * 2).round().bfloat16() / 2 for name, tensor in state.items()}
+    torch.save(state, tmp_path / "final_model.pt")
+    model = load_released(tmp_path)
+    assert model.config.abs_topk == "torch"
+
+    def keep(config, place, x):
+        chosen = x.abs().topk(int(0.25 * x.shape[-1]), sorted=False).indices
+        return torch.zeros_like(x).scatter(-1, chosen, x.gather(-1, chosen))
+
+    wanted_at = plain.keep
+    monkeypatch.setattr(
+        plain,
+        "keep",
+        lambda config, place, x: (keep if place == "attn_in" else wanted_at)(config, place, x),
+    )
+    tokens = torch.randint(60, (3, 24), generator=torch.Generator().manual_seed(1))
+    config = dataclasses.replace(model.config, added_positions=True)
+    wanted = plain.logits(config, plain_weights(state), tokens)
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(model(tokens).double() / scale, wanted / scale, rtol=0, atol=1e-5)
+    by_kernel = load_released(tmp_path, abs_topk="kernel")
+    assert (by_kernel(tokens).double() - wanted).abs().max() > 0.1 * scale
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_writing_gives_the_same_tensors_back(tmp_path, variant):
     (tmp_path / "in").mkdir()
@@ -216,12 +245,24 @@ def test_refusals(tmp_path, capsys):
     refused(r"lacks transformer\.ln_f\.weight")
     torch.save({**state, "lm_head.weight": torch.zeros(2, 2)}, tmp_path / "final_model.pt")
     refused(r"lm_head\.weight of .* has shape \(2, 2\), and .* asks for \(60, 32\)")
+    for value in (torch.inf, torch.nan):
+        sick = state["transformer.h.0.mlp.c_fc.weight"].clone()
+        sick[1, 2] = value
+        torch.save({**state, "transformer.h.0.mlp.c_fc.weight": sick}, tmp_path / "final_model.pt")
+        refused(r"transformer\.h\.0\.mlp\.c_fc\.weight of .* not finite")
     for change, message in (
         ({"rms_norm": False}, "rms_norm = False"),
         ({"residual_activation_type": "relu"}, "residual_activation_type"),
         ({"afrac_loctypes": "attn_in,resid_post_mlp"}, "AbsTopK at resid_post_mlp"),
         ({"use_tied_aux_matrix": True}, "use_tied_aux_matrix"),
         ({"n_layer": "two"}, "does not describe a model"),
+        ({"n_layer": 2.0}, "n_layer must be an integer"),
+        ({"n_head": 0, "d_head": None}, "does not describe a model"),
+        ({"block_size": None}, "does not describe a model"),
+        ({"sink": "yes"}, "sinks must be True or False"),
+        ({"afrac": "all"}, "does not describe a model"),
+        ({"afrac_loctypes": None}, "AbsTopK at None"),
+        ({"afrac": 0.02}, "keeps none of 32 channels"),
         ({"tied_unembed": True}, "embedding and unembedding"),
     ):
         write(tmp_path, "sinks")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train import ENVIRONMENT, command, lines_of, losses_of, run_here, start_ranks
 
-from sparse_transformer import checkpoint, sharding
+from sparse_transformer.train import checkpoint, sharding
 
 STEPS = 12
 # Neither 301 rows nor one sink can be halved; nine validation windows leave a rank without one in
@@ -104,12 +104,12 @@ IN_HALF = """
 import sys
 import torch
 from torch.distributed.tensor import DTensor
-from sparse_transformer import checkpoint
+from sparse_transformer.train import checkpoint
 from sparse_transformer.data import prepare
-from sparse_transformer.masked import project_
+from sparse_transformer.train.masked_dense import project_
 from sparse_transformer.model import Transformer
-from sparse_transformer.parallel import leave, ranks
-from sparse_transformer.sharding import whole
+from sparse_transformer.train.distributed import leave, ranks
+from sparse_transformer.train.sharding import whole
 from sparse_transformer.train import Trainer, parse
 
 def held(slices):

@@ -1,4 +1,4 @@
-"""Interventions: against what taps record and against unpadded prompts; the program end to end."""
+"""Interventions: against what hooks record and against unpadded prompts; the program end to end."""
 
 import dataclasses
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_hooks import bare
 from test_model import SMALL, batch, make
-from test_taps import bare
 
-from sparse_transformer import ModelConfig, Transformer, UserError, checkpoint, data, taps, tasks
-from sparse_transformer import steer as program
-from sparse_transformer.intervention import (
+from sparse_transformer import ModelConfig, Transformer, UserError, data, hooks, tasks
+from sparse_transformer.cli import steer as program
+from sparse_transformer.cli.steer import main
+from sparse_transformer.interventions import (
     Ablate,
     Add,
     Nodes,
@@ -24,10 +25,10 @@ from sparse_transformer.intervention import (
     Scale,
     Set,
     answer,
+    intervene,
     next_logits,
-    steer,
 )
-from sparse_transformer.steer import main
+from sparse_transformer.train import checkpoint
 
 NEURONS = "0.mlp.post_act"
 # Prompts of these lengths, padded to 70.
@@ -46,14 +47,18 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def plain(model, tokens):
-    with torch.no_grad(), taps.record(model) as seen:
+    with torch.no_grad(), hooks.recording(model) as seen:
         model(tokens)
     return seen
 
 
 def under(model, tokens, interventions, last=None):
     """What is recorded under the interventions."""
-    with torch.no_grad(), steer(model, interventions, last=last), taps.record(model) as seen:
+    with (
+        torch.no_grad(),
+        intervene(model, interventions, last=last),
+        hooks.recording(model) as seen,
+    ):
         model(tokens)
     return seen
 
@@ -75,7 +80,7 @@ def test_nodes_are_read(model, text, wanted):
 def test_places_are_as_wide_as_what_flows_there(extra):
     config = dataclasses.replace(SMALL, **extra)
     model = Transformer(config)
-    with torch.no_grad(), taps.record(model) as seen:
+    with torch.no_grad(), hooks.recording(model) as seen:
         model(torch.zeros(1, 2, dtype=torch.int64))
     for place, value in seen.items():
         assert Nodes.parse(model, place).width == value.shape[-1], place
@@ -120,8 +125,8 @@ def test_actions_change_these_nodes_at_all_tokens_and_nothing_else(
     wanted[..., 4:7] = function(wanted[..., 4:7])
     intervention = kind(f"{place}:4-6", value)
     torch.testing.assert_close(under(model, tokens, [intervention])[place], wanted)
-    # And the model goes on with it: by hand, with a function for the tap.
-    with torch.no_grad(), taps.intervene(model, {place: lambda _: wanted}):
+    # And the model goes on with it: by hand, with a function for the hook point.
+    with torch.no_grad(), hooks.replacing(model, {place: lambda _: wanted}):
         logits = model(tokens)[:, -1]
     assert (logits - model(tokens)[:, -1]).abs().max() > 1e-4 or torch.equal(wanted, plain[place])
     torch.testing.assert_close(next_logits(model, tokens, [intervention]), logits)
@@ -209,7 +214,7 @@ def test_positions_that_are_not_there_are_refused(model, tokens, at, message):
 @pytest.mark.parametrize("place", [NEURONS, "0.attn.v", "1.attn.resid_delta"])
 def test_a_patch_is_what_was_recorded(model, tokens, plain, place):
     other = batch(seed=5)[0]
-    with torch.no_grad(), taps.record(model, [place]) as recorded:
+    with torch.no_grad(), hooks.recording(model, [place]) as recorded:
         model(other)
     there = recorded[place]
     seen = under(model, tokens, [Patch(f"{place}:2-9", other)])[place]
@@ -254,7 +259,7 @@ def test_a_patch_between_different_lengths_needs_positions(model, tokens, at):
 
 def test_a_patch_reads_under_what_is_active_and_not_under_its_neighbours(model, tokens, plain):
     patch = Patch(f"{NEURONS}:3", tokens)
-    with steer(model, [Set(f"{NEURONS}:3", 7.0)]):
+    with intervene(model, [Set(f"{NEURONS}:3", 7.0)]):
         seen = under(model, tokens, [Scale(f"{NEURONS}:3", 2.0), patch])
     assert torch.equal(seen[NEURONS][..., 3], torch.full(tokens.shape, 7.0))
     seen = under(model, tokens, [Scale(f"{NEURONS}:3", 2.0), patch])
@@ -273,7 +278,7 @@ def test_interventions_on_one_node_act_in_order(model, tokens):
 
 
 def test_gradients_pass_an_intervention(model, tokens):
-    with steer(model, [Scale(NEURONS, 2.0)]), taps.record(model, ["0.mlp.act_in"]) as seen:
+    with intervene(model, [Scale(NEURONS, 2.0)]), hooks.recording(model, ["0.mlp.act_in"]) as seen:
         logits = model(tokens)
     (grad,) = torch.autograd.grad(logits.square().sum(), seen["0.mlp.act_in"])
     assert grad.abs().max() > 0
@@ -381,7 +386,7 @@ def test_activations_are_shown_at_each_token(run, capsys, tmp_path):
     tokens = torch.tensor([tokenizer.encode(PROMPT).ids])
     (shown,) = report["activations"]
     assert "".join(map(eval, shown["tokens"])) == PROMPT
-    with torch.no_grad(), taps.record(model) as seen:
+    with torch.no_grad(), hooks.recording(model) as seen:
         model(tokens)
     value = shown["nodes"]["0.attn.v:12"]
     wanted = seen["0.attn.v"][0, :, 12].tolist()
@@ -469,8 +474,8 @@ def test_means_are_taken_from_a_file(run, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --prompt TEXT or --task NAME"),
-        (["--prompt", "x", "--task", "if_ternary"], "give either --prompt TEXT or --task NAME"),
+        ([], "give either --prompt or --task"),
+        (["--prompt", "x", "--task", "if_ternary"], "give either --prompt or --task"),
         (["--task", "if_ternary", "--answers", "a", "b"], "--answers cannot be used with --task"),
         (["--prompt", "x", "--set", "0.mlp.post_act:5"], "--set 0.mlp.post_act:5 has no number"),
         (

@@ -12,7 +12,7 @@ from torch import nn
 
 import sparse_kernels as sk
 from sparse_transformer.model import ModelConfig, Transformer
-from sparse_transformer.topology import (
+from sparse_transformer.train.topology import (
     Topology,
     TopologyConfig,
     adopt_layouts_,

@@ -16,10 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_transformer import checkpoint, metrics, train
+import sparse_transformer
+from sparse_transformer.cli.train import main
+from sparse_transformer.data import prepare
 from sparse_transformer.model import ModelConfig, Transformer
-from sparse_transformer.presets import PRESETS, Settings
-from sparse_transformer.train import main
+from sparse_transformer.presets import PRESETS
+from sparse_transformer.train import checkpoint, loop, metrics
+from sparse_transformer.train.settings import Settings
+from sparse_transformer.train.trainer import Trainer
 
 # One thread: the models are so small that two would wait for each other.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -35,7 +39,7 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    source = Path(checkpoint.__file__).parent
+    source = Path(sparse_transformer.__file__).parent
     for file in source.glob("*.py"):
         shutil.copy(file, folder)
     return folder
@@ -90,8 +94,12 @@ def test_run_leaves_what_it_promises(reference):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
-    """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end."""
+@pytest.mark.parametrize("number", range(8))
+def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path, number):
+    """SIGKILL at random moments (one before the first checkpoint), Ctrl-C once; then to the end.
+
+    Four interruptions in each of eight runs.
+    """
     seed = random.randrange(2**32)
     print("moments drawn from seed", seed)
     draw = random.Random(seed)
@@ -102,7 +110,7 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
         (signal.SIGINT, draw.randrange(8, 35)),
         (signal.SIGKILL, draw.randrange(8, 40)),
     ]
-    for number, after in moments:
+    for sent, after in moments:
         path = out / "metrics.jsonl"
         before = path.stat().st_mtime_ns if path.exists() else 0
         process = subprocess.Popen(
@@ -114,10 +122,10 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path):
                 break
             time.sleep(0.001)
         time.sleep(draw.random() * 0.02)
-        process.send_signal(number)
+        process.send_signal(sent)
         status = process.wait(60)
         # It may have come to its end before.
-        assert status in (0, 130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert status in (0, 130 if sent == signal.SIGINT else -signal.SIGKILL)
         if status == 130:
             assert checkpoint.steps(out)[-1] == lines_of(out)[-1]["step"]
     subprocess.run([*command(options, out), "--resume"], env=ENVIRONMENT, check=True)
@@ -134,6 +142,141 @@ def test_resume_of_a_finished_run_changes_nothing(reference, tmp_path, capsys):
     assert run_here(["--resume"], out) == 0
     assert (out / "metrics.jsonl").read_bytes() == before
     assert "from step 40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("linear", ["sparse", "masked_dense"])
+def test_a_finished_run_can_be_extended(options, tmp_path, capsys, linear):
+    """To more than twice its steps, of which annealing would be a half; and again."""
+    out = tmp_path / "run"
+    short = ["--steps", "12", "--linear", linear, "--topology.anneal-share", "0.5"]
+    assert run_here([*options, *short], out) == 0
+    final = lines_of(out)[-1]["l0"]
+    for steps in (40, 90):
+        assert run_here(["--resume", "--steps", str(steps)], out) == 0
+        lines = lines_of(out)
+        assert len(lines) == steps
+        # It has annealed already.
+        assert {line["l0"] for line in lines[11:]} == {final}
+        # The rate follows the new length.
+        assert lines[-2]["lr"] > lines[-1]["lr"] > 0
+    # From a step in the middle, at which a new run of this length would anneal.
+    assert run_here(["--from-step", "84"], out) == 0
+    assert lines_of(out) == lines
+
+
+def test_steps_cannot_be_changed_while_annealing(reference, tmp_path, capsys):
+    out = shutil.copytree(reference, tmp_path / "run")
+    for step, name in ((28, "step-00000028"), (35, "step-00000035"), (40, "step-00000040")):
+        record = json.loads((out / name / "meta.json").read_text())
+        # As if the fan-in fell until step 36.
+        record["content"]["anneal_steps"] = 70
+        (out / name / "meta.json").write_text(json.dumps(record))
+        status = run_here(["--from-step", str(step), "--steps", "41"], out)
+        assert status == (2 if step < 36 else 0)
+        error = capsys.readouterr().err
+        assert ("is still annealing, as a run of 40 steps does until step 36" in error) == (
+            step < 36
+        )
+
+
+def test_checkpoints_of_earlier_versions_go_on(reference, tmp_path):
+    """They know nothing of samples and of runs that are extended."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(out / "step-00000040")
+    config = json.loads((out / "config.json").read_text())
+    del config["train"]["sample_tokens"]
+    (out / "config.json").write_text(json.dumps(config))
+    record = json.loads((out / "step-00000035" / "meta.json").read_text())
+    del record["content"]["anneal_steps"], record["content"]["settings"]["train"]["sample_tokens"]
+    (out / "step-00000035" / "meta.json").write_text(json.dumps(record))
+    # In a process like the reference's, for the same bits.
+    subprocess.run(command(["--resume"], out), env=ENVIRONMENT, check=True)
+    assert lines_of(out) == lines_of(reference)
+
+
+@pytest.mark.parametrize("given", [["--data", "nowhere"], ["--batch-tokens", "100"]])
+def test_a_start_that_failed_leaves_nothing(options, tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    assert run_here([*options, *given], Path("new/deep/run")) == 2
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    assert run_here([*options, *given], Path("mine")) == 2
+    assert os.listdir("mine") == []
+
+
+def test_others_of_the_group_can_read_what_is_written(options, corpus, tmp_path):
+    before = os.umask(0o027)
+    try:
+        given = ["--steps", "1", "--data", str(corpus), "--cache-dir", str(tmp_path / "cache")]
+        assert run_here([*options, *given], tmp_path / "run") == 0
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "cache").rglob("*"), (tmp_path / "run").rglob("*"):
+        for found in path:
+            assert found.stat().st_mode & 0o777 == (0o750 if found.is_dir() else 0o640), found
+
+
+def test_little_validation_text_is_noticed_at_the_start(tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    for number in range(40):
+        text = "".join(f"x_{number}_{line} = ('a', [{line}])\n" for line in range(60))
+        (tmp_path / "corpus" / f"{number}.py").write_text(text)
+    corpus = prepare(tmp_path / "corpus", vocab_size=300, cache_dir=tmp_path / "cache")
+    context = len(corpus.validation)
+    assert context < len(corpus.train)
+    given = [*OPTIONS, "--context", str(context), "--batch-tokens", str(context)]
+    given += ["--data", str(tmp_path / "corpus"), "--cache-dir", str(tmp_path / "cache")]
+    assert run_here(given, tmp_path / "run") == 2
+    assert f"the corpus has {context} validation tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_change_nothing(options, reference, tmp_path, capsys):
+    assert "sample: " not in capsys.readouterr().err
+    assert run_here([*options, "--sample-tokens", "0"], tmp_path / "silent") == 0
+    assert "sample: " not in capsys.readouterr().err
+    assert run_here(options, tmp_path / "telling") == 0
+    assert capsys.readouterr().err.count("sample: ") == 4
+    assert lines_of(tmp_path / "silent") == lines_of(tmp_path / "telling")
+
+
+def test_what_is_trained_and_skipped_is_counted(options, corpus, tmp_path, capsys):
+    copied = shutil.copytree(corpus, tmp_path / "corpus")
+    (copied / "latin.py").write_bytes("x = 'caf\xe9'\n".encode("latin-1"))
+    given = ["--steps", "1", "--data", str(copied)]
+    assert run_here([*options, *given], tmp_path / "run") == 0
+    error = capsys.readouterr().err
+    count = len(list(corpus.glob("*.py")))
+    assert f"{count} files (1 that are not UTF-8 text skipped), " in error
+    bigram_and_vectors = 300 * 300 + 32 * 3 + 3 * 32 + 32 + 128 + 32 + 2
+    assert f"and {bigram_and_vectors:,} other parameters (bigram table" in error
+
+
+def test_a_busy_machine_is_noted_once(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 1.0, 1.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert run_here([*options, "--steps", "20"], tmp_path / "run") == 0
+    assert capsys.readouterr().err.count("the machine is busy (load 99.0 on") == 1
+
+
+@pytest.mark.parametrize("delay", [0.5, 2.0])
+@pytest.mark.parametrize("program", ["train", "generate", "circuits"])
+def test_an_early_interrupt_is_quiet(program, delay, tmp_path):
+    """Before or while torch is imported, and while there is little to do yet."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"sparse_transformer.{program}", "--out", str(tmp_path / "run")],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    # A program that lacks an option may have said so before.
+    assert process.returncode in (130, 2)
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -170,7 +313,7 @@ def test_model_of_a_checkpoint(reference):
         (["--topology.period", "5"], "another topology, period 3 and not period 5"),
         (["--preset", "d256"], "began with --preset tiny, not d256"),
         (["--from-step", "3"], "no checkpoint of step 3"),
-        (["--data", str(Path(train.__file__))], "trained on other files"),
+        (["--data", str(Path(loop.__file__))], "trained on other files"),
     ],
 )
 def test_resume_with_other_settings_is_refused(reference, tmp_path, capsys, changed, match):
@@ -208,7 +351,7 @@ def test_bad_options_end_in_a_sentence(tmp_path, monkeypatch, capsys, corpus, gi
     assert main([*given, "--cache-dir", str(tmp_path / "cache")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert match in error[-1]
-    assert [line for line in error if "no checkpoint yet" not in line] == error[-1:]
+    assert [line for line in error if "beginning a new run" not in line] == error[-1:]
 
 
 def test_unknown_option_is_refused(capsys):
@@ -219,7 +362,7 @@ def test_unknown_option_is_refused(capsys):
 
 
 def test_only_one_run_in_a_folder(options, tmp_path, capsys):
-    with train._claim(tmp_path / "run"):
+    with loop._claim(tmp_path / "run"):
         assert run_here([*options, "--resume"], tmp_path / "run") == 2
     assert "another process is training in" in capsys.readouterr().err
 
@@ -245,7 +388,7 @@ def test_loss_that_is_nan_stops(options, tmp_path, monkeypatch, capsys):
 
 def test_weights_that_are_nan_are_not_saved(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    original = train.Trainer.advance
+    original = Trainer.advance
 
     def advance(self):
         line = original(self)
@@ -254,7 +397,7 @@ def test_weights_that_are_nan_are_not_saved(options, tmp_path, monkeypatch, caps
                 self.model.norm.weight[0] = math.inf
         return line
 
-    monkeypatch.setattr(train.Trainer, "advance", advance)
+    monkeypatch.setattr(Trainer, "advance", advance)
     assert run_here(options, out) == 2
     assert "norm.weight is no longer finite after step 7, and there is no checkpoint yet" in (
         capsys.readouterr().err
@@ -379,7 +522,7 @@ def test_rank_that_dies_ends_the_others(options, tmp_path, victim):
 
 DISAGREE = """
 import os, sys
-from sparse_transformer.parallel import leave, ranks
+from sparse_transformer.train.distributed import leave, ranks
 from sparse_transformer.errors import UserError
 with ranks("cpu", 30) as here:
     assert here.agree("a" * 64, here.rank * 15) == 15

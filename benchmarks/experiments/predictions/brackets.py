@@ -27,7 +27,7 @@ from benchmarks.experiments.predictions.dose_response import (
 )
 from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.errors import UserError
-from sparse_transformer.intervention import Patch
+from sparse_transformer.interventions import Patch
 from sparse_transformer.model import Transformer
 
 if TYPE_CHECKING:

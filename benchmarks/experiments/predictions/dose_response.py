@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_transformer.intervention import Intervention, answer
+from sparse_transformer.interventions import Intervention, answer
 from sparse_transformer.model import Transformer
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from benchmarks.experiments.predictions.dose_response import (
     logit_diffs_of,
     single_token,
 )
-from sparse_transformer import taps, tasks
+from sparse_transformer import hooks, tasks
 from sparse_transformer.circuits.circuit import Circuit
-from sparse_transformer.intervention import Intervention, Nodes, Set
+from sparse_transformer.interventions import Intervention, Nodes, Set
 from sparse_transformer.model import Transformer
 
 if TYPE_CHECKING:
@@ -207,13 +207,13 @@ def _quote_node(
 
 def _candidates(model: Transformer) -> list[str]:
     """Places of neurons and v channels."""
-    return [name for name in taps.names(model) if name.endswith((".post_act", ".v"))]
+    return [name for name in hooks.names(model) if name.endswith((".post_act", ".v"))]
 
 
 @torch.no_grad()
 def _means(model: Transformer, quotes: _Quotes) -> dict[str, Tensor]:
     """By place `(2, width)`: mean where pairs differ, of negative and of positive prompts."""
-    with taps.record(model, _candidates(model)) as seen:
+    with hooks.recording(model, _candidates(model)) as seen:
         model(quotes.tokens, at=quotes.last)
     return {
         place: torch.stack(
@@ -231,7 +231,7 @@ def _influential(model: Transformer, quotes: _Quotes, means: Mapping[str, Tensor
     names = _candidates(model)
     # All activations recorded from here on have a gradient, even if the parameters have none.
     begin = {"0.attn.act_in": lambda x: x.detach().requires_grad_()}
-    with torch.enable_grad(), taps.intervene(model, begin), taps.record(model, names) as seen:
+    with torch.enable_grad(), hooks.replacing(model, begin), hooks.recording(model, names) as seen:
         logits = model(quotes.tokens, at=quotes.last).squeeze(1)
         both = logits.gather(1, quotes.answers)
         slopes = torch.autograd.grad((both[:, 0] - both[:, 1]).sum(), [seen[n] for n in names])

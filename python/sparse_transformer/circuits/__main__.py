@@ -25,7 +25,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import program, tasks
-from sparse_transformer.checkpoint import load
 from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
 from sparse_transformer.circuits.annotate import annotate
@@ -41,6 +40,7 @@ from sparse_transformer.evaluate import SOLVED_ACCURACY
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
+from sparse_transformer.train.checkpoint import load
 
 # More edges than this, those to tokens, to answers and of the residual stream included, are not
 # drawn: nobody could read the picture.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.graph import Edges, Matrix, Nodes
 from sparse_transformer.model import Transformer
 
@@ -33,7 +33,7 @@ def keep_nodes(model: Transformer, keep: Tensor, baseline: Baseline) -> Iterator
             each with its own set.
     """
     parts = Nodes.of(model.config).split(keep)
-    with taps.intervene(model, _changes(parts, baseline, _replace)):
+    with hooks.replacing(model, _changes(parts, baseline, _replace)):
         yield
 
 
@@ -56,7 +56,7 @@ def mask_nodes(
         y: Tensor = Mask.apply(x, part, constant, temperature)
         return y
 
-    with taps.intervene(model, _changes(parts, baseline, soften)):
+    with hooks.replacing(model, _changes(parts, baseline, soften)):
         yield
 
 
@@ -112,8 +112,8 @@ def _changes(
     parts: Mapping[str, Tensor],
     baseline: Baseline,
     change: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> dict[str, taps.Intervention]:
-    def at(name: str, part: Tensor) -> taps.Intervention:
+) -> dict[str, hooks.Replacement]:
+    def at(name: str, part: Tensor) -> hooks.Replacement:
         return lambda x: change(x, part, baseline[name])
 
     changes = {name: at(name, part) for name, part in parts.items()}

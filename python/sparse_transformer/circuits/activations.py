@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.circuit import Snippet
 from sparse_transformer.circuits.graph import Nodes
 from sparse_transformer.data import Corpus
@@ -163,6 +163,6 @@ def _recorded(
     disable = None if progress is None else not progress
     device = model.norm.weight.device
     for rows in tqdm(tokens.split(_ROWS), name, unit=" batches", disable=disable, leave=False):
-        with taps.record(model, names) as seen:
+        with hooks.recording(model, names) as seen:
             model(rows.to(device), last_only=True)
         yield seen

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import sparse_kernels as sk
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.activations import top_snippets
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node
@@ -225,7 +225,7 @@ def _examples(
     if not pairs:
         return ()
     batch = collate(pairs, task.pad)
-    with taps.record(task.model, sorted({hook for hook, _ in located})) as seen:
+    with hooks.recording(task.model, sorted({hook for hook, _ in located})) as seen:
         logit_diff(task.model, batch)
     diffs, positive = task.logit_diffs(pairs, subgraph)
     diffs = calibration.apply(diffs, positive)

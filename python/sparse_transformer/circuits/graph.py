@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_kernels as sk
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.model import ModelConfig, Transformer
 
 _KINDS = {
@@ -57,7 +57,7 @@ class Nodes:
         """The nodes of a model with this configuration."""
         found = {
             name: width
-            for name, width in taps.widths(config).items()
+            for name, width in hooks.widths(config).items()
             if name.rsplit(".", 1)[-1] in _KINDS
         }
         return cls(tuple(found), tuple(found.values()), config.d_head)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.circuits.ablation import Baseline, keep_nodes, remove_edges
 from sparse_transformer.circuits.graph import Edges, Nodes
 from sparse_transformer.errors import UserError
@@ -220,7 +220,7 @@ class TaskLoss:
         tokens = torch.full((len(prompts), int(last.max()) + 1), self.pad)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
-        with taps.record(self.model) as seen:
+        with hooks.recording(self.model) as seen:
             self.model(tokens, last_only=True)
         where = torch.arange(width).expand(len(tokens), -1).minimum(last.unsqueeze(1))
         return {

@@ -46,8 +46,7 @@ def run(config: CorpusConfig) -> None:
     Raises:
         UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
     """
-    if config.pairs < 1:
-        raise UserError(f"--pairs must be at least 1, got {config.pairs}")
+    program.need_whole("--pairs", config.pairs, 1)
     task = get(config.task)
     drafts = islice(task.drafts("train", config.seed), config.pairs)
     bar = tqdm(drafts, "pairs", config.pairs, unit=" pairs", disable=None, leave=False)

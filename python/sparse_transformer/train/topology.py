@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparse_kernels as sk
+from sparse_transformer.ranges import need, need_number, need_whole
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,31 @@ class TopologyConfig:
     `start_multiple=1, drop_share=0` keeps the initial random pattern.
     """
 
-    start_multiple: float = 8.0  # initial fan-in over final fan-in, at most dense
-    anneal_share: float = 0.5  # share of the run in which the fan-in falls linearly
-    period: int = 20  # steps between changes of the pattern
-    stop_share: float = 0.75  # share of the run after which the pattern no longer changes
-    drop_share: float = 0.3  # share of each row replaced at a change, with cosine decay
-    candidates: float = 0.06  # share of columns sampled per row; at least twice those that grow
-    grow: str = "gradient"  # "gradient": candidates with the largest; "random": any (control)
+    start_multiple: float = 8.0
+    """Initial fan-in over final fan-in, at most dense."""
+    anneal_share: float = 0.5
+    """Share of the run in which the fan-in falls linearly to its target."""
+    period: int = 20
+    """Steps between changes of the pattern."""
+    stop_share: float = 0.75
+    """Share of the run after which the pattern no longer changes."""
+    drop_share: float = 0.3
+    """Share of each row that the first change replaces; it falls as a half cosine."""
+    candidates: float = 0.06
+    """Share of the columns that are sampled as candidates of each row; at least twice as many as
+    grow."""
+    grow: str = "gradient"
+    """Which candidates grow: gradient (where it is largest) or random (a control)."""
     seed: int = 0
+    """Random seed of the candidates."""
 
     def __post_init__(self) -> None:
-        if self.start_multiple < 1:
-            raise ValueError(f"start_multiple must be at least 1, got {self.start_multiple}")
-        if self.period < 1:
-            raise ValueError(f"period must be at least 1 step, got {self.period}")
+        need_number(self, "start_multiple", 1, math.inf)
+        need_whole(self, "period", 1)
         for name in ("anneal_share", "stop_share", "drop_share", "candidates"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if self.grow not in ("gradient", "random"):
-            raise ValueError(f'grow must be "gradient" or "random", got {self.grow!r}')
+            need_number(self, name, 0, 1)
+        need(self.grow in ("gradient", "random"), "grow", "gradient or random", self.grow)
+        need_whole(self, "seed", 0, 2**63 - 1)
 
 
 def annealed_fraction(
@@ -66,6 +72,11 @@ def annealed_fraction(
     start, stop = start_share * total, stop_share * total
     progress = min(max((step - start) / (stop - start), 0.0), 1.0) if stop > start else 1.0
     return start_multiple + (1 - start_multiple) * progress
+
+
+def annealed_after(total: int, share: float) -> int:
+    """The step at which annealing reaches the target."""
+    return min(math.ceil(share * total), total - 1)
 
 
 class Topology:
@@ -82,6 +93,8 @@ class Topology:
         optimizer: of all its sparse weights.
         config: see `TopologyConfig`.
         total_steps: of the run.
+        anneal_steps: of the run as it was when its annealing began; by default `total_steps`. A run
+            that is extended afterwards does not anneal again.
 
     Where the embedding is tied, its candidates are scored by the lookup's gradient alone.
 
@@ -90,14 +103,20 @@ class Topology:
     """
 
     def __init__(
-        self, model: Any, optimizer: Optimizer | None, config: TopologyConfig, total_steps: int
+        self,
+        model: Any,
+        optimizer: Optimizer | None,
+        config: TopologyConfig,
+        total_steps: int,
+        anneal_steps: int | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
         self._optimizer = optimizer
         self._layers: dict[str, sk.SparseLinear] = dict(model.sparse_layers())
         self._targets = {name: int(model.target_fan(name)) for name in self._layers}
-        self._last_shrink = min(math.ceil(config.anneal_share * total_steps), total_steps - 1)
+        self.anneal_steps = total_steps if anneal_steps is None else anneal_steps
+        self._last_shrink = annealed_after(self.anneal_steps, config.anneal_share)
         self._armed = -1
         self._candidates: dict[str, sk.FanInLayout] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -108,7 +127,7 @@ class Topology:
         """L0 at `step` over L0 at the end, as scheduled, before caps and rounding."""
         return annealed_fraction(
             step,
-            self.total_steps,
+            self.anneal_steps,
             self.config.start_multiple,
             self.config.anneal_share,
             start_share=0.0,

@@ -9,13 +9,13 @@ always complete, whenever the process dies.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_transformer.errors import UserError
+from sparse_transformer.files import new_folder, sha256
 from sparse_transformer.model import ModelConfig, Transformer
 
 _FORMAT = 1
@@ -33,6 +34,18 @@ _TENSORS, _META = "tensors.safetensors", "meta.json"
 _STEP = re.compile(r"step-(\d{8,})")
 # Names of folders that a process which died may have left behind.
 _TEMPORARY = ".temporary-"
+# What reading a file raises that is damaged or was written by something else.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def save(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_temporary(root)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
+        temporary = new_folder(root, _TEMPORARY)
         _write(temporary, step, tensors, meta)
         temporary.rename(target)
         _sync(root)
@@ -109,6 +122,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     prefix: str = "",
+    option: str = "--step",
 ) -> Checkpoint:
     """Reads the checkpoint of `step`, by default the newest one.
 
@@ -116,6 +130,7 @@ def load(
         directory: as for `save`, or the folder of one checkpoint itself.
         device: where the tensors go.
         prefix: only the tensors whose names begin with it.
+        option: how the program that asks lets its user choose a step.
 
     Raises:
         UserError: there is none, or it is truncated or altered; the sentence names the next older.
@@ -134,18 +149,34 @@ def load(
             f"there are {', '.join(map(str, available))}"
         )
     path = folder_of(root, step)
+    with damage_named(path, option):
+        meta = _read_meta(path, step)
+        tensors = _read_tensors(path, str(device), prefix)
+    return Checkpoint(step, path, tensors, meta)
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
+    """Inside, what a damaged checkpoint raises becomes a UserError that names the next older one.
+
+    Args:
+        path: of the checkpoint.
+        option: how the program that asks lets its user choose a step.
+    """
     try:
-        meta = _read_meta(path)
-        tensors = _read_tensors(path, meta, str(device), prefix)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        older = [other for other in available if other < step]
+        yield
+    except _DAMAGE as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        match = _STEP.fullmatch(path.name)
+        older = [step for step in steps(path.parent) if match and step < int(match[1])]
         advice = (
-            f"use the older one of step {older[-1]} with --from-step {older[-1]}"
+            f"use the older one of step {older[-1]} with {option} {older[-1]}"
             if older
             else "there is no older one, so start a new run in another folder"
         )
-        raise UserError(f"the checkpoint {path} cannot be read ({error}): {advice}") from error
-    return Checkpoint(step, path, tensors, meta["content"])
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({_one_line(reason)}): {advice}"
+        ) from error
 
 
 def load_model(
@@ -162,13 +193,22 @@ def load_model(
         UserError: as `load`; or it was written by a release with other models.
     """
     point = load(directory, step, device=device, prefix="model.")
-    try:
+    with damage_named(point.path):
         config = ModelConfig.from_dict(point.meta["settings"]["model"])
-        return Transformer.from_state(config, part(point.tensors, "model"), device=device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the model in {point.path} was written by another release ({error}): use that release"
-        ) from error
+        return model_of(point, config, device)
+
+
+def model_of(point: Checkpoint, config: ModelConfig, device: torch.device | str) -> Transformer:
+    """The model whose tensors `point` has, as `config` computes it.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: they do not fit each other, or are not finite.
+    """
+    state = part(point.tensors, "model")
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are not finite")
+    return Transformer.from_state(config, state, device=device)
 
 
 def remove(directory: str | os.PathLike[str], step: int) -> None:
@@ -188,7 +228,7 @@ def set_aside(directory: str | os.PathLike[str], after: int) -> list[Path]:
     for step in steps(directory):
         if step > after:
             path = folder_of(directory, step)
-            aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=directory))
+            aside = new_folder(Path(directory), "set-aside-")
             moved.append(path.rename(aside / path.name))
     return moved
 
@@ -244,40 +284,40 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, 
         "format": _FORMAT,
         "step": step,
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "content": meta,
     }
     with open(folder / _META, "w", encoding="utf-8") as file:
         # NaN and infinity are no JSON; nothing that is saved may be one.
         json.dump(record, file, indent=1, allow_nan=False)
+    # safetensors makes files that nobody else can read.
+    path.chmod((folder / _META).stat().st_mode)
     _sync(path)
     _sync(folder / _META)
     _sync(folder)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path, step: int) -> dict[str, Any]:
+    """What `save` was given as `meta`."""
     record = json.loads((path / _META).read_text(encoding="utf-8"))
     if record["format"] != _FORMAT:
         raise ValueError(f"it has format {record['format']}, this release reads {_FORMAT}")
+    if record["step"] != step:
+        raise ValueError(f"it was saved as that of step {record['step']}")
     tensors = path / _TENSORS
     if tensors.stat().st_size != record["bytes"]:
         raise ValueError(f"{tensors.stat().st_size} of {record['bytes']} bytes are there")
-    if _sha256(tensors) != record["sha256"]:
+    if sha256(tensors) != record["sha256"]:
         raise ValueError("its bytes have changed since it was written")
-    return record
+    meta = record["content"]
+    if not isinstance(meta, dict):
+        raise TypeError(f"its content must be a JSON object, got a {type(meta).__name__}")
+    return meta
 
 
-def _read_tensors(path: Path, meta: dict[str, Any], device: str, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, device: str, prefix: str) -> dict[str, Tensor]:
     with safe_open(path / _TENSORS, framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -291,6 +331,11 @@ def _sync(path: Path) -> None:
 def _remove_temporary(root: Path) -> None:
     for path in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _cannot_write(root: Path, step: int, error: Exception) -> str:

@@ -1,11 +1,11 @@
 """Interventions on named nodes: what a model does when neurons or channels are changed.
 
-A node is `PLACE:CHANNEL`, a tap's name (taps.py) and a channel of it, such as `0.mlp.post_act:137`.
-`PLACE:3-7` are five nodes, `PLACE` alone is all of them. A change is made at all tokens or at some:
-`"3"` is the token at position 3, `"-1"` the last one of each prompt, `"2-5"` are four tokens and
-`"-3--1"` the last three.
+A node is `PLACE:CHANNEL`, a hook point's name (hooks.py) and a channel of it, such as
+`0.mlp.post_act:137`. `PLACE:3-7` are five nodes, `PLACE` alone is all of them. A change is made at
+all tokens or at some: `"3"` is the token at position 3, `"-1"` the last one of each prompt, `"2-5"`
+are four tokens and `"-3--1"` the last three.
 
-    with steer(model, [Set("0.mlp.post_act:137", 2.0), Ablate("1.attn.v:12", at="-1")]):
+    with intervene(model, [Set("0.mlp.post_act:137", 2.0), Ablate("1.attn.v:12", at="-1")]):
         logits = model(tokens)
 
 Shapes: B prompts of at most T tokens, padded on the right, so that each has its own `last`
@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_transformer import taps
+from sparse_transformer import hooks
 from sparse_transformer.errors import UserError
+from sparse_transformer.hook_point import Replacement
 from sparse_transformer.model import Transformer
 
 _NODE = re.compile(r"([\w.]+)(?::(\d+)(?:-(\d+))?)?", re.ASCII)
@@ -53,12 +54,12 @@ class Nodes:
                 f"{text!r} is not a node: write PLACE:CHANNEL or PLACE:FIRST-LAST, such as "
                 f"0.mlp.post_act:3-7"
             )
-        place, known = match[1], taps.names(model)
+        place, known = match[1], hooks.names(model)
         if place not in known:
             near = difflib.get_close_matches(place, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"places are {_places(model)}"
             raise UserError(f"the model has no place {place!r}: {hint}")
-        width = taps.widths(model.config)[place]
+        width = hooks.widths(model.config)[place]
         first = int(match[2] or 0)
         last = int(match[3] or match[2] or width - 1)
         if not first <= last < width:
@@ -139,15 +140,19 @@ class Patch:
 Intervention = Set | Patch
 
 
+Changes = Intervention | Sequence[Intervention] | Mapping[str, Replacement]
+
+
 @contextmanager
-def steer(
-    model: Transformer, interventions: Sequence[Intervention], *, last: Tensor | None = None
+def intervene(
+    model: Transformer, changes: Changes, *, last: Tensor | None = None
 ) -> Iterator[None]:
     """Inside the block every forward uses the changed nodes.
 
     Args:
         model: the model.
-        interventions: they act in this order where they are about the same node.
+        changes: one intervention or several, which act in this order where they are about the same
+            node; or a function of the activation for each named place.
         last: int64 `(B,)`, the last position of each prompt; None if there is no padding.
 
     A patch's other prompt is read once, on entry, under what is active there but not under these.
@@ -155,10 +160,15 @@ def steer(
     Raises:
         UserError: there is no such node. In the forward: there are no such positions.
     """
-    changes = [_change(model, intervention, last) for intervention in interventions]
+    if isinstance(changes, Mapping):
+        with hooks.replacing(model, changes):
+            yield
+        return
+    chosen = [changes] if isinstance(changes, Intervention) else changes
+    replacements = [_change(model, intervention, last) for intervention in chosen]
     with ExitStack() as stack:
-        for place, change in changes:
-            stack.enter_context(taps.intervene(model, {place: change}))
+        for place, change in replacements:
+            stack.enter_context(hooks.replacing(model, {place: change}))
         yield
 
 
@@ -172,7 +182,7 @@ def next_logits(
 ) -> Tensor:
     """Logits `(B, V)` of what follows each prompt's last token; arguments as for `answer`."""
     last = _last(tokens, last)
-    with steer(model, interventions, last=last):
+    with intervene(model, interventions, last=last):
         logits: Tensor = model(tokens, at=last)
     return logits.squeeze(1)
 
@@ -191,7 +201,7 @@ def answer(
         model: the model; no gradients are kept.
         tokens: int64 `(B, T)`, padded on the right.
         answers: token ids, A of them for all prompts, or `(B, A)`.
-        interventions: see `steer`.
+        interventions: see `intervene`.
         last: int64 `(B,)`, the position of each prompt's last token; None if there is no padding.
     """
     logits = next_logits(model, tokens, interventions, last=last)
@@ -201,7 +211,7 @@ def answer(
 
 def _places(model: Transformer) -> str:
     """Those of the first layer, and of how many layers they are."""
-    first = [name for name in taps.names(model) if name.startswith("0.") or "." not in name]
+    first = [name for name in hooks.names(model) if name.startswith("0.") or "." not in name]
     return f"{', '.join(first)}, and so on for {model.config.n_layer} layers"
 
 
@@ -214,8 +224,8 @@ def _last(tokens: Tensor, last: Tensor | None) -> Tensor:
 
 def _change(
     model: Transformer, intervention: Intervention, last: Tensor | None
-) -> tuple[str, taps.Intervention]:
-    """The tap's name and the function for it."""
+) -> tuple[str, Replacement]:
+    """The hook point's name and the function for it."""
     nodes, at = Nodes.parse(model, intervention.node), intervention.at
     moved = _moved(model, intervention, nodes) if isinstance(intervention, Patch) else None
 
@@ -239,7 +249,7 @@ def _moved(model: Transformer, patch: Patch, nodes: Nodes) -> Callable[[Tensor, 
     """A function of `old (B, T, channels)` and `last (B,)`: the other prompt's, where it goes."""
     tokens = patch.tokens if patch.tokens.dim() == 2 else patch.tokens.unsqueeze(0)
     other_last = _last(tokens, patch.last)
-    with torch.no_grad(), taps.record(model, [nodes.place]) as seen:
+    with torch.no_grad(), hooks.recording(model, [nodes.place]) as seen:
         model(tokens, at=other_last)
     other = seen[nodes.place][..., nodes.channels]  # (B or 1, T', channels)
 

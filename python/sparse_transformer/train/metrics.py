@@ -29,13 +29,13 @@ class Metrics:
     def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
         try:
-            self._file = open(path, "ab")  # noqa: SIM115
-            size = self._file.tell()
+            size = path.stat().st_size if path.exists() else 0
             if size < position:
                 raise UserError(
                     f"{path} has {size} bytes and the checkpoint was written after {position}: "
                     f"restore the file that belongs to it"
                 )
+            self._file = open(path, "ab")  # noqa: SIM115
             self._file.truncate(position)
             self._file.seek(position)
         except OSError as error:
@@ -88,8 +88,16 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete.splitlines()]
 
 
-def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot(
+    lines: list[dict[str, Any]], path: Path, title: str, *, annealed: int | None = None
+) -> None:
     """Draws training loss (thin), its running mean, and validation loss over the steps.
+
+    Args:
+        lines: of `read`.
+        path: of the image.
+        title: above it.
+        annealed: the step with which L0 reaches its target, which is marked.
 
     Raises:
         UserError: the file cannot be written.
@@ -110,7 +118,16 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(steps[width - 1 :], mean, color="tab:blue", label=f"training, mean of {width}")
     checked = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     if checked:
-        axes.plot(*zip(*checked, strict=True), "o-", color="tab:orange", label="validation")
+        axes.plot(
+            *zip(*checked, strict=True),
+            "o-",
+            color="tab:orange",
+            label="validation, on files that are not trained on",
+        )
+    if annealed is not None and annealed <= steps[-1]:
+        axes.axvline(
+            annealed, color="gray", linestyle="--", linewidth=0.8, label="L0 reaches its target"
+        )
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

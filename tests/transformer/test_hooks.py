@@ -1,11 +1,13 @@
-"""Taps: what is recorded is what the plain model computes, and what is changed has its effect."""
+"""Hooks: what is recorded is what the plain model computes, and what is changed has its effect."""
 
 import pytest
 import torch
 from test_model import SMALL, batch, make
 
 import sparse_kernels as sk
-from sparse_transformer import taps
+from sparse_transformer import hooks, intervene, record
+from sparse_transformer.hook_point import HookPoint
+from sparse_transformer.interventions import Set
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +21,16 @@ def tokens():
 
 
 def bare(model):
-    return all(getattr(module, "tap", None) is None for module in model.modules())
+    points = [module for module in model.modules() if isinstance(module, HookPoint)]
+    assert sum(len(point.names) for point in points) == len(hooks.names(model))
+    return not any(point.replacements or point.recordings for point in points)
 
 
-def test_recording_changes_nothing_and_sees_every_tap(model, tokens):
+def test_recording_changes_nothing_and_sees_every_place(model, tokens):
     wanted = model(tokens)
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         assert torch.equal(model(tokens), wanted)
-    assert list(seen) == taps.names(model)
+    assert list(seen) == hooks.names(model)
     assert bare(model)
     assert torch.equal(model(tokens), wanted)
     B, T, W = *tokens.shape, SMALL.d_model
@@ -42,7 +46,7 @@ def test_recording_changes_nothing_and_sees_every_tap(model, tokens):
 
 
 def test_recorded_values_are_the_ones_that_flow(model, tokens):
-    with taps.record(model) as seen:
+    with hooks.recording(model) as seen:
         logits = model(tokens)
     x = model.embed(tokens)
     for layer, block in enumerate(model.blocks):
@@ -69,15 +73,15 @@ def test_recorded_values_are_the_ones_that_flow(model, tokens):
 
 def test_identity_interventions_change_nothing(model, tokens):
     wanted = model(tokens)
-    with taps.intervene(model, {name: lambda x: x.clone() for name in taps.names(model)}):
+    with hooks.replacing(model, {name: lambda x: x.clone() for name in hooks.names(model)}):
         torch.testing.assert_close(model(tokens), wanted, rtol=0, atol=0)
     assert bare(model)
 
 
-@pytest.mark.parametrize("name", taps.names(make()))
-def test_every_tap_can_be_intervened_on(model, tokens, name):
+@pytest.mark.parametrize("name", hooks.names(make()))
+def test_every_place_can_be_replaced(model, tokens, name):
     wanted = model(tokens)
-    with taps.intervene(model, {name: torch.zeros_like}), taps.record(model, [name]) as seen:
+    with hooks.replacing(model, {name: torch.zeros_like}), hooks.recording(model, [name]) as seen:
         changed = model(tokens)
     assert seen[name].abs().max() == 0
     assert (changed - wanted).abs().max() > 1e-3
@@ -85,37 +89,37 @@ def test_every_tap_can_be_intervened_on(model, tokens, name):
 
 
 def test_zeroed_sublayers_leave_the_embedding(model, tokens):
-    zeroed = {n: torch.zeros_like for n in taps.names(model) if n.endswith("resid_delta")}
-    with taps.intervene(model, zeroed), taps.record(model, ["final_resid"]) as seen:
+    zeroed = {n: torch.zeros_like for n in hooks.names(model) if n.endswith("resid_delta")}
+    with hooks.replacing(model, zeroed), hooks.recording(model, ["final_resid"]) as seen:
         model(tokens)
     assert torch.equal(seen["final_resid"], model.embed(tokens))
 
 
 def test_contexts_nest_in_order_and_recordings_see_the_result(model, tokens):
     with (
-        taps.record(model, ["0.attn.q"]) as outer,
-        taps.intervene(model, {"0.attn.q": lambda x: x + 1}),
-        taps.intervene(model, {"0.attn.q": lambda x: x * 2}),
+        hooks.recording(model, ["0.attn.q"]) as outer,
+        hooks.replacing(model, {"0.attn.q": lambda x: x + 1}),
+        hooks.replacing(model, {"0.attn.q": lambda x: x * 2}),
     ):
         model(tokens)
-    with taps.record(model, ["0.attn.q"]) as plain:
+    with hooks.recording(model, ["0.attn.q"]) as plain:
         model(tokens)
     torch.testing.assert_close(outer["0.attn.q"], (plain["0.attn.q"] + 1) * 2)
     assert bare(model)
 
 
 def test_gradients_reach_a_recorded_activation(model, tokens):
-    with taps.record(model, ["1.mlp.post_act"]) as seen:
+    with hooks.recording(model, ["1.mlp.post_act"]) as seen:
         logits = model(tokens)
     (grad,) = torch.autograd.grad(logits.square().sum(), seen["1.mlp.post_act"])
     assert grad.abs().max() > 0
 
 
-def test_taps_leave_when_the_block_raises(model, tokens):
+def test_hooks_leave_when_the_block_raises(model, tokens):
     def raises(x):
         raise KeyError("stop")
 
-    with pytest.raises(KeyError, match="stop"), taps.intervene(model, {"0.mlp.act_in": raises}):
+    with pytest.raises(KeyError, match="stop"), hooks.replacing(model, {"0.mlp.act_in": raises}):
         model(tokens)
     assert bare(model)
 
@@ -123,22 +127,54 @@ def test_taps_leave_when_the_block_raises(model, tokens):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("0.attn.qq", r"no tap '0\.attn\.qq': did you mean 0\.attn\.q"),
-        ("7.mlp.post_act", r"no tap '7\.mlp\.post_act': did you mean"),
-        ("xyz", "no tap 'xyz': the taps are"),
+        ("0.attn.qq", r"no hook point '0\.attn\.qq': did you mean 0\.attn\.q"),
+        ("7.mlp.post_act", r"no hook point '7\.mlp\.post_act': did you mean"),
+        ("xyz", "no hook point 'xyz': there are"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(model, name, message):
-    with pytest.raises(ValueError, match=message), taps.record(model, ["0.attn.q", name]):
+    with pytest.raises(ValueError, match=message), hooks.recording(model, ["0.attn.q", name]):
         pass
-    with pytest.raises(ValueError, match=message), taps.intervene(model, {name: torch.zeros_like}):
+    with pytest.raises(ValueError, match=message), hooks.replacing(model, {name: torch.zeros_like}):
         pass
     assert bare(model)
 
 
 def test_an_intervention_must_keep_the_shape(model, tokens):
-    wanted = r"tap '0\.attn\.y' must return shape \(3, 70, 32\), got \(3, 70, 31\)"
-    narrow = taps.intervene(model, {"0.attn.y": lambda x: x[..., 1:]})
+    wanted = r"'0\.attn\.y' must return shape \(3, 70, 32\), got \(3, 70, 31\)"
+    narrow = hooks.replacing(model, {"0.attn.y": lambda x: x[..., 1:]})
     with pytest.raises(ValueError, match=wanted), narrow:
         model(tokens)
     assert bare(model)
+
+
+def test_one_line_each_from_python(model, tokens):
+    wanted = model(tokens)
+    seen = record(model, tokens, ["0.mlp.post_act", "1.attn.q"])
+    assert list(seen) == ["1.attn.q", "0.mlp.post_act"] or list(seen) == [
+        "0.mlp.post_act",
+        "1.attn.q",
+    ]
+    assert not any(tensor.requires_grad for tensor in seen.values())
+    with hooks.recording(model) as every:
+        model(tokens)
+    assert all(torch.equal(seen[name], every[name]) for name in seen)
+    for changes in (
+        Set("0.mlp.post_act", 0.0),
+        [Set("0.mlp.post_act", 0.0)],
+        {"0.mlp.post_act": torch.zeros_like},
+    ):
+        with intervene(model, changes):
+            zeroed = model(tokens)
+            assert record(model, tokens, ["0.mlp.post_act"])["0.mlp.post_act"].abs().max() == 0
+        assert (zeroed - wanted).abs().max() > 1e-3
+        assert bare(model)
+
+
+def test_pytorch_hooks_work_too(model, tokens):
+    seen = []
+    point = model.get_submodule("blocks.0.mlp.hook_neurons")
+    handle = point.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(tokens)
+    handle.remove()
+    assert torch.equal(seen[0], record(model, tokens)["0.mlp.post_act"])

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_transformer.sharding import whole
+from sparse_transformer.ranges import need_number
+from sparse_transformer.train.sharding import whole
 
 # Parts of a parameter's qualified name that exempt it from weight decay.
 _NO_DECAY = {"bigram", "sinks"}
@@ -25,10 +26,22 @@ class OptimizerConfig:
     """AdamW with the published constants; the learning rate is that of d_model 1024."""
 
     learning_rate: float = 1.28e-2
+    """Peak learning rate, which the schedule reaches at the final L0."""
     beta1: float = 0.9
+    """Decay of the mean of the gradients in a step."""
     beta2: float = 0.95
+    """Decay of the mean of their squares in a step."""
     weight_decay: float = 0.1
-    eps: float = 0.1  # large, because gradients are normalized to RMS 1
+    """Decoupled weight decay of the matrices."""
+    eps: float = 0.1
+    """Added to the root of the mean square; large, because gradients are normalized to RMS 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            need_number(self, name, 0, math.inf, above=True)
+        for name in ("beta1", "beta2"):
+            need_number(self, name, 0, 0.999999)
+        need_number(self, "weight_decay", 0, math.inf)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -1,0 +1,1 @@
+"""The faces of the programs: options, and what goes wrong with them."""

@@ -1,0 +1,162 @@
+"""Hooks by name: record what flows through a model, or replace it on the way.
+
+The names are those of the released code: `{layer}.attn.act_in|q|k|v|y|resid_delta`,
+`{layer}.mlp.act_in|post_act|resid_delta`, `final_resid`. All are `(B, T, width)`, after AbsTopK
+where there is one; `act_in` is what the sublayer's matrix reads, `resid_delta` what is added to the
+residual stream. `final_resid` is the stream after the last block, before the last norm.
+
+    activations = hooks.record(model, tokens)
+    with hooks.recording(model, ["0.mlp.post_act"]) as seen:
+        model(tokens)
+    with hooks.replacing(model, {"0.mlp.post_act": torch.zeros_like}):
+        logits = model(tokens)
+
+The model has a `HookPoint`, an identity, at each of these places. Contexts nest: replacements act
+in the order in which they were entered, recordings see their result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_transformer.hook_point import HookPoint, Replacement
+from sparse_transformer.model import ModelConfig, Transformer
+
+_ATTENTION = ("act_in", "q", "k", "v", "y", "resid_delta")
+_MLP = ("act_in", "post_act", "resid_delta")
+
+
+def names(model: Transformer) -> list[str]:
+    """The names of all hook points, in the order in which a forward reaches them."""
+    return _names(model.config.n_layer)
+
+
+def _names(n_layer: int) -> list[str]:
+    found = []
+    for layer in range(n_layer):
+        found += [f"{layer}.attn.{name}" for name in _ATTENTION]
+        found += [f"{layer}.mlp.{name}" for name in _MLP]
+    return [*found, "final_resid"]
+
+
+def widths(config: ModelConfig) -> dict[str, int]:
+    """How many channels flow through each hook point, in the order of `names`."""
+    heads = config.heads * config.d_head
+    local = dict.fromkeys(("q", "k", "v", "y"), heads) | {
+        "act_in": config.d_model + config.positions,
+        "post_act": config.neurons,
+    }
+    return {
+        name: local.get(name.rsplit(".", 1)[-1], config.d_model) for name in _names(config.n_layer)
+    }
+
+
+@torch.no_grad()
+def record(
+    model: Transformer, tokens: Tensor, which: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """Runs `model` on `tokens (B, T)` and returns its activations by name, without gradients.
+
+    Args:
+        model: the model.
+        tokens: int64 `(B, T)`.
+        which: names; None for all.
+
+    Raises:
+        ValueError: a name that the model has not; the message has the nearest ones.
+    """
+    with recording(model, which) as seen:
+        model(tokens)
+    return seen
+
+
+@contextmanager
+def recording(
+    model: Transformer, which: Iterable[str] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yields a dict that each forward inside the block fills: name to tensor, the latest.
+
+    The tensors are those of the forward itself, with their gradient history; detach what is kept.
+
+    Args:
+        model: the model.
+        which: names; None for all.
+
+    Raises:
+        ValueError: a name that the model has not; the message has the nearest ones.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def into(name: str) -> Callable[[Tensor], None]:
+        def note(value: Tensor) -> None:
+            seen[name] = value
+
+        return note
+
+    chosen = names(model) if which is None else list(which)
+    points = [_point(model, name) for name in chosen]
+    with ExitStack() as stack:
+        for name, (point, local) in zip(chosen, points, strict=True):
+            stack.enter_context(_attached(point.recordings, (local, into(name))))
+        yield seen
+
+
+@contextmanager
+def replacing(model: Transformer, changes: Mapping[str, Replacement]) -> Iterator[None]:
+    """Inside the block every forward uses `function(activation)` at each named place.
+
+    Args:
+        model: the model.
+        changes: name to a function of the activation that returns a new one of its shape.
+
+    Raises:
+        ValueError: a name that the model has not; the message has the nearest ones. In the forward:
+            a function that returns another shape.
+    """
+    points = [_point(model, name) for name in changes]
+    with ExitStack() as stack:
+        for (name, change), (point, local) in zip(changes.items(), points, strict=True):
+            stack.enter_context(_attached(point.replacements, (local, _checked(name, change))))
+        yield
+
+
+@contextmanager
+def _attached(entries: list[Any], entry: Any) -> Iterator[None]:
+    entries.append(entry)
+    try:
+        yield
+    finally:
+        # By identity: equal entries may be attached twice.
+        del entries[next(place for place, held in enumerate(entries) if held is entry)]
+
+
+def _point(model: Transformer, name: str) -> tuple[HookPoint, str]:
+    """The hook point of that name, and the name there."""
+    known = names(model)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
+        raise ValueError(f"the model has no hook point {name!r}: {hint}")
+    *place, local = name.split(".")
+    part = model.get_submodule(f"blocks.{'.'.join(place)}") if place else model
+    points = (point for point in part.children() if isinstance(point, HookPoint))
+    return next(point for point in points if local in point.names), local
+
+
+def _checked(name: str, change: Replacement) -> Replacement:
+    def checked(value: Tensor) -> Tensor:
+        changed = change(value)
+        if changed.shape != value.shape:
+            raise ValueError(
+                f"the function for {name!r} must return shape {tuple(value.shape)}, "
+                f"got {tuple(changed.shape)}"
+            )
+        return changed
+
+    return checked

@@ -1,0 +1,513 @@
+"""The state of a run, and one step of it.
+
+On several devices each rank computes its part of the same global batch, gradients are averaged, and
+all ranks keep the same connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_transformer.data import Batches, Corpus, check_length, validation_batches
+from sparse_transformer.errors import UserError
+from sparse_transformer.generation import stream
+from sparse_transformer.masked import masked_layers
+from sparse_transformer.model import Transformer
+from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.train import checkpoint, sharding
+from sparse_transformer.train.checkpoint import Checkpoint
+from sparse_transformer.train.distributed import Ranks
+from sparse_transformer.train.masked_dense import project_
+from sparse_transformer.train.optimizer import learning_rate, make_optimizer, normalize_gradients_
+from sparse_transformer.train.settings import Settings, TrainConfig
+from sparse_transformer.train.topology import Topology, annealed_after, annealed_fraction
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Diverged(UserError):
+    """Training diverged; the last checkpoint is good."""
+
+
+class Trainer:
+    """The state of a run, and one step of it. Writes nothing.
+
+    Args:
+        settings: of the run.
+        corpus: what it trains on.
+        here: this process among the ranks.
+        point: where to go on, or None to begin.
+
+    Attributes:
+        model, optimizer, topology: the last is None unless `settings.model.linear` is "sparse".
+        step: how many steps are done.
+
+    Raises:
+        UserError: settings that do not fit the device, the ranks or the corpus.
+    """
+
+    def __init__(
+        self, settings: Settings, corpus: Corpus, here: Ranks, point: Checkpoint | None = None
+    ) -> None:
+        config = settings.train
+        self.settings, self.ranks, self.corpus = settings, here, corpus
+        self.dtype = _dtype(config, here.device)
+        if config.shard:
+            reason = sharding.why_not(settings.model.linear, here.world)
+            if reason:
+                raise UserError(reason)
+        context = settings.model.context
+        windows = _windows(config, context, here.world)
+        self._batches = Batches(
+            corpus.train,
+            context=context,
+            batch=windows,
+            seed=config.seed,
+            rank=here.rank,
+            world=here.world,
+        )
+        self._micro_batch = windows // (here.world * config.accumulate)
+        check_length(corpus.validation, context, "validation")
+        _check_memory(settings, here, self._micro_batch * context)
+        self.step = point.step if point else 0
+        self.anneal_steps = config.steps
+        if point is None:
+            torch.manual_seed(config.seed)
+            self.model = Transformer(
+                settings.model,
+                fan_multiple=settings.topology.start_multiple,
+                generator=torch.Generator().manual_seed(config.seed),
+                device=here.device,
+            )
+            here.broadcast_(self.model.state_dict().values())
+            self._equip()
+        else:
+            with checkpoint.damage_named(point.path, "--from-step"):
+                progress = Progress.of(point)
+                self.anneal_steps = progress.anneal_steps
+                self.model = checkpoint.model_of(point, settings.model, here.device)
+                self._equip()
+                self._restore(point, progress)
+        self._topology_hash = self.topology.hash() if self.topology else "0"
+        self._compiled = torch.compile(self.model.loss) if config.compile else None
+
+    def _equip(self) -> None:
+        """What works on the model: optimizer, topology, scale and watch."""
+        settings, config = self.settings, self.settings.train
+        if config.shard:
+            sharding.shard_(self.model, self.ranks.world, self.ranks.device)
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
+        self.topology = (
+            Topology(self.model, self.optimizer, settings.topology, config.steps, self.anneal_steps)
+            if settings.model.linear == "sparse"
+            else None
+        )
+        self._scale = _LossScale(enabled=self.dtype == torch.float16)
+        self._watch = _RiseWatch(config.max_rise)
+
+    @property
+    def fraction(self) -> float:
+        """L0 now over L0 at the end, as scheduled; at least 1."""
+        settings = self.settings
+        if self.topology is not None:
+            return self.topology.fraction(self.step)
+        if settings.model.linear == "masked_dense":
+            # The published recipe starts dense.
+            sparsest = min(settings.model.density, settings.model.embedding_density)
+            return annealed_fraction(
+                self.step, self.anneal_steps, 1 / sparsest, settings.topology.anneal_share
+            )
+        return 1.0
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step: loss, gradients, update, topology. Returns what there is to report.
+
+        Raises:
+            Diverged: a loss or gradient that is not finite, or a loss that rises and rises. Nothing
+                has been updated then.
+        """
+        config, fraction = self.settings.train, self.fraction
+        rate = learning_rate(
+            self.step, config.steps, self.settings.optimizer.learning_rate, fraction
+        )
+        loss, rms = self._gradients()
+        self._watch.look(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.topology is not None and self.topology.step(self.step):
+            self._topology_hash = self.topology.hash()
+        elif self.settings.model.linear == "masked_dense":
+            project_(self.model, fraction, method=config.projection)
+        self.step += 1
+        return {
+            "loss": loss,
+            "lr": rate,
+            "l0": self.l0(),
+            "tokens": self.step * config.batch_tokens,
+            "gradient_rms": rms,
+        }
+
+    def agree(self, stop: int) -> int:
+        """See `Ranks.agree`."""
+        return self.ranks.agree(self._topology_hash, stop)
+
+    def validate(self) -> float:
+        """Mean loss over the validation windows, all ranks together."""
+        config, context = self.settings.train, self.settings.model.context
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        batches = validation_batches(
+            self.corpus.validation,
+            context=context,
+            batch=self._micro_batch,
+            windows=max(1, config.validation_tokens // context),
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        with torch.no_grad(), self._autocast():
+            for tokens, targets in batches:
+                windows = len(tokens)
+                if windows == 0:
+                    # The ranks of a sharded model must compute together: any window, counted as 0.
+                    tokens = targets = torch.zeros(1, context, dtype=torch.int64)
+                loss = self.model.loss(*self._move(tokens, targets))
+                total += torch.stack([loss.double() * windows, total.new_tensor(windows)])
+        loss_sum, count = self.ranks.sum(total).tolist()
+        return float(loss_sum / count)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU."""
+        return self.ranks.device.type == "cpu"
+
+    @property
+    def annealed_after(self) -> int | None:
+        """The step with which the schedule of L0 reaches its target; None if it has none."""
+        settings = self.settings
+        if settings.model.linear == "dense" or (
+            self.topology is not None and settings.topology.start_multiple == 1
+        ):
+            return None
+        return annealed_after(self.anneal_steps, settings.topology.anneal_share) + 1
+
+    def sample(self) -> str:
+        """A text that the model begins and continues, the same choices after the same step.
+
+        Empty where other ranks would have to compute with this one.
+        """
+        count = self.settings.train.sample_tokens
+        if self.ranks.world > 1 or count == 0:
+            return ""
+        end = self.corpus.end_of_text
+        generator = torch.Generator(self.ranks.device).manual_seed(self.step)
+        steps = stream(self.model, [[end]], count, temperature=0.8, top_k=40, generator=generator)
+        return str(self.corpus.tokenizer.decode([token for (token,) in steps if token is not None]))
+
+    def l0(self) -> int:
+        """Nonzero weights of all matrices: for the sparse ones, those that exist.
+
+        All ranks must call it.
+        """
+        if self.topology is not None:
+            return sum(layer.weight.numel() for layer in self.model.sparse_layers().values())
+        masked = masked_layers(self.model).values()
+        if masked:
+            counts = torch.stack([torch.count_nonzero(layer.weight) for layer in masked])
+            return int(sharding.whole(counts.sum()))
+        return sum(
+            module.weight.numel()
+            for module in self.model.modules()
+            if isinstance(module, (nn.Linear, nn.Embedding))
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on: tensors, and what JSON can hold.
+
+        All ranks must call it; only the first one gets tensors, on the CPU.
+
+        Raises:
+            Diverged: a parameter is not finite, so that this is no state to go back to.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(sharding.whole(parameter)).all():
+                raise Diverged(f"{name} is no longer finite after step {self.step}")
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        tensors["generator.cpu"] = torch.get_rng_state()
+        if self.ranks.device.type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        meta: dict[str, Any] = {
+            "settings": self.settings.to_dict(),
+            "corpus": self.corpus.key,
+            "loss_scale": vars(self._scale),
+            "watch": vars(self._watch),
+            "anneal_steps": self.anneal_steps,
+        }
+        if self.topology is not None:
+            state = dict(self.topology.state_dict())
+            flat, meta["topology"] = checkpoint.flatten(state, "topology")
+            tensors.update(flat)
+        return sharding.gather(tensors, keep=self.ranks.first), meta
+
+    def _restore(self, point: Checkpoint, progress: Progress) -> None:
+        """Optimizer, topology and generators; the model has its tensors already.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: a part that is missing or does not fit.
+        """
+        tensors, meta = point.tensors, point.meta
+        numbers = {
+            parameter: number
+            for number, parameter in enumerate(
+                parameter for group in self.optimizer.param_groups for parameter in group["params"]
+            )
+        }
+        packed = self.optimizer.state_dict()
+        for name, parameter in self.model.named_parameters():
+            state = checkpoint.part(tensors, f"optimizer.{name}")
+            _check_moments(name, state, parameter.shape, point.step)
+            packed["state"][numbers[parameter]] = {
+                key: sharding.like(value, parameter) if value.dim() else value
+                for key, value in state.items()
+            }
+        self.optimizer.load_state_dict(packed)
+        if self.topology is not None:
+            self.topology.load_state_dict(
+                checkpoint.unflatten(tensors, meta["topology"], "topology")
+            )
+        self._scale.scale, self._scale.good = progress.scale, progress.good
+        self._watch.mean, self._watch.least = progress.mean_loss, progress.least_loss
+        torch.set_rng_state(tensors["generator.cpu"].cpu())
+        if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["generator.cuda"].cpu())
+
+    def _gradients(self) -> tuple[float, float]:
+        """Normalised gradients of this step over all ranks; its mean loss, and their RMS before."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        while True:
+            share = self._backward()
+            if not self.settings.train.shard:  # which has averaged them already
+                self.ranks.average_gradients_(parameters)
+            loss = float(self.ranks.sum(share)) / self.ranks.world
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss of step {self.step + 1} is {loss}")
+            self._scale.unscale_(parameters)
+            rms = normalize_gradients_(parameters, clip_only=self.settings.train.clip_only)
+            if self._scale.accepts(rms):
+                break
+        if not math.isfinite(rms):
+            raise Diverged(f"the gradients of step {self.step + 1} are not finite")
+        return loss, rms
+
+    def _backward(self) -> Tensor:
+        """Adds up the gradients of this rank's share; returns its mean loss, float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        accumulate = self.settings.train.accumulate
+        capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        compute = self._compiled or self.model.loss
+        if self.topology is not None:
+            if self.fraction > 1:
+                # Each intermediate fan-in would be compiled separately.
+                compute = self.model.loss
+            if self.topology.wants_gradients(self.step):
+                # It uses module hooks, which a compiled model does not call.
+                capture, compute = self.topology.capture(), self.model.loss
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        tokens, targets = self._move(*self._batches.at(self.step))
+        with capture:
+            for part, goal in zip(
+                tokens.split(self._micro_batch), targets.split(self._micro_batch), strict=True
+            ):
+                with self._autocast():
+                    loss = compute(part, goal)
+                total += loss.detach().double() / accumulate
+                (loss * (self._scale.scale / accumulate)).backward()
+        return total
+
+    def _move(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ranks.device.type == "cpu":
+            return tokens, targets
+        device = self.ranks.device
+        return (
+            tokens.pin_memory().to(device, non_blocking=True),
+            targets.pin_memory().to(device, non_blocking=True),
+        )
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(
+            self.ranks.device.type, self.dtype if enabled else None, enabled=enabled
+        )
+
+
+@dataclass
+class _LossScale:
+    """Keeps float16 gradients in range: halves on overflow, doubles after `patience` good steps."""
+
+    enabled: bool
+    scale: float = field(init=False)
+    good: int = 0
+
+    def __post_init__(self) -> None:
+        self.scale = 65536.0 if self.enabled else 1.0
+
+    def unscale_(self, parameters: Sequence[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def accepts(self, rms: float, patience: int = 1000) -> bool:
+        """False if the step is to be computed again with the smaller scale."""
+        if not self.enabled:
+            return True
+        if math.isfinite(rms):
+            self.good += 1
+            if self.good % patience == 0:
+                self.scale *= 2
+            return True
+        self.good = 0
+        self.scale /= 2
+        return self.scale < 1
+
+
+@dataclass
+class _RiseWatch:
+    """Notices a loss that diverges: its running mean far above the least that it has been."""
+
+    limit: float
+    mean: float | None = None
+    least: float | None = None
+
+    def look(self, loss: float) -> None:
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
+        self.least = self.mean if self.least is None else min(self.least, self.mean)
+        if self.mean > self.least + self.limit:
+            raise Diverged(f"the loss has risen from {self.least:.3g} to {self.mean:.3g}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the meta of a checkpoint says about a run, checked.
+
+    Attributes:
+        settings: as they were.
+        corpus: the key of what it trained on.
+        anneal_steps: see `Topology`.
+        metrics_position: bytes of `metrics.jsonl` that belong to it.
+        seconds: that it had trained.
+        scale, good: of the loss scale.
+        mean_loss, least_loss: of the watch on rising losses.
+    """
+
+    settings: Settings
+    corpus: str
+    anneal_steps: int
+    metrics_position: int
+    seconds: float
+    scale: float
+    good: int
+    mean_loss: float | None
+    least_loss: float | None
+
+    @classmethod
+    def of(cls, point: Checkpoint) -> Progress:
+        """Reads it.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or has no sensible value.
+        """
+        meta = point.meta
+        settings = Settings.from_dict(meta["settings"])
+        progress = cls(
+            settings,
+            corpus=meta["corpus"],
+            # Older checkpoints are of runs that were not extended.
+            anneal_steps=meta.get("anneal_steps", settings.train.steps),
+            metrics_position=meta["metrics_position"],
+            seconds=meta["seconds"],
+            scale=meta["loss_scale"]["scale"],
+            good=meta["loss_scale"]["good"],
+            mean_loss=meta["watch"]["mean"],
+            least_loss=meta["watch"]["least"],
+        )
+        need(isinstance(progress.corpus, str), "corpus", "a key", progress.corpus)
+        need_whole(progress, "anneal_steps", 1)
+        for name in ("metrics_position", "good"):
+            need_whole(progress, name, 0)
+        need_number(progress, "seconds", 0, math.inf)
+        need_number(progress, "scale", 0, math.inf, above=True)
+        for name in ("mean_loss", "least_loss"):
+            if getattr(progress, name) is not None:
+                need_number(progress, name, -math.inf, math.inf)
+        return progress
+
+
+def _check_moments(name: str, state: dict[str, Tensor], shape: torch.Size, step: int) -> None:
+    """Raises ValueError unless AdamW can go on with `state` after `step` steps.
+
+    It would read past the end of moments that are too small.
+    """
+    if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        held = ", ".join(sorted(state)) or "nothing"
+        raise ValueError(f"the optimizer's state of {name} must be AdamW's, it has {held}")
+    for key, tensor in state.items():
+        wanted = torch.Size() if key == "step" else shape
+        if tensor.shape != wanted or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{key} of {name} must be float32 {tuple(wanted)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} of {name} is not finite")
+    if int(state["step"]) != step:
+        raise ValueError(f"the optimizer has done {int(state['step'])} steps, and not {step}")
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "float16" and device.type == "cpu":
+        raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
+    return _DTYPES[config.dtype]
+
+
+def _windows(config: TrainConfig, context: int, world: int) -> int:
+    """Windows of a step, over all ranks."""
+    unit = context * world * config.accumulate
+    if config.batch_tokens % unit:
+        raise UserError(
+            f"--batch-tokens {config.batch_tokens} cannot be divided into windows of {context} "
+            f"tokens for {world} ranks of {config.accumulate} parts: choose a multiple of {unit}"
+        )
+    return config.batch_tokens // context
+
+
+def _check_memory(settings: Settings, here: Ranks, tokens: int) -> None:
+    """Refuses what cannot fit, before anything is allocated.
+
+    Counts the parameters, their gradients and both moments at the start of training, and the logits
+    and the residual stream of `tokens` tokens.
+    """
+    if here.device.type == "cuda":
+        available = torch.cuda.get_device_properties(here.device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = settings.model
+    parts = here.world if settings.train.shard else 1
+    needed = 4 * 4 * model.values(settings.topology.start_multiple) // parts
+    needed += 4 * tokens * (model.vocab_size + 2 * model.n_layer * model.d_model)
+    if needed > available:
+        raise UserError(
+            f"training needs at least {needed / 2**30:,.0f} GiB of memory and the device has "
+            f"{available / 2**30:,.0f}: choose a smaller model, or --accumulate for fewer tokens "
+            f"at once"
+        )
