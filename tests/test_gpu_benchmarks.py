@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import activation, cases, devices, gpu, matmul, operations, run
+from benchmarks import activation, cases, devices, gpu, matmul, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
@@ -55,7 +55,7 @@ def test_the_plan_fits_eight_minutes_and_its_programs_take_its_options(tmp_path)
         if "--device" in words:
             start = words.index("--device")
             assert words[start - 1] in ("benchmarks.matmul", "benchmarks.activation")
-            options = tyro.cli(operations.Options, args=words[start:])
+            options = tyro.cli(matmul.Options, args=words[start:])
             assert options.check != (options.json == tmp_path / f"{name}.json")
             assert run.why_not(options) in (None, f"--device: {devices.why_not('cuda')}")
         for word in words:
