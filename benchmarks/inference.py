@@ -76,7 +76,6 @@ BENCHMARK = run.Benchmark(
     cases=plan,
     measure=lambda group, options, device: measure.measure_group(group, options, make),
     missing=measure.missing,
-    is_drawn=False,
 )
 main = partial(run.main, BENCHMARK)
 

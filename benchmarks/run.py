@@ -28,8 +28,6 @@ class Options:
     """Tiny sizes, in seconds."""
     json: Path | None = None
     """Write the rows to this file."""
-    plot: Path | None = None
-    """Draw into this PNG."""
     threads: int | None = None
     """torch.set_num_threads."""
     device: str = "cpu"
@@ -47,7 +45,6 @@ class Benchmark:
     options: type[Options] = Options
     missing: Callable[[Any], list[str]] = lambda options: []  # sentences: what is not compared
     kept: Callable[[Any], list[dict[str, Any]]] = lambda options: []  # rows of a run that continues
-    is_drawn: bool = True
 
     @property
     def program(self) -> str:
@@ -70,7 +67,6 @@ def _why_no_backend(name: str) -> str | None:
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "device": devices.why_not,
     "json": report.why_not_writable,
-    "plot": report.why_no_plot,
     "threads": _why_not_positive,
     "backend": _why_no_backend,
 }
@@ -104,8 +100,6 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     A case that fails ends alone. Returns 0, or 1 if a row is wrong or a case failed.
     """
     options, command = parse(benchmark.options, benchmark.name, benchmark.description, arguments)
-    if options.plot is not None and not benchmark.is_drawn:
-        report.refuse(benchmark.program, "--plot: the results of this benchmark are not drawn")
     view, device = report.view_of(benchmark.name), devices.connect(options.device)
     cases, rows = benchmark.cases(options, device), benchmark.kept(options)
     failed: dict[str, str] = {}
@@ -141,11 +135,6 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
             is_interrupted = True
     save(complete=not is_interrupted)
     print("", *view.closing(rows), sep="\n")
-    if options.plot is not None and rows:
-        try:
-            view.draw(rows, options.plot, report.machine_line(machine))
-        except ValueError as error:
-            report.refuse(benchmark.program, f"--plot: {error}")
     wrong = sum(not row["correct"] for row in rows)
     if failed:
         print(f"{len(failed)} cases did not run: see FAIL above")

@@ -65,10 +65,10 @@ def record(folder: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]
     }
 
 
-def text(content: Mapping[str, Any]) -> str:
+def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
     """A line for each run, then the sizes of the circuits task by task."""
     lines = []
-    for row in content["rows"]:
+    for row in rows:
         trained = row["training"]
         scores = [score["accuracy"]["value"] for score in row["scores"].values() if "loss" in score]
         lines.append(
@@ -79,8 +79,8 @@ def text(content: Mapping[str, Any]) -> str:
                 "tasks solved": sum(value >= evaluate.SOLVED_ACCURACY for value in scores),
             }
         )
-    circuits = {row["run"]: row["circuits"] for row in content["rows"]}
-    return f"{report.table(lines)}\n\n{compare.table(circuits)}"
+    circuits = {row["run"]: row["circuits"] for row in rows}
+    return f"{report.table(lines, style)}\n\n{compare.table(circuits)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.refuse(PROGRAM, str(error))
     if options.json is not None:
         report.write_json(options.json, machine, rows, complete=True)
-    print("", text({"rows": rows}), sep="\n")
+    print("", text(rows), sep="\n")
     return 0
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
@@ -63,21 +62,11 @@ def density(row: Row) -> str:
     return "1" if row["variant"] == "dense" else f"1/{1 / row['density']:.4g}"
 
 
-def text(content: Mapping[str, Any]) -> str:
+def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
     """The tables of all parts, and the closing sentences."""
-    rows = content["rows"]
     parts = dict.fromkeys(row.get("part") for row in rows)
-    tables = [lines([row for row in rows if row.get("part") == part]) for part in parts]
+    tables = [lines([row for row in rows if row.get("part") == part], style) for part in parts]
     return "\n\n".join([*tables, "\n".join(closing(rows))])
-
-
-def markdown(content: Mapping[str, Any]) -> dict[str, str]:
-    """By its mark, the table of the default part of a training, or of all of an inference."""
-    machine = content["machine"]
-    rows = [row for row in content["rows"] if row["correct"] and row.get("part") not in _SWEEPS]
-    mark = "training" if any(row["phase"] == "train" for row in rows) else "inference"
-    where = f"Measured on {report.machine_line(machine)}, {machine['date'][:10]}:"
-    return {f"measured-{mark}": f"{where}\n\n    {machine['command']}\n\n{lines(rows, 'markdown')}"}
 
 
 def closing(rows: Sequence[Row]) -> list[str]:
@@ -117,11 +106,9 @@ def _sweep(rows: Sequence[Row], part: str) -> list[Row]:
     return sorted((row for row in rows if row.get("part") == part), key=lambda row: row[key])
 
 
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """A step against L0 and against the width, log-log, into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+def draw(rows: Sequence[Row], figure: Any) -> None:
+    """A step against L0 and against the width, log-log."""
+    figure.set_size_inches(11, 5.2)
     good = [row for row in rows if row["correct"]]
     if not any(row.get("part") in _SWEEPS for row in good):
         raise ValueError("there is nothing to draw: no part of them is l0 or width")
@@ -144,5 +131,3 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_xticks([], minor=True)
         axis.grid(which="both", alpha=0.25, lw=0.5)
         axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=130, format="png")

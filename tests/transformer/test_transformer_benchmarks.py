@@ -55,7 +55,7 @@ def start(module: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("smoke")
-    words = ("--json", str(folder / "rows.json"), "--plot", str(folder / "plot.png"))
+    words = ("--json", str(folder / "rows.json"))
     done = start("benchmarks.training", "--smoke", "--part", "all", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
@@ -107,6 +107,7 @@ def test_training_rows_keep_the_schema(smoke: tuple[Path, str]) -> None:
 def test_training_draws_and_no_row_fails(smoke: tuple[Path, str]) -> None:
     folder, printed = smoke
     assert "FAIL" not in printed
+    report.main(folder / "rows.json", plot=folder / "plot.png")
     image = (folder / "plot.png").read_bytes()
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
@@ -123,24 +124,18 @@ def test_inference_rows_keep_the_schema(smoke_inference: tuple[Path, str]) -> No
 
 
 @pytest.mark.parametrize(("name", "lines"), [("training", 10), ("inference", 18)])
-def test_result_file_of_an_earlier_version_fills_a_document(
-    name: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_result_file_of_an_earlier_version_prints_markdown(
+    name: str, lines: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ROOT / f"benchmarks/results/{name}-cpu-zen5.json"
-    document = tmp_path / "benchmarks.md"
-    begin, end = f"<!-- measured-{name}:begin -->", f"<!-- measured-{name}:end -->"
-    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    report.main(source, update=document)
-    text = document.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    report.main(source, markdown=True)
+    printed = capsys.readouterr().out
+    first = printed[printed.index("|") :].split("\n\n")[0]
+    table = first.splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + lines
-    report.main(source)
     row = json.loads(source.read_text())["rows"][0]
-    assert f"{row['step_ms']:.4g}" in capsys.readouterr().out
+    assert f"{row['step_ms']:.4g}" in table[2]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,6 @@ def test_result_file_of_an_earlier_version_fills_a_document(
     [
         (["--threads", "0"], "--threads: it must be at least 1, got 0"),
         (["--json", "/no/such/folder/x.json"], "--json: the folder /no/such/folder does not exist"),
-        (["--plot", "plot.jpg"], "--plot: the plot is a PNG"),
         (["--device", "tpu"], "tpu"),
         (["--part", "l1"], "l1"),
     ],
