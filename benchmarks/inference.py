@@ -22,8 +22,14 @@ from functools import cache, partial
 from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import check, measure
-from benchmarks.transformer.jobs import Inference
-from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, Group, make_model
+from benchmarks.transformer.jobs import (
+    LARGE_MODEL,
+    SMOKE_MODEL,
+    Case,
+    Group,
+    Inference,
+    make_model,
+)  # fmt: skip
 from sparse_transformer import Transformer
 
 

@@ -25,8 +25,7 @@ from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import measure
 from benchmarks.transformer.check import check
-from benchmarks.transformer.jobs import Training
-from benchmarks.transformer.variants import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group
+from benchmarks.transformer.jobs import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group, Training
 
 L0_INVERSES = (1024, 512, 256, 128, 64, 32, 16)
 WIDTHS = (256, 512, 1024, 2048)

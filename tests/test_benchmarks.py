@@ -322,13 +322,18 @@ def test_candidates_take_turns_until_the_limit() -> None:
 
     calls = {name: partial(call, name) for name in "ab"}
     estimates = dict.fromkeys(calls, 1e-3)
-    found = timing.interleave(
-        calls, budget_s=0.0, estimates=estimates, sampler=lambda call, _: call()
-    )
+
+    def interleave(**limits: float) -> list[timing.Timing]:
+        found = timing.interleave(
+            calls, estimates=estimates, sampler=lambda call, _: call(), **limits
+        )
+        return list(found.values())
+
+    found = interleave(budget_s=0.0)
     assert order == ["a", "b"] * timing.MIN_SAMPLES
-    assert [t.samples for t in found.values()] == [timing.MIN_SAMPLES] * 2
+    assert [t.samples for t in found] == [timing.MIN_SAMPLES] * 2
     order.clear()
-    timing.interleave(calls, limit_s=0.0, estimates=estimates, sampler=lambda call, _: call())
+    interleave(limit_s=0.0)
     assert order == ["a", "b"]
 
 

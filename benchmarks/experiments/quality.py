@@ -37,7 +37,7 @@ from benchmarks import report
 from benchmarks import run as runner
 from benchmarks.devices import Device
 from benchmarks.report import Row
-from benchmarks.transformer.variants import PROJECTIONS, VARIANTS
+from benchmarks.transformer.jobs import PROJECTIONS, VARIANTS
 from sparse_transformer import ModelConfig
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.optimizer import OptimizerConfig
@@ -46,7 +46,7 @@ from sparse_transformer.presets import Settings, TrainConfig
 from sparse_transformer.topology import TopologyConfig
 from sparse_transformer.train import Diverged, Trainer
 
-# The model of each variant, one of benchmarks.transformer.variants.
+# The model of each variant, one of benchmarks.transformer.jobs.
 MODELS = {
     "sparse": "sparse",
     "static": "sparse",

@@ -26,8 +26,15 @@ from benchmarks import baselines, report, timing
 from benchmarks.run import Options
 from benchmarks.timing import Candidate, Timing
 from benchmarks.transformer import results
-from benchmarks.transformer.jobs import Inference, Job, Training
-from benchmarks.transformer.variants import SMOKE_MODEL, Case, Group, make_model
+from benchmarks.transformer.jobs import (
+    SMOKE_MODEL,
+    Case,
+    Group,
+    Inference,
+    Job,
+    Training,
+    make_model,
+)  # fmt: skip
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
 from sparse_transformer.topology import TopologyConfig

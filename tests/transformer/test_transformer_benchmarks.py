@@ -17,10 +17,9 @@ import torch
 from benchmarks import baselines, inference, report, run, training
 from benchmarks.timing import Timing
 from benchmarks.transformer import check, measure, results
-from benchmarks.transformer.jobs import Training
+from benchmarks.transformer.jobs import MODEL, Case, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
-from benchmarks.transformer.variants import MODEL, Case, make_model
 from sparse_transformer import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
