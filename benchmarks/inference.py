@@ -22,14 +22,7 @@ from functools import cache, partial
 from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import check, measure
-from benchmarks.transformer.jobs import (
-    LARGE_MODEL,
-    SMOKE_MODEL,
-    Case,
-    Group,
-    Inference,
-    make_model,
-)  # fmt: skip
+from benchmarks.transformer.jobs import LARGE_MODEL, SMOKE_MODEL, Case, Group, Inference, make_model
 from sparse_transformer import Transformer
 
 

@@ -39,7 +39,7 @@ INSTALL = {
 Ways = Iterator[tuple[str, Candidate]]
 
 
-def is_installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -48,7 +48,7 @@ def missing() -> list[str]:
     return [
         f"{package} is not compared: it is not installed ({command})"
         for package, command in INSTALL.items()
-        if not is_installed(package)
+        if not _is_installed(package)
     ]
 
 
@@ -144,7 +144,7 @@ def _torch_bsr(operands: Operands, product: str) -> Ways:
 
 
 def _sparselab(operands: Operands, product: str) -> Ways:
-    if not is_installed("sparselab"):
+    if not _is_installed("sparselab"):
         return
     import sparselab
 
@@ -164,14 +164,14 @@ def _sparselab(operands: Operands, product: str) -> Ways:
 
 def _scipy_and_mkl(operands: Operands, product: str) -> Ways:
     """Both multiply scipy's CSR with feature-major activations; neither has grad_weight."""
-    if product == "grad_weight" or not is_installed("scipy"):
+    if product == "grad_weight" or not _is_installed("scipy"):
         return
     import scipy.sparse
 
     dense, _, activations = _sides(operands, product)
     matrix, right = scipy.sparse.csr_matrix(dense.numpy()), activations.t().contiguous().numpy()
     yield "scipy", lambda: (matrix @ right).T
-    if is_installed("sparse_dot_mkl"):
+    if _is_installed("sparse_dot_mkl"):
         if libraries := glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")):
             os.environ.setdefault("MKL_RT", libraries[0])
         try:

@@ -54,21 +54,16 @@ class Benchmark:
 AnyOptions = TypeVar("AnyOptions")
 
 
-def _why_not_positive(value: int) -> str | None:
-    return None if value >= 1 else f"it must be at least 1, got {value}"
-
-
-def _why_no_backend(name: str) -> str | None:
-    known = ", ".join(backends.NAMES)
-    return None if name in backends.NAMES else f"it must be one of {known}, got {name!r}"
-
-
 # Options by name, wherever they occur: a sentence if the value cannot be used, else None.
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "device": devices.why_not,
     "json": report.why_not_writable,
-    "threads": _why_not_positive,
-    "backend": _why_no_backend,
+    "threads": lambda n: None if n >= 1 else f"it must be at least 1, got {n}",
+    "backend": lambda name: (
+        None
+        if name in backends.NAMES
+        else f"it must be one of {', '.join(backends.NAMES)}, got {name!r}"
+    ),
 }
 
 

@@ -48,12 +48,9 @@ from sparse_transformer.train import Diverged, Trainer
 
 # The model of each variant, one of benchmarks.transformer.jobs.
 MODELS = {
-    "sparse": "sparse",
-    "static": "sparse",
-    "masked_dense": "masked_dense_kernel",
-    "released": "masked_dense",
-    "dense": "dense",
-}
+    "sparse": "sparse", "static": "sparse", "masked_dense": "masked_dense_kernel",
+    "released": "masked_dense", "dense": "dense",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

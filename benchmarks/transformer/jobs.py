@@ -213,3 +213,10 @@ class Inference(Job):
         self.model(self.tokens, self._cache)
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+
+def make_job(case: Case, device: str) -> Job:
+    """The job of a case, with a model of its own."""
+    if case.phase == "train":
+        return Training(case, device)
+    return Inference(case, device, make_model(case, device, case.torch_dtype))

@@ -25,16 +25,7 @@ from torch.autograd.profiler import profile
 from benchmarks import baselines, report, timing
 from benchmarks.run import Options
 from benchmarks.timing import Candidate, Timing
-from benchmarks.transformer import results
-from benchmarks.transformer.jobs import (
-    SMOKE_MODEL,
-    Case,
-    Group,
-    Inference,
-    Job,
-    Training,
-    make_model,
-)  # fmt: skip
+from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, make_job
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
 from sparse_transformer.topology import TopologyConfig
@@ -113,7 +104,6 @@ def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
     case = job.case
     row = {
         **case.columns(),
-        **dict.fromkeys(results.TIMED),
         **job.verdict._asdict(),
         "device": job.device,
         "threads": torch.get_num_threads(),
@@ -196,10 +186,7 @@ def _peak_mb(case: Case, device: str, threads: int) -> float:
 
 
 def _take_calls(case: Case, device: str) -> None:
-    if case.phase == "train":
-        job: Job = Training(case, device)
-    else:
-        job = Inference(case, device, make_model(case, device, case.torch_dtype))
+    job = make_job(case, device)
     for call in (job.calls["step"], *reversed(job.calls.values())):
         call()
 
