@@ -9,7 +9,6 @@ from benchmarks import matmul
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
     words = sys.argv[1:] if arguments is None else arguments
     return matmul.main(["--operation", "abs_topk", *words])
 

@@ -47,7 +47,6 @@ def why_not(name: str) -> str | None:
 
 
 def connect(name: str) -> Device:
-    """The device of that name."""
     return Gpu() if name == "cuda" else Device()
 
 

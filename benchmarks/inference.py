@@ -27,7 +27,6 @@ from sparse_transformer import Transformer
 
 
 def plan(options: run.Options, _: Device | None = None) -> list[Group]:
-    """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
     bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_kernel", "dense")
     variants = {"float32": ("masked_dense_kernel", "dense"), "bfloat16": bf16_dense}

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks import cases, operations, peers, report, run, timing
+from benchmarks import baselines, cases, operations, report, run, timing
 from benchmarks.cases import HEADLINES, AnyCase, TopkCase
 from benchmarks.devices import Device
 from benchmarks.operations import Operation
@@ -37,8 +37,6 @@ SECONDS, SMOKE_SECONDS = (0.3, 0.8), (0.01, math.inf)
 
 @dataclass(frozen=True)
 class Options(run.Options):
-    """Options of the command line."""
-
     operation: Literal["matmul", "abs_topk"] = "matmul"
     """What to measure."""
     full: bool = False
@@ -77,7 +75,6 @@ def choose(options: Options, device: Device) -> list[AnyCase]:
 
 @torch.no_grad()
 def measure(case: AnyCase, options: Options, device: Device) -> list[dict[str, Any]]:
-    """The rows of a case."""
     backend = options.backend or device.backend
     if isinstance(case, TopkCase):
         found = operations.forward_and_backward(case, device.name, backend)
@@ -164,7 +161,7 @@ BENCHMARK = run.Benchmark(
     cases=choose,
     measure=measure,
     options=Options,
-    missing=lambda options: peers.missing() if options.operation == "matmul" else [],
+    missing=lambda options: baselines.missing_peers() if options.operation == "matmul" else [],
 )
 main = partial(run.main, BENCHMARK)
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, peers
+from benchmarks import baselines
 from benchmarks.baselines import Accuracy, Operands, Rivals
 from benchmarks.cases import DTYPES, Case, TopkCase
 from benchmarks.roofline import Work, count_work
@@ -33,11 +33,6 @@ def products(case: Case, device: str, backend: str | None) -> Iterator[Operation
     """The three products of a layer, over the same operands. Without a backend sk chooses one."""
     operands = Operands.draw(case, device)
 
-    def rivals(product: str, ours: Candidate) -> tuple[Rivals, dict[str, str]]:
-        dense, notes = baselines.rivals(operands, product)
-        sparse, more = peers.rivals(operands, product, ours)
-        return dense | sparse, notes | more
-
     for problem in case.problems(device):
         name, product = backends.choose(problem, backend), problem.product
         ours = baselines.ours(operands, product, name)
@@ -47,7 +42,7 @@ def products(case: Case, device: str, backend: str | None) -> Iterator[Operation
             ours=ours,
             check=partial(baselines.check, operands, product, ours),
             work=count_work(case, product, operands.used_in_features),
-            rivals=partial(rivals, product, ours),
+            rivals=partial(baselines.rivals, operands, product, ours),
         )
 
 

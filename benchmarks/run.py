@@ -22,8 +22,6 @@ from sparse_kernels import backends
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
-
     smoke: bool = False
     """Tiny sizes, in seconds."""
     json: Path | None = None

@@ -54,7 +54,6 @@ def steps(rows: Sequence[Row]) -> list[Row]:
 
 
 def _line(row: Row) -> dict[str, object]:
-    """The cells of a row by their headings."""
     column, library = sparse_peer(row)
     bound, peer = speedup(row, "bound"), speedup(row, column)
     return {

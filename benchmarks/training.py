@@ -35,14 +35,11 @@ GPU_BATCH = 64
 
 @dataclass(frozen=True)
 class Options(run.Options):
-    """Options of the command line."""
-
     part: Literal["default", "l0", "width", "all"] = "default"
     """What to measure."""
 
 
 def plan(options: Options, _: Device | None = None) -> list[Group]:
-    """What is to be measured."""
     smoke, on_gpu = options.smoke, options.device != "cpu"
     model = SMOKE_MODEL if smoke else LARGE_MODEL if on_gpu else MODEL
     base = Case(model, "sparse", batch=2 if smoke else GPU_BATCH if on_gpu else 8)
@@ -84,7 +81,6 @@ def _scaled(case: Case, blocks: float, embeddings: float, **changes: Any) -> Cas
 
 
 def make(case: Case, device: str) -> Training:
-    """The checked job of a case."""
     job = Training(case, device)
     if case.variant == "sparse":
         job.verdict = check(job.model)

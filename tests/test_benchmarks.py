@@ -15,7 +15,6 @@ from benchmarks import (
     baselines,
     cases,
     matmul,
-    peers,
     report,
     roofline,
     tables,
@@ -69,15 +68,16 @@ def test_peers_agree_with_ours_and_a_wrong_one_is_left_out(
 ) -> None:
     operands = baselines.Operands.draw(cases.Case(40, 64, 48, 8))
     ours = baselines.ours(operands, product, "reference")
-    found, wrong = peers.rivals(operands, product, ours)
+    found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert wrong == {}
     assert "torch CSR" in found
     monkeypatch.setattr(
-        peers,
         "_torch_csr",
-        lambda *_: iter([("torch CSR", lambda: peers._expected(operands, product, ours) * 1.01)]),
+        lambda *_: iter(
+            [("torch CSR", lambda: baselines._expected(operands, product, ours) * 1.01)]
+        ),
     )
-    found, wrong = peers.rivals(operands, product, ours)
+    found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert "torch CSR" not in found
     assert wrong["sparse_note"].startswith("torch CSR is not compared")
 

@@ -32,8 +32,6 @@ PROGRAM = "python -m benchmarks.experiments.circuits"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
-
     runs: tyro.conf.Positional[list[Path]]
     """Folders of training runs."""
     out: Path
@@ -84,7 +82,6 @@ def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, command = run.parse(Options, "experiments.circuits", __doc__, words[:cut])

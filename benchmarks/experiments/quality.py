@@ -87,7 +87,6 @@ class Run:
         return " ".join((self.variant, *(f"{name}={value}" for name, value in changed.items())))
 
     def settings(self, device: str = "cpu") -> Settings:
-        """For the trainer."""
 
         def given(kind: type[Any]) -> dict[str, Any]:
             names = (one.name for one in dataclasses.fields(kind) if hasattr(self, one.name))
@@ -217,7 +216,6 @@ def compare(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[float, f
 
 
 def closing(rows: Sequence[Row]) -> list[str]:
-    """The tables, after a run."""
     return [text(rows)]
 
 
@@ -242,7 +240,6 @@ def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
 
 
 def lines(rows: Sequence[Row]) -> str:
-    """What a run prints."""
     return "\n".join(f"{row['name']}, seed {row['seed']}: {row['val_loss']}" for row in rows)
 
 
@@ -265,8 +262,6 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
 
 @dataclass(frozen=True)
 class Options(runner.Options):
-    """Options of the command line."""
-
     suite: list[str] = field(default_factory=list)
     """A suite (default: main); may be repeated. With --json, runs of the file are kept."""
 

@@ -71,7 +71,6 @@ class Case:
         return f"{name} 1/{1 / self.model.density:g}"
 
     def columns(self) -> dict[str, Any]:
-        """What a row says of the case."""
         shape = ("d_model", "n_layer", "context", "density", "embedding_density")
         # Without training there is no projection, and one masked dense.
         name = self.variant if self.phase == "train" else self.variant.removesuffix("_kernel")
