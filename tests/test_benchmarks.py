@@ -71,11 +71,9 @@ def test_peers_agree_with_ours_and_a_wrong_one_is_left_out(
     found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert wrong == {}
     assert "torch CSR" in found
+    right = baselines._expected(operands, product, ours)
     monkeypatch.setattr(
-        "_torch_csr",
-        lambda *_: iter(
-            [("torch CSR", lambda: baselines._expected(operands, product, ours) * 1.01)]
-        ),
+        baselines, "_torch_csr", lambda *_: iter([("torch CSR", lambda: right * 1.01)])
     )
     found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert "torch CSR" not in found
