@@ -15,16 +15,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 import tyro
 from tabulate import tabulate
 from tqdm import tqdm
@@ -44,43 +40,12 @@ VIEWS = {
     "circuits": "benchmarks.experiments.circuits",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-# Settings outside the program that change what is measured.
-_ENVIRONMENT = (
-    "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
-    "LD_PRELOAD",
-)  # fmt: skip
 
 
 def refuse(program: str, sentence: str) -> NoReturn:
     """Ends the program with one sentence on stderr and exit status 2."""
     print(f"{program}: {sentence}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def describe_machine(command: Sequence[str], **more: object) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the numbers; unknown things are None.
-
-    `command` is the words after `python`, as given; `more` is what else is known.
-    """
-    lines = (output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
-    cpu = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return {
-        "cpu": cpu.get("Model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string"),
-        "flags": cpu.get("Flags"),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(_ENVIRONMENT)},
-        "commit": commit(),
-        "command": shlex.join(["python", *command]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **more,
-    }
 
 
 def version_of(package: str) -> str | None:
