@@ -166,6 +166,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
+def _short(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
 def ratio(value: float | None) -> str:
     """`2.34x`, `23.4x`, `234x`, or `-` for None."""
     return "-" if value is None else f"{number(value, 3).rstrip('.')}x"
@@ -228,7 +232,8 @@ def main(
     style: Style = "markdown" if markdown else "terminal"
     print(f"{where}, {machine['date'][:10]}: {machine['command']}\n")
     if view is None:
-        print(table([{n: v for n, v in row.items() if len(str(v)) < 40} for row in rows], style))
+        short = ({n: _short(v) for n, v in row.items() if len(str(v)) < 40} for row in rows)
+        print(table(list(short), style))
     else:
         print(view.text(rows, style))
 
