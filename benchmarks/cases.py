@@ -40,14 +40,12 @@ class Case:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What identifies the case in a row of results."""
         sizes: dict[str, Any] = {"M": self.tokens, "K": self.in_features, "N": self.out_features}
         sizes |= {"fan_in": self.fan_in}
         block, density = f"{self.block[0]}x{self.block[1]}", self.fan_in / self.in_features
         return sizes | {"block": block, "dtype": self.dtype, "density": density}
 
     def problems(self, device: str) -> list[Problem]:
-        """What a backend must be able to run."""
         sizes = (self.out_features, self.in_features, self.fan_in, self.block)
         return [Problem(device, DTYPES[self.dtype], name, *sizes) for name in PRODUCTS]
 
@@ -66,11 +64,9 @@ class TopkCase:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What identifies the case in a row of results."""
         return {"M": self.tokens, "D": self.width, "k": self.k, "dtype": self.dtype}
 
     def problems(self, device: str) -> list[Problem]:
-        """What a backend must be able to run."""
         return [Problem(device, DTYPES[self.dtype], "abs_topk")]
 
     def __str__(self) -> str:

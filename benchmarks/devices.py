@@ -7,8 +7,12 @@ that launching does not count: only the time from the event before the call to t
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -31,6 +35,11 @@ SLEEP_CYCLES = 1_000_000
 SIZE, SMOKE_SIZE = 8192, 512
 COPY_BYTES, SMOKE_COPY_BYTES = 2**30, 2**24
 RUNS = 10
+# Settings outside the program that change what is measured.
+_ENVIRONMENT = (
+    "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
+    "LD_PRELOAD",
+)  # fmt: skip
 
 
 def why_not(name: str) -> str | None:
@@ -47,7 +56,6 @@ def why_not(name: str) -> str | None:
 
 
 def connect(name: str) -> Device:
-    """The device of that name."""
     return Gpu() if name == "cuda" else Device()
 
 
@@ -74,14 +82,34 @@ class Device:
         return []
 
     def describe(self, command: Sequence[str]) -> dict[str, Any]:
-        """What a reader needs to judge or repeat the numbers."""
-        return report.describe_machine(
-            command,
-            isa=cpu.isa() if cpu.isas() else None,
-            peaks=None if self.peaks is None else asdict(self.peaks),
-            keeps_freed_memory=self.keeps_freed_memory,
-            peers={name: report.version_of(name) for name in ("scipy", "sparselab", "mkl")},
-        )
+        """What a reader needs to judge or repeat the numbers; unknown things are None.
+
+        `command` is the words after `python`, as given.
+        """
+        lines = (report.output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
+        about = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        brand = ("sysctl", "-n", "machdep.cpu.brand_string")
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return {
+            "cpu": about.get("Model name") or report.output_of(*brand),
+            "flags": about.get("Flags"),
+            "architecture": platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(pages / 2**30, 1),
+            "os": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],
+            "environment": {n: v for n, v in os.environ.items() if n.startswith(_ENVIRONMENT)},
+            "commit": report.commit(),
+            "command": shlex.join(["python", *command]),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "isa": cpu.isa() if cpu.isas() else None,
+            "peaks": None if self.peaks is None else asdict(self.peaks),
+            "keeps_freed_memory": self.keeps_freed_memory,
+            "peers": {name: report.version_of(name) for name in ("scipy", "sparselab", "mkl")},
+        }
 
     def sample_s(self, call: Candidate, calls: int = 1) -> float:
         """Seconds per call, over `calls` calls in a row."""

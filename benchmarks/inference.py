@@ -22,13 +22,11 @@ from functools import cache, partial
 from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import check, measure
-from benchmarks.transformer.jobs import Inference
-from benchmarks.transformer.variants import LARGE_MODEL, SMOKE_MODEL, Case, Group, make_model
+from benchmarks.transformer.jobs import LARGE_MODEL, SMOKE_MODEL, Case, Group, Inference, make_model
 from sparse_transformer import Transformer
 
 
 def plan(options: run.Options, _: Device | None = None) -> list[Group]:
-    """What is to be measured."""
     model = SMOKE_MODEL if options.smoke else LARGE_MODEL
     bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_kernel", "dense")
     variants = {"float32": ("masked_dense_kernel", "dense"), "bfloat16": bf16_dense}
@@ -76,7 +74,6 @@ BENCHMARK = run.Benchmark(
     cases=plan,
     measure=lambda group, options, device: measure.measure_group(group, options, make),
     missing=measure.missing,
-    is_drawn=False,
 )
 main = partial(run.main, BENCHMARK)
 

@@ -1,29 +1,20 @@
-"""Measures operations: calls that are checked, and then timed in turns with their rivals.
-
-A row is one operation of one case, or `step`, their sum.
-"""
+"""The operations that are measured: what is called, how it is checked, what it competes with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-import tyro
+from torch import Tensor
 
-from benchmarks import report, run, timing
-from benchmarks.baselines import Accuracy, Rivals
-from benchmarks.cases import HEADLINES, AnyCase
-from benchmarks.devices import Device
-from benchmarks.roofline import Work
+from benchmarks import baselines
+from benchmarks.baselines import Accuracy, Operands, Rivals
+from benchmarks.cases import DTYPES, Case, TopkCase
+from benchmarks.roofline import Work, count_work
 from benchmarks.timing import Candidate
-from sparse_kernels import backends
-
-# A rival that is this much slower than the fastest of its group cannot be the best one.
-HOPELESS = 2.0
-SMOKE_SECONDS = (0.01, math.inf)
+from sparse_kernels import abs_topk, backends, reference
 
 
 @dataclass(frozen=True)
@@ -38,133 +29,72 @@ class Operation:
     rivals: Callable[[], tuple[Rivals, dict[str, str]]]  # and notes about what is missing
 
 
-@dataclass(frozen=True)
-class Options(run.Options):
-    """Options of the command line."""
+def products(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
+    """The three products of a layer, over the same operands. Without a backend sk chooses one."""
+    operands = Operands.draw(case, device)
 
-    full: bool = False
-    """Every case, in minutes."""
-    case: Annotated[str, tyro.conf.arg(aliases=["--filter"])] = ""
-    """Only cases whose name contains these words, such as "1024->4096 M=64"."""
-    check: bool = False
-    """Only check the results: no times."""
-    backend: str | None = None
-    """Which backend is ours (default: the fastest that runs on the device)."""
+    for problem in case.problems(device):
+        name, product = backends.choose(problem, backend), problem.product
+        ours = baselines.ours(operands, product, name)
+        yield Operation(
+            product=product,
+            backend=name,
+            ours=ours,
+            check=partial(baselines.check, operands, product, ours),
+            work=count_work(case, product, operands.used_in_features),
+            rivals=partial(baselines.rivals, operands, product, ours),
+        )
 
 
-def benchmark(
-    name: str,
-    description: str | None,
-    cases: Callable[[str, str], Sequence[AnyCase]],
-    operations: Callable[[Any, str, str | None], Iterable[Operation]],
-    seconds: tuple[float, float],
-    **more: Any,
-) -> run.Benchmark:
-    """A benchmark of operations.
+def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> Iterator[Operation]:
+    """abs_topk against what users write in PyTorch, whose backward is autograd's.
 
-    Args:
-        cases: for a device and a size, "smoke", "default" or "full".
-        operations: of a case, on a device and a backend (None: the one that sk chooses).
-        seconds: of timing for each operation, and a limit (see `timing.interleave`).
+    Every element of the result is compared with the specification, or its gradient.
     """
-
-    @torch.no_grad()
-    def measure(case: AnyCase, options: Options, device: Device) -> list[dict[str, Any]]:
-        found = []
-        for operation in operations(case, device.name, options.backend or device.backend):
-            row = {"device": device.name, **case.columns, "product": operation.product}
-            row |= {"backend": operation.backend, "threads": torch.get_num_threads()}
-            row |= asdict(operation.check()) | {"headline": case in HEADLINES}
-            if device.peaks is not None:
-                terms = device.peaks.bound_ms(operation.work, case.dtype)
-                limit = max(terms, key=lambda term: terms[term])
-                row |= {"bound_ms": terms[limit], "bound_limit": limit}
-            if row["correct"] and not options.check:
-                row |= time_in_turns(operation, device, SMOKE_SECONDS if options.smoke else seconds)
-            found.append(row)
-        return [*found, sum_rows(found)]
-
-    def choose(options: Options, device: Device) -> list[AnyCase]:
-        """The cases to run. Ends the program with a sentence if there are none."""
-        size = "smoke" if options.smoke else "full" if options.full else "default"
-        every = cases(device.name, size)
-        words = options.case.replace("-", "->").replace("->>", "->").split()
-        wanted = [case for case in every if all(word in str(case) for word in words)]
-        if not wanted:
-            known = "; ".join(map(str, every[:12])) + ("; ..." if len(every) > 12 else "")
-            report.refuse(program, f"no case matches the options; there are: {known}")
-        backend = options.backend or device.backend
-        found, reason = [], None
-        for case in wanted:
-            problems = case.problems(device.name) if backend else []
-            reasons = (backends.why_not(str(backend), problem) for problem in problems)
-            if reason := next(filter(None, reasons), None):
-                print(f"{case} is left out: {reason}")
-            else:
-                found.append(case)
-        if not found:
-            report.refuse(program, f"the backend {backend} cannot run here: {reason}")
-        return found
-
-    program = f"python -m benchmarks.{name}"
-    return run.Benchmark(name, description, choose, measure, Options, **more)
-
-
-def time_in_turns(
-    operation: Operation, device: Device, seconds: tuple[float, float]
-) -> dict[str, Any]:
-    """The columns of a row that say how long ours and its rivals take."""
-    rivals, notes = operation.rivals()
-    row: dict[str, Any] = dict(notes)
-    calls = {"ours": operation.ours, **{name: call for name, (call, _) in rivals.items()}}
-    guesses = {name: timing.estimate_s(call, device.sample_s) for name, call in calls.items()}
-    groups: dict[str, list[str]] = {}
-    for name, (_, names) in rivals.items():
-        for group in names:
-            groups.setdefault(group, []).append(name)
-    contenders = {"ours"}
-    for names in groups.values():
-        limit = HOPELESS * min(guesses[name] for name in names)
-        contenders |= {name for name in names if guesses[name] <= limit}
-    timings = timing.interleave(
-        {name: call for name, call in calls.items() if name in contenders},
-        estimates=guesses,
-        budget_s=seconds[0],
-        # One sample of the slowest may take longer than everything else: its estimate counts.
-        limit_s=max(seconds[1], 2 * guesses["ours"]),
-        sampler=device.sample_s,
+    generator = torch.Generator().manual_seed(case.width + case.k)
+    x, grad = (
+        torch.randn(case.tokens, case.width, generator=generator).to(device, DTYPES[case.dtype])
+        for _ in range(2)
     )
-    for group, names in groups.items():
-        best = min(contenders & set(names), key=lambda name: timings[name].time_ms)
-        row |= {f"{group}_ms": timings[best].time_ms, f"{group}_kind": best}
-    columns = {name: asdict(found) for name, found in timings.items()}
-    ours = columns.pop("ours")
-    return {**row, **ours, "timed": device.clock, "baselines": columns}
-
-
-def sum_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The `step` row: times and bounds added up, spreads as independent, errors the largest.
-
-    It has a column only where every operation has it.
-    """
-    combine: dict[str, Callable[[list[Any]], object]] = {
-        "spread_ms": lambda values: math.hypot(*values),
-        "error": max,
-        "torch_error": max,
-        "samples": min,
-        "correct": min,
+    name = backends.choose(case.problems(device)[0], backend)
+    ways = {
+        "ours": partial(abs_topk, k=case.k, backend=name),
+        "sorted": partial(_torch_abs_topk, k=case.k, is_sorted=True),
+        "unsorted": partial(_torch_abs_topk, k=case.k, is_sorted=False),
     }
-    step: dict[str, Any] = {}
-    for name, first in rows[0].items():
-        if not all(name in row for row in rows) or name == "baselines":
-            continue
-        values = [row[name] for row in rows]
-        if name in combine:
-            step[name] = combine[name](values)
-        elif name.endswith("_ms"):
-            step[name] = sum(values)
-        elif isinstance(first, str):
-            step[name] = " + ".join(dict.fromkeys(values))
-        else:
-            step[name] = first
-    return step | {"product": "step"}
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        results = {way: call(leaf) for way, call in ways.items()}
+
+    def gradient(y: Tensor) -> Tensor:
+        return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
+
+    kept = reference.abs_topk(x, case.k)
+    forward = {way: partial(call, x) for way, call in ways.items()}
+    backward = {way: partial(gradient, y) for way, y in results.items()}
+    for product, calls, truth, read in (
+        ("abs_topk forward", forward, kept, x.nbytes),
+        ("abs_topk backward", backward, reference.abs_topk_backward(grad, kept), 2 * x.nbytes),
+    ):
+        rivals: Rivals = {way: (calls[way], ["torch"]) for way in ("sorted", "unsorted")}
+        yield Operation(
+            product=product,
+            backend=name,
+            ours=calls["ours"],
+            check=partial(_count_different, calls["ours"], truth),
+            # Forward reads x and writes y; backward reads dY and Y and writes dX.
+            work=Work(flops=0, operand_bytes=0, read_bytes=read, write_bytes=x.nbytes),
+            rivals=partial(tuple[Rivals, dict[str, str]], (rivals, {})),
+        )
+
+
+def _torch_abs_topk(x: Tensor, k: int, *, is_sorted: bool) -> Tensor:
+    index = x.abs().topk(k, sorted=is_sorted).indices
+    return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))
+
+
+def _count_different(call: Candidate, truth: Tensor) -> Accuracy:
+    result = call()
+    assert isinstance(result, Tensor)
+    different = int((result != truth).sum())
+    return Accuracy(different, 0.0, different == 0, "every element")

@@ -1,8 +1,7 @@
-"""What every benchmark shares: the machine, result files, text tables, documents, progress.
+"""What every benchmark shares: the machine, result files, tables, progress.
 
-    python -m benchmarks.report FILE.json                    print the table of a result file
+    python -m benchmarks.report FILE.json                    print the tables of a result file
     python -m benchmarks.report FILE.json --markdown         the same as Markdown
-    python -m benchmarks.report FILE.json --update FILE.md   write it between a document's marks
     python -m benchmarks.report FILE.json --plot FILE.png
 
 A row is a dict as in the JSON file. Files of every earlier version print: VIEWS says which module
@@ -16,17 +15,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 import tyro
 from tabulate import tabulate
 from tqdm import tqdm
@@ -34,10 +28,9 @@ from tqdm import tqdm
 Row = Mapping[str, Any]
 Style = Literal["terminal", "markdown"]
 
-# The module that prints the rows of a benchmark. It has `text(content) -> str`, all tables for the
-# terminal, `lines(rows) -> str`, what a run prints of a case, and `closing(rows) -> list[str]`, of
-# all. It may have `markdown(content) -> dict[str, str]`, the tables by their marks in documents, as
-# "measured", and `draw(rows, path, title)`, which raises ValueError if there is nothing to draw.
+# The module that prints the rows of a benchmark. It has `text(rows, style) -> str`, all tables, and
+# `lines(rows) -> str`, what a run prints of a case, and `closing(rows) -> list[str]`, what at its
+# end. It may have `draw(rows, figure)`, which raises ValueError if there is nothing to draw.
 VIEWS = {
     "matmul": "benchmarks.tables",
     "activation": "benchmarks.tables",
@@ -47,43 +40,12 @@ VIEWS = {
     "circuits": "benchmarks.experiments.circuits",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-# Settings outside the program that change what is measured.
-_ENVIRONMENT = (
-    "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
-    "LD_PRELOAD",
-)  # fmt: skip
 
 
 def refuse(program: str, sentence: str) -> NoReturn:
     """Ends the program with one sentence on stderr and exit status 2."""
     print(f"{program}: {sentence}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def describe_machine(command: Sequence[str], **more: object) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the numbers; unknown things are None.
-
-    `command` is the words after `python`, as given; `more` is what else is known.
-    """
-    lines = (output_of("env", "LC_ALL=C", "lscpu") or "").splitlines()
-    cpu = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return {
-        "cpu": cpu.get("Model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string"),
-        "flags": cpu.get("Flags"),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(_ENVIRONMENT)},
-        "commit": commit(),
-        "command": shlex.join(["python", *command]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **more,
-    }
 
 
 def version_of(package: str) -> str | None:
@@ -176,24 +138,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def update_document(path: Path, tables: Mapping[str, str]) -> None:
-    """Writes each table between its marks, `<!-- mark:begin -->` and `<!-- mark:end -->`.
-
-    Raises:
-        ValueError: the document has none of the marks.
-    """
-    text, found = path.read_text(), 0
-    for mark, table in tables.items():
-        begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-        new = f"{begin}\n{table.rstrip()}\n{end}".replace("\\", r"\\")
-        text, count = re.subn(f"{begin}.*?{end}", new, text, flags=re.DOTALL)
-        found += count
-    if not found:
-        marks = " or ".join(f"<!-- {mark}:begin -->" for mark in tables)
-        raise ValueError(f"{path} has no mark {marks} with its end; add it")
-    path.write_text(text)
-
-
 def table(lines: Sequence[Mapping[str, object]], style: Style = "terminal") -> str:
     """A table of the lines, by their headings. What is None or missing is `-`.
 
@@ -220,6 +164,10 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+
+
+def _short(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
 
 
 def ratio(value: float | None) -> str:
@@ -249,51 +197,45 @@ def view_of(command: str) -> Any:
     return found and importlib.import_module(found)
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """The table of a result file for the terminal."""
-    if view := view_of(content["machine"]["command"]):
-        body = view.text(content)
-    else:
-        rows = [{n: v for n, v in row.items() if len(str(v)) < 40} for row in content["rows"]]
-        body = tabulate(rows, headers="keys", floatfmt=".5g", missingval="-")
-    return f"{machine_line(content['machine'])}\n\n{body}"
-
-
 def main(
-    file: tyro.conf.Positional[Path],
-    /,
-    markdown: bool = False,
-    update: Path | None = None,
-    plot: Path | None = None,
+    file: tyro.conf.Positional[Path], /, markdown: bool = False, plot: Path | None = None
 ) -> None:
-    """Prints a result file, or writes its table or plot.
+    """Prints a result file, or draws it.
 
     Args:
         file: a file that a benchmark wrote with --json.
         markdown: print Markdown.
-        update: write the tables between the marks of this document.
         plot: draw into this PNG.
     """
     program = "python -m benchmarks.report"
     try:
         content = read_json(file)
-        view = view_of(content["machine"]["command"])
-        for option, wanted in {"markdown": markdown or update, "draw": plot}.items():
-            if wanted and not hasattr(view, option):
-                what = "drawn" if option == "draw" else "written as Markdown"
-                refuse(program, f"results of `{content['machine']['command']}` cannot be {what}")
-        if plot is not None:
-            if reason := why_no_plot(plot):
-                refuse(program, f"--plot: {reason}")
-            view.draw(content["rows"], plot, machine_line(content["machine"]))
-        if update is not None:
-            update_document(update, view.markdown(content))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         refuse(program, str(error))
-    if markdown:
-        print("\n\n".join(view.markdown(content).values()))
-    elif plot is None and update is None:
-        print(text(content))
+    machine, rows = content["machine"], content["rows"]
+    view, where = view_of(machine["command"]), machine_line(machine)
+    if plot is not None:
+        if not hasattr(view, "draw"):
+            refuse(program, f"results of `{machine['command']}` cannot be drawn")
+        if reason := why_no_plot(plot):
+            refuse(program, f"--plot: {reason}")
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        try:
+            view.draw(rows, figure)
+        except ValueError as error:
+            refuse(program, str(error))
+        figure.suptitle(where, fontsize=8)
+        figure.savefig(plot, dpi=130, format="png")
+        return
+    style: Style = "markdown" if markdown else "terminal"
+    print(f"{where}, {machine['date'][:10]}: {machine['command']}\n")
+    if view is None:
+        short = ({n: _short(v) for n, v in row.items() if len(str(v)) < 40} for row in rows)
+        print(table(list(short), style))
+    else:
+        print(view.text(rows, style))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,10 @@ from sparse_kernels import backends
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
-
     smoke: bool = False
     """Tiny sizes, in seconds."""
     json: Path | None = None
     """Write the rows to this file."""
-    plot: Path | None = None
-    """Draw into this PNG."""
     threads: int | None = None
     """torch.set_num_threads."""
     device: str = "cpu"
@@ -47,7 +43,6 @@ class Benchmark:
     options: type[Options] = Options
     missing: Callable[[Any], list[str]] = lambda options: []  # sentences: what is not compared
     kept: Callable[[Any], list[dict[str, Any]]] = lambda options: []  # rows of a run that continues
-    is_drawn: bool = True
 
     @property
     def program(self) -> str:
@@ -57,22 +52,16 @@ class Benchmark:
 AnyOptions = TypeVar("AnyOptions")
 
 
-def _why_not_positive(value: int) -> str | None:
-    return None if value >= 1 else f"it must be at least 1, got {value}"
-
-
-def _why_no_backend(name: str) -> str | None:
-    known = ", ".join(backends.NAMES)
-    return None if name in backends.NAMES else f"it must be one of {known}, got {name!r}"
-
-
 # Options by name, wherever they occur: a sentence if the value cannot be used, else None.
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "device": devices.why_not,
     "json": report.why_not_writable,
-    "plot": report.why_no_plot,
-    "threads": _why_not_positive,
-    "backend": _why_no_backend,
+    "threads": lambda n: None if n >= 1 else f"it must be at least 1, got {n}",
+    "backend": lambda name: (
+        None
+        if name in backends.NAMES
+        else f"it must be one of {', '.join(backends.NAMES)}, got {name!r}"
+    ),
 }
 
 
@@ -104,8 +93,6 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     A case that fails ends alone. Returns 0, or 1 if a row is wrong or a case failed.
     """
     options, command = parse(benchmark.options, benchmark.name, benchmark.description, arguments)
-    if options.plot is not None and not benchmark.is_drawn:
-        report.refuse(benchmark.program, "--plot: the results of this benchmark are not drawn")
     view, device = report.view_of(benchmark.name), devices.connect(options.device)
     cases, rows = benchmark.cases(options, device), benchmark.kept(options)
     failed: dict[str, str] = {}
@@ -141,11 +128,6 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
             is_interrupted = True
     save(complete=not is_interrupted)
     print("", *view.closing(rows), sep="\n")
-    if options.plot is not None and rows:
-        try:
-            view.draw(rows, options.plot, report.machine_line(machine))
-        except ValueError as error:
-            report.refuse(benchmark.program, f"--plot: {error}")
     wrong = sum(not row["correct"] for row in rows)
     if failed:
         print(f"{len(failed)} cases did not run: see FAIL above")

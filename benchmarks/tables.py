@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, compare, machine_line, number, ratio, table
+from benchmarks.report import Row, Style, compare, number, ratio, table
 
-# README.md has one short table; docs/benchmarks.md has all cases and columns.
-SHORT_ROWS = 6
-SHORT_COLUMNS = (
-    "layer", "fan_in", "block", "dtype", "ms", "over masked dense", "over best dense",
-    "over best sparse",
-)  # fmt: skip
 # A fraction of the bound above this is more than noise: the peaks were measured too low.
 IMPOSSIBLE = 1.05
 
@@ -61,7 +54,6 @@ def steps(rows: Sequence[Row]) -> list[Row]:
 
 
 def _line(row: Row) -> dict[str, object]:
-    """The cells of a row by their headings."""
     column, library = sparse_peer(row)
     bound, peer = speedup(row, "bound"), speedup(row, column)
     return {
@@ -93,30 +85,16 @@ def lines(rows: Sequence[Row]) -> str:
     return f"{case_name(step)}: {', '.join([time, *over])}"
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """All rows and the sentences, for the terminal."""
-    rows = content["rows"]
+def text(rows: Sequence[Row], style: Style = "terminal") -> str:
+    """All rows and the sentences."""
     said = [
         "ms: median of one call; step: all products. Then: how many times faster than masked",
         "dense, torch's dense in the same dtype, the fastest dense and sparse of the process.",
-        table([_line(row) for row in rows]),
+        "",
+        table([_line(row) for row in rows], style),
+        "",
     ]
     return "\n".join([*said, *closing(rows)])
-
-
-def markdown(content: Mapping[str, Any]) -> dict[str, str]:
-    """The short table of README.md and the full one of the docs, by their marks."""
-    machine, rows = content["machine"], content["rows"]
-    where = f"{machine_line(machine)}, {machine['date'][:10]}; `{machine['command']}`"
-    chosen = [row for row in steps(rows) if row.get("headline") and row["M"] != 1]
-    short = ([row for row in chosen if row["dtype"] != "bfloat16"] or chosen)[:SHORT_ROWS]
-    suffix = "-cuda" if rows and rows[0]["device"] == "cuda" else ""
-    cells = [_line(row) for row in short]
-    cells = [{name: line[name] for name in SHORT_COLUMNS} for line in cells]
-    return {
-        f"measured{suffix}": f"{table(cells, 'markdown')}\n\n{where}",
-        f"measured-full{suffix}": f"{where}\n\n{table(list(map(_line, rows)), 'markdown')}",
-    }
 
 
 def closing(rows: Sequence[Row]) -> list[str]:
@@ -170,14 +148,12 @@ def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
     return []
 
 
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Speed-up of a step against density, log-log, one line per block, into a PNG.
+def draw(rows: Sequence[Row], figure: Any) -> None:
+    """Speed-up of a step against density, log-log, one line per block.
 
     Left over masked dense, right over the best dense. A line joins the geometric means of the cases
     of one block and dtype at each density. Only the largest M is drawn.
     """
-    from matplotlib.figure import Figure
-
     layers = [row for row in steps(rows) if "block" in row]
     if not layers:
         raise ValueError("there is nothing to draw: no step of a layer was timed")
@@ -185,7 +161,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     drawn = [row for row in layers if row["M"] == tokens]
     blocks = sorted({row["block"] for row in drawn}, key=lambda b: [int(n) for n in b.split("x")])
     styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure.set_size_inches(11, 4.8)
     axes = figure.subplots(1, 2, sharex=True)
     for axis, baseline in zip(axes, ("masked_dense", "best_dense"), strict=True):
         for block, dtype in product(blocks, styles):
@@ -200,12 +176,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
                 look = {"color": f"C{blocks.index(block)}", "label": f"{block} {dtype}"}
                 axis.plot(density, mean, styles[dtype], marker="o", ms=4, **look)
         axis.axhline(1, color="gray", lw=1, ls=":")
-        axis.set(xscale="log", yscale="log", xlabel="density (kept weights / all weights)")
+        axis.set(xscale="log", yscale="log", xlabel=f"density (kept / all weights), M={tokens}")
         axis.set_title(f"speed-up of a step over {baseline.replace('_', ' ')}", fontsize=10)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.grid(which="both", alpha=0.25, lw=0.5)
     # Baselines may be missing for a dtype: the axis that shows more explains both.
     max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize=8)
-    figure.suptitle(f"{title}, M={tokens}", fontsize=9)
-    figure.savefig(path, dpi=130, format="png")

@@ -20,11 +20,9 @@ Sampler = Callable[[Candidate, int], float]
 
 # A sample lasts at least this long: 1000 times what two readings of the clock take.
 MIN_SAMPLE_S = 2e-4
-# A candidate that takes longer than this is content with fewer samples.
-SLOW_S = 0.15
-# One that takes longer than this is timed once: nothing around it can matter by much.
-VERY_SLOW_S = 1.0
-MIN_SAMPLES, MIN_SAMPLES_SLOW, MAX_SAMPLES = 5, 3, 101
+# A candidate that takes longer than this is timed once: nothing around it can matter by much.
+SLOW_S = 1.0
+MIN_SAMPLES, MAX_SAMPLES = 5, 101
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,12 @@ def sample_s(call: Candidate, calls: int = 1) -> float:
 
 
 def estimate_s(call: Candidate, sampler: Sampler = sample_s) -> float:
-    """Warms a candidate up and returns a first guess of its time: the best of up to three calls.
+    """Warms a candidate up and returns a first guess of its time.
 
     The first call pays for pages, threads, packed copies and lazily built schedules.
     """
     first = sampler(call, 1)
-    more = 2 if first < SLOW_S else 1 if first < VERY_SLOW_S else 0
-    return min((sampler(call, 1) for _ in range(more)), default=first)
+    return first if first > SLOW_S else min(sampler(call, 1) for _ in range(2))
 
 
 def interleave(
@@ -77,22 +74,18 @@ def interleave(
         candidates: name -> the call to time.
         estimates: name -> what `estimate_s` said.
         budget_s: after about this long no further round starts, but every candidate gets at
-            least 5 samples (3 if it takes longer than 0.15 s; one that takes more than a second
-            keeps its estimate), at most 101. A slow candidate sits out once it has used up an
-            equal share of the time.
+            least 5 samples, at most 101; one that takes more than a second keeps its estimate. A
+            slow candidate sits out once it has used up an equal share of the time.
         limit_s: after this long each has at least one sample, and no further round starts.
         sampler: takes one sample; by default with the processor's clock.
     """
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    slow = {name for name in candidates if estimates[name] > SLOW_S}
+    samples = {name: [estimates[name]] if name in slow else [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
-    least = {name: _least_samples(estimates[name]) for name in candidates}
-    for name in candidates:
-        if least[name] == 0:
-            samples[name].append(estimates[name])
     share_s = budget_s / max(1, len(candidates))
 
     def needs_more(name: str) -> bool:
-        return len(samples[name]) < least[name] or (least[name] > 0 and spent[name] <= share_s)
+        return name not in slow and (len(samples[name]) < MIN_SAMPLES or spent[name] <= share_s)
 
     collects = gc.isenabled()
     gc.collect()
@@ -112,9 +105,3 @@ def interleave(
         if collects:
             gc.enable()
     return {name: summarize(values) for name, values in samples.items()}
-
-
-def _least_samples(estimate_s: float) -> int:
-    if estimate_s > VERY_SLOW_S:
-        return 0
-    return MIN_SAMPLES_SLOW if estimate_s > SLOW_S else MIN_SAMPLES

@@ -25,47 +25,40 @@ from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import measure
 from benchmarks.transformer.check import check
-from benchmarks.transformer.jobs import Training
-from benchmarks.transformer.variants import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group
+from benchmarks.transformer.jobs import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group, Training
 
-L0_INVERSES = (1024, 512, 256, 128, 64, 32, 16)
-WIDTHS = (256, 512, 1024, 2048)
+# How many times the L0, or the width, of the model.
+L0_TIMES, SMOKE_L0_TIMES = tuple(2.0**n for n in range(-4, 3)), (0.5, 1.0, 2.0)
+WIDTH_TIMES, SMOKE_WIDTH_TIMES = (0.25, 0.5, 1.0, 2.0), (0.5, 1.0)
 GPU_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Options(run.Options):
-    """Options of the command line."""
-
     part: Literal["default", "l0", "width", "all"] = "default"
     """What to measure."""
 
 
 def plan(options: Options, _: Device | None = None) -> list[Group]:
-    """What is to be measured."""
     smoke, on_gpu = options.smoke, options.device != "cpu"
     model = SMOKE_MODEL if smoke else LARGE_MODEL if on_gpu else MODEL
     base = Case(model, "sparse", batch=2 if smoke else GPU_BATCH if on_gpu else 8)
-    kernels = ("masked_dense_kernel", "dense")
+    both, kernels = ("sparse", "masked_dense"), ("masked_dense_kernel", "dense")
     bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_abs_topk", *kernels)
     variants = (
         (base, ("sparse", "masked_dense", *kernels)),
         (replace(base, dtype="bfloat16"), ("sparse", *bf16_dense)),
-        (_with(base, density=model.density / 4), ("sparse", "masked_dense")),
+        (replace(base, model=replace(model, density=model.density / 4)), both),
     )
     default = [replace(case, variant=name) for case, names in variants for name in names]
     # A dense matrix takes as much memory at any density.
     memory = [case for case in default if case.variant == "sparse" or case.model == model]
-    # All of L0 grows alike: the ratio of the two densities stays.
-    ratio = model.embedding_density / model.density
-    l0 = [
-        _with(base, density=1 / n, embedding_density=ratio / n, min_nonzeros=1)
-        for n in ((16, 8, 4) if smoke else L0_INVERSES)
-    ]
+    l0 = [_scaled(base, n, n) for n in (SMOKE_L0_TIMES if smoke else L0_TIMES)]
+    # A matrix with n times the rows and columns has as many weights at 1 / n^2 of the density.
     width = [
-        replace(_of_width(base, width), variant=name)
-        for width in ((32, 64) if smoke else WIDTHS)
-        for name in ("sparse", "masked_dense")
+        replace(_scaled(base, n**-2, 1 / n, d_model=round(n * model.d_model)), variant=name)
+        for n in (SMOKE_WIDTH_TIMES if smoke else WIDTH_TIMES)
+        for name in both
     ]
     groups = {
         "default": Group("default", tuple(default), tuple(memory[: 1 if smoke else None])),
@@ -75,24 +68,19 @@ def plan(options: Options, _: Device | None = None) -> list[Group]:
     return list(groups.values()) if options.part == "all" else [groups[options.part]]
 
 
-def _with(case: Case, **changes: Any) -> Case:
-    return replace(case, model=replace(case.model, **changes))
-
-
-def _of_width(case: Case, width: int) -> Case:
-    """The case with another width and the same L0."""
-    model, ratio = case.model, case.model.d_model / width
-    return _with(
-        case,
-        d_model=width,
-        density=min(1.0, model.density * ratio**2),
-        embedding_density=min(1.0, model.embedding_density * ratio),
+def _scaled(case: Case, blocks: float, embeddings: float, **changes: Any) -> Case:
+    """The case with so many times the densities of its blocks and its embeddings."""
+    model = replace(
+        case.model,
+        density=min(1.0, case.model.density * blocks),
+        embedding_density=min(1.0, case.model.embedding_density * embeddings),
         min_nonzeros=1,
+        **changes,
     )
+    return replace(case, model=model)
 
 
 def make(case: Case, device: str) -> Training:
-    """The checked job of a case."""
     job = Training(case, device)
     if case.variant == "sparse":
         job.verdict = check(job.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from benchmarks import (
     baselines,
     cases,
     matmul,
-    peers,
     report,
     roofline,
     tables,
@@ -68,23 +68,27 @@ def test_peers_agree_with_ours_and_a_wrong_one_is_left_out(
 ) -> None:
     operands = baselines.Operands.draw(cases.Case(40, 64, 48, 8))
     ours = baselines.ours(operands, product, "reference")
-    found, wrong = peers.rivals(operands, product, ours)
+    found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert wrong == {}
     assert "torch CSR" in found
+    right = baselines._expected(operands, product, ours)
     monkeypatch.setattr(
-        peers,
-        "_torch_csr",
-        lambda *_: iter([("torch CSR", lambda: peers._expected(operands, product, ours) * 1.01)]),
+        baselines, "_torch_csr", lambda *_: iter([("torch CSR", lambda: right * 1.01)])
     )
-    found, wrong = peers.rivals(operands, product, ours)
+    found, wrong = baselines.sparse_rivals(operands, product, ours)
     assert "torch CSR" not in found
     assert wrong["sparse_note"].startswith("torch CSR is not compared")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_every_committed_result_prints(path: Path) -> None:
-    content = report.read_json(path)
-    assert report.text(content).count("\n") > 2
+@pytest.mark.parametrize("markdown", [False, True])
+def test_every_committed_result_prints(
+    path: Path, markdown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.main(path, markdown=markdown)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 2
+    assert ("|--" in printed) == markdown
 
 
 @pytest.mark.slow
@@ -132,7 +136,7 @@ def test_check_compares_and_takes_no_times(
     assert matmul.main([*ONE_CASE, "--check", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["correct"] and "time_ms" not in row for row in rows] == [True] * 4
-    assert report.text(json.loads(path.read_text()))
+    report.main(path)
     assert "correct" in capsys.readouterr().out
 
 
@@ -224,7 +228,6 @@ def test_activation_rows_compare_with_torch(tmp_path: Path) -> None:
         (["--device", "tpu"], "it must be one of cpu, cuda, got 'tpu'"),
         (["--json", "no/such/folder/rows.json"], "does not exist"),
         (["--json", "."], "is a directory"),
-        (["--plot", "plot.pdf"], "does not end in .png"),
         (["--case", "3->5"], "no case matches"),
         (["--backend", "triton"], "the backend triton cannot run here"),
         (["--threads", "0"], "--threads: it must be at least 1, got 0"),
@@ -240,15 +243,6 @@ def test_bad_options_are_refused_in_one_sentence(
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
-
-
-def test_marks_are_replaced_or_refused(tmp_path: Path) -> None:
-    path = tmp_path / "page.md"
-    path.write_text("a\n<!-- measured:begin -->\nold\n<!-- measured:end -->\nb\n")
-    report.update_document(path, {"measured": "new", "measured-full": "elsewhere"})
-    assert path.read_text() == "a\n<!-- measured:begin -->\nnew\n<!-- measured:end -->\nb\n"
-    with pytest.raises(ValueError, match="measured-full:begin"):
-        report.update_document(path, {"measured-full": "new"})
 
 
 def test_a_setting_is_put_back_and_gpu_bound_by_hand() -> None:
@@ -318,22 +312,32 @@ def test_work_and_bound_by_hand() -> None:
     assert PEAKS.bound_ms(work, "bfloat16")["compute"] == pytest.approx(3.2e-5)
 
 
-def test_candidates_take_turns_and_slow_ones_keep_their_minimum() -> None:
+def test_candidates_take_turns_until_the_limit() -> None:
     order: list[str] = []
-    timings = timing.interleave(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
-        budget_s=0.0,
-        estimates={"a": 1.0, "b": 1.0},
-    )
-    assert order == ["a", "b"] * 3
-    assert [t.samples for t in timings.values()] == [timing.MIN_SAMPLES_SLOW] * 2
-    timings = timing.interleave({"a": lambda: None}, budget_s=0.0, estimates={"a": 1e-3})
-    assert timings["a"].samples == timing.MIN_SAMPLES
+
+    def call(name: str) -> float:
+        order.append(name)
+        return 1e-3
+
+    calls = {name: partial(call, name) for name in "ab"}
+    estimates = dict.fromkeys(calls, 1e-3)
+
+    def interleave(**limits: float) -> list[timing.Timing]:
+        found = timing.interleave(
+            calls, estimates=estimates, sampler=lambda call, _: call(), **limits
+        )
+        return list(found.values())
+
+    found = interleave(budget_s=0.0)
+    assert order == ["a", "b"] * timing.MIN_SAMPLES
+    assert [t.samples for t in found] == [timing.MIN_SAMPLES] * 2
+    order.clear()
+    interleave(limit_s=0.0)
+    assert order == ["a", "b"]
 
 
-def test_very_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SLOW_S", 0.0)
-    monkeypatch.setattr(timing, "VERY_SLOW_S", 0.0)
     calls: list[str] = []
     candidates = {"slow": lambda: calls.append("slow")}
     estimates = {"slow": timing.estimate_s(candidates["slow"])}
@@ -363,3 +367,6 @@ def test_results_that_cannot_be_drawn_or_written_are_refused(
             report.main(results / f"{name}.json", plot=plot)
         assert sentence in capsys.readouterr().err
         assert not plot.exists()
+    with pytest.raises(SystemExit):
+        report.main(results / "matmul-cpu-zen5.json", plot=tmp_path / "plot.pdf")
+    assert "does not end in .png" in capsys.readouterr().err

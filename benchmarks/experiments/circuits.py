@@ -32,8 +32,6 @@ PROGRAM = "python -m benchmarks.experiments.circuits"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
-
     runs: tyro.conf.Positional[list[Path]]
     """Folders of training runs."""
     out: Path
@@ -65,10 +63,10 @@ def record(folder: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]
     }
 
 
-def text(content: Mapping[str, Any]) -> str:
+def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
     """A line for each run, then the sizes of the circuits task by task."""
     lines = []
-    for row in content["rows"]:
+    for row in rows:
         trained = row["training"]
         scores = [score["accuracy"]["value"] for score in row["scores"].values() if "loss" in score]
         lines.append(
@@ -79,12 +77,11 @@ def text(content: Mapping[str, Any]) -> str:
                 "tasks solved": sum(value >= evaluate.SOLVED_ACCURACY for value in scores),
             }
         )
-    circuits = {row["run"]: row["circuits"] for row in content["rows"]}
-    return f"{report.table(lines)}\n\n{compare.table(circuits)}"
+    circuits = {row["run"]: row["circuits"] for row in rows}
+    return f"{report.table(lines, style)}\n\n{compare.table(circuits)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; `arguments` are the words after the module's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, command = run.parse(Options, "experiments.circuits", __doc__, words[:cut])
@@ -104,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.refuse(PROGRAM, str(error))
     if options.json is not None:
         report.write_json(options.json, machine, rows, complete=True)
-    print("", text({"rows": rows}), sep="\n")
+    print("", text(rows), sep="\n")
     return 0
 
 

@@ -2,7 +2,6 @@
 
     python -m benchmarks.experiments.quality --json FILE                 three seeds of each
     python -m benchmarks.experiments.quality --suite width --json FILE   see SUITES; may be repeated
-    python -m benchmarks.experiments.quality --smoke                     tiny, in seconds
 
 FILE is written after each run and its runs are not repeated: the same command continues.
 
@@ -10,12 +9,10 @@ FILE is written after each run and its runs are not repeated: the same command c
     static        the same with a random pattern that never changes: the control
     masked_dense  the published recipe, with our abs_topk and the fast projection: the same losses,
                   up to ties and rounding, in less time
-    released      the published recipe exactly as released; the suite `sooner` shows how much less
-                  time the others need to reach its last validation loss on an idle machine
+    released      the published recipe exactly as released
     dense         nn.Linear, without AbsTopK: the plain model
 
-All variants of a seed see the same batches and the same validation windows. Seconds are those of
-the steps without validation.
+All variants of a seed see the same batches and validation windows. Seconds are of steps alone.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,7 +37,7 @@ from benchmarks import report
 from benchmarks import run as runner
 from benchmarks.devices import Device
 from benchmarks.report import Row
-from benchmarks.transformer.variants import PROJECTIONS, VARIANTS
+from benchmarks.transformer.jobs import PROJECTIONS, VARIANTS
 from sparse_transformer import ModelConfig
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.train.distributed import Ranks
@@ -49,15 +46,11 @@ from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import TopologyConfig
 from sparse_transformer.train.trainer import Diverged, Trainer
 
-PROGRAM = "python -m benchmarks.experiments.quality"
-# The model of each variant, one of benchmarks.transformer.variants.
+# The model of each variant, one of benchmarks.transformer.jobs.
 MODELS = {
-    "sparse": "sparse",
-    "static": "sparse",
-    "masked_dense": "masked_dense_kernel",
-    "released": "masked_dense",
-    "dense": "dense",
-}
+    "sparse": "sparse", "static": "sparse", "masked_dense": "masked_dense_kernel",
+    "released": "masked_dense", "dense": "dense",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,6 @@ class Run:
         return " ".join((self.variant, *(f"{name}={value}" for name, value in changed.items())))
 
     def settings(self, device: str = "cpu") -> Settings:
-        """For the trainer."""
 
         def given(kind: type[Any]) -> dict[str, Any]:
             names = (one.name for one in dataclasses.fields(kind) if hasattr(self, one.name))
@@ -113,12 +105,6 @@ class Run:
         )
 
 
-def _product(**values: Sequence[Any]) -> list[Run]:
-    """A run for each combination of the values."""
-    combinations = itertools.product(*values.values())
-    return [Run(**dict(zip(values, chosen, strict=True))) for chosen in combinations]
-
-
 _BOTH = ("sparse", "masked_dense")
 _TINY: dict[str, Any] = {
     "d_model": 32, "n_layer": 1, "context": 16, "vocab_size": 300, "density": 1 / 4,
@@ -130,17 +116,21 @@ _TOPOLOGIES: tuple[dict[str, Any], ...] = (
     {"drop_share": 0.0}, {"candidates": 0.25}, {"candidates": 0.01},
 )  # fmt: skip
 SUITES: dict[str, list[Run]] = {
-    "main": _product(seed=(0, 1, 2), variant=("sparse", "static", "masked_dense")),
-    "width": _product(d_model=(512,), variant=("sparse", "static", "masked_dense")),
+    "main": [Run(name, seed=seed) for seed in range(3) for name in (*_BOTH, "static")],
+    "width": [Run(name, d_model=512) for name in (*_BOTH, "static")],
     "densities": [
-        *_product(density=(1 / 16,), variant=_BOTH),
+        *(Run(name, density=1 / 16) for name in _BOTH),
         # A least fan of 4 of 256 would be 1/64 again.
-        *_product(density=(1 / 256,), min_nonzeros=(1,), variant=_BOTH),
+        *(Run(name, density=1 / 256, min_nonzeros=1) for name in _BOTH),
     ],
     # Whether the learning rate that all share suits each: half of it, and twice.
-    "rates": _product(learning_rate=(1e-2, 4e-2), variant=_BOTH),
-    "ablations": [*_product(topology=_TOPOLOGIES), Run(writers="fan_in")],
-    "sooner": _product(d_model=(256, 512), validate_every=(50,), variant=("sparse", "released")),
+    "rates": [Run(name, learning_rate=rate) for rate in (1e-2, 4e-2) for name in _BOTH],
+    "ablations": [*(Run(topology=changes) for changes in _TOPOLOGIES), Run(writers="fan_in")],
+    "sooner": [
+        Run(name, d_model=width, validate_every=50)
+        for width in (256, 512)
+        for name in ("sparse", "released")
+    ],
     "smoke": [
         *(Run(variant, **_TINY) for variant in MODELS),
         *(Run(variant, seed=1, **_TINY) for variant in _BOTH),
@@ -160,9 +150,8 @@ def _corpus(smoke: bool) -> Corpus:
 @torch.enable_grad()
 def perform(run: Run, options: Options, device: Device) -> list[dict[str, Any]]:
     """Trains; returns the row. A run that diverges has a `failure` and no `val_loss`."""
-    trainer = Trainer(
-        run.settings(device.name), _corpus(options.smoke), Ranks(0, 1, torch.device(device.name))
-    )
+    ranks = Ranks(0, 1, torch.device(device.name))
+    trainer = Trainer(run.settings(device.name), _corpus(options.smoke), ranks)
     curve: list[dict[str, float]] = []
     times_s: list[float] = []
     failure = None
@@ -226,48 +215,38 @@ def compare(rows: Sequence[Row], baseline: Sequence[Row]) -> list[tuple[float, f
     return found
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """A table for each group, a line for each variant."""
-    return "\n".join(closing(content["rows"]))
-
-
 def closing(rows: Sequence[Row]) -> list[str]:
+    return [text(rows)]
+
+
+def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
     """A table for each group, a line for each variant, and what failed."""
     parts = []
     for shape, names in groups(rows).items():
         table = []
         for name, found in names.items():
-            over = [loss for loss, _ in compare(found, names.get("masked_dense", ()))]
+            line = {"variant": name, "seeds": len(found), "L0": f"{found[0]['l0']:,}"}
+            line["val_loss"] = f"{statistics.fmean(row['val_loss'] for row in found):.4f}"
+            if over := [loss for loss, _ in compare(found, names.get("masked_dense", ()))]:
+                mean, least, most = statistics.fmean(over), min(over), max(over)
+                line["vs masked dense (least, most)"] = f"{mean:+.2%} ({least:+.2%}, {most:+.2%})"
+            line["step ms"] = f"{statistics.median(row['step_ms'] for row in found):.1f}"
             sooner = [speed for _, speed in compare(found, names.get("released", ()))]
-            least_and_most = f"({min(over):+.2%}, {max(over):+.2%})" if over else ""
-            table.append(
-                {
-                    "variant": name,
-                    "seeds": len(found),
-                    "L0": f"{found[0]['l0']:,}",
-                    "val_loss": f"{statistics.fmean(row['val_loss'] for row in found):.4f}",
-                    "vs masked dense (least, most)": (
-                        f"{statistics.fmean(over):+.2%} {least_and_most}" if over else None
-                    ),
-                    "step ms": f"{statistics.median(row['step_ms'] for row in found):.1f}",
-                    "sooner": report.ratio(min(sooner, default=None)),
-                }
-            )
-        parts.append(f"{shape}\n{report.table(table)}\n")
-    return [*parts, *(f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"])]
+            line["sooner"] = report.ratio(min(sooner, default=None))
+            table.append(line)
+        parts.append(f"{shape}\n{report.table(table, style)}\n")
+    parts += [f"FAILED {row['name']}: {row['failure']}" for row in rows if row["failure"]]
+    return "\n".join(parts)
 
 
 def lines(rows: Sequence[Row]) -> str:
-    """What a run prints."""
     return "\n".join(f"{row['name']}, seed {row['seed']}: {row['val_loss']}" for row in rows)
 
 
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Validation loss against tokens and seconds of the plain variants, into a PNG."""
-    from matplotlib.figure import Figure
-
+def draw(rows: Sequence[Row], figure: Any) -> None:
+    """Validation loss against tokens and seconds of the plain variants."""
     drawn = groups(row for row in rows if row["name"] in MODELS)
-    figure = Figure(figsize=(9, 0.6 + 2.9 * len(drawn)), layout="constrained")
+    figure.set_size_inches(9, 0.6 + 2.9 * len(drawn))
     all_axes = figure.subplots(max(1, len(drawn)), 2, squeeze=False, sharey="row")
     for axes, (shape, names) in zip(all_axes, drawn.items(), strict=False):
         for axis, key in zip(axes, ("tokens", "seconds"), strict=True):
@@ -279,14 +258,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
             axis.grid(alpha=0.25, lw=0.5)
         axes[0].legend(fontsize=6)
         axes[0].set_title(shape, fontsize=6)
-    figure.suptitle(title, fontsize=7)
-    figure.savefig(path, dpi=100, format="png")
 
 
 @dataclass(frozen=True)
 class Options(runner.Options):
-    """Options of the command line."""
-
     suite: list[str] = field(default_factory=list)
     """A suite (default: main); may be repeated. With --json, runs of the file are kept."""
 
@@ -298,9 +273,11 @@ def kept(options: Options) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = report.read_json(options.json)["rows"]
     except ValueError as error:
-        report.refuse(PROGRAM, f"--json: {error}")
+        report.refuse(BENCHMARK.program, f"--json: {error}")
     if not all({"settings", "curve", "val_loss"} <= row.keys() for row in rows):
-        report.refuse(PROGRAM, f"--json: {options.json} is the result of another benchmark")
+        report.refuse(
+            BENCHMARK.program, f"--json: {options.json} is the result of another benchmark"
+        )
     return [row | {"correct": row["failure"] is None} for row in rows]
 
 
@@ -309,7 +286,7 @@ def plan(options: Options, _: Device) -> list[Run]:
     suites = ["smoke"] if options.smoke else options.suite or ["main"]
     if unknown := set(suites) - set(SUITES):
         names = ", ".join(SUITES)
-        report.refuse(PROGRAM, f"--suite must be one of {names}; got {min(unknown)}")
+        report.refuse(BENCHMARK.program, f"--suite must be one of {names}; got {min(unknown)}")
     done = [Run(**row["settings"]) for row in kept(options)]
     return [run for name in suites for run in SUITES[name] if run not in done]
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
 from benchmarks.report import Row, compare, number
 
 PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
-# Columns that are empty where a row is not correct.
-TIMED = (
-    "step_ms", "tokens_per_s", "ordinary_ms", "rewiring_ms", "period", "spread_ms", "samples",
-    "parts_ms", "state_mb", "bigram_mb", "loss",
-)  # fmt: skip
 # What grows in the other parts than the default one.
 _SWEEPS = {"l0": ("l0", "nonzero weights"), "width": ("d_model", "d_model")}
 _CALLS = {
@@ -63,21 +57,11 @@ def density(row: Row) -> str:
     return "1" if row["variant"] == "dense" else f"1/{1 / row['density']:.4g}"
 
 
-def text(content: Mapping[str, Any]) -> str:
+def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
     """The tables of all parts, and the closing sentences."""
-    rows = content["rows"]
     parts = dict.fromkeys(row.get("part") for row in rows)
-    tables = [lines([row for row in rows if row.get("part") == part]) for part in parts]
+    tables = [lines([row for row in rows if row.get("part") == part], style) for part in parts]
     return "\n\n".join([*tables, "\n".join(closing(rows))])
-
-
-def markdown(content: Mapping[str, Any]) -> dict[str, str]:
-    """By its mark, the table of the default part of a training, or of all of an inference."""
-    machine = content["machine"]
-    rows = [row for row in content["rows"] if row["correct"] and row.get("part") not in _SWEEPS]
-    mark = "training" if any(row["phase"] == "train" for row in rows) else "inference"
-    where = f"Measured on {report.machine_line(machine)}, {machine['date'][:10]}:"
-    return {f"measured-{mark}": f"{where}\n\n    {machine['command']}\n\n{lines(rows, 'markdown')}"}
 
 
 def closing(rows: Sequence[Row]) -> list[str]:
@@ -96,13 +80,6 @@ def closing(rows: Sequence[Row]) -> list[str]:
                 f"{_CALLS[row['phase']].format(**row)} of a {model} at density {density(row)} in "
                 f"{row['dtype']} takes {number(row['step_ms'])} ms{''.join(others)}."
             )
-    for part, (key, name) in _SWEEPS.items():
-        if swept := [row for row in _sweep(good, part) if row["variant"] == "sparse"]:
-            least, most = swept[0], swept[-1]
-            said.append(
-                f"From {least[key]:,} to {most[key]:,} {name}, the time of a sparse step grows "
-                f"{most['step_ms'] / least['step_ms']:.3g} times."
-            )
     if len(good) < len(rows):
         said.append(f"{len(rows) - len(good)} rows FAILED: nothing is said about them.")
     if disturbed := [row for row in good if row["spread_ms"] > _DISTURBED * row["step_ms"]]:
@@ -112,37 +89,18 @@ def closing(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _sweep(rows: Sequence[Row], part: str) -> list[Row]:
-    key = _SWEEPS[part][0]
-    return sorted((row for row in rows if row.get("part") == part), key=lambda row: row[key])
-
-
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """A step against L0 and against the width, log-log, into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    good = [row for row in rows if row["correct"]]
-    if not any(row.get("part") in _SWEEPS for row in good):
+def draw(rows: Sequence[Row], figure: Any) -> None:
+    """A step against L0 and against the width, log-log; masked dense has one point for all L0."""
+    swept = [row for row in rows if row["correct"] and row.get("part") in _SWEEPS]
+    if not swept:
         raise ValueError("there is nothing to draw: no part of them is l0 or width")
+    figure.set_size_inches(11, 5.2)
     for axis, (part, (key, name)) in zip(figure.subplots(1, 2), _SWEEPS.items(), strict=True):
-        swept = _sweep(good, part)
-        ours = [row for row in swept if row["variant"] == "sparse"]
-        masked = [row for row in swept if row["variant"] != "sparse"]
-        x = [row[key] for row in ours]
-        axis.plot(x, [row["step_ms"] for row in ours], "o-", label="sparse, a step")
-        if part == "l0":
-            # Masked dense takes as long at any density, so it is measured at one.
-            masked = [{**masked[0]} | {key: value} for value in x if masked]
-        points = [[row[name] for row in masked] for name in (key, "step_ms")]
-        axis.plot(*points, "s-", label="masked dense as released")
-        for piece in PARTS[:5]:
-            times = [row["parts_ms"][piece] for row in ours]
-            axis.plot(x, times, ".--", lw=0.9, label=f"  {piece} of sparse")
-        axis.set(xscale="log", yscale="log", ylabel="ms", xlabel=f"{name} (density of the blocks)")
-        axis.set_xticks(x, [f"{row[key]:,}\n{density(row)}" for row in ours], fontsize=7)
-        axis.set_xticks([], minor=True)
+        for variant in ("sparse", "masked_dense"):
+            found = [row for row in swept if (row["part"], row["variant"]) == (part, variant)]
+            found.sort(key=lambda row: row[key])
+            points = [[row[column] for row in found] for column in (key, "step_ms")]
+            axis.plot(*points, "o-", label=variant)
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="a step, ms")
         axis.grid(which="both", alpha=0.25, lw=0.5)
-        axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
+        axis.legend()

@@ -204,7 +204,7 @@ def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkey
     assert row["training"]["val_loss"] == 5.5
     assert row["scores"][TASK]["pairs"] == 8
     assert row["circuits"][TASK]["sizes"]["cut"][1] >= 0
-    table = benchmark.text(content)
+    table = benchmark.text(content["rows"])
     assert "5.500" in table
     assert table in shown
     # What is refused by the program is refused here.

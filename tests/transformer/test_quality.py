@@ -51,7 +51,8 @@ def test_quality_goes_on_where_it_stopped(
     first = content["rows"]
     assert len(first) == 1
 
-    assert main([*words, "--plot", str(plot)]) == 0
+    assert main(words) == 0
+    report.main(path, plot=plot)
     content = json.loads(path.read_text())
     assert content["complete"] is True
     assert content["machine"]["torch"] == torch.__version__
@@ -68,7 +69,7 @@ def test_quality_goes_on_where_it_stopped(
     assert len({row["l0"] for row in rows if row["variant"] != "dense"}) == 1
 
     capsys.readouterr()
-    shown = quality.text(content)
+    shown = quality.text(rows)
     assert "sparse grow=random" in shown
     assert len([line for line in shown.splitlines() if line.startswith("masked_dense")]) == 1
 
@@ -76,10 +77,10 @@ def test_quality_goes_on_where_it_stopped(
 @pytest.mark.parametrize("name", ["quality", "sooner"])
 def test_quality_reads_files_of_earlier_versions(name: str, tmp_path: Path) -> None:
     content = report.read_json(RESULTS / f"{name}-cpu-zen5.json")
-    shown = quality.text(content)
+    shown = quality.text(content["rows"])
     for row in content["rows"]:
         assert row["name"] in shown
-    quality.draw(content["rows"], tmp_path / "plot.png", "")
+    report.main(RESULTS / f"{name}-cpu-zen5.json", plot=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

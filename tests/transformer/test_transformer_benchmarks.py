@@ -17,10 +17,9 @@ import torch
 from benchmarks import baselines, inference, report, run, training
 from benchmarks.timing import Timing
 from benchmarks.transformer import check, measure, results
-from benchmarks.transformer.jobs import Training
+from benchmarks.transformer.jobs import MODEL, Case, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
-from benchmarks.transformer.variants import MODEL, Case, make_model
 from sparse_transformer import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,7 +54,7 @@ def start(module: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("smoke")
-    words = ("--json", str(folder / "rows.json"), "--plot", str(folder / "plot.png"))
+    words = ("--json", str(folder / "rows.json"))
     done = start("benchmarks.training", "--smoke", "--part", "all", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
@@ -107,6 +106,7 @@ def test_training_rows_keep_the_schema(smoke: tuple[Path, str]) -> None:
 def test_training_draws_and_no_row_fails(smoke: tuple[Path, str]) -> None:
     folder, printed = smoke
     assert "FAIL" not in printed
+    report.main(folder / "rows.json", plot=folder / "plot.png")
     image = (folder / "plot.png").read_bytes()
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
@@ -123,24 +123,18 @@ def test_inference_rows_keep_the_schema(smoke_inference: tuple[Path, str]) -> No
 
 
 @pytest.mark.parametrize(("name", "lines"), [("training", 10), ("inference", 18)])
-def test_result_file_of_an_earlier_version_fills_a_document(
-    name: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_result_file_of_an_earlier_version_prints_markdown(
+    name: str, lines: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ROOT / f"benchmarks/results/{name}-cpu-zen5.json"
-    document = tmp_path / "benchmarks.md"
-    begin, end = f"<!-- measured-{name}:begin -->", f"<!-- measured-{name}:end -->"
-    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    report.main(source, update=document)
-    text = document.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    report.main(source, markdown=True)
+    printed = capsys.readouterr().out
+    first = printed[printed.index("|") :].split("\n\n")[0]
+    table = first.splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + lines
-    report.main(source)
     row = json.loads(source.read_text())["rows"][0]
-    assert f"{row['step_ms']:.4g}" in capsys.readouterr().out
+    assert f"{row['step_ms']:.4g}" in table[2]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +142,6 @@ def test_result_file_of_an_earlier_version_fills_a_document(
     [
         (["--threads", "0"], "--threads: it must be at least 1, got 0"),
         (["--json", "/no/such/folder/x.json"], "--json: the folder /no/such/folder does not exist"),
-        (["--plot", "plot.jpg"], "--plot: the plot is a PNG"),
         (["--device", "tpu"], "tpu"),
         (["--part", "l1"], "l1"),
     ],
@@ -185,7 +178,7 @@ def test_wrong_result_prints_fail_and_no_speed(
     assert "FAIL: logits in float64" in printed
     assert "rows FAILED" in printed
     rows = json.loads(path.read_text())["rows"]
-    assert [row["step_ms"] is None for row in rows] == [row["variant"] == "sparse" for row in rows]
+    assert ["step_ms" not in row for row in rows] == [row["variant"] == "sparse" for row in rows]
 
 
 @pytest.mark.slow
@@ -331,9 +324,12 @@ def test_default_cases_have_every_variant_and_the_widths_one_l0(
         assert Case(MODEL, variant, "bfloat16") in groups["default"]
     for variant in ("sparse", "masked_dense"):
         assert Case(sparser, variant) in groups["default"]
+    assert sorted(1 / case.model.density for case in groups["l0"] if case.variant == "sparse") == [
+        16, 32, 64, 128, 256, 512, 1024
+    ]  # fmt: skip
     wide = [case.model for case in groups["width"]]
     assert len({round(model.d_model**2 * model.density) for model in wide}) == 1
-    assert {model.d_model for model in wide} == set(training.WIDTHS)
+    assert {model.d_model for model in wide} == {256, 512, 1024, 2048}
     (only,) = training.plan(training.Options())
     assert only.cases == groups["default"]
     assert all(case.batch * case.length == 2048 for case in only.cases)
