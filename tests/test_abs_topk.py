@@ -215,6 +215,7 @@ def test_abs_topk_opcheck(target, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_abs_topk_compiles_whole(dtype, dynamic):
     def step(x):
         return (abs_topk(2 * x, 9) * 3).sum(-1)

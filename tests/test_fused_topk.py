@@ -104,6 +104,7 @@ def test_gradcheck(backend):
 
 
 @every_dtype
+@pytest.mark.slow
 def test_opcheck_and_compile(dtype):
     x, grad = draw(4, 33, dtype, 2)
     for name in ("reference", "cpu"):

@@ -393,6 +393,7 @@ print("right")
     assert done.stdout.strip() == "right", done.stderr
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_instruction_set():
     program = "import sparse_kernels as sk; print(sk.cpu.isa())"
     for isa in sk.cpu.isas():

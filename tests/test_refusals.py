@@ -355,6 +355,7 @@ print("right")
     assert done.stdout.strip() == "right", done.stderr
 
 
+@pytest.mark.slow
 def test_instruction_sets_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="avx9000"), sk.cpu.use_isa("avx9000"):
         pass

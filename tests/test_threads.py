@@ -166,6 +166,7 @@ def test_a_layout_first_used_by_many_threads_at_once():
                 assert torch.equal(job.result(), expected)
 
 
+@pytest.mark.slow
 def test_works_in_a_forked_child_with_one_thread():
     """A DataLoader's worker: forked after kernels ran in the parent, limited to one thread."""
     if not hasattr(os, "fork"):

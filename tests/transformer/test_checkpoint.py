@@ -115,6 +115,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_writer_leaves_only_complete_checkpoints(tmp_path):
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     process = subprocess.Popen(

@@ -84,6 +84,7 @@ def test_split_follows_the_path_alone(folder, corpus, tmp_path):
     assert before == after
 
 
+@pytest.mark.slow
 def test_same_files_give_the_same_bytes(folder, corpus, tmp_path):
     """Another process, another hash seed, other threads."""
     code = "import sys; from sparse_transformer import data; data.prepare(sys.argv[1], "

@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.experiments import quality
 from benchmarks.experiments.quality import SUITES, Run, compare, main
 from sparse_transformer.presets import Settings
-from sparse_transformer.train import Trainer
+from sparse_transformer.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks/results"
 

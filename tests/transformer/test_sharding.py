@@ -21,7 +21,7 @@ OPTIONS = (
 LINEARS = ("dense", "masked_dense")
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
 
 
 @pytest.fixture(scope="module")

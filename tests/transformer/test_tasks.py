@@ -318,6 +318,7 @@ def test_the_splits_share_no_prompt_where_there_are_few():
     assert not found["train"] & found["test"]
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_pairs():
     program = (
         "from random import Random; from sparse_transformer.tasks import TASKS;"

@@ -25,6 +25,9 @@ from sparse_transformer.train import checkpoint, loop, metrics
 from sparse_transformer.train.settings import Settings
 from sparse_transformer.train.trainer import Trainer
 
+# Its fixtures are expensive: one worker runs all of it.
+pytestmark = pytest.mark.xdist_group("train")
+
 # One thread: the models are so small that two would wait for each other.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
 STEPS = 40
@@ -179,6 +182,7 @@ def test_steps_cannot_be_changed_while_annealing(reference, tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_checkpoints_of_earlier_versions_go_on(reference, tmp_path):
     """They know nothing of samples and of runs that are extended."""
     out = shutil.copytree(reference, tmp_path / "run")
@@ -261,6 +265,7 @@ def test_a_busy_machine_is_noted_once(options, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("delay", [0.5, 2.0])
 @pytest.mark.parametrize("program", ["train", "generate", "circuits"])
+@pytest.mark.slow
 def test_an_early_interrupt_is_quiet(program, delay, tmp_path):
     """Before or while torch is imported, and while there is little to do yet."""
     process = subprocess.Popen(
