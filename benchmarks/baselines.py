@@ -11,6 +11,7 @@ timed; on the CPU they take float32 alone.
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib.util
 import os
@@ -54,7 +55,7 @@ Rivals = dict[str, tuple[Candidate, list[str]]]
 Ways = Iterator[tuple[str, Candidate]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operands:
     """The tensors of one case. `weight` is the dense `W` with zeros, `mask` its pattern."""
 
@@ -278,20 +279,23 @@ def _values(result: object, operands: Operands) -> Tensor:
     return result.values() if result.layout == torch.sparse_csr else result
 
 
-def _sides(operands: Operands, product: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward's or grad_input's dense matrix (rows, columns), its pattern and the activations."""
+def _sides(operands: Operands, product: str) -> tuple[Tensor, Tensor]:
+    """Forward's or grad_input's dense matrix (rows, columns) and the activations."""
     if product == "forward":
-        return operands.weight, operands.mask, operands.problem.x
-    return operands.weight.t(), operands.mask.t(), operands.problem.grad_output
+        return operands.weight, operands.problem.x
+    return operands.weight.t(), operands.problem.grad_output
 
 
-def _csr(matrix: Tensor, pattern: Tensor) -> Tensor:
+@functools.lru_cache(1)
+def _csr(operands: Operands, is_transposed: bool) -> Tensor:
+    matrix, pattern = operands.weight, operands.mask
+    if is_transposed:
+        matrix, pattern = matrix.t(), pattern.t()
+    rows, columns = pattern.nonzero().unbind(1)
+    crow = torch.bincount(rows, minlength=len(matrix)).cumsum(0)
+    crow = torch.cat([crow.new_zeros(1), crow])
     # MKL multiplies with 32-bit indices; given 64-bit ones torch converts them at every call.
-    kept = pattern.to_sparse_csr()
-    crow, columns = kept.crow_indices(), kept.col_indices()
-    rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())
-    values = matrix[rows, columns]
-    return torch.sparse_csr_tensor(crow.int(), columns.int(), values, matrix.shape)
+    return torch.sparse_csr_tensor(crow.int(), columns.int(), matrix[rows, columns], matrix.shape)
 
 
 def _torch_csr(operands: Operands, product: str) -> Ways:
@@ -299,12 +303,12 @@ def _torch_csr(operands: Operands, product: str) -> Ways:
     if not operands.mask.is_cuda and not torch.backends.mkl.is_available():
         return
     if product == "grad_weight":
-        pattern, x = _csr(operands.mask, operands.mask), operands.problem.x
+        pattern, x = _csr(operands, False), operands.problem.x
         left = operands.problem.grad_output.t().contiguous()
         yield "torch CSR", lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)
         return
-    dense, mask, activations = _sides(operands, product)
-    matrix, feature_major = _csr(dense, mask), activations.t().contiguous()
+    _, activations = _sides(operands, product)
+    matrix, feature_major = _csr(operands, product != "forward"), activations.t().contiguous()
     yield "torch CSR", lambda: torch.sparse.mm(matrix, activations.t()).t()
     yield "torch CSR feature-major", lambda: (matrix @ feature_major).t()
 
@@ -318,7 +322,7 @@ def _torch_bsr(operands: Operands, product: str) -> Ways:
         left = operands.problem.grad_output.t().contiguous()
         yield "torch BSR", lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)
         return
-    dense, _, activations = _sides(operands, product)
+    dense, activations = _sides(operands, product)
     matrix = dense.contiguous().to_sparse_bsr(block)
     yield "torch BSR", lambda: linear(activations, matrix)
 
@@ -329,7 +333,7 @@ def _sparselab(operands: Operands, product: str) -> Ways:
     import sparselab
 
     core, problem = sparselab._core, operands.problem
-    weight = sparselab.PaddedCSR.from_torch_sparse_csr(_csr(operands.weight, operands.mask))
+    weight = sparselab.PaddedCSR.from_torch_sparse_csr(_csr(operands, False))
     x, grad = (t.t().contiguous().numpy() for t in (problem.x, problem.grad_output))
     if product == "grad_weight":
         kept = torch.from_numpy(weight.col_indices.copy()) >= 0  # the rest is padding
@@ -348,8 +352,10 @@ def _scipy_and_mkl(operands: Operands, product: str) -> Ways:
         return
     import scipy.sparse
 
-    dense, _, activations = _sides(operands, product)
-    matrix, right = scipy.sparse.csr_matrix(dense.numpy()), activations.t().contiguous().numpy()
+    _, activations = _sides(operands, product)
+    csr, right = _csr(operands, product != "forward"), activations.t().contiguous().numpy()
+    parts = (csr.values().numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
+    matrix = scipy.sparse.csr_matrix(parts, csr.shape)
     yield "scipy", lambda: (matrix @ right).T
     if _is_installed("sparse_dot_mkl"):
         if libraries := glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")):

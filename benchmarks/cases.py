@@ -50,7 +50,7 @@ class Case:
         return [Problem(device, DTYPES[self.dtype], name, *sizes) for name in PRODUCTS]
 
     def __str__(self) -> str:
-        return "{K}->{N} fan_in={fan_in} {block} {dtype} M={M}".format(**self.columns)
+        return "{K}->{N} fan-in {fan_in} {block} {dtype} M={M}".format(**self.columns)
 
 
 @dataclass(frozen=True)

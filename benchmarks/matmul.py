@@ -14,6 +14,7 @@ of a speed and makes the exit status 1. Ctrl-C ends the run and keeps the rows.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ def choose(options: Options, device: Device) -> list[AnyCase]:
     size = "smoke" if options.smoke else "full" if options.full else "default"
     is_topk = options.operation == "abs_topk"
     every = (cases.topk_cases if is_topk else cases.matmul_cases)(device.name, size)
-    words = options.case.replace("-", "->").replace("->>", "->").split()
+    words = re.sub(r"(\d)-(\d)", r"\1->\2", options.case).split()  # "1024-4096" too
     wanted = [case for case in every if all(word in str(case) for word in words)]
     if not wanted:
         known = "; ".join(map(str, every[:12])) + ("; ..." if len(every) > 12 else "")

@@ -142,7 +142,7 @@ def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
         return [f"It does not pay in {len(slower)} of {len(steps)} cases: {worst}."]
     if densities := [row["density"] for row in steps if "density" in row]:
         return [
-            f"No measured case was slower than a baseline; the densest keeps {max(densities):.0%} "
+            f"No measured case was slower than a baseline; the densest keeps {max(densities):.2%} "
             "of the weights. docs/break-even.md says from which density dense wins."
         ]
     return []

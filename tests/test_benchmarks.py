@@ -200,7 +200,7 @@ def test_cases_that_a_backend_cannot_run_are_left_out(
         backends, "why_not", lambda _, p: "it has no blocks" if p.block != (1, 1) else None
     )
     path = tmp_path / "rows.json"
-    words = ["--smoke", "--case", "fan_in=16", "--json", str(path)]
+    words = ["--smoke", "--case", "16x", "--json", str(path)]
     with pytest.raises(SystemExit):
         matmul.main(words)
     assert "the backend cpu cannot run here: it has no blocks" in capsys.readouterr().err
