@@ -1,7 +1,7 @@
 """Shared by all tests: hypothesis profiles, and a process state that no test can leave behind.
 
 Profiles: `dev` explores new examples on each run; `ci` (chosen when the environment has CI set)
-draws more of them, always the same ones, and prints how to replay a failure.
+always draws the same ones, and prints how to replay a failure.
 """
 
 import os
@@ -21,7 +21,7 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("dev", max_examples=10, **_COMMON)
-settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("ci", max_examples=10, derandomize=True, print_blob=True, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The workers of pytest-xdist share the processors, and so do the processes that their tests start.

@@ -18,10 +18,11 @@ MAX_REGISTERS = 2**16 // 512
 
 
 @pytest.fixture
-def setup_module(monkeypatch):
-    """setup.py, without running it."""
+def setup_module(monkeypatch, tmp_path):
+    """setup.py, without running it; from another folder, since it clears the old builds."""
     import setuptools
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     spec = importlib.util.spec_from_file_location("sparse_kernels_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
