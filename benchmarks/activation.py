@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
-from benchmarks import matmul
+from benchmarks import matmul, run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
-    return matmul.main(["--operation", "abs_topk", *words])
+@dataclass(frozen=True)
+class Options(matmul.Options):
+    """Options of the command line."""
 
+    operation: Literal["abs_topk"] = "abs_topk"
+    """What is measured."""
+
+
+BENCHMARK = replace(matmul.BENCHMARK, name="activation", description=__doc__, options=Options)
+main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

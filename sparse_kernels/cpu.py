@@ -20,6 +20,9 @@ from sparse_kernels.layout import FanInLayout, Problem
 _missing: str | None = None
 try:
     import _sparse_kernels_cpu as _extension
+
+    if not hasattr(_extension, "spmm"):
+        raise ImportError("it was built from an older version of the sources")
 except ImportError as error:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
     _missing = (

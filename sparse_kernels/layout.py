@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 from sparse_kernels import checks
 
 try:
-    import _sparse_kernels_cpu as _extension
-except ImportError:
-    _extension: ModuleType | None = None  # type: ignore[no-redef]
+    from _sparse_kernels_cpu import checksum as _checksum
+except ImportError:  # no extension, or an old one: `cpu` says which
+    _checksum = None
 
 
 @dataclass(frozen=True)
@@ -409,10 +408,10 @@ def checksum(indices: Tensor) -> int:
     """64 bits of the content of an int32 tensor, the same on every machine."""
     if not (indices.is_cpu and indices.is_contiguous()):
         indices = indices.cpu().contiguous()
-    if _extension is None:
+    if _checksum is None:
         content = indices.numpy().tobytes()
         return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-    found: int = _extension.checksum(indices.data_ptr(), indices.numel())
+    found: int = _checksum(indices.data_ptr(), indices.numel())
     return found
 
 

@@ -332,11 +332,15 @@ def test_backends_that_cannot_run_say_why():
     assert "float16" in dict(sk.explain_backend(x.half(), MADE))["cpu"]
 
 
-def test_a_missing_extension_is_not_replaced_silently():
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [("None", "None in sys.modules"), ("types.ModuleType('old')", "older version of the sources")],
+)
+def test_a_missing_extension_is_not_replaced_silently(module, reason):
     """Without the C++ module there is an error that says so; the reference only on request."""
-    program = """
-import sys
-sys.modules["_sparse_kernels_cpu"] = None
+    program = f"""
+import sys, types
+sys.modules["_sparse_kernels_cpu"] = {module}
 import torch, sparse_kernels as sk
 layout = sk.FanInLayout.random(4, 4, 2)
 x, values = torch.ones(3, 4), torch.ones(layout.values_shape)
@@ -346,7 +350,7 @@ for backend in (None, "cpu"):
     try:
         sk.sparse_linear(x, values, layout, backend=backend)
     except RuntimeError as error:
-        assert "_sparse_kernels_cpu" in str(error)
+        assert "_sparse_kernels_cpu" in str(error) and {reason!r} in str(error)
     else:
         raise AssertionError("it ran")
 print("right")

@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, command = run.parse(Options, "experiments.circuits", __doc__, words[:cut])
+    if not options.runs:
+        report.refuse(PROGRAM, "name a run: a folder that sparse_transformer.train wrote")
+    for path in options.runs:
+        if not (path / "metrics.jsonl").is_file():
+            report.refuse(PROGRAM, f"{path} is no folder of a run: it has no metrics.jsonl")
     keep_freed_memory()
     machine = devices.connect("cpu").describe([*command, *words[cut:]])
     print(report.machine_line(machine), flush=True)

@@ -43,7 +43,7 @@ _WORDS = {
     "attention": ("attention",),
     "abs_topk": ("topk", "scatter", "gather", "aten::abs"),
     "linears": (
-        "sparsematmul", "sparse_kernels::forward", "sparse_kernels::grad_input",
+        "spmm", "sparse_kernels::forward", "sparse_kernels::grad_input",
         "sparse_kernels::schedule", "aten::linear", "mmbackward",
     ),
 }  # fmt: skip

@@ -261,7 +261,7 @@ def _step(config: EvaluateConfig) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(EvaluateConfig, prog="sparse_transformer.evaluate", args=arguments)
+    config = tyro.cli(EvaluateConfig, prog="python -m sparse_transformer.evaluate", args=arguments)
     return program.status(lambda: run(config, sys.stdout))
 
 

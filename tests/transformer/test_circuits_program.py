@@ -234,3 +234,10 @@ def test_geometric_means_are_over_the_tasks_of_all():
     text = compare.table(results)
     assert "geometric mean of 2" in text
     assert "b, z: no" in text
+
+
+def test_a_missing_graphviz_is_said_before_the_search(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    assert program.main(arguments(run, tmp_path / "out", "--task", TASK)) == 2
+    assert "pip install '.[transformer]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, a seed gives a text, errors are one sentence."""
 
 import dataclasses
+import importlib
 import io
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from test_model import make
 
+import sparse_transformer
 from sparse_transformer import ModelConfig, Transformer, UserError, data, load_model
 from sparse_transformer.cli.generate import GenerateConfig, _Text, main, run
 from sparse_transformer.generation import generate, stream
@@ -233,3 +235,10 @@ def test_the_module_runs_and_reads_a_prompt_from_standard_input(folder):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("import os")
+
+
+def test_the_function_stays_callable_when_the_module_is_imported():
+    module = importlib.import_module("sparse_transformer.generate")
+    assert sparse_transformer.generate is module
+    assert module.__call__ is generate
+    assert {"generate", "load_model", "record", "intervene"} <= set(dir(sparse_transformer))

@@ -20,6 +20,7 @@ from benchmarks.transformer import check, measure, results
 from benchmarks.transformer.jobs import MODEL, Case, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
+from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
 
 # Its fixtures are expensive: one worker runs all of it.
@@ -255,7 +256,7 @@ def test_parts_are_found_and_change_no_result(variant: str) -> None:
 def test_operators_of_forward_and_backward_have_one_part() -> None:
     node = "autograd::engine::evaluate_function: "
     for part, names in {
-        "linears": ("SparseMatmul", f"{node}SparseMatmulBackward", "aten::linear",
+        "linears": (Spmm.__name__, f"{node}{Spmm.__name__}Backward", "aten::linear",
                     f"{node}MmBackward0", f"{node}AddmmBackward0", "sparse_kernels::grad_input"),
         "abs_topk": ("GeluAbsTopk", f"{node}NormAbsTopkBackward", "aten::topk", "aten::scatter_"),
         "attention": ("CausalAttention", "sparse_kernels::attention"),

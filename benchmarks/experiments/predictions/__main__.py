@@ -122,7 +122,9 @@ def _text(found: Prediction) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(PredictionsConfig, prog="benchmarks.experiments.predictions", args=arguments)
+    config = tyro.cli(
+        PredictionsConfig, prog="python -m benchmarks.experiments.predictions", args=arguments
+    )
     return program.status(lambda: run(config, sys.stdout))
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,6 +195,8 @@ def run(config: CircuitConfig) -> None:
     Raises:
         UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
     """
+    if find_spec("pygraphviz") is None:
+        raise UserError("drawing needs pygraphviz: pip install '.[transformer]'")
     if bool(config.task) == config.all:
         raise UserError("no task given: use --task NAME or --all")
     if not config.target > 0:
@@ -295,7 +298,7 @@ def _write(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(CircuitConfig, prog="sparse_transformer.circuits", args=arguments)
+    config = tyro.cli(CircuitConfig, prog="python -m sparse_transformer.circuits", args=arguments)
     return program.status(lambda: run(config), "interrupted: the same command continues the search")
 
 

@@ -116,5 +116,5 @@ def run(config: GenerateConfig, out: TextIO) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(GenerateConfig, prog="sparse_transformer.generate", args=arguments)
+    config = tyro.cli(GenerateConfig, prog="python -m sparse_transformer.generate", args=arguments)
     return program.status(lambda: run(config, sys.stdout))

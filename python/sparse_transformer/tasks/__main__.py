@@ -70,7 +70,7 @@ def run(config: CorpusConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(CorpusConfig, prog="sparse_transformer.tasks", args=arguments)
+    config = tyro.cli(CorpusConfig, prog="python -m sparse_transformer.tasks", args=arguments)
     return program.status(lambda: run(config))
 
 

@@ -13,8 +13,6 @@ import re
 import textwrap
 from typing import Any
 
-import pygraphviz
-
 from sparse_transformer.circuits.circuit import EDGE_KINDS, KINDS, Circuit, Edge, Node
 from sparse_transformer.circuits.viz import words
 from sparse_transformer.circuits.viz.summary import summarize
@@ -66,6 +64,8 @@ def render(circuit: Circuit, format: str, *, titled: bool) -> bytes:
         ValueError: an edge from or to a node that does not exist; an unknown kind.
     """
     _check(circuit)
+    import pygraphviz
+
     graph = pygraphviz.AGraph(directed=True, strict=False)
     graph.graph_attr.update(
         rankdir="BT", newrank="true", outputorder="edgesfirst", nodesep="0.22", ranksep="0.4",
