@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -191,7 +192,8 @@ def test_checksum_does_not_depend_on_strides():
 def initialized(rank, port, run, *arguments):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    patience = timedelta(minutes=2)  # a rank that waits in vain is a failure
+    dist.init_process_group("gloo", timeout=patience, rank=rank, world_size=2)
     try:
         run(rank, *arguments)
     finally:
