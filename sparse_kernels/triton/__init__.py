@@ -53,7 +53,7 @@ def why_not(problem: Problem) -> str | None:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
     if problem.product == "attention":
         return "it has no attention: torch.nn.functional.scaled_dot_product_attention serves GPUs"
-    if problem.out_features == 0:  # an operation without a layout
+    if problem.product not in ("forward", "grad_input", "grad_weight"):  # it has no layout
         return None
     if problem.block[0] not in _SIDES or problem.block[1] not in _SIDES:
         return (
