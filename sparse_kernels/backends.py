@@ -129,7 +129,11 @@ def get(name: str) -> Backend:
 
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
-    return _BACKENDS[name].why_not(problem)
+    backend = _BACKENDS[name]
+    reason = backend.why_not(problem)
+    if reason is None and not hasattr(backend, problem.product):
+        return f"it has no {problem.product}, only {' and '.join(FUSED)} have it"
+    return reason
 
 
 def check_name(backend: object) -> None:
@@ -157,7 +161,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         return backend
     rule = _rule(problem)
     for name in rule.order:
-        if _BACKENDS[name].why_not(problem) is None:
+        if why_not(name, problem) is None:
             return name
     reasons = [
         f"{name}: {why_not(name, problem) or rule.reason(name)}"

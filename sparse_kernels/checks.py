@@ -141,15 +141,17 @@ def check_float(name: str, tensor: object, dtypes: tuple[torch.dtype, ...] | Non
 def check_tensor(
     name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raises TypeError or ValueError unless `tensor` is a Tensor that has all of these."""
+    """Raises TypeError or ValueError unless `tensor` is strided and has all of these."""
     if (
         isinstance(tensor, Tensor)
         and tensor.shape == shape
         and tensor.dtype == dtype
         and tensor.device == device
+        # torch.compile cannot trace `layout` in a backward; the compiled operation checks it.
+        and (torch.compiler.is_compiling() or tensor.layout is torch.strided)
     ):
         return
-    tensor = check_is_tensor(name, tensor)
+    tensor = check_strided(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device:
@@ -158,7 +160,8 @@ def check_tensor(
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
-    """Raises ValueError unless `tensor` has two dimensions."""
+    """Raises TypeError or ValueError unless `tensor` is strided and has two dimensions."""
+    check_strided(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
 

@@ -140,11 +140,12 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
     if lists == "columns":
         rows, features, in_block = layout.block_cols, layout.out_features, layout.block[0]
     size, panels = _panel(features, in_block, layout.num_blocks / rows)
+    indices, blocks = layout.indices, layout.num_blocks
     schedule = _Schedule(
         (
-            torch.empty(panels * rows + 1, dtype=torch.int64),  # first feature of each entry
-            torch.empty(layout.num_blocks * in_block, dtype=torch.int32),  # within its panel
-            torch.empty(layout.num_blocks, dtype=torch.int32),  # stored block
+            indices.new_empty(panels * rows + 1, dtype=torch.int64),  # first feature of each entry
+            indices.new_empty(blocks * in_block, dtype=torch.int32),  # within its panel
+            indices.new_empty(blocks, dtype=torch.int32),  # stored block
         )
     )
     schedule.pattern = _lists(layout, lists)
@@ -221,7 +222,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
 def bias_grad(grad_output: Tensor) -> Tensor:
     """`(M, N)`, any strides, to `(N,)`, accumulated in float32 at least and rounded once."""
     grad_output = _with_unit_stride(grad_output)
-    out = torch.empty(grad_output.shape[1], dtype=grad_output.dtype)
+    out = grad_output.new_empty(grad_output.shape[1])
     pointers = *_matrix(grad_output)[:2], out.data_ptr()
     _run("bias_grad", out.dtype, *pointers, *grad_output.shape)
     return out
@@ -260,7 +261,7 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
 def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.norm_abs_topk`; x (M, D) with any strides."""
     weight = weight.contiguous()
-    y, scales = _empty(x, *x.shape), torch.empty(x.shape[0], dtype=wide_dtype(x.dtype))
+    y, scales = _empty(x, *x.shape), x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
     inputs = *_matrix(x), weight.data_ptr(), eps
     _run("norm_abs_topk", x.dtype, *inputs, y.data_ptr(), scales.data_ptr(), *x.shape, k)
     return y, scales
@@ -285,7 +286,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Te
     q, k, v = (_with_unit_stride(tensor) for tensor in (q, k, v))
     wide = wide_dtype(q.dtype)
     sinks = _wide(sinks, wide)
-    y, lse = _empty(q, B, T, H, d), torch.empty((B, H, T), dtype=wide)
+    y, lse = _empty(q, B, T, H, d), q.new_empty((B, H, T), dtype=wide)
     inputs = *map(_heads, (q, k, v)), 0 if sinks is None else sinks.data_ptr()
     _run("attention", q.dtype, (B, T, k.shape[1], H, d), *inputs, y.data_ptr(), lse.data_ptr())
     return y, lse
@@ -298,7 +299,7 @@ def attention_backward(
     B, T, _, H, d = qkv.shape
     q, k, v, y, grad_y = (_with_unit_stride(tensor) for tensor in (*qkv.unbind(2), y, grad_y))
     wide_sinks, lse = _wide(sinks, lse.dtype), lse.contiguous()
-    grad, grad_sinks = _empty(qkv, B, T, 3, H, d), torch.zeros((B, H), dtype=lse.dtype)
+    grad, grad_sinks = _empty(qkv, B, T, 3, H, d), lse.new_zeros(B, H)
     inputs = *map(_heads, (q, k, v)), 0 if wide_sinks is None else wide_sinks.data_ptr()
     outputs = *map(_heads, (y, grad_y)), lse.data_ptr(), *map(_heads, grad.unbind(2))
     _run("attention_backward", y.dtype, (B, T, T, H, d), *inputs, *outputs, grad_sinks.data_ptr())

@@ -28,8 +28,8 @@ except ImportError:  # no extension, or an old one: `cpu` says which
 class Problem:
     """What a backend is asked to run; `why_not(problem)` of each backend answers from this alone.
 
-    `product` is "forward", "grad_input", "grad_weight", "abs_topk" or "attention". The geometry is
-    that of the layout and stays at its defaults for operations that have none.
+    `product` is the name of the backends' function. The geometry is that of the layout and stays at
+    its defaults for operations that have none.
     """
 
     device: str
@@ -89,7 +89,7 @@ def _count_rows(indices: object) -> int:
 
 def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> Tensor:
     """Returns an int32 contiguous copy of `indices`, or raises and says what is wrong with it."""
-    indices = checks.check_is_tensor("indices", indices)
+    indices = checks.check_strided("indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
     if indices.dim() != 2:

@@ -59,10 +59,12 @@ class SparseLinear(nn.Module):
     device: a write that torch does not count, such as a collective's, raises a device-side assert.
     To change the pattern during training use `rewire_`.
 
-    DistributedDataParallel that does not broadcast buffers compares the patterns of all ranks at
-    its first forward and raises a RuntimeError if they differ; `reset_parameters` of a layer whose
-    weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes are not
-    compared: call `check_ranks` after rewiring or loading on several ranks.
+    Under DistributedDataParallel that does not broadcast buffers, the first forward with gradients
+    enabled compares the patterns of all ranks and raises a RuntimeError if they differ; a forward
+    under `torch.no_grad` does not, and compiled code never does. `reset_parameters` of a layer
+    whose weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes are not
+    compared: call `check_ranks` after rewiring or loading on several ranks, and where the model is
+    compiled.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
     one, `reset_parameters` draws one, forward raises RuntimeError until then. Under a
@@ -419,20 +421,24 @@ class SparseLinear(nn.Module):
 
 
 def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Raises RuntimeError on every rank if a SparseLinear of `model` differs in its pattern.
+    """Raises RuntimeError on every rank if the ranks' SparseLinear layers or patterns differ.
 
-    A collective: every rank of `group` must call it with the same model. Call it after `rewire_` or
-    `load_state_dict` in a distributed run: a rank with another pattern trains another model, and
-    the averages of gradients mean nothing. Costs one checksum of each layer and one all_gather.
+    A collective: every rank of `group` must call it. Call it after `rewire_` or `load_state_dict`
+    in a distributed run: a rank with another pattern trains another model, and the averages of
+    gradients mean nothing. Costs one checksum of each layer and two small all_gathers. Layers on
+    the meta device have no pattern to compare.
 
     Args:
         model: any module, also wrapped in DistributedDataParallel or sharded by FSDP2.
         group: the ranks to compare, by default all.
 
     Raises:
-        RuntimeError: patterns differ; the message names the layers.
+        TypeError: `model` is not a Module.
+        RuntimeError: the layers differ in number, name, shape, block or direction, or in their
+            patterns; the message says in what, and names the layers whose patterns differ.
     """
-    ranks.compare(ranks.patterns(model, SparseLinear), group)
+    checks.check_type("model", model, nn.Module, "a torch.nn.Module")
+    ranks.compare(model, SparseLinear, group)
 
 
 def _version(tensor: Tensor) -> int:

@@ -31,7 +31,7 @@ class _Known(NamedTuple):
     layout: FanInLayout
 
 
-_known: dict[tuple[int, ...], _Known] = {}
+_known: dict[tuple[object, ...], _Known] = {}
 
 
 def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInLayout:
@@ -40,8 +40,8 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
     On a CPU their content is compared. On a GPU that would mean waiting for the device: there,
     writes that PyTorch does not count (collectives, `.data`) are not seen.
     """
-    storage = indices.untyped_storage()
-    place = (storage._cdata, indices.storage_offset(), *indices.shape, in_features, *block)
+    storage = checks.check_strided("indices", indices).untyped_storage()
+    place = (storage._cdata, indices.storage_offset(), indices.shape, in_features, *block)
     version = -1 if indices.is_inference() else indices._version
     known = _known.get(place)
     if known is not None and (
@@ -49,7 +49,7 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
     ):
         return known.layout
     checks.refuse_capture(indices.device)
-    layout = FanInLayout(indices, in_features, indices.shape[0] * block[0], (block[0], block[1]))
+    layout = FanInLayout(indices, in_features, block=checks.check_block(block))
     for old in [old for old, known in _known.items() if known.storage.expired()]:
         del _known[old]
     _known[place] = _Known(StorageWeakRef(storage), version, layout)
@@ -120,6 +120,7 @@ def _check_norm_backward(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     """q `(B, T, H, d)`, k and v `(B, S, H, d)` with S at least T and d at least 1, sinks `(H,)`."""
+    checks.check_strided("q", q)
     checks.check_is_tensor("k", k)
     if q.dim() != 4 or k.dim() != 4 or q.shape[1] > k.shape[1] or q.shape[3] == 0:
         raise ValueError(
@@ -135,6 +136,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> No
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v `(B, T, H, d)`; raises ValueError unless qkv is `(B, T, 3, H, d)`."""
+    checks.check_strided("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
         raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(2)
@@ -224,14 +226,13 @@ TABLE = (
 )
 
 _library = torch.library.Library("sparse_kernels", "DEF")
+# Those of tensors that are not strided only lead to the checks, which refuse them by name.
+_KEYS = ("CPU", "CUDA", "MkldnnCPU", "SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA")
 
 
 def _register(op: Op) -> OpOverload:
     """Defines one op. All devices share an implementation: the backend is an argument."""
     name = op.schema.partition("(")[0]
-    product = "attention" if name.startswith("attention") else "abs_topk"
-    if _PATTERN in op.schema:
-        product = name
 
     def run(*arguments: Any) -> Any:
         *arguments, backend = arguments  # type: ignore[assignment]
@@ -240,12 +241,12 @@ def _register(op: Op) -> OpOverload:
             *tensors, indices, in_features, block = arguments
             layout = layout_of(indices, in_features, block)
             arguments = (*tensors[:2], layout, *tensors[2:])
-        backends.choose_for(arguments[0], product, backend, layout)
+        backends.choose_for(arguments[0], name, backend, layout)
         op.check(*arguments)
         return getattr(backends.get(backend), name)(*arguments)
 
     _library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA"):
+    for key in _KEYS:
         _library.impl(name, run, key)
     torch.library.register_fake(f"sparse_kernels::{name}", op.fake, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default

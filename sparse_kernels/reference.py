@@ -17,7 +17,7 @@ from sparse_kernels.checks import (
     check_fan_in,
     check_geometry,
     check_has_values,
-    check_is_tensor,
+    check_strided,
     wide_dtype,
 )
 from sparse_kernels.layout import FanInLayout, Problem, check_layout
@@ -43,7 +43,7 @@ def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
         TypeError: a wrong type. ValueError: a wrong shape or device.
     """
     check_layout("layout", layout)
-    check_is_tensor("values", values)
+    check_strided("values", values)
     if values.shape != layout.values_shape:
         raise ValueError(
             f"values must have shape {layout.values_shape} (layout.values_shape), "
@@ -80,7 +80,7 @@ def from_dense(
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or size, or a NaN.
     """
-    check_is_tensor("weight", weight)
+    check_strided("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must have a floating-point dtype, got {weight.dtype}")
     if weight.dim() != 2:
@@ -210,7 +210,7 @@ def norm_abs_topk_backward(
     scale = scales.double()[:, None]
     n, g = x.double() * scale, h * weight.double()
     grad = scale * (g - n * (g * n).mean(1, keepdim=True))
-    return grad.to(x.dtype), (h * n).sum(0).to(weight.dtype)
+    return grad.to(x.dtype).contiguous(), (h * n).sum(0).to(weight.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

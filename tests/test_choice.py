@@ -43,7 +43,10 @@ def situations(draw):
 def test_explain_takes_what_choose_takes_and_has_a_sentence_for_each_other(situation):
     problem, able, asked = situation
     modules = {
-        name: SimpleNamespace(why_not=lambda _, name=name: None if name in able else f"no {name}")
+        name: SimpleNamespace(
+            why_not=lambda _, name=name: None if name in able else f"no {name}",
+            **{problem.product: None},
+        )
         for name in backends.NAMES
     }
     with pytest.MonkeyPatch.context() as patch:

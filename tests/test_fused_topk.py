@@ -216,10 +216,12 @@ def test_norm_opcheck_and_compile(dtype):
         arguments = (x, weight, 7, 1e-6, name)
         torch.library.opcheck(torch.ops.sparse_kernels.norm_abs_topk.default, arguments)
         y, scales = ops.norm_abs_topk(*arguments)
-        torch.library.opcheck(
-            torch.ops.sparse_kernels.norm_abs_topk_backward.default,
-            (grad, y, x, weight, scales, name),
-        )
+        rows = grad, y, x
+        for tensors in (rows, [tensor.t().contiguous().t() for tensor in rows]):
+            torch.library.opcheck(
+                torch.ops.sparse_kernels.norm_abs_topk_backward.default,
+                (*tensors, weight, scales, name),
+            )
     compiled = torch.compile(lambda x: rms_norm_abs_topk(x, weight, 7, 1e-6), fullgraph=True)
     assert torch.equal(compiled(x), rms_norm_abs_topk(x, weight, 7, 1e-6))
 

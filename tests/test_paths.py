@@ -183,6 +183,38 @@ def test_a_long_sum_over_few_blocks_is_as_exact_as_a_dense_one(lopsided):
         assert error <= 2 * own + torch.finfo(torch.float32).eps * truth.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_default_device_is_not_that_of_results(backend):
+    """What a kernel writes to lies where the inputs do: a pointer into meta memory is null."""
+    x, grad, weight = torch.randn(3, 8), torch.randn(3, 6), torch.randn(8)
+    qkv, sinks = torch.randn(2, 5, 3, 2, 4), torch.randn(2)
+    states = [sk.SparseLinear(8, 6, **fan).state_dict() for fan in ({"fan_in": 4}, {"fan_out": 3})]
+
+    def run():
+        results = []
+        for state, transpose in zip(states, (False, True), strict=True):
+            layout = sk.FanInLayout(state["indices"], *((6, 8) if transpose else (8, 6)))
+            leaves = [t.clone().requires_grad_() for t in (x, state["weight"], state["bias"])]
+            y = sk.sparse_linear(
+                *leaves[:2], layout, leaves[2], backend=backend, transpose=transpose
+            )
+            results += y.detach(), *torch.autograd.grad(y, leaves, grad)
+        y, scales = ops.norm_abs_topk(x, weight, 2, 1e-6, backend)
+        results += y, scales, *ops.norm_abs_topk_backward(x, y, x, weight, scales, backend)
+        y = ops.gelu_abs_topk(x, 2, backend)
+        results += y, ops.gelu_abs_topk_backward(x, y, x, backend)
+        y, lse = ops.attention(*qkv.unbind(2), sinks, backend)
+        results += y, lse, *ops.attention_backward(qkv, sinks, y, lse, y, backend)
+        return results
+
+    wanted = run()
+    with torch.device("meta"):
+        got = run()
+    for one, other in zip(got, wanted, strict=True):
+        assert one.is_cpu
+        assert torch.equal(one, other)
+
+
 @pytest.mark.slow
 def test_large_results_do_not_fault_page_by_page():
     torch.use_deterministic_algorithms(False)  # it would fill the memory, and fault first

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -191,7 +192,8 @@ def test_checksum_does_not_depend_on_strides():
 def initialized(rank, port, run, *arguments):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    patience = timedelta(minutes=2)  # a rank that waits in vain is a failure
+    dist.init_process_group("gloo", timeout=patience, rank=rank, world_size=2)
     try:
         run(rank, *arguments)
     finally:
@@ -268,6 +270,66 @@ def without_broadcast(rank):
 @pytest.mark.slow
 def test_ranks_with_different_patterns_are_refused_where_nothing_is_broadcast():
     spawn(without_broadcast)
+
+
+def with_different_layers(rank):
+    def layer(in_features=K, block=(1, 1), **fan):
+        return sk.SparseLinear(in_features, N, block=block, **(fan or {"fan_in": 4}))
+
+    def nested(*layers):
+        return torch.nn.Sequential(*layers)
+
+    with torch.device("meta"):
+        meta = layer()
+    base = layer()
+    indices = sk.FanInLayout.random(K, K, 4, generator=torch.Generator().manual_seed(0)).indices
+    fans = [sk.SparseLinear(K, K, **{fan: 4}) for fan in ("fan_in", "fan_out")]
+    for one in fans:
+        one.indices.copy_(indices)
+    for other, message in (
+        (torch.nn.ReLU(), "number, names, shapes, blocks, direction"),
+        (nested(base, layer()), "number, names"),
+        (nested(base), r"layers, in their names: build"),
+        (layer(2 * K), r"in their shapes: build"),
+        (layer(block=(2, 1)), "in their shapes, blocks: build"),
+        (meta, r"different patterns \(indices\) in the model: build"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            sk.check_ranks(base if rank == 0 else other)
+    with pytest.raises(RuntimeError, match=r"in their direction \(fan_in or fan_out\): build"):
+        sk.check_ranks(fans[rank])
+    sk.check_ranks(meta)
+    sk.check_ranks(fans[0])
+    sk.check_ranks(torch.nn.ReLU())
+
+
+@pytest.mark.slow
+def test_ranks_with_different_layers_are_refused():
+    spawn(with_different_layers)
+
+
+def with_one_rank_evaluating(rank):
+    torch.manual_seed(0)
+    layer, x = sk.SparseLinear(K, N, fan_in=4), torch.ones(3, K)
+    model = torch.nn.parallel.DistributedDataParallel(layer, broadcast_buffers=False)
+    if rank == 0:
+        with torch.no_grad():
+            model(x)
+    dist.barrier()
+    if rank == 1:
+        sk.rewire_(layer, None, sk.FanInLayout.random(N, K, 4))
+    with pytest.raises(RuntimeError, match=r"different patterns .* in the model"):
+        model(x)
+
+
+@pytest.mark.slow
+def test_one_rank_may_evaluate_alone_before_patterns_are_compared():
+    spawn(with_one_rank_evaluating)
+
+
+def test_check_ranks_takes_a_module():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        sk.check_ranks([1])
 
 
 def sharded_from_meta(rank):

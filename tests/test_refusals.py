@@ -14,6 +14,7 @@ from oracle import TARGETS
 
 import sparse_kernels as sk
 from sparse_kernels import backends, ops
+from sparse_kernels.transformer_ops import cached_attention, causal_attention, rms_norm_abs_topk
 
 
 def check_refusal(call, kind, words):
@@ -287,31 +288,146 @@ def test_products_check_their_arguments(backend, dispatched):
 
 
 ROWS, NARROW = torch.ones(3, 6), torch.ones(3, 5)
+SIX, SCALES = torch.ones(6), torch.ones(3)
 HEADS = torch.ones(2, 5, 2, 4)
+SHORT, LSE = HEADS[:, 1:], torch.ones(2, 2, 5)
 QKV = torch.ones(2, 5, 3, 2, 4)
-OTHER_OPS = {
-    "bias_grad": (ROWS[0],),
-    "abs_topk": (ROWS, 7),
-    "abs_topk rows": (ROWS[0], 1),
-    "abs_topk_backward": (ROWS, NARROW),
-    "abs_topk_backward dtype": (ROWS, ROWS.double()),
-    "gelu_abs_topk": (ROWS, 0),
-    "gelu_abs_topk_backward": (ROWS, ROWS, NARROW),
-    "norm_abs_topk": (ROWS, torch.ones(5), 2, 0.1),
-    "norm_abs_topk_backward": (ROWS, ROWS, ROWS, torch.ones(6), torch.ones(4)),
-    "norm_abs_topk_backward weight": (ROWS, ROWS, ROWS, torch.ones(5), torch.ones(3)),
-    "attention": (HEADS, HEADS[:, 1:], HEADS[:, 1:], None),
-    "attention v": (HEADS, HEADS, HEADS[:, 1:], None),
-    "attention sinks": (HEADS, HEADS, HEADS, torch.ones(3)),
-    "attention_backward": (QKV, None, HEADS, torch.ones(2, 2, 4), HEADS),
-    "attention_backward y": (QKV, None, HEADS[1:], torch.ones(2, 2, 5), HEADS),
+# The op, its arguments but for the backend, and how the message begins: with the argument's name.
+OTHER_OPS = [
+    ("bias_grad", (ROWS[0],), "grad_output must have two"),
+    ("abs_topk", (ROWS, 7), "k must be from 1 to 6"),
+    ("abs_topk", (ROWS, 0), "k must be from 1 to 6"),
+    ("abs_topk", (ROWS[0], 1), "x must have two"),
+    ("abs_topk_backward", (ROWS[0], ROWS[0]), "grad_output must have two"),
+    ("abs_topk_backward", (ROWS, NARROW), "y must have shape"),
+    ("abs_topk_backward", (ROWS, ROWS.double()), "y must be torch.float32"),
+    ("gelu_abs_topk", (ROWS, 0), "k must be from 1 to 6"),
+    ("gelu_abs_topk", (ROWS[0], 1), "x must have two"),
+    ("gelu_abs_topk_backward", (ROWS[0], ROWS[0], ROWS[0]), "grad_output must have two"),
+    ("gelu_abs_topk_backward", (ROWS, NARROW, ROWS), "y must have shape"),
+    ("gelu_abs_topk_backward", (ROWS, ROWS, NARROW), "x must have shape"),
+    ("norm_abs_topk", (ROWS[0], SIX, 2, 0.1), "x must have two"),
+    ("norm_abs_topk", (ROWS, SIX[1:], 2, 0.1), "weight must have shape"),
+    ("norm_abs_topk", (ROWS, SIX, 7, 0.1), "k must be from 1 to 6"),
+    ("norm_abs_topk", (ROWS, SIX, 0, 0.1), "k must be from 1 to 6"),
+    ("norm_abs_topk_backward", (SIX, ROWS, ROWS, SIX, SCALES), "grad_output must have two"),
+    ("norm_abs_topk_backward", (NARROW, ROWS, ROWS, SIX, SCALES), "y must have shape"),
+    ("norm_abs_topk_backward", (ROWS, NARROW, ROWS, SIX, SCALES), "y must have shape"),
+    ("norm_abs_topk_backward", (ROWS, ROWS, NARROW, SIX, SCALES), "x must have shape"),
+    ("norm_abs_topk_backward", (ROWS, ROWS, ROWS, SIX[1:], SCALES), "weight must have shape"),
+    ("norm_abs_topk_backward", (ROWS, ROWS, ROWS, SIX, SCALES[1:]), "scales must have shape"),
+    ("norm_abs_topk_backward", (ROWS, ROWS, ROWS, SIX, SCALES.double()), "scales must be torch.fl"),
+    ("attention", (HEADS[0], HEADS, HEADS, None), "q must be "),
+    ("attention", (HEADS, SHORT, SHORT, None), "q must be .* S at least T"),
+    ("attention", (HEADS, HEADS[..., 1:], HEADS, None), "k must have shape"),
+    ("attention", (HEADS, HEADS, SHORT, None), "v must have shape"),
+    ("attention", (HEADS, HEADS, HEADS, torch.ones(3)), "sinks must have shape"),
+    ("attention_backward", (HEADS, None, HEADS, LSE, HEADS), "qkv must be "),
+    ("attention_backward", (QKV, torch.ones(3), HEADS, LSE, HEADS), "sinks must have shape"),
+    ("attention_backward", (QKV, None, HEADS[1:], LSE, HEADS), "y must have shape"),
+    ("attention_backward", (QKV, None, HEADS, LSE[..., 1:], HEADS), "lse must have shape"),
+    ("attention_backward", (QKV, None, HEADS, LSE.double(), HEADS), "lse must be torch.float32"),
+    ("attention_backward", (QKV, None, HEADS, LSE, SHORT), "grad_y must have shape"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), OTHER_OPS)
+def test_other_ops_check_their_arguments(name, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        getattr(torch.ops.sparse_kernels, name)(*arguments, "cpu")
+
+
+# For each op, good arguments; every tensor among them in turn is made sparse.
+GOOD_CALLS = {
+    "forward": (torch.ones(M, K), VALUES, torch.ones(N), MADE.indices, K, BLOCK),
+    "grad_input": (torch.ones(M, N), VALUES, torch.ones(K), MADE.indices, K, BLOCK),
+    "grad_weight": (torch.ones(M, N), torch.ones(M, K), MADE.indices, K, BLOCK),
+    "bias_grad": (ROWS,),
+    "abs_topk": (ROWS, 2),
+    "abs_topk_backward": (ROWS, ROWS),
+    "gelu_abs_topk": (ROWS, 2),
+    "gelu_abs_topk_backward": (ROWS, ROWS, ROWS),
+    "norm_abs_topk": (ROWS, SIX, 2, 0.1),
+    "norm_abs_topk_backward": (ROWS, ROWS, ROWS, SIX, SCALES),
+    "attention": (HEADS, HEADS, HEADS, torch.ones(2)),
+    "attention_backward": (QKV, torch.ones(2), HEADS, LSE, HEADS),
 }
 
 
-@pytest.mark.parametrize("name", OTHER_OPS)
-def test_other_ops_check_their_arguments(name):
-    with pytest.raises((TypeError, ValueError)):
-        getattr(torch.ops.sparse_kernels, name.split()[0])(*OTHER_OPS[name], "cpu")
+@pytest.mark.parametrize("make", ["to_sparse", "to_mkldnn"])
+@pytest.mark.parametrize("name", GOOD_CALLS)
+def test_ops_refuse_tensors_that_are_not_strided(name, make):
+    op, good = getattr(torch.ops.sparse_kernels, name), GOOD_CALLS[name]
+    op(*good, "cpu")
+    parameters = [argument.name for argument in op.default._schema.arguments]
+    for place, argument in enumerate(good):
+        if isinstance(argument, torch.Tensor) and (
+            make == "to_sparse" or argument.is_floating_point()
+        ):
+            changed = (*good[:place], getattr(argument, make)(), *good[place + 1 :])
+            with pytest.raises(TypeError, match=f"^{parameters[place]} must be a strided tensor"):
+                op(*changed, "cpu")
+
+
+def test_functions_refuse_tensors_that_are_not_strided():
+    for make in (torch.Tensor.to_sparse, torch.Tensor.to_mkldnn):
+        with pytest.raises(TypeError, match=r"^v must be a strided"):
+            cached_attention(HEADS, HEADS, make(HEADS))
+        with pytest.raises(TypeError, match=r"^sinks must be a strided"):
+            causal_attention(QKV, make(torch.ones(2)))
+        with pytest.raises(TypeError, match=r"^weight must be a strided"):
+            rms_norm_abs_topk(ROWS, make(SIX), 2, 0.1)
+        with pytest.raises(TypeError, match=r"^weight must be a strided"):
+            sk.from_dense(make(ROWS), 2)
+        with pytest.raises(TypeError, match=r"^values must be a strided"):
+            sk.to_dense(make(VALUES), MADE)
+
+
+@pytest.mark.parametrize("learned", ["x", "values", "bias"])
+def test_sparse_gradients_are_refused(learned):
+    tensors = {"x": torch.ones(M, K), "values": VALUES.clone(), "bias": torch.ones(N)}
+    tensors[learned].requires_grad_()
+    table = sk.sparse_linear(layout=MADE, **tensors)
+    rows = torch.nn.functional.embedding(torch.tensor([0, 1]), table, sparse=True)
+    with pytest.raises(TypeError, match=r"^grad_output must be a strided tensor"):
+        rows.sum().backward()
+
+
+def test_load_state_dict_refuses_sparse_indices():
+    layer = sk.SparseLinear(K, N, fan_in=4)
+    state = {**layer.state_dict(), "indices": layer.indices.to_sparse()}
+    with pytest.raises(RuntimeError, match="indices must be a strided tensor"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("indices", "block", "kind", "message"),
+    [
+        (MADE.indices[0, 0], BLOCK, ValueError, "indices must have two dimensions"),
+        (MADE.indices[0], BLOCK, ValueError, "indices must have two dimensions"),
+        (MADE.indices, (1, 1, 1), TypeError, "block must be a pair"),
+        (MADE.indices, (0, 1), ValueError, "block.* must be at least 1"),
+    ],
+)
+def test_ops_refuse_patterns(indices, block, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        torch.ops.sparse_kernels.forward(torch.ones(M, K), VALUES, None, indices, K, block, "cpu")
+
+
+@pytest.mark.parametrize("backend", sorted(set(backends.NAMES) - set(backends.FUSED)))
+@pytest.mark.parametrize("name", ["gelu_abs_topk", "norm_abs_topk_backward", "attention_backward"])
+def test_backends_without_an_op_say_so(name, backend, monkeypatch):
+    monkeypatch.setattr(backends.get(backend), "why_not", lambda problem: None)
+    message = f"backend '{backend}' cannot run {name}: it has no {name}, only reference and cpu"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.sparse_kernels, name)(*GOOD_CALLS[name], backend)
+
+
+@pytest.mark.parametrize("name", ["bias_grad", "gelu_abs_topk", "attention"])
+def test_refusals_of_a_backend_name_the_op(name):
+    half = (a.half() if isinstance(a, torch.Tensor) else a for a in GOOD_CALLS[name])
+    with pytest.raises(RuntimeError, match=rf"backend 'cpu' cannot run {name}: .*torch\.float16"):
+        getattr(torch.ops.sparse_kernels, name)(*half, "cpu")
 
 
 def test_backends_that_cannot_run_say_why():

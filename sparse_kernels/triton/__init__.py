@@ -51,10 +51,10 @@ def why_not(problem: Problem) -> str | None:
         return "its tiles are for NVIDIA GPUs, and this PyTorch is built for AMD's"
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
-    if problem.product == "abs_topk":
-        return None
     if problem.product == "attention":
         return "it has no attention: torch.nn.functional.scaled_dot_product_attention serves GPUs"
+    if problem.product not in ("forward", "grad_input", "grad_weight"):  # it has no layout
+        return None
     if problem.block[0] not in _SIDES or problem.block[1] not in _SIDES:
         return (
             f"it needs blocks with both sides one of 16, 32, 64, 128, and the block is "
