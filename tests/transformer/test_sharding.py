@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
 def options(tmp_path_factory):
     """Without `--linear`."""
     folder = tmp_path_factory.mktemp("corpus")
-    for name in ("train", "model", "data", "topology"):
+    for name in ("loop", "trainer", "checkpoint", "topology"):
         shutil.copy(checkpoint.__file__.replace("checkpoint", name), folder)
     return [*OPTIONS, "--data", str(folder), "--cache-dir", str(tmp_path_factory.mktemp("cache"))]
 
