@@ -110,7 +110,8 @@ from sparse_transformer.train.masked_dense import project_
 from sparse_transformer.model import Transformer
 from sparse_transformer.train.distributed import leave, ranks
 from sparse_transformer.train.sharding import whole
-from sparse_transformer.train import Trainer, parse
+from sparse_transformer.cli.train import parse
+from sparse_transformer.train.trainer import Trainer
 
 def held(slices):
     storages = [piece.to_local().untyped_storage() for piece in slices]
