@@ -531,13 +531,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is not a tokenizer, or lacks one of `TASK_TOKENS`.
     """
+    problem = f"{path} is missing or not a tokenizer: copy tokenizer.json there"
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    # The library raises nothing more specific.
-    except Exception as error:
-        raise UserError(
-            f"{path} is missing or not a tokenizer: copy tokenizer.json there"
-        ) from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(problem) from error
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(problem) from error
     tokenizer.encode_special_tokens = True
     missing = [token for token in TASK_TOKENS if len(tokenizer.encode(token).ids) != 1]
     if missing:
