@@ -22,6 +22,8 @@ Sampler = Callable[[Candidate, int], float]
 MIN_SAMPLE_S = 2e-4
 # A candidate that takes longer than this is timed once: nothing around it can matter by much.
 SLOW_S = 1.0
+# The guess for a candidate that takes longer than this is one call, not the better of two.
+LONG_S = 0.15
 MIN_SAMPLES, MAX_SAMPLES = 5, 101
 
 
@@ -57,7 +59,8 @@ def estimate_s(call: Candidate, sampler: Sampler = sample_s) -> float:
     The first call pays for pages, threads, packed copies and lazily built schedules.
     """
     first = sampler(call, 1)
-    return first if first > SLOW_S else min(sampler(call, 1) for _ in range(2))
+    more = 0 if first > SLOW_S else 1 if first > LONG_S else 2
+    return min((sampler(call, 1) for _ in range(more)), default=first)
 
 
 def interleave(
