@@ -143,11 +143,11 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
     };
     define("spmm", &Table::spmm, 9, spmm);
     define("spmm_scatter", &Table::spmm_scatter, 9, spmm);
-    define("grad_weight", &Table::grad_weight, 10, [](Arguments& a) {
+    define("sddmm", &Table::sddmm, 10, [](Arguments& a) {
         const auto& pattern = a.next().cast<const Pattern&>();
-        return sk::GradWeightArguments{pattern.lists, pattern.schedule, a.data(),   a.size(),
-                                       a.size(),      a.data(),         a.size(),   a.size(),
-                                       a.data(),      a.size(),         a.threads()};
+        return sk::SddmmArguments{pattern.lists, pattern.schedule, a.data(),   a.size(),
+                                  a.size(),      a.data(),         a.size(),   a.size(),
+                                  a.data(),      a.size(),         a.threads()};
     });
     define("bias_grad", &Table::bias_grad, 6, [](Arguments& a) {
         return sk::BiasGradArguments{a.data(), a.size(), a.data(), a.size(), a.size(), a.threads()};

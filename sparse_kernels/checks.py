@@ -147,8 +147,7 @@ def check_tensor(
         and tensor.shape == shape
         and tensor.dtype == dtype
         and tensor.device == device
-        # torch.compile cannot trace `layout` in a backward; the compiled operation checks it.
-        and (torch.compiler.is_compiling() or tensor.layout is torch.strided)
+        and tensor.layout is torch.strided
     ):
         return
     tensor = check_strided(name, tensor)
@@ -157,13 +156,6 @@ def check_tensor(
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def check_matrix(name: str, tensor: Tensor) -> None:
-    """Raises TypeError or ValueError unless `tensor` is strided and has two dimensions."""
-    check_strided(name, tensor)
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_kept(k: int, width: int) -> None:
@@ -191,7 +183,7 @@ def refuse_capture(device: torch.device) -> None:
 
 def refuse_jit_trace() -> None:
     """Raises RuntimeError while torch.jit.trace records, which cannot record these operations."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace cannot record the operations of sparse_kernels: use torch.export"
         )

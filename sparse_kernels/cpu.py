@@ -155,9 +155,7 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
 
 
 def _scheduled(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
-    schedule = layout.cache.get(f"cpu.{lists}")
-    if schedule is None:
-        schedule = layout.derive(f"cpu.{lists}", lambda this: build_schedule(this, lists))
+    schedule = layout.derive("cpu." + lists, lambda this: build_schedule(this, lists))
     assert isinstance(schedule, _Schedule)
     return schedule.pattern
 
@@ -183,12 +181,11 @@ def _matrix(tensor: Tensor) -> tuple[int, ...]:
 def _spmm(
     kernel: str, x: Tensor, values: Tensor, bias: Tensor | None, width: int, pattern: object
 ) -> Tensor:
-    values = values.contiguous()
+    values, tokens = values.contiguous(), x.shape[0]
     bias = None if bias is None else bias.contiguous()
-    out = _empty(x, x.shape[0], width)
-    b = 0 if bias is None else bias.data_ptr()
-    pointers = values.data_ptr(), b, out.data_ptr()
-    _run(kernel, x.dtype, pattern, *_matrix(x), *pointers, x.shape[0])
+    out = _empty(x, tokens, width)
+    pointers = values.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    _run(kernel, x.dtype, pattern, *_matrix(x), *pointers, tokens)
     return out
 
 
@@ -215,7 +212,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`."""
     out = _empty(x, *layout.values_shape)
     pattern, pointers = _scheduled(layout, "rows"), (*_matrix(grad_output), *_matrix(x))
-    _run("grad_weight", x.dtype, pattern, *pointers, out.data_ptr(), x.shape[0])
+    _run("sddmm", x.dtype, pattern, *pointers, out.data_ptr(), x.shape[0])
     return out
 
 
@@ -228,34 +225,32 @@ def bias_grad(grad_output: Tensor) -> Tensor:
     return out
 
 
-def abs_topk(x: Tensor, k: int) -> Tensor:
-    """Keeps the `k` entries of largest magnitude of each row of x (M, D), any strides."""
-    out = _empty(x, *x.shape)
-    _run("abs_topk", x.dtype, *_matrix(x), out.data_ptr(), *x.shape, k)
+def _by_rows(kernel: str, *inputs: Tensor, k: tuple[int, ...] = ()) -> Tensor:
+    """What a kernel makes of the rows of matrices (M, D), any strides, that have one shape."""
+    out = _empty(inputs[0], *inputs[0].shape)
+    pointers = (number for tensor in inputs for number in _matrix(tensor))
+    _run(kernel, out.dtype, *pointers, out.data_ptr(), *out.shape, *k)
     return out
+
+
+def abs_topk(x: Tensor, k: int) -> Tensor:
+    """See `reference.abs_topk`."""
+    return _by_rows("abs_topk", x, k=(k,))
 
 
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
-    """`grad_output` where the kept `y` (M, D) is not zero, elsewhere 0; both with any strides."""
-    out = _empty(y, *y.shape)
-    pointers = *_matrix(grad_output), *_matrix(y), out.data_ptr()
-    _run("abs_topk_backward", y.dtype, *pointers, *y.shape)
-    return out
+    """See `reference.abs_topk_backward`."""
+    return _by_rows("abs_topk_backward", grad_output, y)
 
 
 def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
-    """`abs_topk(gelu(x), k)` of x (M, D), any strides, without the tensor in between."""
-    out = _empty(x, *x.shape)
-    _run("gelu_abs_topk", x.dtype, *_matrix(x), out.data_ptr(), *x.shape, k)
-    return out
+    """See `reference.gelu_abs_topk`."""
+    return _by_rows("gelu_abs_topk", x, k=(k,))
 
 
 def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """`grad_output * gelu'(x)` where the kept `y` (M, D) is not zero, elsewhere 0; any strides."""
-    out = _empty(y, *y.shape)
-    pointers = *_matrix(grad_output), *_matrix(y), *_matrix(x), out.data_ptr()
-    _run("gelu_abs_topk_backward", y.dtype, *pointers, *y.shape)
-    return out
+    """See `reference.gelu_abs_topk_backward`."""
+    return _by_rows("gelu_abs_topk_backward", grad_output, y, x)
 
 
 def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:

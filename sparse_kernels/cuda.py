@@ -40,7 +40,7 @@ _device_type = "cuda"
 _MAX_BLOCK_SIDE = 128
 _MAX_BLOCKS = 2**31 - 1
 _MAX_ROW = 2**30
-# Neighbouring units that the order of the transposed lists keeps together: csrc/cuda/gather.cu.
+# Neighbouring units that the order of the columns keeps together: csrc/cuda/spmm.cu.
 _RUN = 32
 # The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
@@ -156,11 +156,11 @@ def _scheduled(
     wide = layout.transposed.rows if transposed else layout.indices
     columns = (tensors[-1] if narrow else wide).data_ptr(), narrow, wide.data_ptr()
     if not transposed:
-        return _extension.Lists.fan_in(*geometry, *columns), tensors
+        return _extension.Lists.rows(*geometry, *columns), tensors
     offsets, (ids, order) = layout.transposed.offsets, tensors[:2]
     starts = tensors[2].data_ptr() if layout.block == (1, 1) else 0
     pointers = ids.data_ptr(), order.data_ptr(), starts
-    return _extension.Lists.fan_out(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
+    return _extension.Lists.columns(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
 
 
 def _queue(tensor: Tensor) -> tuple[int, int]:
@@ -203,7 +203,7 @@ def _spmm(
         queue = _queue(x)
         pointed, schedule = _scheduled(layout, "columns" if transposed else "rows")
         # 1 x 1 blocks are packed into words together with their indices, if these fit.
-        count = _extension.gather_words(dtype, pointed, _SLICE_FEATURES, queue[0])
+        count = _extension.spmm_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
         if transposed and not count:
             # Each tile of tokens reads all values in the order of the lists: sort them once.
@@ -215,7 +215,7 @@ def _spmm(
         inputs = *_matrix(x), values.data_ptr(), 0 if bias is None else bias.data_ptr()
         outputs = words.data_ptr() if count else 0, out.data_ptr()
         sizes = x.shape[0], _SLICE_FEATURES
-        _extension.gather(product, dtype, pointed, *inputs, *outputs, *sizes, *queue)
+        _extension.spmm(product, dtype, pointed, *inputs, *outputs, *sizes, *queue)
     return out
 
 
@@ -249,12 +249,12 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
         out = x.new_empty(layout.values_shape)
-        parts = _extension.grad_weight_parts(dtype, x.shape[0])
+        parts = _extension.sddmm_parts(dtype, x.shape[0])
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         pointed, _ = _scheduled(layout, "rows")
         inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
         sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
-        _extension.grad_weight(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
+        _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
     return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple, cast
 
@@ -337,13 +338,10 @@ class FanInLayout:
     def __hash__(self) -> int:
         return hash((self.out_features, self.in_features, self.block, self.checksum))
 
-    @property
+    @cached_property
     def checksum(self) -> int:
-        """`checksum(indices)`, computed once."""
-        found: int | None = self.__dict__.get("_checksum")
-        if found is None:
-            found = self.__dict__["_checksum"] = checksum(self.indices)
-        return found
+        """`checksum(indices)`."""
+        return checksum(self.indices)
 
     def is_held_by(self, indices: Tensor) -> bool:
         """Whether `indices` has the dtype, device and content of this layout's own.
@@ -389,11 +387,6 @@ class Pattern(NamedTuple):
     def values_shape(self) -> tuple[int, int, int, int]:
         """`(R, F, block_out, block_in)`."""
         return (self.indices.shape[0], self.indices.shape[1], *self.block)
-
-    @property
-    def device(self) -> torch.device:
-        """Where `indices` lives."""
-        return self.indices.device
 
 
 Layout = FanInLayout | Pattern

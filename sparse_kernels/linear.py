@@ -203,16 +203,21 @@ class SparseLinear(nn.Module):
             # layers share a graph.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
             return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
-        if torch._C._get_tracing_state() is not None:
-            checks.refuse_jit_trace()
-        layout = self.layout
+        checks.refuse_jit_trace()
+        ranks.check_once(SparseLinear)
+        layout = self._layout
+        if layout is None or not indices.is_cpu or not layout.is_held_by(indices):
+            layout = self.layout
         if not indices.is_cpu:
             torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
-        # Not `self.weight`: torch's lookup of a Parameter takes long beside a product of one token.
-        weight = self._parameters.get("weight")
-        if weight is None:  # parametrized or pruned
-            weight = self.weight
-        return linear(x, weight, layout, self.bias, self.backend, self.transpose)
+        # torch's lookup of a Parameter takes long beside a product of one token.
+        own = self._parameters
+        if "weight" in own and "bias" in own:
+            weight, bias = own["weight"], own["bias"]
+        else:  # parametrized or pruned
+            weight, bias = self.weight, self.bias
+        transpose = self.fan_out is not None
+        return linear(x, weight, layout, bias, self.backend, transpose)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -296,7 +301,6 @@ class SparseLinear(nn.Module):
             layout.is_held_by(indices)
         ):
             self._adopt(self._validated(indices, "indices"))
-        ranks.check_once(SparseLinear)
 
     # torch.compile executes it while it traces code that reads `layout`. This is the attribute that
     # `torch.compiler.assume_constant_result` sets, which imports all of torch._dynamo.

@@ -67,7 +67,7 @@ class Spmm(Function):
             terms.append(ops.apply(Spmm, x, dvalues, None, *where))
         if dbias is not None:
             terms.append(dbias.expand(x.shape[0], -1))
-        return ops.add_up(terms)
+        return sum(terms[1:], terms[0])
 
     @staticmethod
     def vmap_rule(
@@ -122,7 +122,7 @@ class Sddmm(Function):
             terms.append(ops.apply(Sddmm, dgrad_output, x, ctx.layout, ctx.backend))
         if dx is not None:
             terms.append(ops.apply(Sddmm, grad_output, dx, ctx.layout, ctx.backend))
-        return ops.add_up(terms)
+        return sum(terms[1:], terms[0])
 
 
 class BiasGrad(Function):
@@ -194,20 +194,16 @@ def linear(
     transpose: bool,
 ) -> Tensor:
     """`sparse_linear`; while tracing, `layout` may be a `Pattern`."""
-    checks.check_is_tensor("x", x)
-    checks.check_strided("values", values)
-    if bias is not None:
-        checks.check_strided("bias", bias)
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        x, values = _autocast(x), _autocast(values)
-        bias = None if bias is None else _autocast(bias)
-    _check_input("x", x, layout, "out_features" if transpose else "in_features")
+    if torch._C._is_any_autocast_enabled():
+        x, values = _autocast("x", x), _autocast("values", values)
+        bias = None if bias is None else _autocast("bias", bias)
+    ops.check_spmm(x, values, layout, bias, transpose)
     name = backends.choose_for(x, "grad_input" if transpose else "forward", backend, layout)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.is_differentiated(x, values, bias):
         y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
     else:  # a Function takes longer than the product of one token
-        y = (ops.grad_input if transpose else ops.forward)(tokens, values, layout, bias, name)
+        y = ops.spmm(tokens, values, layout, bias, name, transpose)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -232,33 +228,20 @@ def grad_weight(
         TypeError, ValueError, RuntimeError: as for `sparse_linear`.
     """
     check_layout("layout", layout)
-    _check_input("grad_output", grad_output, layout, "out_features")
-    _check_input("x", x, layout, "in_features")
-    if x.shape[:-1] != grad_output.shape[:-1]:
-        raise ValueError(
-            f"x must have the leading dimensions of grad_output {tuple(grad_output.shape[:-1])}, "
-            f"got {tuple(x.shape[:-1])}"
-        )
+    ops.check_sddmm(grad_output, x, layout)
     name = backends.choose_for(x, "grad_weight", backend, layout)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
     values: Tensor = ops.apply(Sddmm, *rows, layout, name)
     return values
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+def _autocast(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in autocast's dtype, if that is on for its device."""
+    device = checks.check_is_tensor(name, tensor).device.type
+    if (
+        tensor.dtype == torch.float64
+        or not tensor.is_floating_point()
+        or not torch.is_autocast_enabled(device)
+    ):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check_input(name: str, x: Tensor, layout: Layout, side: str) -> None:
-    """Raises TypeError or ValueError unless x is `(..., side of the layout)` on its device."""
-    checks.check_float(name, x)
-    if x.device != layout.device:
-        raise ValueError(f"{name} must be on the layout's device {layout.device}, got {x.device}")
-    width = getattr(layout, side)
-    if x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(
-            f"{name} must have the layout's {side} = {width} as its last dimension, "
-            f"got shape {tuple(x.shape)}"
-        )
+    return tensor.to(torch.get_autocast_dtype(device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -67,37 +68,67 @@ class Op(NamedTuple):
     fake: Callable[..., Any]
 
 
-def _check_forward(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_spmm("x", x, values, bias, layout, layout.in_features, layout.out_features)
+def _check_features(name: str, x: Tensor, layout: Layout, side: str) -> None:
+    """x is `(..., side of the layout)`, on its device."""
+    checks.check_float(name, x)
+    device = layout.indices.device
+    if x.device != device:
+        raise ValueError(f"{name} must be on the layout's device {device}, got {x.device}")
+    width = getattr(layout, side)
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} must have the layout's {side} = {width} as its last dimension, "
+            f"got shape {tuple(x.shape)}"
+        )
 
 
-def _check_grad_input(grad: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_spmm("grad_output", grad, values, bias, layout, layout.out_features, layout.in_features)
-
-
-def _check_spmm(
-    name: str, x: Tensor, values: Tensor, bias: Tensor | None, layout: Layout, *sides: int
+def check_spmm(
+    x: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    transpose: bool,
+    name: str = "x",
 ) -> None:
-    dtype, device = x.dtype, layout.device
-    checks.check_tensor(name, x, (*x.shape[:1], sides[0]), dtype, device)
-    checks.check_tensor("values", values, layout.values_shape, dtype, device)
+    """The operands of `Y = X W^T (+ b)`, or of `Y = X W (+ b)` if `transpose`; x is `(..., K)`."""
+    _check_features(name, x, layout, "out_features" if transpose else "in_features")
+    checks.check_tensor("values", values, layout.values_shape, x.dtype, x.device)
     if bias is not None:
-        checks.check_tensor("bias", bias, sides[1:], dtype, device)
+        width = layout.in_features if transpose else layout.out_features
+        checks.check_tensor("bias", bias, (width,), x.dtype, x.device)
 
 
-def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
-    tokens, dtype, device = grad_output.shape[:1], grad_output.dtype, layout.device
-    shape = (*tokens, layout.out_features)
-    checks.check_tensor("grad_output", grad_output, shape, dtype, device)
-    checks.check_tensor("x", x, (*tokens, layout.in_features), dtype, device)
+def check_sddmm(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
+    """The operands of `dW = dY^T X`, with any leading dimensions."""
+    _check_features("grad_output", grad_output, layout, "out_features")
+    _check_features("x", x, layout, "in_features")
+    shape = (*grad_output.shape[:-1], layout.in_features)
+    checks.check_tensor("x", x, shape, grad_output.dtype, grad_output.device)
 
 
 def _check_rows(**tensors: Tensor) -> None:
     """Matrices of the shape, dtype and device of the first."""
     (first, like), *others = tensors.items()
-    checks.check_matrix(first, like)
+    checks.check_strided(first, like)
+    if like.dim() != 2:
+        raise ValueError(f"{first} must have two dimensions, got shape {tuple(like.shape)}")
     for name, tensor in others:
         checks.check_tensor(name, tensor, like.shape, like.dtype, like.device)
+
+
+def _check_forward(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
+    _check_rows(x=x)
+    check_spmm(x, values, layout, bias, transpose=False)
+
+
+def _check_grad_input(grad: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
+    _check_rows(grad_output=grad)
+    check_spmm(grad, values, layout, bias, transpose=True, name="grad_output")
+
+
+def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
+    _check_rows(grad_output=grad_output)
+    check_sddmm(grad_output, x, layout)
 
 
 def _check_topk(x: Tensor, k: int) -> None:
@@ -292,24 +323,17 @@ def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
 ) = map(_register, TABLE)
 
 
-def _count_linear(
-    x: Sequence[int], values: Sequence[int], *_: object, out_shape: object = None, **__: object
-) -> int:
-    rows, per_row, block_out, block_in = values
-    return 2 * x[0] * rows * per_row * block_out * block_in
-
-
-def _count_sampled(
-    grad_output: Sequence[int], x: Sequence[int], *_: object, out_shape: Any = None, **__: object
-) -> int:
-    return _count_linear(x, out_shape)
-
-
 def _register_flops(counter: Any) -> None:
     """Two operations for each token and kept weight, for `FlopCounterMode`."""
-    for op in (_forward, _grad_input):
-        counter.register_flop_formula(op._overloadpacket)(_count_linear)
-    counter.register_flop_formula(_grad_weight._overloadpacket)(_count_sampled)
+
+    def count(x: Sequence[int], values: Sequence[int], *_: object, **__: object) -> int:
+        return 2 * x[0] * math.prod(values)
+
+    def count_grad_weight(x: Sequence[int], *_: object, out_shape: Any, **__: object) -> int:
+        return count(x, out_shape)
+
+    for op, formula in ((_forward, count), (_grad_input, count), (_grad_weight, count_grad_weight)):
+        counter.register_flop_formula(op._overloadpacket)(formula)
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
@@ -362,7 +386,7 @@ def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
     The dispatcher takes longer than the product of one token.
     """
     if (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or not isinstance(layout, FanInLayout)
         or _active_keys() not in _IDLE_KEYS
         or torch._C._autograd._profiler_enabled()
@@ -370,36 +394,50 @@ def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
         return False
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()
+            type(tensor) not in _PLAIN
+            or tensor.layout is not torch.strided
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
         ):
             return False
     return True
 
 
+def spmm(
+    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
+) -> Tensor:
+    """`forward`, or `grad_input` if `transpose`, of operands that `check_spmm` has seen."""
+    if _is_direct(layout, x, values, bias):
+        run = backends.get(backend)
+        return (run.grad_input if transpose else run.forward)(x, values, layout, bias)
+    pattern = layout.indices, layout.in_features, layout.block
+    y: Tensor = (_grad_input if transpose else _forward)(x, values, bias, *pattern, backend)
+    return y
+
+
+# Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
+
+
 def forward(x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str) -> Tensor:
     """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; layout is a `Layout`. See `reference.forward`."""
-    _check_forward(x, values, layout, bias)
-    if _is_direct(layout, x, values, bias):
-        return backends.get(backend).forward(x, values, layout, bias)
-    y: Tensor = _forward(x, values, bias, layout.indices, layout.in_features, layout.block, backend)
-    return y
+    if not torch.compiler.is_dynamo_compiling():
+        _check_forward(x, values, layout, bias)
+    return spmm(x, values, layout, bias, backend, False)
 
 
 def grad_input(
     grad_output: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str
 ) -> Tensor:
     """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
-    _check_grad_input(grad_output, values, layout, bias)
-    if _is_direct(layout, grad_output, values, bias):
-        return backends.get(backend).grad_input(grad_output, values, layout, bias)
-    pattern = layout.indices, layout.in_features, layout.block
-    grad: Tensor = _grad_input(grad_output, values, bias, *pattern, backend)
-    return grad
+    if not torch.compiler.is_dynamo_compiling():
+        _check_grad_input(grad_output, values, layout, bias)
+    return spmm(grad_output, values, layout, bias, backend, True)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
-    _check_grad_weight(grad_output, x, layout)
+    if not torch.compiler.is_dynamo_compiling():
+        _check_grad_weight(grad_output, x, layout)
     if _is_direct(layout, grad_output, x):
         return backends.get(backend).grad_weight(grad_output, x, layout)
     pattern = layout.indices, layout.in_features, layout.block
@@ -412,7 +450,7 @@ def is_transformed() -> bool:
 
     Tensors are then differentiated although they do not require a gradient.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     active: bool = torch._C._are_functorch_transforms_active()
     return active or forward_ad._current_level >= 0
@@ -423,11 +461,6 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return is_transformed()
-
-
-def add_up(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of the parts of a forward-mode derivative, at least one."""
-    return functools.reduce(torch.add, terms)
 
 
 def map_samples(

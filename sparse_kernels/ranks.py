@@ -86,7 +86,7 @@ def check_once(kind: type[SparseLinear]) -> None:
     Where DistributedDataParallel broadcasts buffers, patterns cannot differ. A forward without
     gradients does not compare: one rank alone may evaluate.
     """
-    model = DistributedDataParallel._get_active_ddp_module()
+    model = DistributedDataParallel._active_ddp_module
     if model is None or not torch.is_grad_enabled():
         return
     if model in _compared or model.will_sync_module_buffers():

@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from sparse_kernels import cpu
-
-# Without a GPU the Triton kernels are interpreted, which is decided when triton is imported.
+# Without a GPU the Triton kernels are interpreted, which sparse_kernels and triton decide when
+# they are imported: not before this.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -33,6 +32,8 @@ if _workers > 1:
 
 def pytest_collection_modifyitems(items):
     """Tests of the instruction sets below the best one are slow."""
+    from sparse_kernels import cpu
+
     lower = set(cpu.isas()[:-1])
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}

@@ -311,7 +311,11 @@ def test_ranks_with_different_layers_are_refused():
 def with_one_rank_evaluating(rank):
     torch.manual_seed(0)
     layer, x = sk.SparseLinear(K, N, fan_in=4), torch.ones(3, K)
-    model = torch.nn.parallel.DistributedDataParallel(layer, broadcast_buffers=False)
+    # A comparison of one rank alone waits this long for the others and then fails.
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    model = torch.nn.parallel.DistributedDataParallel(
+        layer, process_group=group, broadcast_buffers=False
+    )
     if rank == 0:
         with torch.no_grad():
             model(x)

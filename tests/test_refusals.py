@@ -280,7 +280,7 @@ def test_products_check_their_arguments(backend, dispatched):
         with pytest.raises((TypeError, ValueError)):
             call(product, *tensors)
     if not dispatched:
-        with pytest.raises(ValueError, match="x must be on cpu, got meta"):
+        with pytest.raises(ValueError, match="x must be on the layout's device cpu, got meta"):
             call("forward", x.to("meta"), VALUES, None)
     elif backend == "cpu":
         with pytest.raises(RuntimeError, match=r"cannot run forward.*torch\.float16"):

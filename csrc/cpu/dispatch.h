@@ -24,7 +24,7 @@ struct SpmmArguments {
     int threads;
 };
 
-struct GradWeightArguments {
+struct SddmmArguments {
     Lists lists;
     Schedule schedule;
     const void* grad_output;
@@ -127,7 +127,7 @@ struct AttentionBackwardArguments {
 struct KernelTable {
     void (*spmm[kDTypes])(const SpmmArguments&);
     void (*spmm_scatter[kDTypes])(const SpmmArguments&);
-    void (*grad_weight[kDTypes])(const GradWeightArguments&);
+    void (*sddmm[kDTypes])(const SddmmArguments&);
     void (*bias_grad[kDTypes])(const BiasGradArguments&);
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);

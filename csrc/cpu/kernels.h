@@ -49,8 +49,8 @@ void run_spmm_scatter(const SpmmArguments& arguments) {
 }
 
 template <class T>
-void run_grad_weight(const GradWeightArguments& arguments) {
-    grad_weight(GradWeightProblem<T>{
+void run_sddmm(const SddmmArguments& arguments) {
+    sddmm(SddmmProblem<T>{
         arguments.lists, arguments.schedule,
         Matrix<const T>{static_cast<const T*>(arguments.grad_output),
                         arguments.grad_output_row_stride, arguments.grad_output_col_stride},
@@ -166,7 +166,7 @@ void set_products(KernelTable& table, DType dtype) {
     const int at = static_cast<int>(dtype);
     table.spmm[at] = run_spmm<T>;
     table.spmm_scatter[at] = run_spmm_scatter<T>;
-    table.grad_weight[at] = run_grad_weight<T>;
+    table.sddmm[at] = run_sddmm<T>;
 }
 
 template <class T>

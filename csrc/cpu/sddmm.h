@@ -21,7 +21,7 @@ constexpr int64_t kRowBytes = 64 << 10;
 constexpr int64_t kPartials = 64;
 
 template <class T>
-struct GradWeightProblem {
+struct SddmmProblem {
     Lists lists;
     Schedule schedule;
     Matrix<const T> grad_output;  // (tokens, lists.rows * out_block)
@@ -382,8 +382,7 @@ struct Outer {
 
 // Adds up the parts' sums, which lie as in Entries, and stores them in the order of the values.
 template <class T>
-void finish_sums(const GradWeightProblem<T>& problem, int64_t order, Compute<T>* sums,
-                 int64_t parts) {
+void finish_sums(const SddmmProblem<T>& problem, int64_t order, Compute<T>* sums, int64_t parts) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
     constexpr int64_t kStep = 1024;
@@ -437,9 +436,9 @@ void finish_sums(const GradWeightProblem<T>& problem, int64_t order, Compute<T>*
 // `order` and `multiply` are those of a way that packs by `Packing`: a pointer, so that this is
 // compiled once for each packing.
 template <class T, class Packing, class E = typename Packing::Element>
-__attribute__((noinline)) void grad_weight_tiles(const GradWeightProblem<T>& problem, int64_t order,
-                                                 void (*multiply)(const Lists&,
-                                                                  const Entries<E, Compute<T>>&)) {
+__attribute__((noinline)) void sddmm_tiles(const SddmmProblem<T>& problem, int64_t order,
+                                           void (*multiply)(const Lists&,
+                                                            const Entries<E, Compute<T>>&)) {
     using C = Compute<T>;
     constexpr int64_t kTile = Packing::kTokens;
     const Lists& lists = problem.lists;
@@ -547,7 +546,7 @@ __attribute__((noinline)) void outer_row(const Compute<T>* dy, int64_t dy_stride
 
 // A few tokens: the gradient is an outer product of a few rows, one pass over the values.
 template <class T>
-void grad_weight_few(const GradWeightProblem<T>& problem) {
+void sddmm_few(const SddmmProblem<T>& problem) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t outputs = lists.rows * lists.out_block;
@@ -588,35 +587,35 @@ void grad_weight_few(const GradWeightProblem<T>& problem) {
 
 // The widest tile, of kVectors vectors or fewer, that fits its cache and is not mostly padding.
 template <template <class, int> class Kernel, int kVectors, class T>
-void grad_weight_fitting(const GradWeightProblem<T>& problem) {
+void sddmm_fitting(const SddmmProblem<T>& problem) {
     using K = Kernel<T, kVectors>;
     if constexpr (kVectors > 2 && !std::is_same<T, double>::value) {
         const int64_t features =
             std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
         const int64_t bytes = features * K::kTokens * int64_t{sizeof(typename K::Element)};
         if (bytes > kTileBytes || 2 * problem.tokens <= K::kTokens) {
-            return grad_weight_fitting<Kernel, kVectors / 2>(problem);
+            return sddmm_fitting<Kernel, kVectors / 2>(problem);
         }
     }
-    grad_weight_tiles<T, typename K::Packing>(problem, K::order(problem.lists), K::multiply);
+    sddmm_tiles<T, typename K::Packing>(problem, K::order(problem.lists), K::multiply);
 }
 
 template <class T>
-void grad_weight(const GradWeightProblem<T>& problem) {
+void sddmm(const SddmmProblem<T>& problem) {
     constexpr int kN = kLanes<Compute<T>>;
     // bfloat16 holds two vectors of tokens in one.
     constexpr int kNarrow = std::is_same<T, Compute<T>>::value ? 1 : 2;
-    if (problem.tokens <= kFewTokens) return grad_weight_few(problem);
+    if (problem.tokens <= kFewTokens) return sddmm_few(problem);
     // Where pairs of tokens are multiplied at once, dot products are faster than outer products.
     constexpr bool kPairs = kNarrow == 2 && kMultipliesBf16;
-    if (!kPairs && problem.lists.out_block % kN == 0) return grad_weight_fitting<Outer, 4>(problem);
+    if (!kPairs && problem.lists.out_block % kN == 0) return sddmm_fitting<Outer, 4>(problem);
     switch (shared_outputs(problem.lists.out_block)) {
         case 4:  // as wide as the rows of 4 outputs fit the registers
-            return grad_weight_fitting<FourRows, (16 < kRegisters ? 4 : 2) * kNarrow>(problem);
+            return sddmm_fitting<FourRows, (16 < kRegisters ? 4 : 2) * kNarrow>(problem);
         case 2:
-            return grad_weight_fitting<PairedRows, 4 * kNarrow>(problem);
+            return sddmm_fitting<PairedRows, 4 * kNarrow>(problem);
         default:  // beside a row, a vector for each weight of a group
-            return grad_weight_fitting<Rows, (8 + kN < kRegisters ? 8 : 4) * kNarrow>(problem);
+            return sddmm_fitting<Rows, (8 + kN < kRegisters ? 8 : 4) * kNarrow>(problem);
     }
 }
 

@@ -1,6 +1,5 @@
-// Products that gather: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+
-// bias). `forward` runs it over a layout's own lists, `grad_input` over the transposed ones, or
-// else as in spmm_scatter.h.
+// spmm: out[m, r] = sum over the kept blocks of row r of W[r, c] * in[m, c] (+ bias). `forward`
+// runs it over the rows of a layout, `grad_input` over its columns, or else as in spmm_scatter.h.
 #pragma once
 
 #include <type_traits>
@@ -170,7 +169,7 @@ void copy_bias(const T* bias, int64_t count, Compute<T>* to) {
     for (int64_t n = 0; n < count; ++n) to[n] = bias ? to_compute(bias[n]) : Compute<T>(0);
 }
 
-// The two steps of a gather that depend on how many outputs share an index list.
+// The two steps of the product that depend on how many outputs share an index list.
 template <class T, int kVectors>
 struct SharedSteps {
     using TileOf = Tile<T, kVectors>;
@@ -354,7 +353,7 @@ void copy_tokens(const Matrix<const T>& source, int64_t tokens, int64_t features
 
 // A few tokens: a dot product for each output, no tile.
 template <class T>
-void gather_dots(const SpmmProblem<T>& problem) {
+void spmm_dots(const SpmmProblem<T>& problem) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t outputs = lists.rows * lists.out_block;
@@ -424,7 +423,7 @@ void spmm(const SpmmProblem<T>& problem) {
     if (problem.tokens == 0) return;
     const Lists& lists = problem.lists;
     const bool unshared = lists.out_block * lists.in_block == 1;
-    if (problem.tokens <= (unshared ? kDotTokensUnshared : kDotTokens)) return gather_dots(problem);
+    if (problem.tokens <= (unshared ? kDotTokensUnshared : kDotTokens)) return spmm_dots(problem);
     // As wide as the sums fit the registers.
     constexpr bool kMany = kRegisters > 16;
     switch (shared_outputs(lists.out_block)) {

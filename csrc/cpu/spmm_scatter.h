@@ -1,7 +1,7 @@
 // The transpose of spmm over the same lists: out[m, c] = sum over the rows r that keep c of
 // W[r, c] * in[m, r] (+ bias). `grad_input` runs it for blocks that are several outputs tall and
 // few inputs wide, because the inputs of a block-row then share the rows of dY that they meet,
-// where over the transposed lists nothing would be shared.
+// where over the columns nothing would be shared.
 #pragma once
 
 #include "spmm.h"

@@ -33,9 +33,9 @@ DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype is '" + name + "'; needs float32, bfloat16 or float16");
 }
 
-// Lists of the layout itself: outputs gather from inputs.
-Lists fan_in(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
-             uintptr_t columns, bool narrow, uintptr_t wide_columns) {
+// Inputs of each output: the layout itself.
+Lists lists_of_rows(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
+                    int32_t block_in, uintptr_t columns, bool narrow, uintptr_t wide_columns) {
     Lists lists{};
     lists.rows = rows;
     lists.cols = cols;
@@ -51,10 +51,11 @@ Lists fan_in(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int
     return lists;
 }
 
-// The transposed lists: inputs gather from the outputs that read them.
-Lists fan_out(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out, int32_t block_in,
-              uintptr_t offsets, uintptr_t source_rows, bool narrow, uintptr_t wide_source_rows,
-              uintptr_t ids, uintptr_t order, uintptr_t starts) {
+// Outputs of each input: the transposed lists.
+Lists lists_of_columns(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
+                       int32_t block_in, uintptr_t offsets, uintptr_t source_rows, bool narrow,
+                       uintptr_t wide_source_rows, uintptr_t ids, uintptr_t order,
+                       uintptr_t starts) {
     Lists lists{};
     lists.rows = cols;
     lists.cols = rows;
@@ -81,22 +82,22 @@ PYBIND11_MODULE(SK_MODULE, module) {
 
     // Local, so that the tests can load a second build beside this one.
     py::class_<Lists>(module, "Lists", py::module_local())
-        .def_static("fan_in", fan_in)
-        .def_static("fan_out", fan_out);
+        .def_static("rows", lists_of_rows)
+        .def_static("columns", lists_of_columns);
 
-    module.def("gather_words", [](const std::string& dtype, const Lists& lists,
-                                  int64_t slice_features, int device) {
-        return sk::cuda::gather_words(dtype_from(dtype), lists, slice_features, device);
+    module.def("spmm_words", [](const std::string& dtype, const Lists& lists,
+                                int64_t slice_features, int device) {
+        return sk::cuda::spmm_words(dtype_from(dtype), lists, slice_features, device);
     });
-    module.def("gather", [](const std::string& product, const std::string& dtype,
-                            const Lists& lists, uintptr_t x, int64_t row_stride, int64_t col_stride,
-                            uintptr_t values, uintptr_t bias, uintptr_t words, uintptr_t out,
-                            int64_t tokens, int64_t slice_features, int device, uintptr_t stream) {
+    module.def("spmm", [](const std::string& product, const std::string& dtype, const Lists& lists,
+                          uintptr_t x, int64_t row_stride, int64_t col_stride, uintptr_t values,
+                          uintptr_t bias, uintptr_t words, uintptr_t out, int64_t tokens,
+                          int64_t slice_features, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
-        sk::cuda::gather(product.c_str(), type, lists, {pointer(x), row_stride, col_stride},
-                         pointer(values), pointer(bias), pointer(words), pointer(out), tokens,
-                         slice_features, {device, pointer(stream)});
+        sk::cuda::spmm(product.c_str(), type, lists, {pointer(x), row_stride, col_stride},
+                       pointer(values), pointer(bias), pointer(words), pointer(out), tokens,
+                       slice_features, {device, pointer(stream)});
     });
     module.def(
         "pack_blocks", [](uintptr_t ids, int64_t blocks, int64_t block_bytes, int element_bytes,
@@ -105,21 +106,20 @@ PYBIND11_MODULE(SK_MODULE, module) {
             sk::cuda::pack_blocks(pointer<const int32_t>(ids), blocks, block_bytes, element_bytes,
                                   pointer(values), pointer(packed), {device, pointer(stream)});
         });
-    module.def("grad_weight_parts", [](const std::string& dtype, int64_t tokens) {
-        return sk::cuda::grad_weight_parts(dtype_from(dtype), tokens);
+    module.def("sddmm_parts", [](const std::string& dtype, int64_t tokens) {
+        return sk::cuda::sddmm_parts(dtype_from(dtype), tokens);
     });
-    module.def("grad_weight",
-               [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
-                  int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x, int64_t row_stride,
-                  int64_t col_stride, uintptr_t partial, uintptr_t grad_values, int64_t tokens,
-                  int64_t slice_features, int device, uintptr_t stream) {
-                   const DType type = dtype_from(dtype);
-                   py::gil_scoped_release release;
-                   sk::cuda::grad_weight(
-                       type, lists, {pointer(grad_output), grad_row_stride, grad_col_stride},
-                       {pointer(x), row_stride, col_stride}, pointer<float>(partial),
-                       pointer(grad_values), tokens, slice_features, {device, pointer(stream)});
-               });
+    module.def("sddmm", [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
+                           int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x,
+                           int64_t row_stride, int64_t col_stride, uintptr_t partial,
+                           uintptr_t grad_values, int64_t tokens, int64_t slice_features,
+                           int device, uintptr_t stream) {
+        const DType type = dtype_from(dtype);
+        py::gil_scoped_release release;
+        sk::cuda::sddmm(type, lists, {pointer(grad_output), grad_row_stride, grad_col_stride},
+                        {pointer(x), row_stride, col_stride}, pointer<float>(partial),
+                        pointer(grad_values), tokens, slice_features, {device, pointer(stream)});
+    });
     module.def("abs_topk", [](const std::string& dtype, uintptr_t x, int64_t row_stride,
                               int64_t col_stride, uintptr_t y, int64_t rows, int64_t cols,
                               int64_t k, int64_t staged_bytes, int device, uintptr_t stream) {

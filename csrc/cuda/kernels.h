@@ -23,8 +23,8 @@ struct Operand {
     int64_t col_stride;
 };
 
-// For each output block-row the input blocks that it gathers, ascending. The blocks of the values
-// lie in the order of the lists, except where gather_words is not 0.
+// For each output block-row the input blocks that it reads, ascending. The blocks of the values
+// lie in the order of the lists, except where spmm_words is not 0.
 struct Lists {
     int64_t rows;            // output block-rows
     int64_t cols;            // input block-columns
@@ -35,7 +35,7 @@ struct Lists {
     bool narrow;
     const int32_t* wide_columns;  // (blocks) the same as int32_t
     const int32_t* ids;           // (blocks) the stored block of each, or null: in that order
-    const int32_t* order;         // (units) in which units are taken (see gather.cu), or null
+    const int32_t* order;         // (units) in which units are taken (see spmm.cu), or null
     const int32_t* starts;        // (rows + 1) offsets in that order, in fours, rounded up, or null
     int32_t out_block;            // outputs of a block, in the direction of this product
     int32_t in_block;             // inputs of a block
@@ -43,29 +43,29 @@ struct Lists {
     int32_t in_stride;            // ... and neighbouring inputs
 };
 
-// Entries of working memory, of a float and an index if T is float, else of 4 bytes, that gather
+// Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm
 // wants: 0, or enough for all weights. Then it reads the values where `ids` says.
-int64_t gather_words(DType dtype, const Lists& lists, int64_t slice_features, int device);
+int64_t spmm_words(DType dtype, const Lists& lists, int64_t slice_features, int device);
 
 // out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
 // rows * out_block), contiguous. bias may be null. `product` is its name in messages.
-// `slice_features` bounds the inputs that lie in shared memory at a time (see gather.cu).
-void gather(const char* product, DType dtype, const Lists& lists, const Operand& x,
-            const void* values, const void* bias, void* words, void* out, int64_t tokens,
-            int64_t slice_features, const Queue& queue);
+// `slice_features` bounds the inputs that lie in shared memory at a time (see spmm.cu).
+void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x,
+          const void* values, const void* bias, void* words, void* out, int64_t tokens,
+          int64_t slice_features, const Queue& queue);
 
 // packed[i] = values[ids[i]] for blocks of `block_bytes`, which element_bytes (2 or 4) divides.
 void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int element_bytes,
                  const void* values, void* packed, const Queue& queue);
 
-// Parts that grad_weight cuts the tokens into, which follow from their number alone.
-int64_t grad_weight_parts(DType dtype, int64_t tokens);
+// Parts that sddmm cuts the tokens into, which follow from their number alone.
+int64_t sddmm_parts(DType dtype, int64_t tokens);
 
 // grad_values[r, f, a, b] = sum over tokens of grad_output[m, r, a] * x[m, column(r, f), b].
 // `partial` holds a float for each element of each part: working memory.
-void grad_weight(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
-                 float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
-                 const Queue& queue);
+void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+           float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
+           const Queue& queue);
 
 // y (rows, cols), contiguous, keeps the k entries of largest magnitude of each row of x. Rows of
 // more than `staged_bytes` are read again at each step instead of held in shared memory.

@@ -1,5 +1,5 @@
-// Products that gather: out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m,
-// c]. `forward` runs it over a layout's own lists, `grad_input` over the transposed ones.
+// spmm: out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]. `forward`
+// runs it over the rows of a layout, `grad_input` over its columns.
 //
 // A block of threads keeps a tile of tokens in shared memory, with all their inputs, and streams
 // weights and indices past it: they are few, and each is read once for a whole tile. Neighbouring
@@ -40,7 +40,7 @@ struct alignas(8) Word<float> {
     uint32_t place, weight;
 };
 
-struct GatherProblem {
+struct SpmmProblem {
     Lists lists;
     Operand x;
     const void* values;
@@ -139,7 +139,7 @@ struct WordRange {
     int count;
 };
 template <class T>
-__device__ WordRange<T> words_at(const GatherProblem& p, int64_t at) {
+__device__ WordRange<T> words_at(const SpmmProblem& p, int64_t at) {
     Word<T>* const words = static_cast<Word<T>*>(p.words);
     if (p.lists.starts) {
         const int begin = p.lists.starts[at], end = p.lists.starts[at + 1];
@@ -164,8 +164,7 @@ __device__ Word<T> make_word(unsigned place, uint32_t weight, T) {
 
 // Writes all words; eight threads take a row.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    words_kernel(const GatherProblem p, unsigned zero_place) {
+__global__ void __launch_bounds__(kThreads) words_kernel(const SpmmProblem p, unsigned zero_place) {
     constexpr int kPerRow = 8;
     const Lists& lists = p.lists;
     const T* const values = static_cast<const T*>(p.values);
@@ -211,7 +210,7 @@ __device__ void add_words(const WordRange<T>& range, const WordRange<T>& next, W
 
 // total += the products of a unit's blocks that lie in a slice.
 template <class T, class Index, int kShared, int kInBlock>
-__device__ void add_blocks(const GatherProblem& p, int64_t unit, int64_t slice, const uint4* tile,
+__device__ void add_blocks(const SpmmProblem& p, int64_t unit, int64_t slice, const uint4* tile,
                            unsigned vector, float (&total)[kShared][kTokens<T>]) {
     const int in_block = kInBlock ? kInBlock : p.lists.in_block;
     const int units_in_row = p.lists.out_block / kShared;
@@ -278,7 +277,7 @@ __device__ void store_run(const T* stage, int stride, int width, int outputs, in
 // Index says what the columns are, or is void for words. kInBlock is the number of inputs of a
 // block, or 0 for any.
 template <class T, class Index, int kShared, int kInBlock>
-__global__ void __launch_bounds__(kThreads, 1) gather_kernel(const GatherProblem p) {
+__global__ void __launch_bounds__(kThreads, 1) spmm_kernel(const SpmmProblem p) {
     constexpr bool kWords = std::is_void<Index>::value;
     const int in_block = kInBlock ? kInBlock : p.lists.in_block;
     const int log_vectors = p.log_vectors;
@@ -412,8 +411,7 @@ bool uses_words(const Lists& lists, int64_t slice_features, int device) {
 }
 
 template <class T, class Index, int kShared, int kInBlock>
-void launch_gather(const char* product, GatherProblem p, int64_t slice_features,
-                   const Queue& queue) {
+void launch_spmm(const char* product, SpmmProblem p, int64_t slice_features, const Queue& queue) {
     constexpr bool kWords = std::is_void<Index>::value;
     const std::string what = describe(product, p.lists, p.tokens);
     // Slices as large as a tile of one vector allows, then as many vectors as fit and are needed.
@@ -453,29 +451,28 @@ void launch_gather(const char* product, GatherProblem p, int64_t slice_features,
         launch(what + ", its words,", words_kernel<T>, blocks, kThreads, 0, queue, p,
                static_cast<unsigned>(places(p.log_vectors) - 8));
     }
-    launch(what, gather_kernel<T, Index, kShared, kInBlock>, grid, kThreads, bytes(p.log_vectors),
+    launch(what, spmm_kernel<T, Index, kShared, kInBlock>, grid, kThreads, bytes(p.log_vectors),
            queue, p);
 }
 
 template <class T, int kShared>
-void choose_index(const char* product, const GatherProblem& p, int64_t slice_features,
+void choose_index(const char* product, const SpmmProblem& p, int64_t slice_features,
                   const Queue& queue) {
     if (!p.lists.narrow) {
-        launch_gather<T, int32_t, kShared, 0>(product, p, slice_features, queue);
+        launch_spmm<T, int32_t, kShared, 0>(product, p, slice_features, queue);
     } else if (kShared > 1 && p.lists.in_block == 1) {
         // Single weights are here only where they do not fit into words.
-        launch_gather<T, uint16_t, kShared, kShared == 1 ? 0 : 1>(product, p, slice_features,
-                                                                  queue);
+        launch_spmm<T, uint16_t, kShared, kShared == 1 ? 0 : 1>(product, p, slice_features, queue);
     } else {
-        launch_gather<T, uint16_t, kShared, 0>(product, p, slice_features, queue);
+        launch_spmm<T, uint16_t, kShared, 0>(product, p, slice_features, queue);
     }
 }
 
 template <class T>
-void choose_shared(const char* product, const GatherProblem& p, int64_t slice_features,
+void choose_shared(const char* product, const SpmmProblem& p, int64_t slice_features,
                    const Queue& queue) {
     if (uses_words<T>(p.lists, slice_features, queue.device)) {
-        return launch_gather<T, void, 1, 1>(product, p, slice_features, queue);
+        return launch_spmm<T, void, 1, 1>(product, p, slice_features, queue);
     }
     switch (shared_outputs(p.lists.out_block)) {
         case 4:
@@ -501,7 +498,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t gather_words(DType dtype, const Lists& lists, int64_t slice_features, int device) {
+int64_t spmm_words(DType dtype, const Lists& lists, int64_t slice_features, int device) {
     const bool used = dtype == DType::kFloat32    ? uses_words<float>(lists, slice_features, device)
                       : dtype == DType::kBfloat16 ? uses_words<Bf16>(lists, slice_features, device)
                                                   : uses_words<Half>(lists, slice_features, device);
@@ -510,12 +507,12 @@ int64_t gather_words(DType dtype, const Lists& lists, int64_t slice_features, in
     return lists.rows * (ceil_div(lists.per_row, kWordsAtOnce) * kWordsAtOnce);
 }
 
-void gather(const char* product, DType dtype, const Lists& lists, const Operand& x,
-            const void* values, const void* bias, void* words, void* out, int64_t tokens,
-            int64_t slice_features, const Queue& queue) {
+void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x,
+          const void* values, const void* bias, void* words, void* out, int64_t tokens,
+          int64_t slice_features, const Queue& queue) {
     if (tokens == 0) return;
     const DeviceGuard guard(queue.device);
-    const GatherProblem p{lists, x, values, bias, words, out, tokens, 1, 1, 0, 1, false, false};
+    const SpmmProblem p{lists, x, values, bias, words, out, tokens, 1, 1, 0, 1, false, false};
     switch (dtype) {
         case DType::kFloat32:
             return choose_shared<float>(product, p, slice_features, queue);

@@ -16,7 +16,7 @@ constexpr int kVectors = 1 << kLogVectors;
 // Outputs whose dY lies in shared memory at a time. Groups take kShared of them at a time.
 constexpr int kChunkOutputs = 64;
 
-struct GradWeightProblem {
+struct SddmmProblem {
     Lists lists;
     Operand grad_output;
     Operand x;
@@ -63,7 +63,7 @@ __device__ int64_t max_over_warp(int64_t count) {
 }
 
 template <class T, class Index, int kShared>
-__global__ void __launch_bounds__(kThreads, 1) grad_weight_kernel(const GradWeightProblem p) {
+__global__ void __launch_bounds__(kThreads, 1) sddmm_kernel(const SddmmProblem p) {
     constexpr int kTileTokens = kTokens<T> * kVectors;
     const int in_block = p.lists.in_block;
     const int out_block = p.lists.out_block;
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class Index, int kShared>
-void launch_products(GradWeightProblem p, int64_t parts, int64_t slice_features,
-                     const Queue& queue) {
+void launch_products(SddmmProblem p, int64_t parts, int64_t slice_features, const Queue& queue) {
     const std::string what = describe("grad_weight", p.lists, p.tokens);
     constexpr int kTileTokens = kTokens<T> * kVectors;
     constexpr int64_t kGradBytes = 16 * kChunkOutputs * kVectors;
@@ -207,11 +206,11 @@ void launch_products(GradWeightProblem p, int64_t parts, int64_t slice_features,
         static_cast<unsigned>(parts),
         static_cast<unsigned>(ceil_div(p.lists.rows * p.lists.out_block, p.split_outputs)),
         static_cast<unsigned>(slice_blocks));
-    launch(what, grad_weight_kernel<T, Index, kShared>, grid, kThreads, bytes, queue, p);
+    launch(what, sddmm_kernel<T, Index, kShared>, grid, kThreads, bytes, queue, p);
 }
 
 template <class T, int kShared>
-void choose_index(const GradWeightProblem& p, int64_t parts, int64_t slice_features,
+void choose_index(const SddmmProblem& p, int64_t parts, int64_t slice_features,
                   const Queue& queue) {
     if (p.lists.narrow) {
         launch_products<T, uint16_t, kShared>(p, parts, slice_features, queue);
@@ -221,7 +220,7 @@ void choose_index(const GradWeightProblem& p, int64_t parts, int64_t slice_featu
 }
 
 template <class T>
-void run(const GradWeightProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
+void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
          const Queue& queue) {
     if (parts > 0) {
         switch (shared_outputs(p.lists.out_block)) {
@@ -245,19 +244,19 @@ void run(const GradWeightProblem& p, void* grad_values, int64_t parts, int64_t s
 
 }  // namespace
 
-int64_t grad_weight_parts(DType dtype, int64_t tokens) {
+int64_t sddmm_parts(DType dtype, int64_t tokens) {
     if (tokens == 0) return 0;
     const int64_t tiles = tiles_of(dtype, tokens);
     // No part may be empty: nobody would set its sums.
     return ceil_div(tiles, ceil_div(tiles, std::min(kMaxParts, ceil_div(tiles, kPartTiles))));
 }
 
-void grad_weight(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
-                 float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
-                 const Queue& queue) {
+void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+           float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
+           const Queue& queue) {
     const DeviceGuard guard(queue.device);
-    const int64_t parts = grad_weight_parts(dtype, tokens);
-    const GradWeightProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
+    const int64_t parts = sddmm_parts(dtype, tokens);
+    const SddmmProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
     switch (dtype) {
         case DType::kFloat32:
             return run<float>(p, grad_values, parts, slice_features, queue);
