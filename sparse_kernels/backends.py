@@ -39,7 +39,7 @@ class Backend(Protocol):
         """`dY` where y is not zero."""
 
 
-_BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "cpu": cpu,
     "triton": triton,
@@ -47,7 +47,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 # Those that also have attention, and AbsTopK fused with what comes before it.
 FUSED = ("reference", "cpu")
-NAMES = tuple(_BACKENDS)
+NAMES = tuple(BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 
 
@@ -104,8 +104,8 @@ RULES = {
 }
 
 
-def _rule(problem: Problem) -> Rule:
-    """The rule for `problem`."""
+def rule_for(problem: Problem) -> Rule:
+    """The row of `RULES` for `problem`."""
     if problem.device == "cpu":
         return RULES["cpu tensors"]
     if problem.product == "abs_topk":
@@ -117,19 +117,9 @@ def _rule(problem: Problem) -> Rule:
     return RULES["smaller blocks"]
 
 
-def order(problem: Problem) -> tuple[str, ...]:
-    """The backends to try for `problem`, fastest first, by `RULES`."""
-    return _rule(problem).order
-
-
-def get(name: str) -> Backend:
-    """The backend `name`; KeyError if this release has none."""
-    return _BACKENDS[name]
-
-
 def why_not(name: str, problem: Problem) -> str | None:
     """None if the backend `name` can run `problem`, else a sentence that says why not."""
-    backend = _BACKENDS[name]
+    backend = BACKENDS[name]
     reason = backend.why_not(problem)
     if reason is None and not hasattr(backend, problem.product):
         return f"it has no {problem.product}, only {' and '.join(FUSED)} have it"
@@ -159,7 +149,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {problem.product}: {reason}")
         return backend
-    rule = _rule(problem)
+    rule = rule_for(problem)
     for name in rule.order:
         if why_not(name, problem) is None:
             return name
@@ -179,7 +169,7 @@ def explain(problem: Problem) -> list[tuple[str, str]]:
 
     The sentence of the one that is taken begins with "taken: ".
     """
-    rule = _rule(problem)
+    rule = rule_for(problem)
     cannot = {name: why_not(name, problem) for name in NAMES}
     chosen = next((name for name in rule.order if cannot[name] is None), None)
     source = "" if rule.source is None else f" ({rule.source})"

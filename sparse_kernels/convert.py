@@ -15,6 +15,7 @@ from sparse_kernels.checks import check_type
 from sparse_kernels.linear import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module)
 Fan = int | Callable[[str, nn.Linear], int]
 
 
@@ -55,19 +56,9 @@ def sparsify_(
             `forward` on a selected module, or hooks on its parameters, which would be lost; no
             module selected; or a model that is itself an `nn.Linear`.
     """
-    _check(model, filter_fn)
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "model is itself an nn.Linear and cannot be replaced in place: "
-            "use SparseLinear.from_dense(model, ...)"
-        )
+    chosen = _choose(model, nn.Linear, filter_fn, "SparseLinear.from_dense(model, ...)")
     if (fan_in is None) == (fan_out is None):
         raise ValueError("exactly one of fan_in and fan_out must be given")
-    chosen: dict[str, nn.Linear] = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, name))
-    }
     if not chosen:
         raise ValueError("filter_fn must select at least one nn.Linear of the model, got none")
     _check_replaceable(model, chosen)
@@ -107,24 +98,30 @@ def densify_(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         TypeError: an argument of a wrong type. ValueError: a model that is itself a SparseLinear;
             a parameter that is shared, or hooks that would be lost, as for `sparsify_`.
     """
-    _check(model, filter_fn)
-    if isinstance(model, SparseLinear):
-        raise ValueError(
-            "model is itself a SparseLinear and cannot be replaced in place: use model.to_dense()"
-        )
-    chosen: dict[str, SparseLinear] = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is SparseLinear and (filter_fn is None or filter_fn(module, name))
-    }
+    chosen = _choose(model, SparseLinear, filter_fn, "model.to_dense()")
     _check_replaceable(model, chosen)
     _replace(model, chosen, {layer: layer.to_dense() for layer in chosen.values()})
     return model
 
 
-def _check(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+def _choose(
+    model: nn.Module,
+    kind: type[Layer],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    instead: str,
+) -> dict[str, Layer]:
+    """The selected modules whose type is exactly `kind`, by each of their names."""
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("filter_fn", filter_fn, (Callable, type(None)), "callable or None")
+    if isinstance(model, kind):
+        raise ValueError(
+            f"model is itself a {kind.__name__} and cannot be replaced in place: use {instead}"
+        )
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is kind and (filter_fn is None or filter_fn(module, name))
+    }
 
 
 def _check_replaceable(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

@@ -6,7 +6,6 @@ in the order of a *schedule*, which is computed once and cached in the layout.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -39,8 +38,6 @@ _PANEL_FEATURES = 2048
 _HUGE_BYTES = 4 << 20
 # The most terms of a running sum whose rounding errors do not show.
 _LONGEST_SUM = 64
-# The largest number of blocks that read one input, by layout.
-_longest: weakref.WeakKeyDictionary[FanInLayout, int] = weakref.WeakKeyDictionary()
 
 
 def is_available() -> bool:
@@ -111,11 +108,10 @@ def _walks(layout: FanInLayout) -> Orientation:
 
 
 def _scatters_exactly(layout: FanInLayout) -> bool:
-    longest = _longest.get(layout)
-    if longest is None:
-        counts = torch.bincount(layout.indices.flatten(), minlength=1)
-        longest = _longest[layout] = int(counts.max())
-    return longest <= _LONGEST_SUM
+    (longest,) = layout.derive(
+        "cpu.longest", lambda this: (this.indices.flatten().bincount().max(),)
+    )
+    return int(longest) <= _LONGEST_SUM
 
 
 class _Schedule(tuple[Tensor, ...]):

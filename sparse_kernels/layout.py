@@ -83,11 +83,6 @@ def _first(hits: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in hits.nonzero()[0])
 
 
-def _count_rows(indices: object) -> int:
-    """Rows of `indices`, or 1 where it has none: `_check_indices` then says what is wrong."""
-    return max(indices.shape[0], 1) if isinstance(indices, Tensor) and indices.dim() else 1
-
-
 def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> Tensor:
     """Returns an int32 contiguous copy of `indices`, or raises and says what is wrong with it."""
     indices = checks.check_strided("indices", indices)
@@ -157,14 +152,15 @@ class FanInLayout:
     in_features: int
     out_features: int = None  # type: ignore[assignment]  # set in __post_init__
     block: tuple[int, int] = (1, 1)
-    # What backends compute from the pattern, by "<backend>.<lists>"; see `derive`.
+    # What is computed from the pattern, by "transposed" or "<backend>.<lists>"; see `derive`.
     cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
-    _transposed: Transposed | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         out_features = cast("int | None", self.out_features)
         if out_features is None:
-            out_features = _count_rows(self.indices) * checks.check_block(self.block)[0]
+            # Without rows `_check_indices` says what is wrong.
+            shape = getattr(self.indices, "shape", None) or (1,)
+            out_features = max(shape[0], 1) * checks.check_block(self.block)[0]
         block = checks.check_geometry(out_features, self.in_features, self.block)
         out_features, in_features = int(out_features), int(self.in_features)
         indices = _check_indices(self.indices, out_features // block[0], in_features // block[1])
@@ -173,13 +169,7 @@ class FanInLayout:
         )
 
     @classmethod
-    def _wrap(
-        cls,
-        indices: Tensor,
-        in_features: int,
-        block: tuple[int, int],
-        transposed: Transposed | None = None,
-    ) -> FanInLayout:
+    def _wrap(cls, indices: Tensor, in_features: int, block: tuple[int, int]) -> FanInLayout:
         """A layout over tensors that are known to be valid: no copy, no check."""
         layout = object.__new__(cls)
         layout.__dict__.update(
@@ -188,7 +178,6 @@ class FanInLayout:
             out_features=indices.shape[0] * block[0],
             block=block,
             cache={},
-            _transposed=transposed,
         )
         return layout
 
@@ -285,26 +274,12 @@ class FanInLayout:
     @property
     def transposed(self) -> Transposed:
         """The same pattern by input block column; built at first use, cached, deterministic."""
-        if self._transposed is not None:
-            return self._transposed
-        with torch.inference_mode(False):
-            # A stable sort keeps the entries of a column in the order of the table: row by row.
-            columns, entries = self.indices.flatten().sort(stable=True)
-            bounds = torch.arange(self.block_cols + 1, device=self.device, dtype=torch.int32)
-            width = self.blocks_per_row
-            transposed = Transposed(
-                torch.searchsorted(columns, bounds),
-                torch.div(entries, width, rounding_mode="floor").to(torch.int32),
-                (entries % width).to(torch.int32),
-            )
-        if _can_keep(transposed):
-            object.__setattr__(self, "_transposed", transposed)
-        return transposed
+        return cast("Transposed", self.derive("transposed", _transpose))
 
     def derive(
         self, key: str, build: Callable[[FanInLayout], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`cache[key]`, made by `build(self)` at first use; `key` is "<backend>.<lists>"."""
+        """`cache[key]`, made by `build(self)` at first use."""
         found = self.cache.get(key)
         if found is None:
             checks.refuse_capture(self.device)
@@ -315,15 +290,12 @@ class FanInLayout:
         return found
 
     def to(self, device: torch.device | str) -> FanInLayout:
-        """The same pattern on `device`, without what backends cached; itself if it is there."""
+        """The same pattern on `device`, without the cache; itself if it is there."""
         indices = self.indices.to(device)
         if indices is self.indices:
             return self
         checks.check_has_values("a layout", indices)
-        transposed = self._transposed
-        if transposed is not None:
-            transposed = Transposed(*(part.to(device) for part in transposed))
-        return FanInLayout._wrap(indices, self.in_features, self.block, transposed)
+        return FanInLayout._wrap(indices, self.in_features, self.block)
 
     def __eq__(self, other: object) -> bool:
         """True if the other layout describes the same pattern, on any device."""
@@ -369,6 +341,18 @@ class FanInLayout:
             f"FanInLayout(out_features={self.out_features}, in_features={self.in_features}, "
             f"fan_in={self.fan_in}, block={self.block}, device='{self.device}')"
         )
+
+
+def _transpose(layout: FanInLayout) -> Transposed:
+    # A stable sort keeps the entries of a column in the order of the table: row by row.
+    columns, entries = layout.indices.flatten().sort(stable=True)
+    bounds = torch.arange(layout.block_cols + 1, device=layout.device, dtype=torch.int32)
+    width = layout.blocks_per_row
+    return Transposed(
+        torch.searchsorted(columns, bounds),
+        torch.div(entries, width, rounding_mode="floor").to(torch.int32),
+        (entries % width).to(torch.int32),
+    )
 
 
 class Pattern(NamedTuple):

@@ -116,14 +116,12 @@ def _check_rows(**tensors: Tensor) -> None:
         checks.check_tensor(name, tensor, like.shape, like.dtype, like.device)
 
 
-def _check_forward(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_rows(x=x)
-    check_spmm(x, values, layout, bias, transpose=False)
-
-
-def _check_grad_input(grad: Tensor, values: Tensor, layout: Layout, bias: Tensor | None) -> None:
-    _check_rows(grad_output=grad)
-    check_spmm(grad, values, layout, bias, transpose=True, name="grad_output")
+def _check_matrices(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, transpose: bool
+) -> None:
+    name = "grad_output" if transpose else "x"
+    _check_rows(**{name: x})
+    check_spmm(x, values, layout, bias, transpose, name)
 
 
 def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
@@ -197,14 +195,14 @@ _PATTERN = "Tensor indices, int in_features, int[2] block, str backend"
 TABLE = (
     Op(
         f"forward(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        _check_forward,
+        functools.partial(_check_matrices, transpose=False),
         lambda x, values, bias, indices, width, block, name: x.new_empty(
             x.shape[0], indices.shape[0] * block[0]
         ),
     ),
     Op(
         f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        _check_grad_input,
+        functools.partial(_check_matrices, transpose=True),
         lambda grad, values, bias, indices, width, *_: grad.new_empty(grad.shape[0], width),
     ),
     Op(
@@ -274,7 +272,7 @@ def _register(op: Op) -> OpOverload:
             arguments = (*tensors[:2], layout, *tensors[2:])
         backends.choose_for(arguments[0], name, backend, layout)
         op.check(*arguments)
-        return getattr(backends.get(backend), name)(*arguments)
+        return getattr(backends.BACKENDS[backend], name)(*arguments)
 
     _library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
     for key in _KEYS:
@@ -408,7 +406,7 @@ def spmm(
 ) -> Tensor:
     """`forward`, or `grad_input` if `transpose`, of operands that `check_spmm` has seen."""
     if _is_direct(layout, x, values, bias):
-        run = backends.get(backend)
+        run = backends.BACKENDS[backend]
         return (run.grad_input if transpose else run.forward)(x, values, layout, bias)
     pattern = layout.indices, layout.in_features, layout.block
     y: Tensor = (_grad_input if transpose else _forward)(x, values, bias, *pattern, backend)
@@ -418,20 +416,17 @@ def spmm(
 # Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
 
 
-def forward(x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str) -> Tensor:
-    """`Y = X W^T (+ b)`: x `(M, K)` -> `(M, N)`; layout is a `Layout`. See `reference.forward`."""
-    if not torch.compiler.is_dynamo_compiling():
-        _check_forward(x, values, layout, bias)
-    return spmm(x, values, layout, bias, backend, False)
-
-
-def grad_input(
-    grad_output: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str
+def _checked_spmm(
+    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
 ) -> Tensor:
-    """`dX = dY W (+ b)`: grad_output `(M, N)` -> `(M, K)`; see `reference.grad_input`."""
     if not torch.compiler.is_dynamo_compiling():
-        _check_grad_input(grad_output, values, layout, bias)
-    return spmm(grad_output, values, layout, bias, backend, True)
+        _check_matrices(x, values, layout, bias, transpose)
+    return spmm(x, values, layout, bias, backend, transpose)
+
+
+# (x, values, layout, bias, backend), where layout is a `Layout`, as `reference` specifies.
+forward = functools.partial(_checked_spmm, transpose=False)
+grad_input = functools.partial(_checked_spmm, transpose=True)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Tensor:
@@ -439,7 +434,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Te
     if not torch.compiler.is_dynamo_compiling():
         _check_grad_weight(grad_output, x, layout)
     if _is_direct(layout, grad_output, x):
-        return backends.get(backend).grad_weight(grad_output, x, layout)
+        return backends.BACKENDS[backend].grad_weight(grad_output, x, layout)
     pattern = layout.indices, layout.in_features, layout.block
     grad: Tensor = _grad_weight(grad_output, x, *pattern, backend)
     return grad

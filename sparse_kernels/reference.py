@@ -18,6 +18,7 @@ from sparse_kernels.checks import (
     check_geometry,
     check_has_values,
     check_strided,
+    check_tensor,
     wide_dtype,
 )
 from sparse_kernels.layout import FanInLayout, Problem, check_layout
@@ -43,16 +44,8 @@ def to_dense(values: Tensor, layout: FanInLayout) -> Tensor:
         TypeError: a wrong type. ValueError: a wrong shape or device.
     """
     check_layout("layout", layout)
-    check_strided("values", values)
-    if values.shape != layout.values_shape:
-        raise ValueError(
-            f"values must have shape {layout.values_shape} (layout.values_shape), "
-            f"got {tuple(values.shape)}"
-        )
-    if values.device != layout.device:
-        raise ValueError(
-            f"values must be on the layout's device {layout.device}, got {values.device}"
-        )
+    dtype = check_strided("values", values).dtype
+    check_tensor("values", values, layout.values_shape, dtype, layout.device)
     block_out, block_in = layout.block
     dense = values.new_zeros(layout.block_rows, layout.block_cols, block_out, block_in)
     rows = torch.arange(layout.block_rows, device=values.device).unsqueeze(1)

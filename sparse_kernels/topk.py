@@ -94,7 +94,7 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     learns = ops.is_differentiated(x)
     y: Tensor = ops.apply(AbsTopk, rows, k, name) if learns else ops.abs_topk(rows, k, name)
-    return y if x.dim() == 2 else y.view(x.shape)
+    return y.view(x.shape)
 
 
 def choose_backend(x: Tensor, k: int, backend: str | None) -> str:

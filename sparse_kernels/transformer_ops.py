@@ -86,10 +86,10 @@ def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     name = choose_backend(x, k, backend)
     if name not in backends.FUSED or ops.is_transformed():
         return abs_topk(torch.nn.functional.gelu(x), k, name)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    learns = torch.is_grad_enabled() and x.requires_grad
-    y: Tensor = GeluAbsTopk.apply(rows, k, name) if learns else ops.gelu_abs_topk(rows, k, name)
-    return y if x.dim() == 2 else y.view(x.shape)
+    learns = ops.is_differentiated(x)
+    run = GeluAbsTopk.apply if learns else ops.gelu_abs_topk
+    y: Tensor = run(x.reshape(-1, x.shape[-1]), k, name)
+    return y.view(x.shape)
 
 
 def rms_norm_abs_topk(
@@ -118,12 +118,10 @@ def rms_norm_abs_topk(
         raise ValueError(f"eps must be at least 0, got {eps}")
     if name not in backends.FUSED or ops.is_transformed():
         return abs_topk(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), k, name)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y: Tensor = NormAbsTopk.apply(rows, weight, k, eps, name)
-    else:
-        y = ops.norm_abs_topk(rows, weight, k, eps, name)[0]
-    return y if x.dim() == 2 else y.view(x.shape)
+    arguments = x.reshape(-1, x.shape[-1]), weight, k, eps, name
+    learns = ops.is_differentiated(x, weight)
+    y: Tensor = NormAbsTopk.apply(*arguments) if learns else ops.norm_abs_topk(*arguments)[0]
+    return y.view(x.shape)
 
 
 def causal_attention(

@@ -288,7 +288,7 @@ def test_refusals(error, message, call):
 
 def test_gpus_are_told_where_to_find_theirs():
     problem = Problem("cuda", torch.float32, "attention")
-    assert backends.order(problem) == ()
+    assert backends.rule_for(problem).order == ()
     with pytest.raises(RuntimeError, match="no backend can run attention on cuda"):
         backends.choose(problem)
     for name in ("triton", "cuda"):

@@ -384,7 +384,7 @@ def test_small_blocks_go_to_cuda_and_large_ones_to_triton():
         ((16, 16), "triton"),
     ]:
         problem = Problem("cuda", torch.float32, "forward", 256, 256, 128, block)
-        assert backends.order(problem)[0] == first
+        assert backends.rule_for(problem).order[0] == first
 
 
 # The harness itself: it must find the mistakes that it is there to find.
