@@ -279,30 +279,7 @@ def _register(op: Op) -> OpOverload:
         _library.impl(name, run, key)
     torch.library.register_fake(f"sparse_kernels::{name}", op.fake, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
-    _library.impl(name, functools.partial(_run_batched_grads, overload), "Batched")
     return overload
-
-
-def _run_batched_grads(op: OpOverload, *arguments: Any) -> Any:
-    """One call per sample of what `torch.autograd.grad(is_grads_batched=True)` brings.
-
-    Its batches are not those of `torch.vmap`, for which autograd Functions have a rule.
-    """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    batches = {
-        place: torch._remove_batch_dim(argument, level, 0, 0)
-        for place, argument in enumerate(arguments)
-        if isinstance(argument, Tensor) and is_batched(argument)
-    }
-    results = []
-    for sample in zip(*batches.values(), strict=True):
-        replaced = dict(zip(batches, sample, strict=True))
-        results.append(op(*(replaced.get(i, argument) for i, argument in enumerate(arguments))))
-    if isinstance(results[0], Tensor):
-        return torch._add_batch_dim(torch.stack(results), 0, level)
-    return tuple(torch._add_batch_dim(torch.stack(r), 0, level) for r in zip(*results, strict=True))
 
 
 (
