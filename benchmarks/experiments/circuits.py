@@ -23,9 +23,10 @@ from typing import Any
 import tyro
 
 from benchmarks import devices, report, run
-from sparse_transformer import UserError, evaluate, keep_freed_memory
+from sparse_transformer import UserError, keep_freed_memory
 from sparse_transformer.circuits import __main__ as search
 from sparse_transformer.circuits import compare
+from sparse_transformer.cli import evaluate
 
 PROGRAM = "python -m benchmarks.experiments.circuits"
 

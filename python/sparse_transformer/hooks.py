@@ -17,7 +17,6 @@ in the order in which they were entered, recordings see their result.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_transformer.errors import suggest
 from sparse_transformer.hook_point import HookPoint, Replacement
 from sparse_transformer.model import ModelConfig, Transformer
 
@@ -140,9 +140,7 @@ def _point(model: Transformer, name: str) -> tuple[HookPoint, str]:
     """The hook point of that name, and the name there."""
     known = names(model)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
-        raise ValueError(f"the model has no hook point {name!r}: {hint}")
+        raise ValueError(f"the model has no hook point {name!r}: {suggest(name, known)}")
     *place, local = name.split(".")
     part = model.get_submodule(f"blocks.{'.'.join(place)}") if place else model
     points = (point for point in part.children() if isinstance(point, HookPoint))

@@ -199,10 +199,6 @@ class SparseEmbedding(sk.SparseLinear):
         columns = self.layout.indices
         return functional.embed(tokens, self.weight.flatten(1), columns, self.out_features)
 
-    def set_layout(self, layout: sk.FanInLayout) -> None:
-        """Takes another pattern; what both have keeps its value, what is new starts at zero."""
-        sk.rewire_(self, None, layout)
-
 
 class Attention(nn.Module):
     """RMSNorm, AbsTopK, q k v with AbsTopK each, attention with sinks, projection, AbsTopK."""
@@ -366,10 +362,14 @@ class Transformer(nn.Module):
             if name.endswith(ending) and tensor.dim() == 2
         }
         model = cls(config, fans=fans, device=device, dtype=dtype)
+        converted = dict(state)
         for name, tensor in model.state_dict().items():
             if name in state and state[name].is_floating_point() != tensor.is_floating_point():
                 raise TypeError(f"{name} must be {tensor.dtype}, got {state[name].dtype}")
-        model.load_state_dict(dict(state))
+            if name in state:
+                # Exported models have narrower numbers.
+                converted[name] = state[name].to(tensor.dtype)
+        model.load_state_dict(converted)
         return model
 
     def forward(

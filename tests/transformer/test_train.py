@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sparse_transformer
+from sparse_transformer import load_model
 from sparse_transformer.cli.train import main
 from sparse_transformer.data import prepare
 from sparse_transformer.model import ModelConfig, Transformer
@@ -301,9 +302,9 @@ def test_older_checkpoint_on_request(reference, tmp_path, capsys):
 
 
 def test_model_of_a_checkpoint(reference):
-    model = checkpoint.load_model(reference)
+    model = load_model(reference)
     # Below its final fans, in the middle of annealing, as well.
-    assert isinstance(checkpoint.load_model(reference, 28), Transformer)
+    assert isinstance(load_model(reference, step=28), Transformer)
     tokens = torch.randint(300, (2, 32))
     assert torch.isfinite(model(tokens)).all()
     for name, layer in model.sparse_layers().items():

@@ -293,20 +293,6 @@ class Topology:
             )
 
 
-def adopt_layouts_(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Gives every sparse layer the pattern, and with it the fan, that `tensors` has for it.
-
-    `tensors` is a state dict of such a model at any time of its training; after this it loads.
-
-    Raises KeyError or ValueError: a pattern is missing, or is not one of this model's matrix.
-    """
-    for name, layer in model.sparse_layers().items():
-        old = layer.layout
-        indices = tensors[f"{name}.indices"].to(old.device)
-        new = sk.FanInLayout(indices, old.in_features, old.out_features, old.block)
-        sk.rewire_(layer, None, new)
-
-
 def rewired(
     weight: Tensor,
     layout: sk.FanInLayout,
