@@ -44,7 +44,7 @@ class Options:
     pairs: int = 256
     """Test pairs of each task's score."""
     threads: int | None = None
-    """torch.set_num_threads."""
+    """Number of CPU threads; by default those of PyTorch."""
 
 
 def record(folder: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]:

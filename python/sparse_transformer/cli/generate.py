@@ -81,9 +81,7 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
     prompt = program.read_text(config.prompt)
     end = model.config.vocab_size - 1
-    ids, length = prompt_tokens(model, prompt)
-    if len(ids) < length:
-        print(f"of the prompt's {length} tokens the last {len(ids)} are read", file=sys.stderr)
+    ids = program.cropped(*prompt_tokens(model, prompt))
     steps = stream(
         model,
         [ids] * config.batch,
