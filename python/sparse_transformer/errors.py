@@ -10,8 +10,10 @@ class UserError(Exception):
     """An error whose text is one sentence that says what to do; programs print it and exit 2."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What a sentence about an unknown name ends with: the nearest names, or all that there are."""
+def suggest(name: str, known: Iterable[str], far: str | None = None) -> str:
+    """How a sentence about an unknown name ends: with the nearest names, or `far`, or all names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return far or f"there are {', '.join(known)}"
