@@ -55,8 +55,8 @@ class Nodes:
             )
         place, known = match[1], hooks.names(model)
         if place not in known:
-            first = [name for name in known if name.startswith("0.") or "." not in name]
-            few = f"{', '.join(first)}, and so on for {model.config.n_layer} layers"
+            names = [name for name in known if name.startswith("0.") or "." not in name]
+            few = f"{', '.join(names)}, and so on for {model.config.n_layer} layers"
             hint = suggest(place, known, f"places are {few}")
             raise UserError(f"the model has no place {place!r}: {hint}")
         width = hooks.widths(model.config)[place]

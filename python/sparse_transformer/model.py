@@ -527,22 +527,22 @@ class _Maker:
         """
         config = self.config
         density, least = self._density(name)
-        where = {"bias": bias and config.bias, **self.where}
+        options: dict[str, Any] = {"bias": bias and config.bias, **self.where}
         shrink = (2 * config.n_layer) ** -0.5 if writes else 1.0
-        if config.linear == "sparse":
-            side = config.writers if writes else "fan_in"
-            width = outputs if side == "fan_out" else inputs
-            fan = self._fan(name, density, least, width)
-            drawn = {"generator": self.generator, "backend": config.backend}
-            layer = sk.SparseLinear(inputs, outputs, **{side: fan}, **drawn, **where)
-            return self._initialise(layer, fan / width, shrink)
         if config.linear == "dense":
-            return self._initialise(nn.Linear(inputs, outputs, **where), 1.0, shrink)
-        kept = {"min_fan_out": min(least, outputs)} if writes else {}
-        if not writes and name != "unembed":
-            kept = {"min_fan_in": min(least, inputs)}
-        masked = MaskedLinear(inputs, outputs, density=density, **kept, **where)
-        return self._initialise(masked, 1.0, shrink)
+            return self._initialise(nn.Linear(inputs, outputs, **options), 1.0, shrink)
+        if config.linear == "masked_dense":
+            if writes:
+                options["min_fan_out"] = min(least, outputs)
+            elif name != "unembed":
+                options["min_fan_in"] = min(least, inputs)
+            masked = MaskedLinear(inputs, outputs, density=density, **options)
+            return self._initialise(masked, 1.0, shrink)
+        side = config.writers if writes else "fan_in"
+        width = outputs if side == "fan_out" else inputs
+        options[side] = fan = self._fan(name, density, least, width)
+        options |= {"generator": self.generator, "backend": config.backend}
+        return self._initialise(sk.SparseLinear(inputs, outputs, **options), fan / width, shrink)
 
     def embedding(self, name: str) -> nn.Module:
         """The `(V, D)` table."""

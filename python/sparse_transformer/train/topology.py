@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparse_kernels as sk
 from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.train.distributed import average_
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Topology:
                 f"forward and backward inside capture(), on the model that is not compiled"
             )
         if by_gradient:
-            _average(self._gradients)
+            average_(list(self._gradients.values()))
         for index, (name, layer) in enumerate(self._layers.items()):
             candidates = scores = None
             if by_gradient:
@@ -368,18 +368,6 @@ def _embedding_gradient_at(layout: sk.FanInLayout, tokens: Tensor, grad_output: 
     at = grad_output.reshape(ids.numel(), -1).gather(1, layout.indices[ids].long())  # (M, C)
     total = torch.zeros(layout.indices.shape, dtype=torch.float32, device=at.device)
     return total.index_add_(0, ids, at.float())[:, :, None, None]
-
-
-def _average(gradients: dict[str, Tensor]) -> None:
-    """The mean over the ranks, in place, in one message."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients.values()])
-    for gradient, part in zip(gradients.values(), parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _generator(device: torch.device, *key: int) -> torch.Generator:
