@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
 from sparse_transformer.hooks import HookPoint
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
-from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.ranges import need, need_choices, need_number, need_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,22 +58,22 @@ class ModelConfig:
     """Attention heads; by default d_model / d_head."""
     d_mlp: int | None = None
     """Neurons of a block; by default 4 d_model."""
-    activation: str = "gelu"
-    """Activation function of the neurons: gelu (exact, as released), gelu_tanh or relu."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    """Activation function of the neurons; gelu is exact, as released."""
     active: float | None = 0.25
     """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
     active_places: tuple[str, ...] = PLACES
     """Where AbsTopK stands; by default at all eight places."""
-    linear: str = "sparse"
-    """Kind of all matrices: sparse, masked_dense (as published) or dense."""
+    linear: Literal["sparse", "masked_dense", "dense"] = "sparse"
+    """Kind of all matrices; masked_dense is as published."""
     density: float = 1 / 64
     """Final density of the four matrices of a block."""
     embedding_density: float = 1 / 16
     """Final density of embedding and unembedding."""
     min_nonzeros: int = 4
     """Minimum fan-in, or fan-out for attn.out and mlp.down."""
-    writers: str = "fan_out"
-    """What attn.out and mlp.down fix: fan_out or fan_in."""
+    writers: Literal["fan_out", "fan_in"] = "fan_out"
+    """What attn.out and mlp.down fix."""
     fans: Mapping[str, int] | None = None
     """Final fan by name of layer, in place of what follows from the densities."""
     sinks: bool = True
@@ -90,12 +90,10 @@ class ModelConfig:
     """Embedding and unembedding share their weights."""
     logits_bias: bool = False
     """A learned bias of the logits, as in some released models."""
-    abs_topk: str = "kernel"
-    """How AbsTopK is computed: kernel (of sparse_kernels), or torch (topk and scatter, as
-    released)."""
-    backend: str | None = None
-    """Backend of sparse_kernels: reference, cpu, triton or cuda; by default the fastest
-    available."""
+    abs_topk: Literal["kernel", "torch"] = "kernel"
+    """How AbsTopK is computed: the kernel of sparse_kernels, or topk and scatter as released."""
+    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """Backend of sparse_kernels; by default the fastest available."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))
@@ -109,18 +107,9 @@ class ModelConfig:
             need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
         for name in ("density", "embedding_density", *(() if self.active is None else ("active",))):
             need_number(self, name, 0, 1, above=True)
-        for name, known in (
-            ("activation", tuple(_ACTIVATIONS)),
-            ("linear", ("sparse", "masked_dense", "dense")),
-            ("writers", ("fan_out", "fan_in")),
-            ("abs_topk", ("kernel", "torch")),
-            ("backend", (None, "reference", "cpu", "triton", "cuda")),
-        ):
-            need(getattr(self, name) in known, name, _either(known), getattr(self, name))
+        need_choices(self)
         for place in self.active_places:
             need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
-        for name in ("sinks", "bigram", "bias", "added_positions", "tied", "logits_bias"):
-            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         fans: Mapping[str, Any] = self.fans or {}
         for name, fan in fans.items():
             need(isinstance(fan, int) and fan >= 1, f"the fan of {name}", "at least 1", fan)
@@ -166,10 +155,6 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"the model's configuration has no field {', '.join(unknown)}")
         return cls(**stored)
-
-
-def _either(choices: tuple[str | None, ...]) -> str:
-    return " or ".join(str(choice) for choice in choices)
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,10 @@ _DEFAULTS |= {"rms_norm": False, "residual_activation_type": "identity"}
 
 
 def load_released(
-    directory: str | os.PathLike[str], *, linear: str = "sparse", abs_topk: str | None = None
+    directory: str | os.PathLike[str],
+    *,
+    linear: Literal["sparse", "dense"] = "sparse",
+    abs_topk: Literal["kernel", "torch"] | None = None,
 ) -> Transformer:
     """Reads a released checkpoint into a model with the same logits, to float32 rounding.
 
@@ -194,7 +197,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
+def _config(stored: Mapping[str, Any], linear: Literal["sparse", "dense"]) -> ModelConfig:
     stored = {**_DEFAULTS, **stored}
     if "n_mlp" in stored:
         stored["d_mlp"] = stored["n_mlp"]

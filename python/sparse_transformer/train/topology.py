@@ -20,14 +20,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparse_kernels as sk
-from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.ranges import need_choices, need_number, need_whole
 from sparse_transformer.train.distributed import average_
 
 
@@ -51,8 +51,8 @@ class TopologyConfig:
     candidates: float = 0.06
     """Share of the columns that are sampled as candidates of each row; at least twice as many as
     grow."""
-    grow: str = "gradient"
-    """Which candidates grow: gradient (where it is largest) or random (a control)."""
+    grow: Literal["gradient", "random"] = "gradient"
+    """Which candidates grow: those with the largest gradient, or random ones as a control."""
     seed: int = 0
     """Random seed of the candidates."""
 
@@ -61,7 +61,7 @@ class TopologyConfig:
         need_whole(self, "period", 1)
         for name in ("anneal_share", "stop_share", "drop_share", "candidates"):
             need_number(self, name, 0, 1)
-        need(self.grow in ("gradient", "random"), "grow", "gradient or random", self.grow)
+        need_choices(self)
         need_whole(self, "seed", 0, 2**63 - 1)
 
 
