@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 # No size or count of anything is larger; tensors of more elements could not be indexed anyway.
 LARGEST = 2**40
@@ -16,14 +15,9 @@ def need(holds: bool, name: str, needed: str, got: object) -> None:
         raise ValueError(f"{name} must be {needed}, got {got!r}")
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def need_choices(config: Any) -> None:
+def need_choices(config: object) -> None:
     """Raises ValueError unless each attribute of a Literal type, or bool, has one of its values."""
-    for name, kind in _hints(type(config)).items():
+    for name, kind in get_type_hints(type(config)).items():
         if kind is bool:
             value = getattr(config, name)
             need(isinstance(value, bool), name, "True or False", value)

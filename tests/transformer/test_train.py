@@ -210,6 +210,14 @@ def test_a_start_that_failed_leaves_nothing(options, tmp_path, monkeypatch, give
     assert os.listdir("mine") == []
 
 
+def test_a_missing_tensorboard_is_noticed_at_the_start(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    given = [option for option in options if option != "--no-tensorboard"]
+    assert run_here(given, tmp_path / "run") == 2
+    assert "give --no-tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_others_of_the_group_can_read_what_is_written(options, corpus, tmp_path):
     before = os.umask(0o027)
     try:

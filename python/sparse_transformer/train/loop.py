@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         UserError: see `main`; what was written before is unharmed.
     """
     config = settings.train
+    if config.tensorboard and find_spec("tensorboard") is None:
+        # Known before anything is written.
+        raise UserError("tensorboard is not installed: pip install it, or give --no-tensorboard")
     with ranks(config.device, config.rank_timeout) as here, contextlib.ExitStack() as stack:
         if here.first:
             stack.enter_context(_claim(out))
