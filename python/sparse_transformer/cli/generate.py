@@ -20,7 +20,7 @@ class GenerateConfig:
     """Continues a prompt with a trained model, token by token."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it."""
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: str = ""
     """Prompt; "-" reads it from standard input. Empty: the model starts a new file. Of a prompt
     that is longer than the context only the end is read."""

@@ -58,7 +58,7 @@ class SteerConfig:
     """
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it."""
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Prompt; "-" reads it from standard input. Of one that is longer than the context only the end
     is read."""
