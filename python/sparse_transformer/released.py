@@ -311,13 +311,14 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
                 raise UserError(
                     f"{theirs} of {_WEIGHTS} has values that are not finite: download it again"
                 )
+            if name in optional and not bool((tensor != 0).any()):
+                continue
             if tensor.shape != like.shape:
                 raise UserError(
                     f"{theirs} of {_WEIGHTS} has shape {tuple(tensor.shape)}, and {_CONFIG} asks "
                     f"for {tuple(like.shape)}: download both again"
                 )
-            if name not in optional or bool((tensor != 0).any()):
-                found[name] = tensor
+            found[name] = tensor
         elif name not in optional:
             raise UserError(
                 f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for: download both again"

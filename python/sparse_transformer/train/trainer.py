@@ -255,7 +255,7 @@ class Trainer:
             "corpus": self.corpus.key,
             "loss_scale": {
                 "scale": self._scaler.get_scale(),
-                "good": self._scaler._get_growth_tracker(),
+                "good": self._scaler.state_dict().get("_growth_tracker", 0),
             },
             "watch": vars(self._watch),
             "anneal_steps": self.anneal_steps,
