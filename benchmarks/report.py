@@ -2,7 +2,7 @@
 
     python -m benchmarks.report FILE.json                    print the tables of a result file
     python -m benchmarks.report FILE.json --markdown         the same as Markdown
-    python -m benchmarks.report FILE.json --plot FILE.png
+    python -m benchmarks.report FILE.json --plot FILE.png    draw it; with --markdown print it too
 
 A row is a dict as in the JSON file. Files of every earlier version print: VIEWS says which module
 knows the rows of which benchmark, and rows that nobody knows print as they are.
@@ -205,7 +205,7 @@ def main(
     Args:
         file: a file that a benchmark wrote with --json.
         markdown: print Markdown.
-        plot: draw into this PNG.
+        plot: draw into this PNG instead; with --markdown, too.
     """
     program = "python -m benchmarks.report"
     try:
@@ -213,7 +213,11 @@ def main(
     except ValueError as error:
         refuse(program, str(error))
     machine, rows = content["machine"], content["rows"]
-    view, where = view_of(machine["command"]), machine_line(machine)
+    try:
+        view, where = view_of(machine["command"]), machine_line(machine)
+        heading = f"{where}, {machine['date'][:10]}: {machine['command']}\n"
+    except (KeyError, TypeError, AttributeError) as error:
+        refuse(program, f"{file} does not say where it was measured (its machine lacks {error})")
     if plot is not None:
         if not hasattr(view, "draw"):
             refuse(program, f"results of `{machine['command']}` cannot be drawn")
@@ -228,9 +232,10 @@ def main(
             refuse(program, str(error))
         figure.suptitle(where, fontsize=8)
         figure.savefig(plot, dpi=130, format="png")
-        return
+        if not markdown:
+            return
     style: Style = "markdown" if markdown else "terminal"
-    print(f"{where}, {machine['date'][:10]}: {machine['command']}\n")
+    print(heading)
     if view is None:
         short = ({n: _short(v) for n, v in row.items() if len(str(v)) < 40} for row in rows)
         print(table(list(short), style))

@@ -27,7 +27,7 @@ class Options:
     json: Path | None = None
     """Write the rows to this file."""
     threads: int | None = None
-    """torch.set_num_threads."""
+    """Number of CPU threads; by default those of PyTorch."""
     device: str = "cpu"
     """cpu or cuda."""
 

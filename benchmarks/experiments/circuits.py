@@ -23,9 +23,10 @@ from typing import Any
 import tyro
 
 from benchmarks import devices, report, run
-from sparse_transformer import UserError, evaluate, keep_freed_memory
+from sparse_transformer import UserError, keep_freed_memory
 from sparse_transformer.circuits import __main__ as search
 from sparse_transformer.circuits import compare
+from sparse_transformer.cli import evaluate
 
 PROGRAM = "python -m benchmarks.experiments.circuits"
 
@@ -43,7 +44,7 @@ class Options:
     pairs: int = 256
     """Test pairs of each task's score."""
     threads: int | None = None
-    """torch.set_num_threads."""
+    """Number of CPU threads; by default those of PyTorch."""
 
 
 def record(folder: Path, found: Mapping[str, Any], pairs: int) -> dict[str, Any]:

@@ -240,7 +240,9 @@ def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
 
 
 def lines(rows: Sequence[Row]) -> str:
-    return "\n".join(f"{row['name']}, seed {row['seed']}: {row['val_loss']}" for row in rows)
+    return "\n".join(
+        f"{row['name']}, seed {row['seed']}: {row['failure'] or row['val_loss']}" for row in rows
+    )
 
 
 def draw(rows: Sequence[Row], figure: Any) -> None:
@@ -288,7 +290,12 @@ def plan(options: Options, _: Device) -> list[Run]:
         names = ", ".join(SUITES)
         report.refuse(BENCHMARK.program, f"--suite must be one of {names}; got {min(unknown)}")
     done = [Run(**row["settings"]) for row in kept(options)]
-    return [run for name in suites for run in SUITES[name] if run not in done]
+    wanted: list[Run] = []
+    for run in (run for name in suites for run in SUITES[name]):
+        # Suites share runs, and may be named twice.
+        if run not in done + wanted:
+            wanted.append(run)
+    return wanted
 
 
 BENCHMARK = runner.Benchmark(

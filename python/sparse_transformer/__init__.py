@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from sparse_transformer.generation import generate
     from sparse_transformer.hooks import record
     from sparse_transformer.interventions import intervene
-    from sparse_transformer.run import load_model
+    from sparse_transformer.run import export_model, load_model
 
 # What needs more than sparse_kernels does is imported when it is used.
 _LATER = {
+    "export_model": "sparse_transformer.run",
     "generate": "sparse_transformer.generation",
     "intervene": "sparse_transformer.interventions",
     "load_model": "sparse_transformer.run",
@@ -30,6 +31,7 @@ __all__ = [
     "SparseEmbedding",
     "Transformer",
     "UserError",
+    "export_model",
     "generate",
     "intervene",
     "keep_freed_memory",

@@ -1,6 +1,7 @@
-"""Ctrl-C while a program of this package still imports: it ends with status 130 and no traceback.
+"""What may end a program of this package while it imports: Ctrl-C, or a package that is missing.
 
-The package imports this module first. It does nothing where the package is used as a library.
+Neither shows a traceback. The package imports this module first. It does nothing where the package
+is used as a library.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import TracebackType
 
 
 def ready() -> None:
@@ -21,6 +23,20 @@ def _leave(number: int, frame: object) -> None:
     os._exit(130)
 
 
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Says which package is missing and ends with status 2; other errors end as ever."""
+    package = (getattr(error, "name", None) or "sparse_").partition(".")[0]
+    if not issubclass(kind, ModuleNotFoundError) or package.startswith("sparse_"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(
+        f"error: {package} is not installed: pip install '.[transformer]' in the checkout",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
 def _is_program(arguments: list[str]) -> bool:
     """Whether Python was started with `-m sparse_transformer.something`."""
     if "-m" not in arguments[:-1]:
@@ -28,5 +44,7 @@ def _is_program(arguments: list[str]) -> bool:
     return arguments[arguments.index("-m") + 1].startswith("sparse_transformer.")
 
 
-if _is_program(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave)
+if _is_program(sys.orig_argv):
+    sys.excepthook = _explain
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)

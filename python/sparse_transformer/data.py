@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,6 +22,7 @@ from typing import IO
 import numpy as np
 import tokenizers
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -142,7 +141,7 @@ def prepare(
         # What is complete needs no lock, and so no permission to write one.
         if not _complete(folder):
             root.mkdir(parents=True, exist_ok=True)
-            with _locked(root / f"{key}.lock"):
+            with FileLock(root / f"{key}.lock"):
                 if not _complete(folder):
                     _build(documents, vocab_size, folder, disable)
     except OSError as error:
@@ -377,14 +376,6 @@ def _key(documents: list[_Document], vocab_size: int) -> str:
 def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "sparse_transformer")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that dies is gone with it."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _complete(folder: Path) -> bool:

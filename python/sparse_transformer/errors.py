@@ -1,5 +1,19 @@
 """What a user can put right."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """An error whose text is one sentence that says what to do; programs print it and exit 2."""
+
+
+def suggest(name: str, known: Iterable[str], far: str | None = None) -> str:
+    """How a sentence about an unknown name ends: with the nearest names, or `far`, or all names."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return far or f"there are {', '.join(known)}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sparse_transformer.attention import KVCache
@@ -51,23 +52,49 @@ def generate(
         UserError: a number that does not fit, or a text that is not UTF-8.
         ValueError: the model has no tokenizer.
     """
-    tokenizer = _tokenizer(model)
-    device, end = model.norm.weight.device, model.config.vocab_size - 1
     given = [prompts] if isinstance(prompts, str) else prompts
     ids = [prompt_tokens(model, prompt)[0] for prompt in given]
-    found: list[list[int]] = [[] for _ in ids]
-    ended = [False] * len(ids)
-    generator = torch.Generator(device).manual_seed(seed)
+    texts = [""] * len(ids)
+    for new in stream_text(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed):
+        texts = [text + more for text, more in zip(texts, new, strict=True)]
+    return texts
+
+
+def stream_text(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[list[str]]:
+    """Yields what each continuation grows by; a character whose bytes are not all there waits.
+
+    Arguments and errors are those of `generate`; `prompts` as for `stream`.
+    """
+    tokenizer, end = _tokenizer(model), model.config.vocab_size - 1
+    generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+    waiting: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     for step in stream(
-        model, ids, tokens, temperature=temperature, top_k=top_k, generator=generator
+        model, prompts, tokens, temperature=temperature, top_k=top_k, generator=generator
     ):
+        new = [""] * len(prompts)
         for row, token in enumerate(step):
             ended[row] = ended[row] or token == end
             if token is not None and not ended[row]:
-                found[row].append(token)
+                waiting[row].append(token)
+                text = decoders[row].step(tokenizer, token)
+                if text is not None:
+                    new[row] = str(text)
+                    waiting[row].clear()
+        yield new
         if all(ended):
             break
-    return [str(tokenizer.decode(row)) for row in found]
+    # Bytes that are no whole character.
+    yield [str(tokenizer.decode(row)) for row in waiting]
 
 
 def _tokenizer(model: Transformer) -> Tokenizer:

@@ -17,19 +17,63 @@ in the order in which they were entered, recordings see their result.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_transformer.hook_point import HookPoint, Replacement
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.errors import suggest
+
+if TYPE_CHECKING:
+    from sparse_transformer.model import ModelConfig, Transformer
+
+Replacement = Callable[[Tensor], Tensor]
+Recording = Callable[[Tensor], None]
 
 _ATTENTION = ("act_in", "q", "k", "v", "y", "resid_delta")
 _MLP = ("act_in", "post_act", "resid_delta")
+
+
+class HookPoint(nn.Module):
+    """The identity, until a hook is attached.
+
+    Args:
+        names: one; or several, of the parts along axis 2 of what flows, `(B, T, parts, width)`.
+
+    Attributes:
+        replacements: `(name, function)`, which act in this order.
+        recordings: `(name, function)`, which see what the replacements made.
+    """
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.replacements: list[tuple[str, Replacement]] = []
+        self.recordings: list[tuple[str, Recording]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        if not self.replacements and not self.recordings:
+            return x
+        if len(self.names) == 1:
+            return self._through(self.names[0], x)
+        parts = zip(self.names, x.unbind(2), strict=True)
+        return torch.stack([self._through(name, part) for name, part in parts], 2)
+
+    def _through(self, name: str, x: Tensor) -> Tensor:
+        for wanted, replace in self.replacements:
+            if wanted == name:
+                x = replace(x)
+        for wanted, record in self.recordings:
+            if wanted == name:
+                record(x)
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return ", ".join(self.names)
 
 
 def names(model: Transformer) -> list[str]:
@@ -140,9 +184,7 @@ def _point(model: Transformer, name: str) -> tuple[HookPoint, str]:
     """The hook point of that name, and the name there."""
     known = names(model)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
-        raise ValueError(f"the model has no hook point {name!r}: {hint}")
+        raise ValueError(f"the model has no hook point {name!r}: {suggest(name, known)}")
     *place, local = name.split(".")
     part = model.get_submodule(f"blocks.{'.'.join(place)}") if place else model
     points = (point for point in part.children() if isinstance(point, HookPoint))

@@ -14,7 +14,6 @@ position.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 
 from sparse_transformer import hooks
-from sparse_transformer.errors import UserError
-from sparse_transformer.hook_point import Replacement
+from sparse_transformer.errors import UserError, suggest
+from sparse_transformer.hooks import Replacement
 from sparse_transformer.model import Transformer
 
 _NODE = re.compile(r"([\w.]+)(?::(\d+)(?:-(\d+))?)?", re.ASCII)
@@ -56,8 +55,9 @@ class Nodes:
             )
         place, known = match[1], hooks.names(model)
         if place not in known:
-            near = difflib.get_close_matches(place, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"places are {_places(model)}"
+            names = [name for name in known if name.startswith("0.") or "." not in name]
+            few = f"{', '.join(names)}, and so on for {model.config.n_layer} layers"
+            hint = suggest(place, known, f"places are {few}")
             raise UserError(f"the model has no place {place!r}: {hint}")
         width = hooks.widths(model.config)[place]
         first = int(match[2] or 0)
@@ -207,12 +207,6 @@ def answer(
     logits = next_logits(model, tokens, interventions, last=last)
     wanted = torch.as_tensor(answers, device=logits.device)
     return logits.gather(1, wanted.expand(len(logits), -1))
-
-
-def _places(model: Transformer) -> str:
-    """Those of the first layer, and of how many layers they are."""
-    first = [name for name in hooks.names(model) if name.startswith("0.") or "." not in name]
-    return f"{', '.join(first)}, and so on for {model.config.n_layer} layers"
 
 
 def _last(tokens: Tensor, last: Tensor | None) -> Tensor:

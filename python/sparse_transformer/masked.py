@@ -7,17 +7,49 @@ script released with it): everything about the layers is dense but for the zeros
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class MaskedLinear(nn.Linear):
+class Masked(nn.Module):
+    """What both layers have.
+
+    Attributes:
+        weight: `(rows, columns)`.
+        density: nonzeros of the weight over all entries, at the end of training.
+        min_fan_in: nonzeros that every row keeps at least.
+        min_fan_out: nonzeros that every column keeps at least. At most one of the two.
+    """
+
+    weight: Tensor
+    density: float
+    min_fan_in = 0
+    min_fan_out = 0
+
+    def _keep(self, density: float, min_fan_in: int = 0, min_fan_out: int = 0) -> None:
+        rows, columns = self.weight.shape
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        if min_fan_in and min_fan_out:
+            raise ValueError("at most one of min_fan_in and min_fan_out can be given, got both")
+        for name, fan, most in (
+            ("min_fan_in", min_fan_in, columns),
+            ("min_fan_out", min_fan_out, rows),
+        ):
+            if not 0 <= fan <= most:
+                raise ValueError(f"{name} must be in [0, {most}], got {fan}")
+        self.density, self.min_fan_in, self.min_fan_out = density, min_fan_in, min_fan_out
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return f"{super().extra_repr()}, density={self.density:.3g}"
+
+
+class MaskedLinear(Masked, nn.Linear):
     """`nn.Linear` whose weight `project_` keeps sparse; everything about it is dense.
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
-        density: nonzeros of the weight over all entries, at the end of training.
-        min_fan_in: nonzeros that every row (output) keeps at least.
-        min_fan_out: nonzeros that every column (input) keeps at least. At most one of the two.
+        density, min_fan_in, min_fan_out: see `Masked`.
     """
 
     def __init__(
@@ -32,22 +64,12 @@ class MaskedLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        _check(density, min_fan_in, min_fan_out, in_features, out_features)
-        self.density = density
-        self.min_fan_in = min_fan_in
-        self.min_fan_out = min_fan_out
-
-    def extra_repr(self) -> str:
-        """What `print(layer)` shows."""
-        return f"{super().extra_repr()}, density={self.density:.3g}"
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._keep(density, min_fan_in, min_fan_out)
 
 
-class MaskedEmbedding(nn.Embedding):
+class MaskedEmbedding(Masked, nn.Embedding):
     """`nn.Embedding` whose weight `(V, D)` `project_` keeps sparse, without a least number."""
-
-    min_fan_in = 0
-    min_fan_out = 0
 
     def __init__(
         self,
@@ -58,30 +80,10 @@ class MaskedEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
-        _check(density, 0, 0, embedding_dim, num_embeddings)
-        self.density = density
-
-    def extra_repr(self) -> str:
-        """What `print(layer)` shows."""
-        return f"{super().extra_repr()}, density={self.density:.3g}"
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self._keep(density)
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLinear | MaskedEmbedding]:
+def masked_layers(model: nn.Module) -> dict[str, Masked]:
     """The layers that `project_` projects, by qualified name, in order."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (MaskedLinear, MaskedEmbedding))
-    }
-
-
-def _check(density: float, min_fan_in: int, min_fan_out: int, columns: int, rows: int) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}")
-    if min_fan_in and min_fan_out:
-        raise ValueError("at most one of min_fan_in and min_fan_out can be given, got both")
-    if not 0 <= min_fan_in <= columns:
-        raise ValueError(f"min_fan_in must be in [0, {columns}], got {min_fan_in}")
-    if not 0 <= min_fan_out <= rows:
-        raise ValueError(f"min_fan_out must be in [0, {rows}], got {min_fan_out}")
+    return {name: module for name, module in model.named_modules() if isinstance(module, Masked)}

@@ -11,9 +11,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import sparse_kernels as sk
 from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
-from sparse_transformer.hook_point import HookPoint
+from sparse_transformer.hooks import HookPoint
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
-from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.ranges import need, need_choices, need_number, need_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,22 +58,22 @@ class ModelConfig:
     """Attention heads; by default d_model / d_head."""
     d_mlp: int | None = None
     """Neurons of a block; by default 4 d_model."""
-    activation: str = "gelu"
-    """Activation function of the neurons: gelu (exact, as released), gelu_tanh or relu."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    """Activation function of the neurons; gelu is exact, as released."""
     active: float | None = 0.25
     """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
     active_places: tuple[str, ...] = PLACES
     """Where AbsTopK stands; by default at all eight places."""
-    linear: str = "sparse"
-    """Kind of all matrices: sparse, masked_dense (as published) or dense."""
+    linear: Literal["sparse", "masked_dense", "dense"] = "sparse"
+    """Kind of all matrices; masked_dense is as published."""
     density: float = 1 / 64
     """Final density of the four matrices of a block."""
     embedding_density: float = 1 / 16
     """Final density of embedding and unembedding."""
     min_nonzeros: int = 4
     """Minimum fan-in, or fan-out for attn.out and mlp.down."""
-    writers: str = "fan_out"
-    """What attn.out and mlp.down fix: fan_out or fan_in."""
+    writers: Literal["fan_out", "fan_in"] = "fan_out"
+    """What attn.out and mlp.down fix."""
     fans: Mapping[str, int] | None = None
     """Final fan by name of layer, in place of what follows from the densities."""
     sinks: bool = True
@@ -90,12 +90,10 @@ class ModelConfig:
     """Embedding and unembedding share their weights."""
     logits_bias: bool = False
     """A learned bias of the logits, as in some released models."""
-    abs_topk: str = "kernel"
-    """How AbsTopK is computed: kernel (of sparse_kernels), or torch (topk and scatter, as
-    released)."""
-    backend: str | None = None
-    """Backend of sparse_kernels: reference, cpu, triton or cuda; by default the fastest
-    available."""
+    abs_topk: Literal["kernel", "torch"] = "kernel"
+    """How AbsTopK is computed: the kernel of sparse_kernels, or topk and scatter as released."""
+    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """Backend of sparse_kernels; by default the fastest available."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active_places", tuple(self.active_places))
@@ -109,18 +107,9 @@ class ModelConfig:
             need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
         for name in ("density", "embedding_density", *(() if self.active is None else ("active",))):
             need_number(self, name, 0, 1, above=True)
-        for name, known in (
-            ("activation", tuple(_ACTIVATIONS)),
-            ("linear", ("sparse", "masked_dense", "dense")),
-            ("writers", ("fan_out", "fan_in")),
-            ("abs_topk", ("kernel", "torch")),
-            ("backend", (None, "reference", "cpu", "triton", "cuda")),
-        ):
-            need(getattr(self, name) in known, name, _either(known), getattr(self, name))
+        need_choices(self)
         for place in self.active_places:
             need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
-        for name in ("sinks", "bigram", "bias", "added_positions", "tied", "logits_bias"):
-            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         fans: Mapping[str, Any] = self.fans or {}
         for name, fan in fans.items():
             need(isinstance(fan, int) and fan >= 1, f"the fan of {name}", "at least 1", fan)
@@ -168,10 +157,6 @@ class ModelConfig:
         return cls(**stored)
 
 
-def _either(choices: tuple[str | None, ...]) -> str:
-    return " or ".join(str(choice) for choice in choices)
-
-
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, so that zero stays zero."""
 
@@ -199,10 +184,6 @@ class SparseEmbedding(sk.SparseLinear):
         columns = self.layout.indices
         return functional.embed(tokens, self.weight.flatten(1), columns, self.out_features)
 
-    def set_layout(self, layout: sk.FanInLayout) -> None:
-        """Takes another pattern; what both have keeps its value, what is new starts at zero."""
-        sk.rewire_(self, None, layout)
-
 
 class Attention(nn.Module):
     """RMSNorm, AbsTopK, q k v with AbsTopK each, attention with sinks, projection, AbsTopK."""
@@ -213,8 +194,8 @@ class Attention(nn.Module):
         self.config = config
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
-        self.qkv = make.reader(f"{prefix}.qkv", D + config.positions, 3 * W)
-        self.out = make.writer(f"{prefix}.out", W, D)
+        self.qkv = make.matrix(f"{prefix}.qkv", D + config.positions, 3 * W)
+        self.out = make.matrix(f"{prefix}.out", W, D, writes=True)
         self.sinks = (
             nn.Parameter(torch.zeros(config.heads, device=make.device, dtype=make.dtype))
             if config.sinks
@@ -255,8 +236,8 @@ class MLP(nn.Module):
         D, neurons = config.d_model, config.neurons
         self.norm = RMSNorm(D, make.device, make.dtype)
         self.position_norm = _position_norm(config, make)
-        self.up = make.reader(f"{prefix}.up", D + config.positions, neurons)
-        self.down = make.writer(f"{prefix}.down", neurons, D)
+        self.up = make.matrix(f"{prefix}.up", D + config.positions, neurons)
+        self.down = make.matrix(f"{prefix}.down", neurons, D, writes=True)
         self.keep_in = _keeper(config, "mlp_in", D + config.positions)
         self.neurons = _neurons(config, neurons)
         self.keep_out = _keeper(config, "mlp_out", D)
@@ -332,7 +313,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, make) for layer in range(config.n_layer))
         self.hook_final = HookPoint("final_resid")
         self.norm = RMSNorm(D, device, dtype)
-        self.unembed = None if config.tied else make.reader("unembed", D, V, bias=False)
+        self.unembed = None if config.tied else make.matrix("unembed", D, V, bias=False)
         self.bigram = nn.Parameter(torch.zeros(V, V, **make.where)) if config.bigram else None
         self.logits_bias: Tensor | None
         self.register_buffer(
@@ -366,10 +347,14 @@ class Transformer(nn.Module):
             if name.endswith(ending) and tensor.dim() == 2
         }
         model = cls(config, fans=fans, device=device, dtype=dtype)
+        converted = dict(state)
         for name, tensor in model.state_dict().items():
             if name in state and state[name].is_floating_point() != tensor.is_floating_point():
                 raise TypeError(f"{name} must be {tensor.dtype}, got {state[name].dtype}")
-        model.load_state_dict(dict(state))
+            if name in state:
+                # Exported models have narrower numbers.
+                converted[name] = state[name].to(tensor.dtype)
+        model.load_state_dict(converted)
         return model
 
     def forward(
@@ -518,64 +503,31 @@ class _Maker:
         self.where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.targets: dict[str, int] = {}
 
-    def reader(self, name: str, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        """A matrix of which every output reads a fixed number of inputs."""
-        density, least = self._density(name)
-        bias = bias and self.config.bias
-        if self.config.linear == "sparse":
-            fan = self._fan(name, density, least, inputs)
-            return self._initialise(
-                sk.SparseLinear(
-                    inputs,
-                    outputs,
-                    fan_in=fan,
-                    bias=bias,
-                    generator=self.generator,
-                    backend=self.config.backend,
-                    **self.where,
-                ),
-                fan / inputs,
-            )
-        if self.config.linear == "masked_dense":
-            least = min(least, inputs) if name != "unembed" else 0
-            return self._initialise(
-                MaskedLinear(
-                    inputs, outputs, density=density, min_fan_in=least, bias=bias, **self.where
-                )
-            )
-        return self._initialise(nn.Linear(inputs, outputs, bias, **self.where))
+    def matrix(
+        self, name: str, inputs: int, outputs: int, *, writes: bool = False, bias: bool = True
+    ) -> nn.Module:
+        """A linear layer that keeps a number of inputs for each output.
 
-    def writer(self, name: str, inputs: int, outputs: int) -> nn.Module:
-        """A matrix of which every input feeds a fixed number of outputs (`ModelConfig.writers`)."""
+        One that writes to the residual stream keeps what `ModelConfig.writers` says.
+        """
+        config = self.config
         density, least = self._density(name)
-        bias = self.config.bias
-        shrink = (2 * self.config.n_layer) ** -0.5
-        if self.config.linear == "sparse":
-            out = self.config.writers == "fan_out"
-            width = outputs if out else inputs
-            fan = self._fan(name, density, least, width)
-            return self._initialise(
-                sk.SparseLinear(
-                    inputs,
-                    outputs,
-                    fan_in=None if out else fan,
-                    fan_out=fan if out else None,
-                    bias=bias,
-                    generator=self.generator,
-                    backend=self.config.backend,
-                    **self.where,
-                ),
-                fan / width,
-                shrink,
-            )
-        if self.config.linear == "masked_dense":
-            least = min(least, outputs)
-            layer: nn.Linear = MaskedLinear(
-                inputs, outputs, density=density, min_fan_out=least, bias=bias, **self.where
-            )
-        else:
-            layer = nn.Linear(inputs, outputs, bias, **self.where)
-        return self._initialise(layer, 1.0, shrink)
+        options: dict[str, Any] = {"bias": bias and config.bias, **self.where}
+        shrink = (2 * config.n_layer) ** -0.5 if writes else 1.0
+        if config.linear == "dense":
+            return self._initialise(nn.Linear(inputs, outputs, **options), 1.0, shrink)
+        if config.linear == "masked_dense":
+            if writes:
+                options["min_fan_out"] = min(least, outputs)
+            elif name != "unembed":
+                options["min_fan_in"] = min(least, inputs)
+            masked = MaskedLinear(inputs, outputs, density=density, **options)
+            return self._initialise(masked, 1.0, shrink)
+        side = config.writers if writes else "fan_in"
+        width = outputs if side == "fan_out" else inputs
+        options[side] = fan = self._fan(name, density, least, width)
+        options |= {"generator": self.generator, "backend": config.backend}
+        return self._initialise(sk.SparseLinear(inputs, outputs, **options), fan / width, shrink)
 
     def embedding(self, name: str) -> nn.Module:
         """The `(V, D)` table."""
@@ -621,22 +573,22 @@ class _Maker:
         return made
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": nn.functional.gelu,
+_ACTIVATIONS: dict[str, nn.Module] = {
+    "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU("tanh"),
-    "relu": nn.functional.relu,
+    "relu": nn.ReLU(),
 }
 
 
-@dataclass(frozen=True)
-class _Keep:
-    """AbsTopK of the last axis, of which the `k` of largest magnitude stay."""
+class AbsTopK(nn.Module):
+    """Of the last axis the `k` of largest magnitude stay; the method is `ModelConfig.abs_topk`."""
 
-    k: int
-    method: str
-    backend: str | None
+    def __init__(self, k: int, method: str, backend: str | None) -> None:
+        super().__init__()
+        self.k, self.method, self.backend = k, method, backend
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
         if self.method == "kernel":
             return sk.abs_topk(x, self.k, self.backend)
         places = x.abs().topk(self.k, -1, sorted=False).indices
@@ -648,61 +600,48 @@ class _Keep:
             return sk.transformer_ops.rms_norm_abs_topk(
                 x, norm.weight, self.k, functional.RMS_EPS, self.backend
             )
-        return self(norm(x))
+        kept: Tensor = self(norm(x))
+        return kept
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return str(self.k)
 
 
-@dataclass(frozen=True)
-class _KeepGelu(_Keep):
-    """AbsTopK of GELU."""
+class GeluAbsTopK(AbsTopK):
+    """AbsTopK of GELU, in one kernel."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
         return sk.transformer_ops.gelu_abs_topk(x, self.k, self.backend)
 
 
-@dataclass(frozen=True)
-class _KeepOf:
-    """What `keep` keeps of `activate`; a function of its own could not be pickled."""
-
-    activate: Callable[[Tensor], Tensor]
-    keep: Callable[[Tensor], Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.keep(self.activate(x))
-
-
-def _keep_all(x: Tensor) -> Tensor:
-    return x
-
-
-def _keeper(config: ModelConfig, place: str, width: int) -> Callable[[Tensor], Tensor]:
-    if config.active is None or place not in config.active_places:
-        return _keep_all
-    k = max(1, int(config.active * width))
-    return _Keep(k, config.abs_topk, config.backend) if k < width else _keep_all
-
-
-@dataclass(frozen=True)
-class _KeepParts:
+class AbsTopKParts(nn.ModuleList):
     """Each of the parts along axis 2 by its own rule."""
 
-    keeps: tuple[Callable[[Tensor], Tensor], ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = zip(self.keeps, x.unbind(2), strict=True)
-        return torch.stack([keep(part) for keep, part in parts], 2)
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, parts, width)` to the same."""
+        return torch.stack([keep(x[:, :, part]) for part, keep in enumerate(self)], 2)
 
 
-def _keep_parts(keeps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+def _keeper(config: ModelConfig, place: str, width: int) -> nn.Module:
+    if config.active is None or place not in config.active_places:
+        return nn.Identity()
+    k = max(1, int(config.active * width))
+    return AbsTopK(k, config.abs_topk, config.backend) if k < width else nn.Identity()
+
+
+def _keep_parts(keeps: Sequence[nn.Module]) -> nn.Module:
     """Of `(B, T, parts, width)`: all parts at once if they have one rule."""
-    return keeps[0] if all(keep == keeps[0] for keep in keeps) else _KeepParts(tuple(keeps))
+    return keeps[0] if len({type(keep) for keep in keeps}) == 1 else AbsTopKParts(keeps)
 
 
-def _neurons(config: ModelConfig, width: int) -> Callable[[Tensor], Tensor]:
+def _neurons(config: ModelConfig, width: int) -> nn.Module:
     """The activation function and the AbsTopK after it: in one kernel, if there is one."""
-    activate, keep = _ACTIVATIONS[config.activation], _keeper(config, "mlp_neuron", width)
-    if isinstance(keep, _Keep) and keep.method == "kernel" and config.activation == "gelu":
-        return _KeepGelu(keep.k, keep.method, keep.backend)
-    return _KeepOf(activate, keep)
+    keep = _keeper(config, "mlp_neuron", width)
+    if isinstance(keep, AbsTopK) and keep.method == "kernel" and config.activation == "gelu":
+        return GeluAbsTopK(keep.k, keep.method, keep.backend)
+    return nn.Sequential(_ACTIVATIONS[config.activation], keep)
 
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:
@@ -714,17 +653,14 @@ def _read(
     norm: RMSNorm,
     position_norm: RMSNorm | None,
     positions: Tensor | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: nn.Module,
 ) -> Tensor:
     """What a block reads of the residual stream, and of the positions if there are any."""
-    if position_norm is None and isinstance(keep, _Keep):
+    if position_norm is None and isinstance(keep, AbsTopK):
         return keep.of_norm(x, norm)
-    return keep(_beside(norm(x), position_norm, positions))
-
-
-def _beside(x: Tensor, norm: RMSNorm | None, positions: Tensor | None) -> Tensor:
-    """`x (B, T, D)` with the normalised positions `(T, P)` as more channels, if there are any."""
-    if norm is None or positions is None:
-        return x
-    beside = norm(positions).to(x.dtype).expand(x.shape[0], -1, -1)
-    return torch.cat([x, beside], -1)
+    x = norm(x)
+    if position_norm is not None and positions is not None:
+        beside = position_norm(positions).to(x.dtype).expand(x.shape[0], -1, -1)
+        x = torch.cat([x, beside], -1)
+    kept: Tensor = keep(x)
+    return kept

@@ -71,6 +71,13 @@ def read_text(text: str) -> str:
     return found
 
 
+def cropped(ids: list[int], length: int) -> list[int]:
+    """The tokens of a prompt of `length` tokens that are read; a note says if they are fewer."""
+    if len(ids) < length:
+        print(f"of the prompt's {length} tokens the last {len(ids)} are read", file=sys.stderr)
+    return ids
+
+
 def need_whole(option: str, value: int, least: int, most: int = 2**63 - 1) -> None:
     """Raises UserError unless `least <= value <= most`."""
     if not least <= value <= most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args, get_origin, get_type_hints
 
 # No size or count of anything is larger; tensors of more elements could not be indexed anyway.
 LARGEST = 2**40
@@ -12,6 +13,21 @@ def need(holds: bool, name: str, needed: str, got: object) -> None:
     """Raises ValueError unless `holds`."""
     if not holds:
         raise ValueError(f"{name} must be {needed}, got {got!r}")
+
+
+def need_choices(config: object) -> None:
+    """Raises ValueError unless each attribute of a Literal type, or bool, has one of its values."""
+    for name, kind in get_type_hints(type(config)).items():
+        if kind is bool:
+            value = getattr(config, name)
+            need(isinstance(value, bool), name, "True or False", value)
+            continue
+        # A Literal, or a union of one with None.
+        literal = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
+        if literal is not None:
+            choices = (*get_args(literal), *((None,) if literal is not kind else ()))
+            value = getattr(config, name)
+            need(value in choices, name, " or ".join(map(str, choices)), value)
 
 
 def need_whole(config: object, name: str, least: int, most: int = LARGEST) -> None:

@@ -16,7 +16,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,32 +27,34 @@ from sparse_transformer.model import PLACES, ModelConfig, SparseEmbedding, Trans
 
 _CONFIG, _WEIGHTS = "beeg_config.json", "final_model.pt"
 
-# The released dataclass's own defaults, for fields that a file leaves out. Fields of the file that
-# are not here do not change what a forward computes.
-_DEFAULTS: dict[str, Any] = {
-    "block_size": 1024,
-    "vocab_size": 50304,
-    "n_layer": 12,
-    "n_head": 12,
-    "d_head": None,
-    "d_model": 768,
-    "bias": True,
-    "rms_norm": False,
-    "residual_activation_type": "identity",
-    "activation_type": "gelu",
-    "afrac": None,
-    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out",
-    "tied_unembed": True,
-    "d_mlp": None,
-    "enable_bigram_table": False,
-    "learnable_bigram_table": False,
-    "d_pos_emb": None,
-    "sink": False,
-}
+# Ours, theirs, and the released dataclass's default, which a file may leave out. Other fields of
+# the file do not change what a forward computes.
+_FIELDS: tuple[tuple[str, str, Any], ...] = (
+    ("context", "block_size", 1024),
+    ("vocab_size", "vocab_size", 50304),
+    ("n_layer", "n_layer", 12),
+    ("n_head", "n_head", 12),
+    ("d_head", "d_head", None),
+    ("d_model", "d_model", 768),
+    ("d_mlp", "d_mlp", None),
+    ("bias", "bias", True),
+    ("activation", "activation_type", "gelu"),
+    ("active", "afrac", None),
+    ("active_places", "afrac_loctypes", "attn_in,attn_out,mlp_in,mlp_out"),
+    ("tied", "tied_unembed", True),
+    ("bigram", "enable_bigram_table", False),
+    ("positions", "d_pos_emb", None),
+    ("sinks", "sink", False),
+)
+_DEFAULTS = {theirs: default for _, theirs, default in _FIELDS}
+_DEFAULTS |= {"rms_norm": False, "residual_activation_type": "identity"}
 
 
 def load_released(
-    directory: str | os.PathLike[str], *, linear: str = "sparse", abs_topk: str | None = None
+    directory: str | os.PathLike[str],
+    *,
+    linear: Literal["sparse", "dense"] = "sparse",
+    abs_topk: Literal["kernel", "torch"] | None = None,
 ) -> Transformer:
     """Reads a released checkpoint into a model with the same logits, to float32 rounding.
 
@@ -87,7 +89,6 @@ def load_released(
         added_positions="positions" in dense and not config.positions,
         logits_bias="logits_bias" in dense,
     )
-    _check_shapes(dense, config)
     if linear == "dense":
         model = Transformer(config)
         model.load_state_dict(dense)
@@ -196,7 +197,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
+def _config(stored: Mapping[str, Any], linear: Literal["sparse", "dense"]) -> ModelConfig:
     stored = {**_DEFAULTS, **stored}
     if "n_mlp" in stored:
         stored["d_mlp"] = stored["n_mlp"]
@@ -218,24 +219,11 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
             "supported: choose another release"
         )
     try:
-        config = ModelConfig(
-            vocab_size=stored["vocab_size"],
-            n_layer=stored["n_layer"],
-            d_model=stored["d_model"],
-            context=stored["block_size"],
-            n_head=stored["n_head"],
-            d_head=stored["d_head"] or stored["d_model"] // stored["n_head"],
-            d_mlp=stored["d_mlp"],
-            activation=stored["activation_type"],
-            active=stored["afrac"],
-            active_places=tuple(place for place in places if place in PLACES),
-            linear=linear,
-            sinks=stored["sink"],
-            bigram=stored["enable_bigram_table"],
-            bias=stored["bias"],
-            positions=stored["d_pos_emb"] or 0,
-            tied=stored["tied_unembed"],
-        )
+        given = {ours: stored[theirs] for ours, theirs, _ in _FIELDS}
+        given["d_head"] = given["d_head"] or given["d_model"] // given["n_head"]
+        given["active_places"] = tuple(place for place in places if place in PLACES)
+        given["positions"] = given["positions"] or 0
+        config = ModelConfig(linear=linear, **given)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{_CONFIG} does not describe a model ({error}): download it again"
@@ -250,25 +238,15 @@ def _config(stored: Mapping[str, Any], linear: str) -> ModelConfig:
 
 
 def _released_config(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "block_size": config.context,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
+    stored = {theirs: getattr(config, ours) for ours, theirs, _ in _FIELDS}
+    return stored | {
         "n_head": config.heads,
-        "d_head": config.d_head,
-        "d_model": config.d_model,
         "d_mlp": config.neurons,
-        "bias": config.bias,
         "ln_bias": False,
         "rms_norm": True,
-        "activation_type": config.activation,
-        "afrac": config.active,
         "afrac_loctypes": ",".join(config.active_places),
-        "tied_unembed": config.tied,
-        "enable_bigram_table": config.bigram,
         "learnable_bigram_table": config.bigram,
         "d_pos_emb": config.positions or None,
-        "sink": config.sinks,
     }
 
 
@@ -323,7 +301,7 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
     # Zero where a release leaves them out.
     optional = {"logits_bias"} | (set() if config.positions else {"positions"})
     found: dict[str, Tensor] = {}
-    for name in wanted:
+    for name, like in wanted.items():
         theirs = _released_name(name)
         if theirs not in stored and config.tied and name == "embed.weight":
             theirs = "lm_head.weight"
@@ -333,25 +311,19 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
                 raise UserError(
                     f"{theirs} of {_WEIGHTS} has values that are not finite: download it again"
                 )
-            if name not in optional or bool((tensor != 0).any()):
-                found[name] = tensor
+            if name in optional and not bool((tensor != 0).any()):
+                continue
+            if tensor.shape != like.shape:
+                raise UserError(
+                    f"{theirs} of {_WEIGHTS} has shape {tuple(tensor.shape)}, and {_CONFIG} asks "
+                    f"for {tuple(like.shape)}: download both again"
+                )
+            found[name] = tensor
         elif name not in optional:
             raise UserError(
                 f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for: download both again"
             )
     return found
-
-
-def _check_shapes(dense: Mapping[str, Tensor], config: ModelConfig) -> None:
-    with torch.device("meta"):
-        wanted = Transformer(replace(config, linear="dense")).state_dict()
-    for name, tensor in wanted.items():
-        if dense[name].shape != tensor.shape:
-            raise UserError(
-                f"{_released_name(name)} of {_WEIGHTS} has shape "
-                f"{tuple(dense[name].shape)}, and {_CONFIG} asks for {tuple(tensor.shape)}: "
-                "download both again"
-            )
 
 
 def _dense_state(model: Transformer) -> dict[str, Tensor]:

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import make
 
-from sparse_transformer import ModelConfig, Transformer, UserError, data, evaluate
-from sparse_transformer.evaluate import evaluate_task, main, score
+from sparse_transformer import ModelConfig, Transformer, UserError, data
+from sparse_transformer.cli import evaluate
+from sparse_transformer.cli.evaluate import main
+from sparse_transformer.evaluation import evaluate_task, score
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS, Pair, Prompt
 from sparse_transformer.train import checkpoint

@@ -14,9 +14,9 @@ import torch
 from test_model import make
 
 import sparse_transformer
-from sparse_transformer import ModelConfig, Transformer, UserError, data, load_model
-from sparse_transformer.cli.generate import GenerateConfig, _Text, main, run
-from sparse_transformer.generation import generate, stream
+from sparse_transformer import ModelConfig, Transformer, UserError, data, generation, load_model
+from sparse_transformer.cli.generate import GenerateConfig, main, run
+from sparse_transformer.generation import generate, stream, stream_text
 from sparse_transformer.train import checkpoint
 
 
@@ -167,16 +167,19 @@ def test_text_comes_out_while_it_grows(folder):
     assert out.flushes >= 5
 
 
-def test_characters_wait_for_all_their_bytes(folder):
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    ids = tokenizer.encode("a€bé").ids
+def test_characters_wait_for_all_their_bytes(folder, monkeypatch):
+    model = load_model(folder)
+    ids = model.tokenizer.encode("a€bé").ids
     assert len(ids) > 4
-    text = _Text(tokenizer)
-    pieces = [text.add(token) for token in ids]
-    assert "".join(pieces) == "a€bé"
-    assert "" in pieces
-    cut = _Text(tokenizer)
-    assert cut.add(ids[0]) + cut.add(ids[1]) + cut.rest() == "a\N{REPLACEMENT CHARACTER}"
+
+    def pieces(chosen):
+        monkeypatch.setattr(generation, "stream", lambda *_, **options: ([id] for id in chosen))
+        return [new for (new,) in stream_text(model, [[1]], 9, temperature=0.0, top_k=None, seed=0)]
+
+    whole = pieces(ids)
+    assert "".join(whole) == "a€bé"
+    assert "" in whole[:-1]
+    assert pieces(ids[:2]) == ["a", "", "\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize(

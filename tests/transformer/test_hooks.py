@@ -6,7 +6,7 @@ from test_model import SMALL, batch, make
 
 import sparse_kernels as sk
 from sparse_transformer import hooks, intervene, record
-from sparse_transformer.hook_point import HookPoint
+from sparse_transformer.hooks import HookPoint
 from sparse_transformer.interventions import Set
 
 

@@ -214,7 +214,7 @@ def test_embedding_looks_up_and_collects_repeated_tokens():
     torch.testing.assert_close(sk.to_dense(layer.weight.grad, layer.layout), table.grad * exists)
     before = sk.to_dense(layer.weight.detach(), layer.layout)
     new = sk.FanInLayout.random(20, 16, 5)
-    layer.set_layout(new)
+    sk.rewire_(layer, None, new)
     after = sk.to_dense(layer.weight.detach(), layer.layout)
     assert torch.equal(after, before * sk.to_dense(torch.ones_like(layer.weight), new))
 

@@ -10,16 +10,19 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparse_transformer import evaluate
+import sparse_transformer
+from sparse_transformer import UserError, load_model
 from sparse_transformer.circuits import __main__ as circuits
-from sparse_transformer.cli import generate, steer, train
-from sparse_transformer.tasks import __main__ as tasks
+from sparse_transformer.cli import evaluate, export, generate, steer, tasks, train
+from sparse_transformer.train import checkpoint
 
 SMALL_RUN = """
     --steps 6 --d-model 32 --n-layer 1 --context 32 --vocab-size 300 --batch-tokens 64
@@ -33,6 +36,7 @@ PROGRAMS = {
     "evaluate": evaluate.main,
     "steer": steer.main,
     "tasks": tasks.main,
+    "export": export.main,
     "circuits": circuits.main,
 }
 
@@ -43,7 +47,7 @@ def place(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("programs")
     (folder / "corpus").mkdir()
-    for file in Path(evaluate.__file__).parent.glob("*.py"):
+    for file in Path(sparse_transformer.__file__).parent.glob("*.py"):
         shutil.copy(file, folder / "corpus")
     run = [*TRAIN, "--data", "corpus", "--cache-dir", "cache", "--out", "run"]
     before = Path.cwd()
@@ -63,6 +67,7 @@ def arguments_of(program, **changed):
         "evaluate": {"--checkpoint": "run", "--tasks": "for_while", "--pairs": "2"},
         "steer": {"--checkpoint": "run", "--prompt": "x = 1"},
         "tasks": {"": "for_while", "--out": "solved", "--pairs": "2"},
+        "export": {"--checkpoint": "run", "--out": "exported"},
         # Which this model does not solve.
         "circuits": {
             "--checkpoint": "run", "--out": "circuits", "--task": "for_while",
@@ -133,6 +138,7 @@ OPTIONS = {
     "evaluate": ("--pairs", "--seed", "--step", "--split", "--tasks", "--device"),
     "steer": ("--pairs", "--seed", "--step", "--set", "--ablate", "--show", "--device"),
     "tasks": ("--pairs", "--seed"),
+    "export": ("--step",),
     "circuits": ("--target", "--solved", "--seed", "--step", "--task"),
 }  # fmt: skip
 # Asked for more than a moment's work, a program does it.
@@ -162,8 +168,8 @@ def check_value(place, tmp_path, monkeypatch, capsys, program, option, value):
     else:
         if program == "tasks":
             changed["--out"] = str(tmp_path / "solved")
-        if program == "circuits":
-            changed["--out"] = str(tmp_path / "circuits")
+        if program in ("circuits", "export"):
+            changed["--out"] = str(tmp_path / "out")
         del changed[option]
         given = arguments_of(program, **changed)
         ask(program, [*given, f"{option}={value}"], capsys)
@@ -175,7 +181,7 @@ def test_values(place, tmp_path, monkeypatch, capsys, program, option, value):
     check_value(place, tmp_path, monkeypatch, capsys, program, option, value)
 
 
-READERS = ("train", "generate", "evaluate", "steer", "circuits")
+READERS = ("train", "generate", "evaluate", "steer", "circuits", "export")
 PATHS = {
     "absent": lambda folder: "absent",
     "a file": lambda folder: str(file_in(folder, "file", b"x\n")),
@@ -214,7 +220,7 @@ def test_paths(place, tmp_path, monkeypatch, capsys, program, kind):
 
 
 UNWRITABLE = [kind for kind in PATHS if kind not in ("absent", "empty")]
-WRITERS = ["train", "tasks", "evaluate", "steer", "circuits"]
+WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export"]
 
 
 @pytest.mark.parametrize(
@@ -456,6 +462,136 @@ def moved(step_folder):
 def test_a_renamed_checkpoint_is_refused(place, tmp_path, monkeypatch, capsys, program):
     error = check_damage(place, tmp_path, monkeypatch, capsys, program, moved)
     assert "it was saved as that of step 6" in error
+
+
+def drop(place, folder, name):
+    """An exported model among those that programs know by name."""
+    assert export.main(["--checkpoint", str(place / "run"), "--out", str(folder / name)]) == 0
+
+
+@pytest.fixture
+def models(place, tmp_path, monkeypatch):
+    """The folder of models, with `python-small`; programs run elsewhere."""
+    drop(place, tmp_path / "models", "python-small")
+    monkeypatch.setattr(checkpoint, "MODELS", [tmp_path / "none", tmp_path / "models"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("program", [name for name in READERS if name != "train"])
+def test_programs_know_models_by_name(place, models, capsys, program):
+    changed = {"--cache-dir": str(place / "cache")} if program == "circuits" else {}
+    # Vocabularies of circuits are those of their corpus.
+    data = {"--data": str(place / "corpus")} if program == "circuits" else {}
+    arguments = arguments_of(program, **{"--checkpoint": "python-small"}, **changed, **data)
+    status, error = ask(program, arguments, capsys)
+    # It is found, and not solved.
+    assert "does not solve for_while" in error if program == "circuits" else status == 0, error
+    drop(place, models, "javascript")
+    capsys.readouterr()
+    arguments[arguments.index("python-small")] = "python-smal"
+    status, error = ask(program, arguments, capsys)
+    assert status == 2
+    assert (
+        "python-smal does not exist, and there is no model of that name: did you mean python-small"
+        in error
+    )
+    arguments[arguments.index("python-smal")] = "x"
+    assert "there are javascript, python-small" in ask(program, arguments, capsys)[1]
+
+
+def test_an_exported_model_is_the_model_and_small(place, models, capsys):
+    whole, named = load_model(place / "run"), load_model("python-small")
+    assert named.tokenizer.to_str() == whole.tokenizer.to_str()
+    kept = dict(named.named_parameters())
+    for name, parameter in whole.named_parameters():
+        wanted = parameter.half().float() if name == "bigram" else parameter
+        assert kept[name].dtype == torch.float32
+        assert torch.equal(kept[name], wanted), name
+    bytes_of = {path.name: path.stat().st_size for path in (models / "python-small").rglob("*")}
+    numbers = sum(p.numel() for p in whole.parameters()) - whole.bigram.numel()
+    indices = sum(layer.layout.indices.numel() for layer in whole.sparse_layers().values())
+    least = 2 * whole.bigram.numel() + 4 * numbers + 2 * indices
+    assert least < bytes_of["tensors.safetensors"] < least + 10_000
+    # Nothing of the machine that trained it.
+    stored = [p.read_text() for p in (models / "python-small").rglob("*.json")]
+    assert len(stored) == 3
+    assert not [text for text in stored if str(place) in text]
+    assert load_model(models / "python-small" / "step-00000006").tokenizer is not None
+    # A folder of that name goes first, whatever is in it.
+    Path("python-small").mkdir()
+    with pytest.raises(UserError, match="there is no checkpoint in python-small"):
+        load_model("python-small")
+
+
+def test_an_exported_model_cannot_be_trained_on(place, models, capsys):
+    arguments = [*TRAIN, "--resume", "--out", str(models / "python-small")]
+    arguments += ["--data", str(place / "corpus"), "--cache-dir", str(place / "cache")]
+    before = content(models)
+    status, error = ask("train", arguments, capsys)
+    assert status == 2
+    assert "is an exported model, without the state of its training" in error
+    assert content(models) == before
+
+
+def test_an_export_is_not_written_over_anything(place, models, capsys):
+    before = content(models)
+    given = ["--checkpoint", "python-small", "--out", str(models / "python-small")]
+    assert "python-small is not empty: choose another --out" in ask("export", given, capsys)[1]
+    assert content(models) == before
+
+
+@pytest.mark.slow
+def test_a_model_in_the_package_is_shipped(tmp_path):
+    """What the wheel would hold, for a model that is dropped into a copy of the checkout."""
+    root = Path(__file__).resolve().parents[2]
+    copied = (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "sparse_kernels",
+        "python",
+        "csrc",
+    )
+    for name in copied:
+        whole = (root / name).is_dir()
+        (shutil.copytree if whole else shutil.copy)(root / name, tmp_path / name)
+    model = tmp_path / "python/sparse_transformer/models/tiny-model"
+    (model / "step-00000001").mkdir(parents=True)
+    files = ["config.json", "tokenizer.json", "step-00000001/meta.json"]
+    for name in [*files, "step-00000001/tensors.safetensors"]:
+        (model / name).write_text("x")
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    built = tmp_path / "built/sparse_transformer/models/tiny-model"
+    assert content(built) == content(model)
+
+
+MISSING = {
+    "train": "tokenizers", "generate": "tokenizers", "evaluate": "safetensors",
+    "steer": "safetensors", "export": "filelock", "circuits": "optuna", "tasks": "tyro",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "package"), mostly_slow(list(MISSING.items()), 3))
+def test_a_missing_package_is_a_sentence(tmp_path, program, package):
+    """As if it were not installed."""
+    text = f"raise ModuleNotFoundError('not installed', name={package!r})\n"
+    (tmp_path / f"{package}.py").write_text(text)
+    ran = subprocess.run(
+        [sys.executable, "-m", f"sparse_transformer.{program}", "--help"],
+        env={**os.environ, "PYTHONPATH": ":".join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        f"error: {package} is not installed: pip install '.[transformer]' in the checkout\n"
+    )
 
 
 def test_there_are_at_least_400_cases():

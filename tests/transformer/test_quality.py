@@ -97,6 +97,20 @@ def test_runs_differ_in_what_they_say() -> None:
     assert Run("dense").settings().model.active is None
 
 
+def test_a_suite_that_is_named_twice_runs_once() -> None:
+    once = quality.plan(quality.Options(suite=["width", "rates"]), None)
+    assert quality.plan(quality.Options(suite=["width", "rates", "width"]), None) == once
+    assert once == SUITES["width"] + SUITES["rates"]
+
+
+def test_a_run_that_diverged_says_so() -> None:
+    rows = [
+        {"name": "sparse", "seed": 0, "val_loss": 3.5, "failure": None},
+        {"name": "sparse", "seed": 1, "val_loss": None, "failure": "the loss is nan"},
+    ]
+    assert quality.lines(rows) == "sparse, seed 0: 3.5\nsparse, seed 1: the loss is nan"
+
+
 def test_comparison_of_equal_seeds_counts_seconds_to_the_same_loss() -> None:
     def row(seed: int, *points: tuple[float, float]) -> dict:
         curve = [{"seconds": seconds, "val_loss": loss} for seconds, loss in points]

@@ -493,7 +493,6 @@ def test_means_are_taken_from_a_file(run, capsys, tmp_path):
             "the answer 'a b c' is not one token, it is",
         ),
         (["--prompt", "x", "--answers", "", "d"], "the answer '' is not one token, it is empty"),
-        (["--prompt", "x = 1\n" * 99], "shorten it"),
         (["--prompt", "x", "--means", "absent"], "the means absent cannot be read"),
         (["--prompt", "x", "--json", "absent/file"], "absent/file cannot be written"),
         (["--task", "brackets"], "brackets"),
@@ -509,6 +508,19 @@ def test_errors_are_one_sentence_and_exit_2(run, capsys, arguments, message):
     assert error.count("\n") == 1
     assert main(["--checkpoint", "absent", "--prompt", "x"]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_cropped_with_a_note(run, capsys):
+    folder, model, tokenizer = run
+    context = model.config.context
+    text = "x = 1\n" * 99
+    ids = tokenizer.encode(text).ids
+    assert main(["--checkpoint", str(folder), "--prompt", text, "--answers", "=", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert error == f"of the prompt's {len(ids)} tokens the last {context} are read\n"
+    logits = next_logits(model, torch.tensor([ids[-context:]]))[0]
+    share = logits.softmax(0)[tokenizer.token_to_id("=")]
+    assert f"{share:.2%}" in out
 
 
 def test_ctrl_c_exits_130(run, capsys, monkeypatch):

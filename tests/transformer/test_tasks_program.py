@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
+from sparse_transformer.cli import tasks as program
 from sparse_transformer.tasks import TASKS
-from sparse_transformer.tasks import __main__ as program
 from sparse_transformer.tasks.task import _side
 
 

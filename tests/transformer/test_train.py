@@ -17,13 +17,15 @@ import pytest
 import torch
 
 import sparse_transformer
-from sparse_transformer.cli.train import main
+from sparse_transformer import load_model
+from sparse_transformer.cli.train import main, parse
 from sparse_transformer.data import prepare
 from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.presets import PRESETS
 from sparse_transformer.train import checkpoint, loop, metrics
+from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.settings import Settings
-from sparse_transformer.train.trainer import Trainer
+from sparse_transformer.train.trainer import Diverged, Progress, Trainer
 
 # Its fixtures are expensive: one worker runs all of it.
 pytestmark = pytest.mark.xdist_group("train")
@@ -208,6 +210,14 @@ def test_a_start_that_failed_leaves_nothing(options, tmp_path, monkeypatch, give
     assert os.listdir("mine") == []
 
 
+def test_a_missing_tensorboard_is_noticed_at_the_start(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    given = [option for option in options if option != "--no-tensorboard"]
+    assert run_here(given, tmp_path / "run") == 2
+    assert "give --no-tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_others_of_the_group_can_read_what_is_written(options, corpus, tmp_path):
     before = os.umask(0o027)
     try:
@@ -301,9 +311,9 @@ def test_older_checkpoint_on_request(reference, tmp_path, capsys):
 
 
 def test_model_of_a_checkpoint(reference):
-    model = checkpoint.load_model(reference)
+    model = load_model(reference)
     # Below its final fans, in the middle of annealing, as well.
-    assert isinstance(checkpoint.load_model(reference, 28), Transformer)
+    assert isinstance(load_model(reference, step=28), Transformer)
     tokens = torch.randint(300, (2, 32))
     assert torch.isfinite(model(tokens)).all()
     for name, layer in model.sparse_layers().items():
@@ -471,6 +481,38 @@ def test_accumulated_parts_give_the_same_losses(options, reference, tmp_path):
 def test_bfloat16_trains_to_about_the_same(options, reference, tmp_path):
     assert run_here([*options, "--dtype", "bfloat16"], tmp_path / "run") == 0
     torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(reference), rtol=0.02, atol=0)
+
+
+def test_an_overflow_is_computed_again_with_half_the_scale(options, reference, tmp_path):
+    """As with float16 on a GPU: in float32, with gradients that are infinite at a large scale."""
+    arguments = [*options, "--out", str(tmp_path / "x")]
+    settings, _, _ = parse(arguments)
+    corpus = prepare(
+        settings.train.data, vocab_size=300, cache_dir=settings.train.cache_dir, progress=False
+    )
+    here = Ranks(0, 1, torch.device("cpu"))
+    trainer = Trainer(settings, corpus, here)
+    scaler = trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    trainer.model.norm.weight.register_hook(
+        lambda gradient: gradient * (math.inf if scaler.get_scale() > 2.0**17 else 1)
+    )
+    losses = [trainer.advance()["loss"] for _ in range(3)]
+    wanted = [line["loss"] for line in lines_of(reference)[:3]]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    tensors, meta = trainer.state()
+    assert meta["loss_scale"] == {"scale": 2.0**17, "good": 3}
+    # It goes on from there, and gives up where no scale helps.
+    path = checkpoint.save(
+        tmp_path / "run", 3, tensors, {**meta, "metrics_position": 0, "seconds": 0}
+    )
+    again = Trainer(settings, corpus, here, checkpoint.load(path))
+    again._scaler = torch.amp.GradScaler("cpu")
+    again._restore(point := checkpoint.load(path), Progress.of(point))
+    assert again.advance()["loss"] == pytest.approx(trainer.advance()["loss"], rel=1e-5)
+    assert again._scaler.get_scale() == meta["loss_scale"]["scale"]
+    again.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(Diverged, match="the gradients of step 5 are not finite"):
+        again.advance()
 
 
 @pytest.mark.slow

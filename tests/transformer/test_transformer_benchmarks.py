@@ -349,3 +349,26 @@ def test_a_step_has_its_share_of_the_rewiring() -> None:
     assert made["step_ms"] == pytest.approx(10.0 + 10.0 / 20)
     assert sum(made["parts_ms"].values()) == pytest.approx(made["step_ms"])
     assert made["parts_ms"]["topology"] > 10.0 / 20
+
+
+def test_a_file_without_its_machine_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "rows.json"
+    for machine in ("{}", "[]", '{"command": "-m benchmarks.training", "torch": "2"}'):
+        path.write_text(f'{{"machine": {machine}, "rows": []}}')
+        with pytest.raises(SystemExit) as stopped:
+            report.main(path)
+        assert stopped.value.code == 2
+        assert "rows.json does not say where it was measured" in capsys.readouterr().err
+
+
+def test_a_file_is_drawn_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = Path(report.__file__).parent / "results/training-cpu-zen5.json"
+    plot = tmp_path / "plot.png"
+    report.main(file, plot=plot)
+    assert capsys.readouterr().out == ""
+    plot.unlink()
+    report.main(file, plot=plot, markdown=True)
+    assert "|--" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")

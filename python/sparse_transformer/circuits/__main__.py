@@ -37,7 +37,7 @@ from sparse_transformer.circuits.pipeline import find_circuit
 from sparse_transformer.circuits.viz import write_html, write_image
 from sparse_transformer.data import default_cache, prepare
 from sparse_transformer.errors import UserError
-from sparse_transformer.evaluate import SOLVED_ACCURACY
+from sparse_transformer.evaluation import SOLVED_ACCURACY
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run

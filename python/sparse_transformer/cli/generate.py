@@ -6,18 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated, TextIO
 
-import torch
 import tyro
-from tokenizers.decoders import DecodeStream
 
 from sparse_transformer import program
-from sparse_transformer.generation import prompt_tokens, stream
+from sparse_transformer.generation import prompt_tokens, stream_text
 from sparse_transformer.run import load_run
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,7 @@ class GenerateConfig:
     """Continues a prompt with a trained model, token by token."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it."""
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: str = ""
     """Prompt; "-" reads it from standard input. Empty: the model starts a new file. Of a prompt
     that is longer than the context only the end is read."""
@@ -45,28 +40,6 @@ class GenerateConfig:
     """Device: cpu, cuda, ..."""
 
 
-class _Text:
-    """The text of a growing list of tokens; a character whose bytes are not all there waits."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._waiting: list[int] = []
-
-    def add(self, token: int) -> str:
-        """What can be shown now and could not before."""
-        self._waiting.append(token)
-        new = self._stream.step(self._tokenizer, token)
-        if new is None:
-            return ""
-        self._waiting.clear()
-        return str(new)
-
-    def rest(self) -> str:
-        """What is left at the end, whole or not."""
-        return str(self._tokenizer.decode(self._waiting))
-
-
 def run(config: GenerateConfig, out: TextIO) -> None:
     """Generates as `config` says and writes to `out`, the first continuation as it grows.
 
@@ -77,40 +50,26 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     program.need_whole("--batch", config.batch, 1)
     program.need_whole("--tokens", config.tokens, 0)
     program.need_whole("--seed", config.seed, 0)
-    model, tokenizer = load_run(config.checkpoint, config.step, config.device)
-    generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
+    model, _ = load_run(config.checkpoint, config.step, config.device)
     prompt = program.read_text(config.prompt)
-    end = model.config.vocab_size - 1
-    ids, length = prompt_tokens(model, prompt)
-    if len(ids) < length:
-        print(f"of the prompt's {length} tokens the last {len(ids)} are read", file=sys.stderr)
-    steps = stream(
+    ids = program.cropped(*prompt_tokens(model, prompt))
+    steps = stream_text(
         model,
         [ids] * config.batch,
         config.tokens,
         temperature=config.temperature,
         top_k=config.top_k,
-        generator=generator,
+        seed=config.seed,
     )
-    texts = [_Text(tokenizer) for _ in range(config.batch)]
-    others = [""] * config.batch
-    ended = [False] * config.batch
-    for number, step in enumerate(steps):
-        if number == 0:
-            # Only now is it known that there is nothing to refuse.
-            out.write(prompt)
-        for row, token in enumerate(step):
-            ended[row] = ended[row] or token == end
-            if token is not None and not ended[row]:
-                others[row] += (new := texts[row].add(token))
-                if row == 0:
-                    out.write(new)
-                    out.flush()
-        if all(ended):
-            break
-    out.write(texts[0].rest() + "\n")
+    texts = [""] * config.batch
+    for number, new in enumerate(steps):
+        # Only now is it known that there is nothing to refuse.
+        out.write(new[0] if number else prompt + new[0])
+        out.flush()
+        texts = [text + more for text, more in zip(texts, new, strict=True)]
+    out.write("\n")
     for row in range(1, config.batch):
-        out.write(f"\n=== {row + 1} of {config.batch}\n{prompt}{others[row]}{texts[row].rest()}\n")
+        out.write(f"\n=== {row + 1} of {config.batch}\n{prompt}{texts[row]}\n")
     out.flush()
 
 

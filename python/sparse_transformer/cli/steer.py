@@ -21,6 +21,7 @@ from torch import Tensor
 from sparse_transformer import hooks, program, tasks
 from sparse_transformer.data import encode
 from sparse_transformer.errors import UserError
+from sparse_transformer.generation import prompt_tokens
 from sparse_transformer.interventions import (
     Ablate,
     Add,
@@ -57,9 +58,10 @@ class SteerConfig:
     """
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it."""
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """Prompt; "-" reads it from standard input."""
+    """Prompt; "-" reads it from standard input. Of one that is longer than the context only the end
+    is read."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Use test prompts of this task, with their right and wrong answers, instead of a prompt."""
     pairs: int = 64
@@ -268,13 +270,7 @@ class _Steering:
 
     def _encode(self, text: str) -> Tensor:
         """int64 `(1, T)`; an empty text is the beginning of a file."""
-        ids = encode(self.tokenizer, text) or [self.end]
-        context = self.model.config.context
-        if len(ids) > context:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, and the model reads 1 to {context}: shorten it"
-            )
-        return torch.tensor([ids], device=self.device)
+        return torch.tensor([program.cropped(*prompt_tokens(self.model, text))], device=self.device)
 
     def _answer(self, text: str) -> int:
         ids = encode(self.tokenizer, text)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,21 +21,30 @@ from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import TopologyConfig
 
+_PROGRAM = "python -m sparse_transformer.train"
+_PARTS = ("train", "model", "topology", "optimizer")
+
 
 @dataclass(frozen=True)
-class Arguments:
-    """Trains a weight-sparse transformer on Python code."""
+class _First:
+    """What decides the defaults of all other options."""
 
     out: Path | None = None
     """Folder of the run; it must be new or empty, or be continued with --resume."""
-    preset: str = "tiny"
+    preset: str | None = None
     """Named settings, which the other options change: tiny, circuits, d256, d512, d1024, d2048 or
-    475m."""
+    475m. By default tiny."""
     resume: bool = False
     """Continue from the newest checkpoint in --out; settings that are not given stay as they
     were."""
     from_step: int | None = None
     """Continue from the checkpoint of this step; later ones are set aside, not deleted."""
+
+
+@dataclass(frozen=True)
+class Arguments(_First):
+    """Trains a weight-sparse transformer on Python code."""
+
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
@@ -54,18 +62,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # The defaults of all other options depend on these.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset")
-    first.add_argument("--out", type=Path)
-    first.add_argument("--from-step", "--from_step")
-    first.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    try:
-        known, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        # The real parser will say it better.
-        known = first.parse_args([])
+    known, _ = tyro.cli(
+        _First, args=arguments, prog=_PROGRAM, return_unknown_args=True, add_help=False
+    )
     stored = None
-    if known.out is not None and (known.resume or known.from_step):
+    if known.out is not None and (known.resume or known.from_step is not None):
         stored = _stored(known.out)
     if stored is not None and known.preset not in (None, stored.preset):
         raise UserError(
@@ -76,14 +77,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
     given = tyro.cli(
         Arguments,
         args=arguments,
-        prog="python -m sparse_transformer.train",
-        default=Arguments(
-            preset=default.preset,
-            train=default.train,
-            model=default.model,
-            topology=default.topology,
-            optimizer=default.optimizer,
-        ),
+        prog=_PROGRAM,
+        default=Arguments(**vars(default)),
         description=f"{Arguments.__doc__} Presets: {', '.join(PRESETS)}.",
     )
     if given.out is None:
@@ -99,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
         name = program.printable(str(given.out))
         lacks = "has no checkpoint yet" if given.out.exists() else "does not exist"
         print(f"{name} {lacks}: beginning a new run at step 1", file=sys.stderr)
-    settings = Settings(given.preset, given.train, given.model, given.topology, given.optimizer)
+    settings = replace(default, **{part: getattr(given, part) for part in _PARTS})
     return settings, given.out, given.from_step
 
 

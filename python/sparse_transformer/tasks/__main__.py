@@ -1,78 +1,8 @@
-"""`python -m sparse_transformer.tasks NAME --out DIR`: solved prompts, to teach a model the task.
-
-Some tasks are too rare in ordinary code for a small model to learn. This writes prompts with their
-correct answers as Python files, for `python -m sparse_transformer.train --data DIR`. They are
-from the train split: for all seeds, none of them is a test prompt of `evaluate` or of a circuit's
-validation.
-"""
-
-from __future__ import annotations
+"""`python -m sparse_transformer.tasks`."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-from tqdm import tqdm
-
-from sparse_transformer import program
-from sparse_transformer.errors import UserError
-from sparse_transformer.tasks import get
-
-# Whole files go to training or validation.
-_PAIRS_PER_FILE = 100
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """Writes solved prompts of a task as Python files to train on."""
-
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Name of the task."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Output folder; created if it does not exist."""
-    pairs: int = 20000
-    """Number of pairs; both prompts of each pair are written."""
-    seed: int = 0
-    """Random seed."""
-
-
-def run(config: CorpusConfig) -> None:
-    """Writes the files.
-
-    Raises:
-        UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
-    """
-    program.need_whole("--pairs", config.pairs, 1)
-    task = get(config.task)
-    drafts = islice(task.drafts("train", config.seed), config.pairs)
-    bar = tqdm(drafts, "pairs", config.pairs, unit=" pairs", disable=None, leave=False)
-    texts = [f"{draft.positive}{draft.right}\n{draft.negative}{draft.wrong}\n" for draft in bar]
-    if len(texts) < config.pairs:
-        raise UserError(
-            f"the task {task.name} has only {len(texts)} different pairs for training: "
-            f"use a smaller --pairs"
-        )
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        for first in range(0, len(texts), _PAIRS_PER_FILE):
-            path = config.out / f"{task.name}_{first // _PAIRS_PER_FILE:05d}.py"
-            path.write_text("".join(texts[first : first + _PAIRS_PER_FILE]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{config.out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
-    print(f"{len(texts)} pairs in {config.out}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(CorpusConfig, prog="python -m sparse_transformer.tasks", args=arguments)
-    return program.status(lambda: run(config))
-
+from sparse_transformer.cli.tasks import main
 
 if __name__ == "__main__":
     sys.exit(main())

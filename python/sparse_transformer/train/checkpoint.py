@@ -25,10 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, suggest
 from sparse_transformer.files import new_folder, sha256
 from sparse_transformer.model import ModelConfig, Transformer
 
+# Where models are found by their names: in the package, and in a checkout beside `python/`.
+MODELS = [
+    Path(__file__).parents[1] / "models",
+    Path(__file__).parents[3] / "models",
+]
 _FORMAT = 1
 _TENSORS, _META = "tensors.safetensors", "meta.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -68,6 +73,31 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
     root = Path(directory)
     names = [path.name for path in root.iterdir()] if root.is_dir() else []
     return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
+def models() -> dict[str, Path]:
+    """The folders of the models that come with the package, or lie in its checkout, by name."""
+    folders = (folder for root in MODELS if root.is_dir() for folder in root.iterdir())
+    return {folder.name: folder for folder in sorted(folders) if steps(folder)}
+
+
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """A path that exists, or else the folder of the model of that name.
+
+    Raises:
+        UserError: neither exists; the sentence has the nearest names.
+    """
+    path = Path(path_or_name)
+    if path.exists():
+        return path
+    known = models()
+    if str(path) in known:
+        return known[str(path)]
+    if not known:
+        raise UserError(f"{path} does not exist: name the folder of a training run")
+    raise UserError(
+        f"{path} does not exist, and there is no model of that name: {suggest(str(path), known)}"
+    )
 
 
 def save(
@@ -127,7 +157,7 @@ def load(
     """Reads the checkpoint of `step`, by default the newest one.
 
     Args:
-        directory: as for `save`, or the folder of one checkpoint itself.
+        directory: as for `save`; the folder of one checkpoint itself; or a name, see `find`.
         device: where the tensors go.
         prefix: only the tensors whose names begin with it.
         option: how the program that asks lets its user choose a step.
@@ -135,7 +165,7 @@ def load(
     Raises:
         UserError: there is none, or it is truncated or altered; the sentence names the next older.
     """
-    root = Path(directory)
+    root = find(directory)
     if step is None and (match := _STEP.fullmatch(root.name)):
         root, step = root.parent, int(match[1])
     available = steps(root)
@@ -177,25 +207,6 @@ def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
         raise UserError(
             f"the checkpoint {path} cannot be read ({_one_line(reason)}): {advice}"
         ) from error
-
-
-def load_model(
-    directory: str | os.PathLike[str],
-    step: int | None = None,
-    *,
-    device: str | torch.device = "cpu",
-) -> Transformer:
-    """The model of a checkpoint that `sparse_transformer.train` wrote; see `load`.
-
-    Its tokenizer is `tokenizer.json` in the folder of the run.
-
-    Raises:
-        UserError: as `load`; or it was written by a release with other models.
-    """
-    point = load(directory, step, device=device, prefix="model.")
-    with damage_named(point.path):
-        config = ModelConfig.from_dict(point.meta["settings"]["model"])
-        return model_of(point, config, device)
 
 
 def model_of(point: Checkpoint, config: ModelConfig, device: torch.device | str) -> Transformer:
@@ -240,40 +251,6 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(f"{prefix}.")
     }
-
-
-def flatten(state: dict[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Splits a nested state dict into tensors, by dotted name below `prefix`, and the rest.
-
-    Keys must not have a dot. `unflatten` puts them together again.
-    """
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for key, value in state.items():
-        if "." in key:
-            raise ValueError(f"keys must not have a dot, got {key!r}")
-        name = f"{prefix}.{key}"
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, dict):
-            inner, rest[key] = flatten(value, name)
-            tensors.update(inner)
-        else:
-            rest[key] = value
-    return tensors, rest
-
-
-def unflatten(tensors: dict[str, Tensor], rest: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The inverse of `flatten`; tensors outside `prefix` are left alone."""
-    state = json.loads(json.dumps(rest))
-    for name, tensor in tensors.items():
-        if name.startswith(f"{prefix}."):
-            *path, last = name[len(prefix) + 1 :].split(".")
-            inner = state
-            for key in path:
-                inner = inner[key]
-            inner[last] = tensor
-    return state
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import datetime
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -46,16 +46,9 @@ class Ranks:
     @torch.no_grad()
     def average_gradients_(self, parameters: Iterable[Tensor]) -> None:
         """Replaces every gradient by its mean over the ranks."""
-        if self.world == 1:
-            return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for group in _messages(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in group])
-            dist.all_reduce(flat)
-            flat /= self.world
-            parts = flat.split([gradient.numel() for gradient in group])
-            for gradient, part in zip(group, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            average_(group)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on each."""
@@ -154,6 +147,17 @@ def ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """The mean of each over the ranks, in place and in one message."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def leave(status: int) -> NoReturn:

@@ -7,7 +7,6 @@ A run lies in one folder: `config.json`, `tokenizer.json`, `metrics.jsonl` (a li
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -16,16 +15,19 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import program
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.errors import UserError
+from sparse_transformer.files import write_atomically
 from sparse_transformer.train import checkpoint, metrics
 from sparse_transformer.train.checkpoint import Checkpoint
 from sparse_transformer.train.distributed import ranks
@@ -49,6 +51,9 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         UserError: see `main`; what was written before is unharmed.
     """
     config = settings.train
+    if config.tensorboard and find_spec("tensorboard") is None:
+        # Known before anything is written.
+        raise UserError("tensorboard is not installed: pip install it, or give --no-tensorboard")
     with ranks(config.device, config.rank_timeout) as here, contextlib.ExitStack() as stack:
         if here.first:
             stack.enter_context(_claim(out))
@@ -72,9 +77,9 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         if here.first:
             if point is not None:
                 checkpoint.set_aside(out, point.step)
-            _write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
+            write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
             tokenizer = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
-            _write_atomically(out / "tokenizer.json", tokenizer)
+            write_atomically(out / "tokenizer.json", tokenizer)
             output = _Output(trainer, out, point, l0)
             stack.callback(output.close)
         status = _loop(trainer, signals, out, output)
@@ -247,6 +252,11 @@ def _way_back(error: Diverged, out: Path) -> str:
 
 def _check_same(settings: Settings, corpus: Corpus, point: Checkpoint) -> None:
     """Refuses to continue a different run."""
+    if point.meta.get("exported"):
+        raise UserError(
+            f"{point.path} is an exported model, without the state of its training: continue the "
+            f"run that it comes from"
+        )
     with checkpoint.damage_named(point.path, "--from-step"):
         progress = Progress.of(point)
     saved = progress.settings
@@ -291,13 +301,7 @@ def _claim(out: Path) -> Iterator[None]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is training in {out}: wait for it or choose another --out"
-                ) from error
+        with FileLock(lock, timeout=0):
             try:
                 yield
             finally:
@@ -305,21 +309,11 @@ def _claim(out: Path) -> Iterator[None]:
                     lock.unlink()
                     for folder in made:
                         folder.rmdir()
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {out}: wait for it or choose another --out"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.temporary")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another --out"
         ) from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_transformer.masked import MaskedEmbedding, MaskedLinear, masked_layers
+from sparse_transformer.masked import Masked, masked_layers
 from sparse_transformer.train.sharding import like, whole
 
 # Larger than any weight; what the script writes over the scores that are to be kept anyway.
@@ -60,9 +60,7 @@ def project_(model: nn.Module, fraction: float = 1.0, *, method: str = "select")
             weight.masked_fill_(like(_dropped(layer, score, count, method), weight), 0)
 
 
-def _dropped(
-    layer: MaskedLinear | MaskedEmbedding, score: Tensor, count: int, method: str
-) -> Tensor:
+def _dropped(layer: Masked, score: Tensor, count: int, method: str) -> Tensor:
     """bool, the shape of `score`: True for all but the `count` largest, but at least the layer's.
 
     Overwrites `score`.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ class Metrics:
 
     def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        try:
+        with _writing(path):
             size = path.stat().st_size if path.exists() else 0
             if size < position:
                 raise UserError(
@@ -38,8 +40,6 @@ class Metrics:
             self._file = open(path, "ab")  # noqa: SIM115
             self._file.truncate(position)
             self._file.seek(position)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         self._path = path
         self._events: Any = None
         if tensorboard:
@@ -56,11 +56,9 @@ class Metrics:
         Raises:
             UserError: the disk is full.
         """
-        try:
+        with _writing(self._path):
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
         if self._events is not None:
             for name, value in line.items():
                 if name != "step":
@@ -68,10 +66,8 @@ class Metrics:
 
     def position(self) -> int:
         """Bytes written, all of them on the disk when this returns."""
-        try:
+        with _writing(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
         return self._file.tell()
 
     def close(self) -> None:
@@ -131,14 +127,16 @@ def plot(
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
+    with _writing(path):
         figure.savefig(path, dpi=120)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be written ({error.strerror}): free some space or make the folder "
-        f"writable, then continue with --resume"
-    )
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space or make the folder "
+            f"writable, then continue with --resume"
+        ) from error

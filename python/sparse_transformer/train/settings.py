@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from sparse_transformer.model import ModelConfig
-from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.ranges import need_choices, need_number, need_whole
 from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.topology import TopologyConfig
 
@@ -76,11 +76,7 @@ class TrainConfig:
             need_whole(self, name, 1)
         need_whole(self, "sample_tokens", 0)
         need_whole(self, "seed", 0, 2**63 - 1)
-        for name in ("device", "dtype", "projection"):
-            choices = get_args(get_type_hints(TrainConfig)[name])
-            need(getattr(self, name) in choices, name, " or ".join(choices), getattr(self, name))
-        for name in ("compile", "clip_only", "shard", "tensorboard"):
-            need(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        need_choices(self)
         # A limit that no loss reaches: 1e9. Longer waits overflow the clocks below.
         need_number(self, "max_rise", 0, math.inf, above=True)
         need_number(self, "rank_timeout", 0, 1e7, above=True)

@@ -20,15 +20,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparse_kernels as sk
-from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.ranges import need_choices, need_number, need_whole
+from sparse_transformer.train.distributed import average_
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class TopologyConfig:
     candidates: float = 0.06
     """Share of the columns that are sampled as candidates of each row; at least twice as many as
     grow."""
-    grow: str = "gradient"
-    """Which candidates grow: gradient (where it is largest) or random (a control)."""
+    grow: Literal["gradient", "random"] = "gradient"
+    """Which candidates grow: those with the largest gradient, or random ones as a control."""
     seed: int = 0
     """Random seed of the candidates."""
 
@@ -61,7 +61,7 @@ class TopologyConfig:
         need_whole(self, "period", 1)
         for name in ("anneal_share", "stop_share", "drop_share", "candidates"):
             need_number(self, name, 0, 1)
-        need(self.grow in ("gradient", "random"), "grow", "gradient or random", self.grow)
+        need_choices(self)
         need_whole(self, "seed", 0, 2**63 - 1)
 
 
@@ -257,7 +257,7 @@ class Topology:
                 f"forward and backward inside capture(), on the model that is not compiled"
             )
         if by_gradient:
-            _average(self._gradients)
+            average_(list(self._gradients.values()))
         for index, (name, layer) in enumerate(self._layers.items()):
             candidates = scores = None
             if by_gradient:
@@ -291,20 +291,6 @@ class Topology:
                 "the model's connections are not those that the checkpoint's topology was saved "
                 "with: load the model's tensors of the same checkpoint first"
             )
-
-
-def adopt_layouts_(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Gives every sparse layer the pattern, and with it the fan, that `tensors` has for it.
-
-    `tensors` is a state dict of such a model at any time of its training; after this it loads.
-
-    Raises KeyError or ValueError: a pattern is missing, or is not one of this model's matrix.
-    """
-    for name, layer in model.sparse_layers().items():
-        old = layer.layout
-        indices = tensors[f"{name}.indices"].to(old.device)
-        new = sk.FanInLayout(indices, old.in_features, old.out_features, old.block)
-        sk.rewire_(layer, None, new)
 
 
 def rewired(
@@ -382,18 +368,6 @@ def _embedding_gradient_at(layout: sk.FanInLayout, tokens: Tensor, grad_output: 
     at = grad_output.reshape(ids.numel(), -1).gather(1, layout.indices[ids].long())  # (M, C)
     total = torch.zeros(layout.indices.shape, dtype=torch.float32, device=at.device)
     return total.index_add_(0, ids, at.float())[:, :, None, None]
-
-
-def _average(gradients: dict[str, Tensor]) -> None:
-    """The mean over the ranks, in place, in one message."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients.values()])
-    for gradient, part in zip(gradients.values(), parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _generator(device: torch.device, *key: int) -> torch.Generator:

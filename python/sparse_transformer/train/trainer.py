@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ class Trainer:
         self._compiled = torch.compile(self.model.loss) if config.compile else None
 
     def _equip(self) -> None:
-        """What works on the model: optimizer, topology, scale and watch."""
+        """What works on the model: optimizer, topology, scaler and watch."""
         settings, config = self.settings, self.settings.train
         if config.shard:
             sharding.shard_(self.model, self.ranks.world, self.ranks.device)
@@ -110,7 +109,10 @@ class Trainer:
             if settings.model.linear == "sparse"
             else None
         )
-        self._scale = _LossScale(enabled=self.dtype == torch.float16)
+        # Gradients of float16 are kept in range.
+        self._scaler = torch.amp.GradScaler(
+            self.ranks.device.type, growth_interval=1000, enabled=self.dtype == torch.float16
+        )
         self._watch = _RiseWatch(config.max_rise)
 
     @property
@@ -142,7 +144,8 @@ class Trainer:
         self._watch.look(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.topology is not None and self.topology.step(self.step):
             self._topology_hash = self.topology.hash()
@@ -250,14 +253,15 @@ class Trainer:
         meta: dict[str, Any] = {
             "settings": self.settings.to_dict(),
             "corpus": self.corpus.key,
-            "loss_scale": vars(self._scale),
+            "loss_scale": {
+                "scale": self._scaler.get_scale(),
+                "good": self._scaler.state_dict().get("_growth_tracker", 0),
+            },
             "watch": vars(self._watch),
             "anneal_steps": self.anneal_steps,
         }
         if self.topology is not None:
-            state = dict(self.topology.state_dict())
-            flat, meta["topology"] = checkpoint.flatten(state, "topology")
-            tensors.update(flat)
+            meta["topology"] = self.topology.state_dict()
         return sharding.gather(tensors, keep=self.ranks.first), meta
 
     def _restore(self, point: Checkpoint, progress: Progress) -> None:
@@ -283,10 +287,10 @@ class Trainer:
             }
         self.optimizer.load_state_dict(packed)
         if self.topology is not None:
-            self.topology.load_state_dict(
-                checkpoint.unflatten(tensors, meta["topology"], "topology")
-            )
-        self._scale.scale, self._scale.good = progress.scale, progress.good
+            self.topology.load_state_dict(meta["topology"])
+        if self._scaler.is_enabled():
+            kept = {"scale": progress.scale, "_growth_tracker": progress.good % 1000}
+            self._scaler.load_state_dict(self._scaler.state_dict() | kept)
         self._watch.mean, self._watch.least = progress.mean_loss, progress.least_loss
         torch.set_rng_state(tensors["generator.cpu"].cpu())
         if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
@@ -302,13 +306,16 @@ class Trainer:
             loss = float(self.ranks.sum(share)) / self.ranks.world
             if not math.isfinite(loss):
                 raise Diverged(f"the loss of step {self.step + 1} is {loss}")
-            self._scale.unscale_(parameters)
+            self._scaler.unscale_(self.optimizer)
             rms = normalize_gradients_(parameters, clip_only=self.settings.train.clip_only)
-            if self._scale.accepts(rms):
-                break
-        if not math.isfinite(rms):
-            raise Diverged(f"the gradients of step {self.step + 1} are not finite")
-        return loss, rms
+            if math.isfinite(rms):
+                return loss, rms
+            scale = self._scaler.get_scale()
+            if self._scaler.is_enabled():
+                # Halves it: the same step again.
+                self._scaler.update()
+            if not 1 <= self._scaler.get_scale() < scale:
+                raise Diverged(f"the gradients of step {self.step + 1} are not finite")
 
     def _backward(self) -> Tensor:
         """Adds up the gradients of this rank's share; returns its mean loss, float64."""
@@ -332,7 +339,7 @@ class Trainer:
                 with self._autocast():
                     loss = compute(part, goal)
                 total += loss.detach().double() / accumulate
-                (loss * (self._scale.scale / accumulate)).backward()
+                self._scaler.scale(loss * (1 / accumulate)).backward()
         return total
 
     def _move(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,36 +356,6 @@ class Trainer:
         return torch.autocast(
             self.ranks.device.type, self.dtype if enabled else None, enabled=enabled
         )
-
-
-@dataclass
-class _LossScale:
-    """Keeps float16 gradients in range: halves on overflow, doubles after `patience` good steps."""
-
-    enabled: bool
-    scale: float = field(init=False)
-    good: int = 0
-
-    def __post_init__(self) -> None:
-        self.scale = 65536.0 if self.enabled else 1.0
-
-    def unscale_(self, parameters: Sequence[Tensor]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.scale != 1:
-            torch._foreach_mul_(gradients, 1 / self.scale)
-
-    def accepts(self, rms: float, patience: int = 1000) -> bool:
-        """False if the step is to be computed again with the smaller scale."""
-        if not self.enabled:
-            return True
-        if math.isfinite(rms):
-            self.good += 1
-            if self.good % patience == 0:
-                self.scale *= 2
-            return True
-        self.good = 0
-        self.scale /= 2
-        return self.scale < 1
 
 
 @dataclass

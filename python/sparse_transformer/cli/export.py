@@ -1,0 +1,41 @@
+"""`python -m sparse_transformer.export`: writes a trained model alone, as small as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparse_transformer import program
+from sparse_transformer.run import export_model
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a trained model, without the state of its training, to a folder of its own."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Output folder; it must be new or empty."""
+    step: int | None = None
+    """The checkpoint of this step, by default the newest."""
+
+
+def run(config: ExportConfig) -> None:
+    """Writes the folder and prints how large it is.
+
+    Raises:
+        UserError: see `export_model`.
+    """
+    size = export_model(config.checkpoint, config.out, step=config.step)
+    print(f"{program.printable(str(config.out))}: {size / 1e6:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
+    config = tyro.cli(ExportConfig, prog="python -m sparse_transformer.export", args=arguments)
+    return program.status(lambda: run(config))
