@@ -3,43 +3,44 @@
 Each case runs in a process of its own and reports by how much its peak of resident memory grew.
 """
 
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
+import forked
 import pytest
+import torch
 
-PREAMBLE = """
-import torch, sparse_kernels as sk
-torch.set_num_threads(2)
-layer = sk.SparseLinear(32, 32, fan_in=4)
-optimizer = torch.optim.Adam(layer.parameters(), foreach=False)
-layer(torch.randn(70, 32)).sum().backward()
-optimizer.step()  # libraries are loaded, threads started
-del layer, optimizer
+import sparse_kernels as sk
+
+
 def status_mb(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 2**10 for line in file if line.startswith(field))
-def peak_mb():
-    return status_mb("VmHWM")
+
+
 def reset_peak():
     # ru_maxrss would start at the peak of the process that started this one.
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return status_mb("VmRSS")
-before = reset_peak()
-"""
-EPILOGUE = """
-print(peak_mb() - before)
-"""
+
+
+def measure(program):
+    torch.set_num_threads(2)
+    layer = sk.SparseLinear(32, 32, fan_in=4)
+    optimizer = torch.optim.Adam(layer.parameters(), foreach=False)
+    layer(torch.randn(70, 32)).sum().backward()
+    optimizer.step()  # libraries are loaded, threads started
+    del layer, optimizer
+    names = {"torch": torch, "sk": sk, "reset_peak": reset_peak, "before": reset_peak()}
+    exec(program, names)
+    return status_mb("VmHWM") - names["before"]
 
 
 def grown_mb(program):
     """How many megabytes the peak grows by while the program runs."""
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + program + EPILOGUE], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    with ProcessPoolExecutor(1, forked.context) as pool:
+        return pool.submit(measure, program).result()
 
 
 pytestmark = [

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-# Its fixtures are expensive: one worker runs all of it.
-pytestmark = pytest.mark.xdist_group("package")
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # What is built here: setup.py leaves the CUDA extension out unless it is asked for.

@@ -202,7 +202,7 @@ def initialized(rank, port, run, *arguments):
 
 def spawn(run, *arguments):
     port = int(np.random.default_rng().integers(20000, 60000))
-    mp.spawn(initialized, (port, run, *arguments), 2)
+    mp.start_processes(initialized, (port, run, *arguments), 2, start_method="forkserver")
 
 
 def same_everywhere(indices):

@@ -24,8 +24,7 @@ SHARED = {80: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 TENSOR_CORE = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = ("spmm_kernel", "sddmm_kernel")
 
-# In one worker, which compiles once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compile")]
+pytestmark = pytest.mark.slow
 
 
 def compile_all(which, cache):

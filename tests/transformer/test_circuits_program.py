@@ -20,9 +20,6 @@ from sparse_transformer.circuits.circuit import Circuit
 from sparse_transformer.run import load_run
 from sparse_transformer.train import checkpoint
 
-# Its fixtures are expensive: one worker runs all of it.
-pytestmark = pytest.mark.xdist_group("circuits_program")
-
 TASK = "single_double_quote"
 QUICK = [
     "--budget.trials", "2", "--budget.together", "2", "--budget.steps", "4", "--budget.pairs", "2",

@@ -10,7 +10,7 @@ from drawn import HOSTILE, VALIDATION, hostile, large, quotes
 from sparse_transformer.circuits import viz
 from sparse_transformer.circuits.viz import words
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 
 
 def find_chromium():

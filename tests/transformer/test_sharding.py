@@ -1,12 +1,10 @@
 """Two sharded ranks: the losses and checkpoints of one whole rank, in half of its memory."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from test_train import ENVIRONMENT, command, lines_of, losses_of, run_here, start_ranks
+from test_train import command, lines_of, losses_of, run_here, start_ranks
 
 from sparse_transformer.train import checkpoint, sharding
 
@@ -21,7 +19,7 @@ OPTIONS = (
 LINEARS = ("dense", "masked_dense")
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +41,9 @@ def one_rank(options, tmp_path_factory):
 
 
 def run_sharded(options, out):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*torchrun, *command([*options, "--shard"], out)[1:]],
-        env=ENVIRONMENT,
-        check=True,
-        timeout=60,
-    )
+    ranks = start_ranks(command([*options, "--shard"], out))
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +172,7 @@ leave(0)
 def test_rank_holds_half_and_loses_nothing(one_rank):
     """From a checkpoint: what is read, held, computed, projected and would be written again."""
     arguments = ["--shard", "--from-step", "4", "--out", str(one_rank["masked_dense"])]
-    processes = start_ranks([sys.executable, "-c", IN_HALF, *arguments])
+    processes = start_ranks(["-c", IN_HALF, *arguments])
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
 

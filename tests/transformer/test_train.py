@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -26,9 +27,6 @@ from sparse_transformer.train import checkpoint, loop, metrics
 from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.settings import Settings
 from sparse_transformer.train.trainer import Diverged, Progress, Trainer
-
-# Its fixtures are expensive: one worker runs all of it.
-pytestmark = pytest.mark.xdist_group("train")
 
 # One thread: the models are so small that two would wait for each other.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -57,7 +55,7 @@ def options(corpus, tmp_path_factory):
 
 
 def command(options, out):
-    return [sys.executable, "-m", "sparse_transformer.train", *options, "--out", str(out)]
+    return ["-m", "sparse_transformer.train", *options, "--out", str(out)]
 
 
 def run_here(options, out):
@@ -77,7 +75,7 @@ def lines_of(out):
 def reference(options, tmp_path_factory):
     """A run that nothing disturbs."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    subprocess.run(command(options, out), env=ENVIRONMENT, check=True)
+    forked.run(command(options, out), OMP_NUM_THREADS="1")
     return out
 
 
@@ -118,9 +116,7 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path, number):
     for sent, after in moments:
         path = out / "metrics.jsonl"
         before = path.stat().st_mtime_ns if path.exists() else 0
-        process = subprocess.Popen(
-            [*command(options, out), "--resume"], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        )
+        process = forked.Python([*command(options, out), "--resume"], OMP_NUM_THREADS="1")
         while process.poll() is None:
             changed = path.exists() and path.stat().st_mtime_ns > before
             if changed and path.read_bytes().count(b"\n") > after:
@@ -133,7 +129,7 @@ def test_killed_run_goes_on_bit_for_bit(options, reference, tmp_path, number):
         assert status in (0, 130 if sent == signal.SIGINT else -signal.SIGKILL)
         if status == 130:
             assert checkpoint.steps(out)[-1] == lines_of(out)[-1]["step"]
-    subprocess.run([*command(options, out), "--resume"], env=ENVIRONMENT, check=True)
+    forked.run([*command(options, out), "--resume"], OMP_NUM_THREADS="1")
     assert lines_of(out) == lines_of(reference)
     expected, actual = checkpoint.load(reference), checkpoint.load(out)
     assert actual.tensors.keys() == expected.tensors.keys()
@@ -196,7 +192,7 @@ def test_checkpoints_of_earlier_versions_go_on(reference, tmp_path):
     del record["content"]["anneal_steps"], record["content"]["settings"]["train"]["sample_tokens"]
     (out / "step-00000035" / "meta.json").write_text(json.dumps(record))
     # In a process like the reference's, for the same bits.
-    subprocess.run(command(["--resume"], out), env=ENVIRONMENT, check=True)
+    forked.run(command(["--resume"], out), OMP_NUM_THREADS="1")
     assert lines_of(out) == lines_of(reference)
 
 
@@ -305,7 +301,7 @@ def test_older_checkpoint_on_request(reference, tmp_path, capsys):
     assert "--from-step 35" in error
     assert error.count("\n") == 1
     # In a process like the reference's, for the same bits.
-    subprocess.run([*command(["--from-step", "35"], out)], env=ENVIRONMENT, check=True)
+    forked.run(command(["--from-step", "35"], out), OMP_NUM_THREADS="1")
     assert lines_of(out) == lines_of(reference)
     assert list(out.glob("set-aside-*/step-00000040"))
 
@@ -519,29 +515,20 @@ def test_an_overflow_is_computed_again_with_half_the_scale(options, reference, t
 def test_two_ranks_give_the_losses_of_one(options, reference, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     out = tmp_path / "run"
-    subprocess.run([*torchrun, *command(options, out)[1:]], env=ENVIRONMENT, check=True)
+    subprocess.run([*torchrun, *command(options, out)], env=ENVIRONMENT, check=True)
     assert_same_losses(out, reference)
     assert [line["l0"] for line in lines_of(out)] == [line["l0"] for line in lines_of(reference)]
 
 
-def start_ranks(arguments, **streams):
+def start_ranks(arguments):
     """Two ranks without torchrun, which would end the second when the first dies."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            arguments,
-            env={
-                **ENVIRONMENT,
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
+        forked.Python(
+            arguments, OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), **shared
         )
         for rank in range(2)
     ]
@@ -584,7 +571,7 @@ leave(0)
 
 @pytest.mark.slow
 def test_ranks_whose_topologies_differ_stop():
-    for process in start_ranks([sys.executable, "-c", DISAGREE]):
+    for process in start_ranks(["-c", DISAGREE]):
         _, error = process.communicate(timeout=60)
         assert error.startswith("the connections of rank 1 are not those of rank 0")
 

@@ -23,9 +23,6 @@ from benchmarks.transformer.results import PARTS
 from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
 
-# Its fixtures are expensive: one worker runs all of it.
-pytestmark = pytest.mark.xdist_group("transformer_benchmarks")
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = (
     "variant", "d_model", "n_layer", "density", "tokens", "step_ms", "tokens_per_s", "parts_ms",
