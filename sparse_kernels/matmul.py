@@ -239,7 +239,8 @@ def _autocast(name: str, tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype, if that is on for its device."""
     device = checks.check_is_tensor(name, tensor).device.type
     if (
-        tensor.dtype == torch.float64
+        tensor.is_meta  # a device that autocast does not know
+        or tensor.dtype == torch.float64
         or not tensor.is_floating_point()
         or not torch.is_autocast_enabled(device)
     ):

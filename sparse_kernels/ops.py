@@ -429,9 +429,13 @@ def is_transformed() -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record an operation on `tensors`."""
+    """Whether autograd must record an operation on `tensors`.
+
+    An exported program only computes. Exported strictly, a Function would become a region without
+    gradients, which an error inside leaves switched off.
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+        return not torch.compiler.is_exporting()
     return is_transformed()
 
 

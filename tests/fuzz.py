@@ -1,8 +1,8 @@
 """Random products against dense PyTorch until time is up: `python tests/fuzz.py --minutes 60`.
 
 Each case follows from one number, which a failure prints: `--seed N --cases 1` replays it. Drawn
-are sizes, blocks, fan-in, how lopsided the pattern is, strides, dtype, values of wildly different
-magnitude, the instruction set and the number of threads.
+are sizes, blocks, fan-in, how lopsided the pattern is, strides, dtype, operands of wildly different
+magnitude (the weights too), the instruction set and the number of threads.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def check(seed: int) -> None:
     tokens = _pick((0, 1, 2, 3, 8, 9, 31, 33, 64, 129, 300, 2100), generator)
     x = _matrix(tokens, layout.in_features, dtype, generator)
     grad_output = _matrix(tokens, layout.out_features, dtype, generator)
-    values = torch.randn(layout.values_shape, generator=generator).to(dtype)
+    size = layout.block[0] * layout.block[1]
+    values = _matrix(layout.num_blocks, size, dtype, generator).reshape(layout.values_shape)
     isa, threads = _pick(cpu.isas(), generator), _pick((1, 2, 3, 8), generator)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -33,11 +33,12 @@ def test_equal_layers_share_their_graphs():
     assert torch.equal(y.detach(), expected)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
-def test_an_exported_layer_computes_no_schedule_and_takes_a_new_pattern(fan):
+def test_an_exported_layer_computes_no_schedule_and_takes_a_new_pattern(fan, strict):
     layer, other = (sk.SparseLinear(32, 48, **{fan: 16}) for _ in range(2))
     x = torch.randn(3, 32)
-    program = torch.export.export(layer, (x,)).module()
+    program = torch.export.export(layer, (x,), strict=strict).module()
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     product = "forward" if fan == "fan_in" else "grad_input"
     assert f"sparse_kernels.{product}.default" in called
@@ -45,6 +46,10 @@ def test_an_exported_layer_computes_no_schedule_and_takes_a_new_pattern(fan):
     assert torch.equal(program(x), layer(x))
     program.load_state_dict(other.state_dict())
     assert torch.equal(program(x), other(x))
+    program.load_state_dict({**other.state_dict(), "indices": torch.full_like(other.indices, 99)})
+    with pytest.raises(ValueError, match="indices must lie in"):
+        program(x)
+    assert torch.is_grad_enabled()
 
 
 def test_an_op_sees_indices_that_were_written_to():

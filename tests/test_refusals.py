@@ -488,3 +488,14 @@ def test_instruction_sets_that_are_not_there_are_refused():
     assert "SPARSE_KERNELS_CPU_ISA" in last
     assert "avx9000" in last
     assert "baseline" in last or "neon" in last
+
+
+@pytest.mark.parametrize("name", ["x", "values", "bias"])
+def test_tensors_without_values_are_refused_under_autocast_too(name):
+    tensors = {"x": torch.ones(M, K), "values": VALUES, "bias": torch.ones(N)}
+    tensors[name] = tensors[name].to("meta")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises((TypeError, ValueError), match=f"^{name} must"),
+    ):
+        sk.sparse_linear(layout=MADE, **tensors)
