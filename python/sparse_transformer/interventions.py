@@ -27,8 +27,9 @@ from sparse_transformer.errors import UserError, suggest
 from sparse_transformer.hooks import Replacement
 from sparse_transformer.model import Transformer
 
-_NODE = re.compile(r"([\w.]+)(?::(\d+)(?:-(\d+))?)?", re.ASCII)
-_POSITIONS = re.compile(r"(-?\d+)(?:-(-?\d+))?", re.ASCII)
+# No number of more digits could be a channel or a position.
+_NODE = re.compile(r"([\w.]+)(?::(\d{1,12})(?:-(\d{1,12}))?)?", re.ASCII)
+_POSITIONS = re.compile(r"(-?\d{1,12})(?:-(-?\d{1,12}))?", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ def test_newest_is_loaded_and_old_ones_go(tmp_path):
     assert checkpoint.steps(tmp_path) == [10_000_000, 123_456_789]
     assert_same(checkpoint.load(tmp_path).tensors, tensors(123_456_789))
     assert_same(checkpoint.load(tmp_path, 10_000_000).tensors, tensors(10_000_000))
+    one = tmp_path / "step-10000000"
+    assert checkpoint.load(one).step == checkpoint.load(one, 10_000_000).step == 10_000_000
+    with pytest.raises(UserError, match="is the checkpoint of step 10000000 and not of step 5"):
+        checkpoint.load(one, 5)
     with pytest.raises(UserError, match=r"no checkpoint of step 5.*there are 10000000, 123456789"):
         checkpoint.load(tmp_path, 5)
     with pytest.raises(ValueError, match="exists already"):

@@ -96,6 +96,8 @@ def test_places_are_as_wide_as_what_flows_there(extra):
         ("0.mlp.post_act:x", "'0.mlp.post_act:x' is not a node: write PLACE:CHANNEL"),
         ("0.mlp.post_act:-1", "is not a node"),
         ("0.mlp.post_act:1:2", "is not a node"),
+        (f"0.mlp.post_act:{'9' * 5000}", "is not a node"),
+        (f"0.mlp.post_act:{'9' * 12}", "has 128 channels"),
         ("", "'' is not a node"),
     ],
 )
@@ -196,6 +198,8 @@ def test_a_mask_chooses_positions(model, tokens, plain):
     [
         ("13", "there is no @13 in a prompt of 13 tokens: positions are 0 to 12, or -13 to -1"),
         ("-14", "there is no @-14 in a prompt of 13 tokens"),
+        ("9" * 12, "there is no @999999999999 in a prompt of"),
+        ("9" * 30, "is not a position: write @3"),
         ("2-20", "there is no @2-20 in a prompt of 13 tokens"),
         ("5-2", "there is no @5-2 in a prompt of 70 tokens.*the first one first"),
         ("-1--2", "there is no @-1--2"),

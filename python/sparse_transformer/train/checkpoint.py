@@ -166,7 +166,12 @@ def load(
         UserError: there is none, or it is truncated or altered; the sentence names the next older.
     """
     root = find(directory)
-    if step is None and (match := _STEP.fullmatch(root.name)):
+    if (match := _STEP.fullmatch(root.name)) and not steps(root):
+        if step not in (None, int(match[1])):
+            raise UserError(
+                f"{root} is the checkpoint of step {int(match[1])} and not of step {step}: leave "
+                f"out {option}, or name the folder of the run"
+            )
         root, step = root.parent, int(match[1])
     available = steps(root)
     if not available:
