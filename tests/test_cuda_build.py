@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-TARGETS = ["sm_80", "sm_90a", "sm_100"]
+# .ci/run compiles for the GPU of the goals alone; for a release, for all of them.
+ARCHS = os.environ.get("SPARSE_KERNELS_CUDA_ARCHS", "8.0;9.0a;10.0")
+TARGETS = [f"sm_{arch.replace('.', '')}" for arch in ARCHS.split(";")]
 # Registers of a multiprocessor, and threads of a block: what a thread may have.
 MAX_REGISTERS = 2**16 // 512
 
@@ -32,7 +34,7 @@ def setup_module(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
-def test_extension_builds_for_every_architecture_without_spilling(tmp_path):
+def test_extension_builds_without_spilling(tmp_path):
     """One build by setup.py, in which the assembler tells what each kernel takes."""
     script = (
         "import sys, runpy, setuptools; setup = setuptools.setup\n"
