@@ -205,8 +205,8 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
             results[task.name] = {"refused": str(refusal)}
             continue
         result = evaluate_task(model, pairs, pad=model.config.vocab_size - 1, device=config.device)
-        asked += 1
-        solved += result.solved
+        asked += task.shortcut is None
+        solved += result.solved and task.shortcut is None
         rows.append(
             [
                 task.name,
@@ -224,6 +224,8 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
         f"{solved} of the {asked} asked are solved: at least {SOLVED_ACCURACY:.0%} of the prompts "
         f"are right\n"
     )
+    if left_out := [task.name for task in chosen if task.shortcut]:
+        out.write(f"not counted, as the last tokens decide it: {', '.join(left_out)}\n")
     out.flush()
     if config.json is not None:
         _save(config, results)

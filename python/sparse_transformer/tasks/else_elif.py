@@ -1,8 +1,8 @@
 """else_elif: `else` ends with a colon, a condition follows `elif`.
 
-    if isinstance(node, Leaf):          if isinstance(node, Leaf):
+    if node.type == 3:                  if node.type == 3:
         size = 1                            size = 1
-    else       ->  :                    elif       ->   isinstance
+    else       ->  :                    elif       ->   node
 
 The fact is the last token itself. The condition begins as that of the `if` before it does.
 """
@@ -20,8 +20,8 @@ TASK = Task(
         facts=(("else", "elif"),),
         answers=(":", " <first>"),
         where={
-            "first": ("<long>", "<long>", "<letter>", "self", "isinstance", "not"),
-            "test": (" == <number>", " == <quoted>"),
+            "first": ("<long>", "<long>", "<letter>", "self"),
+            "test": (".<long2> == <number>", ".<long2> == <quoted>", ".<long2> is None"),
         },
         # At the margin `elif` would be two tokens.
         indents=(4, 8),

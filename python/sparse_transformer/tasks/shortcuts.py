@@ -56,11 +56,13 @@ def rows(tasks: Mapping[str, Task], tokenizer: Tokenizer) -> Iterator[list[str]]
 
 def _accuracy(train: Sequence[Pair], test: Sequence[Pair], last: int, vocabulary: int) -> float:
     asked, held_out = (_Prompts(pairs, last, vocabulary) for pairs in (train, test))
-    features = asked.x.any(0)
+    features, answers = asked.x.any(0), torch.cat([asked.answers, held_out.answers], 1)
+    known, rows = answers.unique(return_inverse=True)
+    rows, rows_test = rows.split([asked.answers.shape[1], held_out.answers.shape[1]], 1)
     x, x_test = asked.x[:, features], held_out.x[:, features]  # (P, F)
     best = 0.0
     for penalty in _PENALTIES:
-        weight = torch.zeros(vocabulary, x.shape[1] + 1, requires_grad=True)
+        weight = torch.zeros(len(known), x.shape[1] + 1, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
         def loss(
@@ -69,13 +71,13 @@ def _accuracy(train: Sequence[Pair], test: Sequence[Pair], last: int, vocabulary
             optimizer: torch.optim.Optimizer = optimizer,
         ) -> Tensor:
             optimizer.zero_grad()
-            margin = _margin(x, weight, asked.answers)
+            margin = _margin(x, weight, rows)
             value = softplus(-margin).mean() + penalty * weight.square().sum()
             value.backward()
             return value
 
         optimizer.step(loss)
-        margin = _margin(x_test, weight.detach(), held_out.answers)
+        margin = _margin(x_test, weight.detach(), rows_test)
         # Answers that training never had are a guess.
         best = max(best, float((margin > 0).double().mean() + (margin == 0).double().mean() / 2))
     return best
@@ -97,6 +99,6 @@ class _Prompts:
 
 def _margin(x: Tensor, weight: Tensor, answers: Tensor) -> Tensor:
     """Score of the right answer minus that of the wrong one, `(P,)`."""
-    right, wrong = answers
-    difference = weight[right] - weight[wrong]  # (P, F + 1)
-    return (difference[:, :-1] * x).sum(1) + difference[:, -1]
+    scores = x @ weight[:, :-1].T + weight[:, -1]  # (P, answers)
+    right, wrong = scores.gather(1, answers.T).unbind(1)
+    return right - wrong

@@ -29,7 +29,7 @@ TASK = Task(
             ),
         ),
         cut=(
-            ("<test>True:\n    <step>", "if <condition>:\n    return <test2>True"),
+            ("<test>True:\n        <step>", "if <condition>:\n    return <test2>True"),
             ("<test>True", "if <condition>:\n    while <test2>True:\n        <step>"),
         ),
         where={
