@@ -33,8 +33,13 @@ TASK = Task(
         ),
         where={
             "start": ("<compound> = ",) * 3 + ("self.<long> = ", "return ", "<compound> += "),
-            "rows": ("<row>", "<row>", "<row>], [<row2>", "<row>], [<row2>")
-            + ("<row>], [<row2>], [<row3>",),
+            "rows": (
+                "<row>",
+                "<row>",
+                "<row>], [<row2>",
+                "<row>], [<row2>",
+                "<row>], [<row2>], [<row3>",
+            ),
             "row": (
                 *("<digit>, <digit2>", "<digit>, <digit2>, <digit3>", "<number>, <number2>"),
                 *("<digit>, <digit2>, <digit3>, <digit4>", "<number>, <number2>, <number3>"),

@@ -18,7 +18,8 @@ TASK = Task(
     name="class_init",
     description="Set the attribute to the argument that has its name.",
     draw=Template(
-        text="<head>    def __init__(self, <arguments>):\n        <stored>self.<mark><fact><rest> = ",
+        text="<head>    def __init__(self, <arguments>):\n"
+        "        <stored>self.<mark><fact><rest> = ",
         facts=(("<long>", "<long2>"),),
         answers=("<long>", "<long2>"),
         where={

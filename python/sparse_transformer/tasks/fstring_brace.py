@@ -32,8 +32,17 @@ TASK = Task(
             ('<shown>")', '<function>(f"<noun><sign>{<shown2>}")'),
         ),
         where={
-            "function": ("print", "print", "raise <error>", "raise <error>", "self.fail")
-            + ("log.debug", "f.write", "<name>.append", "warnings.warn"),
+            "function": (
+                "print",
+                "print",
+                "raise <error>",
+                "raise <error>",
+                "self.fail",
+                "log.debug",
+                "f.write",
+                "<name>.append",
+                "warnings.warn",
+            ),
             "message": ("<noun>", "<clause>", "<noun> {<name2>} <noun2>"),
             "sign": ("=", "=", "/", ":", "-"),
             "shown": ("<long>",) * 4 + ("<dotted>",) * 6,

@@ -31,8 +31,17 @@ TASK = Task(
             ("<target2> = <simple>", "if <target3> == <simple>:\n    <body>"),
         ),
         where={
-            "target": ("<long>", "<letter>", "self.<long>", "self.<long>", "<dotted>", "<dotted>")
-            + ("<long>.<long2>.<long3>", "<triple>", "<triple>"),
+            "target": (
+                "<long>",
+                "<letter>",
+                "self.<long>",
+                "self.<long>",
+                "<dotted>",
+                "<dotted>",
+                "<long>.<long2>.<long3>",
+                "<triple>",
+                "<triple>",
+            ),
         },
         # At the margin the name would be another token at the beginning of the line than in it.
         indents=(4, 8),

@@ -1,9 +1,9 @@
 """How far a linear classifier gets on a task: what the tokens tell without their relations.
 
-An answer `a` has the score `w[a] . x + b[a]` of the features `x` of a prompt; of its two answers the
-one with the larger score is taken, and the weights are fitted by logistic regression. The features
-are the last tokens, each by its position, or the number of times that each token occurs. A task that
-such a classifier solves says nothing about a circuit that solves it.
+An answer `a` has the score `w[a] . x + b[a]` of the features `x` of a prompt. The larger score of
+the two answers wins; the weights are fitted by logistic regression. The features are the last
+tokens, each by its position, or the number of times that each token occurs. Where such a classifier
+solves a task, a circuit for the task may do no more than that.
 """
 
 from __future__ import annotations

@@ -21,14 +21,6 @@ TASK = Task(
         facts=(("<subject>", "<subject2>"),),
         answers=(" <subject>", " <subject2>"),
         where={
-            "subject": tuple(
-                """
-                action arg args attr attrs c ch char chunk cls code d data dir end err f file first
-                func i index info item k key kind last left length line m match method mode module
-                msg n name new node obj p path pos prefix r result right root s size source start
-                state status t target text token type v val value x
-                """.split()
-            ),
             "value": (
                 *("<call>", "<call>", "self.<long>", "<long2>.match(<long3>)", "len(<plural>)"),
                 *("re.match(<long2>, <long3>)", "<long2>.get(<quoted>)", "<plural>[<long3>]"),

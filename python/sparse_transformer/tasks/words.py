@@ -53,6 +53,15 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
     "name": _NAMES * 6 + _LETTERS * 3,
     "long": _NAMES,
     "letter": _LETTERS,
+    # What conditions are about: results of calls, arguments.
+    "subject": _words(
+        """
+        action arg args attr attrs c ch char chunk cls code d data dir end err f file first func i
+        index info item k key kind last left length line m match method mode module msg n name new
+        node obj p path pos prefix r result right root s size source start state status t target
+        text token type v val value x
+        """
+    ),
     "counter": _words("i i i i i j j k n x index idx row col pos num"),
     "plural": _PLURALS,
     "function": _words(
@@ -203,4 +212,6 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
     + ("class <class>(<base>):\n    def <function>(<params>):",),
 }
 # Within a piece of code each of these is another one.
-DISTINCT = frozenset({"name", "long", "letter", "counter", "plural", "noun", "which", "verb"})
+DISTINCT = frozenset(
+    {"name", "long", "subject", "letter", "counter", "plural", "noun", "which", "verb"}
+)
