@@ -220,12 +220,11 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
         )
         results[task.name] = {**dataclasses.asdict(result), "solved": result.solved}
     out.write(program.table(rows, left=len(rows[0])))
+    left_out = ", ".join(task.name for task in chosen if task.shortcut)
     out.write(
         f"{solved} of the {asked} asked are solved: at least {SOLVED_ACCURACY:.0%} of the prompts "
-        f"are right\n"
+        f"are right{left_out and f' (without {left_out}, which the last tokens decide)'}\n"
     )
-    if left_out := [task.name for task in chosen if task.shortcut]:
-        out.write(f"not counted, as the last tokens decide it: {', '.join(left_out)}\n")
     out.flush()
     if config.json is not None:
         _save(config, results)
