@@ -69,7 +69,11 @@ def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
     lines = []
     for row in rows:
         trained = row["training"]
-        scores = [score["accuracy"]["value"] for score in row["scores"].values() if "loss" in score]
+        scores = [
+            score["accuracy"]["value"]
+            for task, score in row["scores"].items()
+            if "loss" in score and task not in compare.SHORTCUTS
+        ]
         lines.append(
             {
                 "run": row["run"],

@@ -231,6 +231,13 @@ def test_geometric_means_are_over_the_tasks_of_all():
     text = compare.table(results)
     assert "geometric mean of 2" in text
     assert "b, z: no" in text
+    # What the last tokens decide is shown and not counted.
+    for rows in results.values():
+        rows["else_elif"] = row(1)
+    assert compare.common_tasks(results) == ["x", "y"]
+    text = compare.table(results)
+    assert "geometric mean of 2" in text
+    assert "else_elif is in no mean: the published task asks" in text
 
 
 def test_a_missing_graphviz_is_said_before_the_search(run, tmp_path, monkeypatch, capsys):

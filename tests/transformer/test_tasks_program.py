@@ -1,6 +1,8 @@
 """`python -m sparse_transformer.tasks`: files to teach a model with, and what is refused."""
 
 import ast
+import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +33,9 @@ def test_files_are_solved_prompts_for_training(name, tmp_path, capsys):
 
 def test_the_right_bracket_closes_each_list(tmp_path):
     assert program.main(["bracket_counting", "--out", str(tmp_path), "--pairs", "50"]) == 0
-    lists = [line.strip() for line in written(tmp_path)[0].splitlines() if line.endswith("]")]
+    lines = [line.strip() for line in written(tmp_path)[0].splitlines() if line.endswith("]")]
+    # Others are the ends of lists that the text begins in.
+    lists = [line for line in lines if re.match(r"(return|\S+ \+?=) ", line)]
     assert sum(text.endswith("]]") for text in lists) >= 50
     for text in lists:
         ast.parse(text.removeprefix("return "))
@@ -48,6 +52,7 @@ def test_a_second_run_writes_the_same(tmp_path):
     [
         (["bracket_countin"], "did you mean bracket_counting"),
         (["with_as", "--pairs", "0"], "--pairs must be at least 1"),
+        ([], "no task or no folder given: use NAME --out DIR, or --shortcuts"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):
@@ -74,3 +79,20 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
     taken.write_text("")
     assert program.main(["with_as", "--out", str(taken), "--pairs", "2"]) == 2
     assert "cannot be written (File exists): choose another --out" in capsys.readouterr().err
+
+
+def test_the_table_of_shortcuts_names_each_task_and_its_accuracies(capsys, monkeypatch):
+    monkeypatch.setattr(program.shortcuts, "accuracies", lambda task, _: dict.fromkeys(
+        program.shortcuts.FEATURES, 0.5
+    ))  # fmt: skip
+    monkeypatch.setattr(program.data, "prepare", lambda: SimpleNamespace(tokenizer=None))
+    assert program.main(["--shortcuts"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "task"
+    assert [row.split()[0] for row in rows] == list(TASKS)
+    assert all(row.split()[1:5] == ["0.50"] * 4 for row in rows)
+    assert [name for row, name in zip(rows, TASKS, strict=True) if row.split()[5:] != ["-"]] == [
+        "else_elif"
+    ]
+    assert program.main(["for_while", "--shortcuts"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from sparse_transformer import program
+from sparse_transformer.tasks import TASKS
 
+# By name of a task that the last tokens decide: why.
+SHORTCUTS = {name: task.shortcut for name, task in TASKS.items() if task.shortcut}
 # By model name, then by task: what `summary.json` has of a circuit, or `error`.
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 # The sizes of `pipeline.FoundCircuit` in the words of the table.
@@ -19,12 +22,17 @@ STAGES = {"cut": "node mask", "nodes": "nodes pruned", "edges": "edges pruned"}
 
 
 def common_tasks(results: Results) -> list[str]:
-    """The tasks for which every model has a circuit, in the order of the first model."""
+    """The tasks for which every model has a circuit, in the order of the first model.
+
+    Tasks with a shortcut are left out, as of every mean.
+    """
     first, *others = results.values()
     return [
         task
         for task, row in first.items()
-        if "sizes" in row and all("sizes" in other.get(task, {}) for other in others)
+        if "sizes" in row
+        and task not in SHORTCUTS
+        and all("sizes" in other.get(task, {}) for other in others)
     ]
 
 
@@ -116,6 +124,7 @@ def table(results: Results) -> str:
         "Numbers of edges. Node mask: all edges between the nodes of the thresholded mask; nodes "
         "pruned: after removing single nodes; edges pruned: after removing single edges.",
         "At a target loss: geometric mean over the same tasks, by node mask.",
+        *(f"{task} is in no mean: {SHORTCUTS[task]}." for task in tasks if task in SHORTCUTS),
     ]
     return "\n".join([program.table(lines), *notes, *reasons])
 

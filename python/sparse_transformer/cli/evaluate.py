@@ -72,8 +72,8 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
             results[task.name] = {"refused": str(refusal)}
             continue
         result = evaluate_task(model, pairs, pad=model.config.vocab_size - 1, device=config.device)
-        asked += 1
-        solved += result.solved
+        asked += task.shortcut is None
+        solved += result.solved and task.shortcut is None
         rows.append(
             [
                 task.name,
@@ -87,9 +87,10 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
         )
         results[task.name] = {**dataclasses.asdict(result), "solved": result.solved}
     out.write(program.table(rows, left=len(rows[0])))
+    left_out = ", ".join(task.name for task in chosen if task.shortcut)
     out.write(
         f"{solved} of the {asked} asked are solved: at least {SOLVED_ACCURACY:.0%} of the prompts "
-        f"are right\n"
+        f"are right{left_out and f' (without {left_out}, which the last tokens decide)'}\n"
     )
     out.flush()
     if config.json is not None:

@@ -4,6 +4,8 @@ Some tasks are too rare in ordinary code for a small model to learn. This writes
 correct answers as Python files, for `python -m sparse_transformer.train --data DIR`. They are
 from the train split: for all seeds, none of them is a test prompt of `evaluate` or of a circuit's
 validation.
+
+`--shortcuts` prints how far linear classifiers get on each task instead (see `tasks.shortcuts`).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from sparse_transformer import program
+from sparse_transformer import data, program
 from sparse_transformer.errors import UserError
-from sparse_transformer.tasks import get
+from sparse_transformer.tasks import TASKS, get, shortcuts
 
 # Whole files go to training or validation.
 _PAIRS_PER_FILE = 100
@@ -29,10 +31,12 @@ _PAIRS_PER_FILE = 100
 class CorpusConfig:
     """Writes solved prompts of a task as Python files to train on."""
 
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    task: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """Name of the task."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder; created if it does not exist."""
+    shortcuts: bool = False
+    """Print the accuracies of linear classifiers on every task, or on NAME, and write nothing."""
     pairs: int = 20000
     """Number of pairs; both prompts of each pair are written."""
     seed: int = 0
@@ -46,6 +50,12 @@ def run(config: CorpusConfig) -> None:
         UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
     """
     program.need_whole("--pairs", config.pairs, 1)
+    if config.shortcuts:
+        chosen = TASKS if config.task is None else {config.task: get(config.task)}
+        print(program.table(list(shortcuts.rows(chosen, data.prepare().tokenizer))), end="")
+        return
+    if config.task is None or config.out is None:
+        raise UserError("no task or no folder given: use NAME --out DIR, or --shortcuts")
     task = get(config.task)
     drafts = islice(task.drafts("train", config.seed), config.pairs)
     bar = tqdm(drafts, "pairs", config.pairs, unit=" pairs", disable=None, leave=False)

@@ -1,56 +1,47 @@
 """bracket_brace: after a string comes `:` in a dict and `,` in a list.
 
-    sizes = {'width       ->  ':
-    sizes = ['width       ->  ',
+    sizes = {'max width       ->  ':
+    sizes = ['max width       ->  ',
 
-The fact is the bracket that opened the literal. The closing quote belongs to the answers, which are
-single tokens with it.
+The fact is the bracket that opened the literal, which may be inside another one of either kind. The
+closing quote belongs to the answers, which are single tokens with it.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    indent = lines.indentation(random)
-    lead = lines.lead(random, indent)
-    quote = random.choice("'''\"")
-    name = words.compound(random)
-    start = random.choice(
-        (
-            *(f"{name} = ", f"{name} = ", f"{name} = ", f"self.{name} = ", f"self._{name} = "),
-            *("return ", f"{random.choice(words.FUNCTIONS)}({name}, ", f"assert {name} == "),
-            f"self.assertEqual({name}, ",
-        )
-    )
-    outer = ""
-    kind = random.random()
-    if kind < 0.12:
-        # Inside a dict, both can be a value.
-        outer = f"{{{quote}{random.choice(words.KEYS)}{quote}: "
-    elif kind < 0.2:
-        outer = f"[{words.variable(random)}, "
-    inner = ""
-    if random.random() < 0.25:
-        inner = f"\n{' ' * (indent + 4)}"
-    key = random.choice(words.KEYS)
-    if random.random() < 0.3:
-        key = random.choice((words.phrase(random, 2, 3), words.compound(random)))
-    rest = f"{inner}{quote}{key}"
-    return Draft(
-        f"{lead}{start}{outer}{{{rest}",
-        f"{lead}{start}{outer}[{rest}",
-        f"{quote}:",
-        f"{quote},",
-    )
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="bracket_brace",
     description="After the first string of a literal put a colon in a dict and a comma in a list.",
-    draw=_draw,
+    draw=Template(
+        text="<start><outer><fact><string>",
+        facts=(("{<q>", "[<q>"),),
+        answers=("<q>:", "<q>,"),
+        before=(
+            (
+                "<name> = {<q><key><q>, <q><key2><q>}",
+                "<name> = {<q><key><q>: <name2>, <q><key2><q>: <name3>}",
+                "<function>(<q><key><q>, <name>)",
+                "if <name> == <q><key><q>:\n    <body>",
+                "<call>",
+            ),
+        ),
+        cut=(
+            ("<key><q>: <name>}", "<name2> = [<q><key2><q>, <name3>]"),
+            ("<key><q>, <name>]", "<name2> = {<q><key2><q>: <name3>}"),
+        ),
+        where={
+            "q": ("'", "'", '"'),
+            "start": ("<name> = ",) * 3 + ("self.<long> = ", "return ", "<function>(<name>, "),
+            "outer": (
+                *("", "", "{<q><key><q>: ", "{<q><key><q>: <number>, <q><key2><q>: "),
+                *("[<q><key><q>, ", "[<q><key><q>, <q><key2><q>, "),
+            ),
+            "string": ("<key>",) * 3
+            + ("<which>_<part>",)
+            + ("<triple>", "<triple>", "<clause>", "<which> <noun> of <noun2>"),
+        },
+    ),
 )

@@ -3,43 +3,48 @@
     rows = [[1, 2, 3        ->  ]]
     rows = [1, 2, 3         ->  ]
 
-The fact is a second opening bracket; lists may stand in between. All is on one line.
+The fact is a second opening bracket; lists may stand in between. Before it stand whole lists, up to
+three deep, and ends of cut ones.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    lead = lines.lead(random, lines.indentation(random))
-    name = words.compound(random)
-    start = random.choice(
-        (
-            *(f"{name} = ", f"{name} = ", f"{name} = ", f"self.{name} = ", f"return {name}, "),
-            *("return ", f"{name} += ", f"self.{name}[:] = "),
-        )
-    )
-    size = random.choice((1, 2, 2, 2, 3, 3, 3, 4, 5, 8))
-    kind = random.random()
-    rows = []
-    for _ in range(random.choice((1, 1, 1, 1, 2, 2, 3))):
-        if kind < 0.6:
-            row = [str(random.randrange(10 if kind < 0.4 else 1000)) for _ in range(size)]
-        elif kind < 0.85:
-            row = words.variables(random, size)
-        else:
-            row = [f"{random.randrange(10)}.{random.randrange(10)}" for _ in range(size)]
-        rows.append(", ".join(row))
-    text = "], [".join(rows)
-    return Draft(f"{lead}{start}[[{text}", f"{lead}{start}[{text}", "]]", "]")
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="bracket_counting",
     description="Close two lists if a list of lists was opened, one if a list was.",
-    draw=_draw,
+    draw=Template(
+        text="<start><fact><rows>",
+        facts=(("[[", "["),),
+        answers=("]]", "]"),
+        before=(
+            (
+                "<name> = [[[<digit>], [<digit2>]]]",
+                "<name> = [[<digit>], [<digit2>]]",
+                "<name> = <name2>[<digit>]",
+                "<call>",
+            ),
+        ),
+        cut=(
+            ("<row>]]", "<name> = [<row2>]"),
+            ("<row>]", "<name> = [[<row2>]]"),
+        ),
+        where={
+            "start": ("<compound> = ",) * 3 + ("self.<long> = ", "return ", "<compound> += "),
+            "rows": (
+                "<row>",
+                "<row>",
+                "<row>], [<row2>",
+                "<row>], [<row2>",
+                "<row>], [<row2>], [<row3>",
+            ),
+            "row": (
+                *("<digit>, <digit2>", "<digit>, <digit2>, <digit3>", "<number>, <number2>"),
+                *("<digit>, <digit2>, <digit3>, <digit4>", "<number>, <number2>, <number3>"),
+                *("<letter>, <letter2>", "<letter>, <letter2>, <letter3>", "<name>, <name2>"),
+            ),
+        },
+    ),
 )

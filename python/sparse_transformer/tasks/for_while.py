@@ -3,27 +3,28 @@
     for line          ->   in
     while line        ->  :
 
-The fact is the keyword before the name.
+The fact is the keyword before the name; loops of both kinds stand before it.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    lead = lines.lead(random, lines.indentation(random))
-    name = words.compound(random)
-    if random.random() < 0.3:
-        name = random.choice(words.LETTERS)
-    return Draft(f"{lead}for {name}", f"{lead}while {name}", " in", ":")
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="for_while",
     description="Go on with in after the name of a for loop, with a colon after that of a while.",
-    draw=_draw,
+    draw=Template(
+        text="<fact> <target>",
+        facts=(("for", "while"),),
+        answers=(" in", ":"),
+        before=(("if <name> in <plural>:\n    <body>", "while <name>:\n    <body>", "<call>"),),
+        cut=(
+            ("<long> in <plural>:\n    <body>", "while <name>:\n    <body>"),
+            ("<long>:\n    <body>", "for <name> in <plural>:\n    <body>"),
+        ),
+        where={
+            "target": ("<long>",) * 3 + ("<letter>", "<long>_<part>") + ("<triple>",) * 6,
+        },
+    ),
 )

@@ -1,36 +1,49 @@
 """if_equals: after a name a condition compares with `==`, a statement assigns with `=`.
 
-    if mode       ->   ==
-    mode          ->   =
+    if self.state.mode       ->   ==
+    self.state.mode          ->   =
 
-The fact is the keyword before the name, `if` or `while`, or that there is none.
+The fact is whether `if` stands before the name.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    # At the margin the name would be another token at the beginning of the line than in it.
-    lead = lines.lead(random, random.choice((4, 4, 8, 8, 8)))
-    name = words.compound(random)
-    kind = random.random()
-    if kind < 0.2:
-        name = random.choice(words.LETTERS)
-    elif kind < 0.4:
-        name = f"self.{name}"
-    elif kind < 0.5:
-        name = f"{name}.{words.variable(random)}"
-    keyword = random.choices(("if", "while"), (19, 1))[0]
-    return Draft(f"{lead}{keyword} {name}", f"{lead}{name}", " ==", " =")
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="if_equals",
     description="After a name, compare in a condition and assign in a statement.",
-    draw=_draw,
+    draw=Template(
+        text="<fact><target>",
+        facts=(("if ", ""),),
+        answers=(" ==", " ="),
+        before=(
+            (
+                "if <condition>:\n    <body>",
+                "while <condition>:\n    <body>",
+                "<name> = <simple>",
+                "<call>",
+            ),
+        ),
+        cut=(
+            ("<target2> == <simple>:\n    <body>", "<target3> = <simple>"),
+            ("<target2> = <simple>", "if <target3> == <simple>:\n    <body>"),
+        ),
+        where={
+            "target": (
+                "<long>",
+                "<letter>",
+                "self.<long>",
+                "self.<long>",
+                "<dotted>",
+                "<dotted>",
+                "<long>.<long2>.<long3>",
+                "<triple>",
+                "<triple>",
+            ),
+        },
+        # At the margin the name would be another token at the beginning of the line than in it.
+        indents=(4, 8),
+    ),
 )

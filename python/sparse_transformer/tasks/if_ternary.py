@@ -3,32 +3,31 @@
     size = 1 if mode is None       ->   else
     if mode is None                ->  :
 
-The fact is whether an expression stands before the `if`.
+The fact is whether an expression stands before the `if`. Both kinds stand before it.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    lead = lines.lead(random, lines.indentation(random))
-    subject = words.compound(random)
-    if random.random() < 0.2:
-        subject = f"self.{subject}"
-    test = words.condition(random, subject)
-    target = random.choice((f"{words.compound(random)} = ", f"self.{subject} = ", "return "))
-    if subject.startswith("self."):
-        target = random.choice((f"{words.compound(random)} = ", "return "))
-    value = random.choice((words.simple(random), words.simple(random), words.call(random), subject))
-    return Draft(f"{lead}{target}{value} if {test}", f"{lead}if {test}", " else", ":")
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="if_ternary",
     description="Go on with else in a conditional expression, with a colon in an if statement.",
-    draw=_draw,
+    draw=Template(
+        text="<fact>if <condition>",
+        facts=(("<into><value> ", ""),),
+        answers=(" else", ":"),
+        before=(("<name> = <simple>", "return <simple>", "if <condition>:\n    <body>"),),
+        cut=(
+            ("<condition> else <simple>", "if <condition2>:\n    <body>"),
+            ("<condition>:\n    <body>", "<into><value> if <condition2> else <simple>"),
+        ),
+        where={
+            "into": ("<compound> = ", "<compound> = ", "self.<long> = ", "return "),
+            "value": ("<simple>", "<simple>", "<call>"),
+        },
+        # At the margin `if` would be another token at the beginning of the line than in it.
+        indents=(4, 8),
+    ),
 )

@@ -2,24 +2,19 @@
 
 result = set()                  result = ''
 for name in names:              for name in names:
-    result       ->  .              result        ->   +=
+    result       ->  .add           result        ->   +=
 """
 
 from __future__ import annotations
 
-from random import Random
+from dataclasses import replace
 
-from sparse_transformer.tasks import set_or_string
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    return set_or_string.draft(random, ("result",))
-
+from sparse_transformer.tasks.set_or_string import TEMPLATE
+from sparse_transformer.tasks.task import Task
 
 TASK = Task(
     name="set_or_string_fixedvarname",
     description="As set_or_string, and the variable is always called result.",
-    draw=_draw,
+    draw=replace(TEMPLATE, where={**TEMPLATE.where, "target": ("result",)}),
     first_token=True,
 )

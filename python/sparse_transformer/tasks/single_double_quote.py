@@ -1,37 +1,46 @@
 """single_double_quote: close a string with the quote that opened it.
 
-    print("hello world        ->  ")
-    print('hello world        ->  ')
+    name = get('key')                  name = get('key')
+    print("hello world     ->  ")      print('hello world     ->  ')
 
-The fact is the opening token, `("` or `('`; words without quotes stand in between.
+The fact is the opening token, `("` or `('`. Strings of both kinds stand before it, whole ones and
+ends of cut ones, and those that end in another token.
 """
 
 from __future__ import annotations
 
-from random import Random
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-_CALLS = (
-    *("print", "print", "print", "self.fail", "self.skipTest", "warnings.warn", "parser.error"),
-    *("log.debug", "logger.info", "sys.exit", "self.write", "f.write", "self.log", "out.append"),
-    *(f"raise {error}" for error in words.ERRORS),
+_STRINGS = (
+    "<function>(<q><key><q>)",
+    "<name> = <name2>.get(<q><key><q>)",
+    "self.<long>(<q><key><q> % <name>)",
+    "<name> = <function>(<q><key><q> + <name2>)",
+    "<name> = re.compile(r<q><key><q>)",
+    "self.<function>(b<q><key><q>)",
+    "<name> = b<q><key><q>",
 )
-
-
-def _draw(random: Random) -> Draft:
-    lead = lines.lead(random, lines.indentation(random))
-    call = random.choice(_CALLS)
-    if random.random() < 0.3:
-        call = f"{words.variable(random)} = {random.choice(('', 'self.'))}get"
-    # Short ones mostly.
-    text = words.phrase(random, 1, random.choice((1, 2, 2, 3, 3, 5, 5, 8, 12)))
-    return Draft(f'{lead}{call}("{text}', f"{lead}{call}('{text}", '")', "')")
-
 
 TASK = Task(
     name="single_double_quote",
     description="Close a string argument with the kind of quote that opened it.",
-    draw=_draw,
+    draw=Template(
+        text="<start><fact><message>",
+        facts=(('("', "('"),),
+        answers=('")', "')"),
+        before=(_STRINGS,),
+        cut=(
+            ('<noun>")', "<function>('<key>')"),
+            ("<noun>')", '<function>("<key>")'),
+        ),
+        where={
+            "q": ("'", '"'),
+            "start": ("print",) * 3
+            + ("raise <error>",) * 3
+            + ("self.fail", "warnings.warn", "parser.error", "log.debug", "sys.exit", "f.write")
+            + ("<name> = get", "<name> = self.get", "<name>.append"),
+            "message": ("<noun>", "<noun> <noun2>", "<phrase>", "<phrase>", "<phrase>"),
+        },
+    ),
 )

@@ -92,12 +92,15 @@ class Task:
         description: one sentence.
         draw: makes one pair from a random generator.
         first_token: answers may be longer than a token; then their first token is the answer.
+        shortcut: why a few of the last tokens, or the tokens in any order, decide the published
+            task; means over tasks leave such a task out.
     """
 
     name: str
     description: str
     draw: Callable[[Random], Draft]
     first_token: bool = False
+    shortcut: str | None = None
 
     def pairs(
         self,
@@ -107,7 +110,7 @@ class Task:
         split: Split,
         seed: int = 0,
         context: int = 256,
-        max_tokens: int | None = None,
+        max_tokens: int = 128,
     ) -> list[Pair]:
         """`count` pairs, the same ones for the same arguments; no prompt is in two of them.
 
@@ -130,7 +133,7 @@ class Task:
             raise UserError(f"the number of pairs must be at least 1, got {count}")
         if split not in ("train", "test"):
             raise UserError(f"the split must be train or test, got {split!r}: choose one of them")
-        limit = context if max_tokens is None else min(context, max_tokens)
+        limit = min(context, max_tokens)
         found: list[Pair] = []
         refused: Counter[str] = Counter()
         since = 0

@@ -1,51 +1,33 @@
 """var_if: an `if` asks about the variable that was set just before.
 
+    result = self.lines                  match = self.lines
     match = pattern.search(line)         result = pattern.search(line)
     if       ->   match                  if       ->   result
 
-The fact is the name of the variable; it may be asked about with `not`, and a line may stand in
+The fact is which of the two was set last; it may be asked about with `not`, and a line may stand in
 between.
 """
 
 from __future__ import annotations
 
-from random import Random
-
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-
-def _draw(random: Random) -> Draft:
-    pair = words.variables(random, 2, pool=words.SUBJECTS)
-    indent = lines.indentation(random)
-    lead = lines.lead(random, indent, pair)
-    line = words.variable(random, pair)
-    pattern = words.variable(random, (line, *pair))
-    value = random.choice(
-        (
-            words.call(random, pair),
-            words.call(random, pair),
-            words.call(random, pair),
-            f"self.{words.variable(random, pair)}",
-            f"{pattern}.match({line})",
-            f"re.match({pattern}, {line})",
-            f"{pattern}.get({line})",
-            f"{pattern}.get({words.quoted(random)})",
-            f"getattr({line}, {words.quoted(random)}, None)",
-            f"len({line})",
-            f"{pattern}[{line}]",
-        )
-    )
-    rest = ""
-    if random.random() < 0.25:
-        rest = "".join(f"\n{line}" for line in lines.lines(random, indent, 1, pair))
-    rest += f"\n{' ' * indent}if{random.choice(('', '', ' not'))}"
-    positive, negative = (f"{lead}{name} = {value}{rest}" for name in pair)
-    return Draft(positive, negative, f" {pair[0]}", f" {pair[1]}")
-
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
 TASK = Task(
     name="var_if",
     description="Ask in an if about the variable that was set just before.",
-    draw=_draw,
+    draw=Template(
+        text="<other> = <value>\n<fact> = <value2>\n<between>if<sign>",
+        facts=(("<subject>", "<subject2>"),),
+        answers=(" <subject>", " <subject2>"),
+        where={
+            "value": (
+                *("<call>", "<call>", "self.<long>", "<long2>.match(<long3>)", "len(<plural>)"),
+                *("re.match(<long2>, <long3>)", "<long2>.get(<quoted>)", "<plural>[<long3>]"),
+                "getattr(<long2>, <quoted>, None)",
+            ),
+            "between": ("", "", "", "<long4> = <simple>\n", "# <phrase>\n"),
+            "sign": ("", "", " not"),
+        },
+    ),
 )

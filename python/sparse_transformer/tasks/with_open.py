@@ -1,71 +1,44 @@
 """with_open: a file is opened to read or to write, as the code around it says.
 
-    def read_config(path):                  def write_config(path):
-        with open(path, '       ->  r           with open(path, '       ->  w
+    # write the header                      # write the header
+    data = encode(header)                   data = encode(header)
+    # read the lines                        # write the lines
+    with open(path, '       ->  r           with open(path, '       ->  w
 
-The fact is one word before: in the function's name, in a comment or docstring, or in the name of
-the variable.
+The fact is one verb before, in a comment or in the function's name. Another one, of either kind,
+stands before it.
 """
 
 from __future__ import annotations
 
-from random import Random
+from sparse_transformer.tasks.task import Task
+from sparse_transformer.tasks.template import Template
 
-from sparse_transformer.tasks import lines, words
-from sparse_transformer.tasks.task import Draft, Task
-
-_VERBS = (
-    *(("read", "write"), ("read", "write"), ("read", "write"), ("load", "save")),
-    *(("load", "dump"), ("load", "write"), ("parse", "write"), ("read", "save")),
-)
-_VARIABLES = (
-    *(("infile", "outfile"), ("input", "output"), ("reader", "writer"), ("fin", "fout")),
-    *(("source", "output"), ("input_file", "output_file"), ("src", "out"), ("in_file", "out_file")),
-)
-
-
-def _draw(random: Random) -> Draft:
-    indent = random.choice((0, 4, 4, 8, 8))
-    owner = random.choice(("", "", "self.", "args."))
-    path = random.choice(("path", "filename", "fname", "name", words.variable(random)))
-    if random.random() < 0.2:
-        owner, path = "os_helper.", "TESTFN"
-    quote = random.choice("''\"")
-    call = f"open({owner}{path}, {quote}"
-    statement = random.choice((f"with {call}", f"with {call}", f"f = {call}", f"fp = {call}"))
-    thing = words.variable(random)
-    kind = random.random()
-    if kind < 0.5 and indent:
-        own = ["self"] if indent == 8 else []
-        arguments = ", ".join([*own, *([] if owner else [path])])
-        lead = lines.before_function(random, indent - 4)
-        rest = f"_{thing}({arguments}):\n{_body(random, indent)}{' ' * indent}{statement}"
-        positive, negative = (f"{lead}def {verb}{rest}" for verb in random.choice(_VERBS))
-    elif kind < 0.8:
-        lead = lines.lead(random, indent)
-        line_break = f"\n{' ' * indent}"
-        start, end = ('"""', '."""') if indent and random.random() < 0.3 else ("# ", "")
-        rest = f" the {thing} {random.choice(('file', 'data', 'file again', 'lines', 'text'))}"
-        positive, negative = (
-            f"{lead}{start}{verb.capitalize()}{rest}{end}{line_break}{statement}"
-            for verb in random.choice(_VERBS)
-        )
-    else:
-        lead = lines.lead(random, indent)
-        positive, negative = (f"{lead}{name} = {call}" for name in random.choice(_VARIABLES))
-    return Draft(positive, negative, "r", "w")
-
-
-def _body(random: Random, indent: int) -> str:
-    """Now and then a line between the function's head and the statement: not what it does."""
-    if random.random() < 0.75:
-        return ""
-    name, other = words.variables(random, 2)
-    return f"{' ' * indent}{name} = {random.choice((other, f'self.{other}', f'len({other})'))}\n"
-
+_READ, _WRITE = ("read", "read", "load", "parse"), ("write", "write", "save", "dump")
 
 TASK = Task(
     name="with_open",
     description="Open the file for reading or for writing, as a word before it says.",
-    draw=_draw,
+    draw=Template(
+        text="<said><keyword>open(<path>, <q>",
+        facts=tuple(zip(_READ, _WRITE, strict=True)),
+        answers=("r", "w"),
+        before=(
+            (
+                "# <verb> the <noun>\n<name> = <call>",
+                "# <verb> the <noun>\n<call>",
+                "def <verb>_<noun>(<params>):\n    return <simple>",
+            ),
+        ),
+        where={
+            "verb": _READ + _WRITE,
+            "said": (
+                *("# <fact> the <noun>\n", "# <fact> all <noun>\n", "# <fact> the <noun> again\n"),
+                "def <fact>_<noun>(<params>):\n    ",
+            ),
+            "keyword": ("with ", "with ", "f = ", "fp = "),
+            "path": ("path", "filename", "<long>", "self.<long>", "args.<long>", "TESTFN"),
+            "q": ("'", "'", '"'),
+        },
+    ),
 )
