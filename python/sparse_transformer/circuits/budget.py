@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from tqdm import tqdm
 
@@ -15,13 +15,12 @@ from tqdm import tqdm
 class Budget:
     """Limits of the search for one circuit.
 
-    Where `seconds` are too few, there are fewer trials and held-out prompts, masks are trained for
-    fewer steps and less is pruned. How much depends on the machine, so two runs then differ.
+    Where `seconds` are too few, there are fewer trials, steps and held-out prompts, and less is
+    pruned. How much depends on the machine, so two runs then differ.
 
     Attributes:
-        seconds: time for one circuit, its validation and its drawing included.
+        seconds: time for one circuit, its validation, controls and drawing included.
         trials: number of hyperparameter trials, including those of an interrupted search.
-        together: trials trained in one batch.
         steps: training steps of a mask.
         pairs: prompt pairs per training step.
         finalists: number of best trials that are pruned further.
@@ -29,7 +28,6 @@ class Budget:
 
     seconds: float = 600.0
     trials: int = 8
-    together: int = 4
     steps: int = 300
     pairs: int = 16
     finalists: int = 2
@@ -38,6 +36,18 @@ class Budget:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"{field.name} must be above 0, got {getattr(self, field.name)}")
+
+    def within(self, seconds: float, pair_seconds: float) -> Budget:
+        """The same with as many trials and steps as fit.
+
+        Args:
+            seconds: for all masks of a search.
+            pair_seconds: of a training step, for each pair.
+        """
+        # Few trials with many steps are better than many with few.
+        steps = int(seconds / (self.pairs * pair_seconds))
+        trials = min(self.trials, max(1, steps // self.steps))
+        return replace(self, trials=trials, steps=min(self.steps, max(1, steps // trials)))
 
 
 class Progress:
