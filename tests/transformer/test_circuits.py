@@ -378,6 +378,16 @@ def test_the_planted_circuit_is_found_and_validated(task):
     assert validation.circuit["mean"].accuracy == 1.0
     assert [point.target for point in found.curve if point is not None] == list(CURVE)
     assert list(found.seconds) == ["search", "validate", "controls", "size curve"]
+    faithful = found.faithfulness
+    assert faithful.shares == sorted(faithful.shares)
+    # Two edges are enough: nothing is faithful before them, everything with them.
+    needed = 2 / len(task.edges.source)
+    for share, value in zip(faithful.shares, faithful.values, strict=True):
+        assert value == pytest.approx(1.0 if share >= needed else 0.0, abs=0.02)
+    # By trapezoids: half of the first step that has both edges is lost.
+    first = next(share for share in faithful.shares if share >= needed)
+    assert faithful.cpr == pytest.approx(1 - first / 2, abs=0.01)
+    assert faithful.cmd == pytest.approx(first / 2, abs=0.01)
 
 
 # --- validation
@@ -691,6 +701,14 @@ def test_masks_on_edges_find_the_planted_ones(task):
     mask = train_mask(EdgeMasks(task, nothing), dataclasses.replace(config, steps=2))
     assert mask.shape == (0,)
     assert threshold_edges(task, nothing, mask, 0.15) is None
+
+
+def test_nothing_has_no_effects_and_stays_nothing(task):
+    nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
+    assert not node_effects(task, nothing).any()
+    # The whole model is there to be let in again.
+    assert node_effects(task, nothing, everywhere=True).any()
+    assert not greedy_prune(task, nothing, 0.7).keep.any()
 
 
 def test_a_price_follows_the_loss():

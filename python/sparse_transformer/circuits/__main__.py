@@ -186,6 +186,7 @@ class _Run:
             "sizes": found.sizes,
             "proof": found.validation.to_dict(),
             "curve": found.curve,
+            "faithfulness": found.faithfulness and found.faithfulness._asdict(),
             "seconds": found.seconds,
             "config": vars(found.config),
         }

@@ -170,9 +170,12 @@ class Validation:
 
     @property
     def ratio(self) -> float | None:
-        """Edges, nonsense over task, of the smallest nonsense that was found; None if none was."""
+        """Edges, nonsense over task, of the smallest nonsense that was found; None if none was.
+
+        A circuit without edges counts as one edge.
+        """
         found = [control.edges for control in self.controls if control.reached]
-        return min(found) / max(1, self.edges) if found else None
+        return max(1, min(found)) / max(1, self.edges) if found else None
 
     @property
     def passed(self) -> bool | None:

@@ -16,12 +16,17 @@ from sparse_transformer.circuits.ablation import (
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
 
 
-def node_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
-    """Estimated rise of the loss if a node is ablated, `(total,)`."""
+def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False) -> Tensor:
+    """Estimated rise of the loss if a node is ablated, `(total,)`.
+
+    Args:
+        everywhere: also in sublayers of which the subgraph has no write; otherwise they have 0.
+    """
     mask = _mask(subgraph).requires_grad_(True)
     for ablation in task.pruned_under:
-        _backward(task, subgraph, mask, ablation)
-    assert mask.grad is not None
+        _backward(task, subgraph, mask, ablation, everywhere)
+    if mask.grad is None:
+        return torch.zeros_like(mask)
     return -mask.grad / (sigmoid_slope(torch.ones_like(mask), 1.0) * len(task.pruned_under))
 
 
@@ -36,13 +41,17 @@ def _mask(subgraph: Subgraph) -> Tensor:
     return torch.where(subgraph.keep, 1.0, -1.0)
 
 
-def _backward(task: TaskLoss, subgraph: Subgraph, mask: Tensor, ablation: str) -> None:
+def _backward(
+    task: TaskLoss, subgraph: Subgraph, mask: Tensor, ablation: str, everywhere: bool = False
+) -> None:
     """Gradients of the calibrated loss on the prompts for fitting."""
     live = task.with_random_rest(subgraph, 0).keep if ablation == "random" else None
     kept = subgraph.keep if live is None else live
     for batch, calibration in task.fit_batches(subgraph):
         rest = task.baseline(batch, ablation)
-        constant = constant_sublayers(task.nodes, kept, rest)
+        constant = {} if everywhere else constant_sublayers(task.nodes, kept, rest)
+        if len(constant) == 2 * task.model.config.n_layer:
+            return  # nothing has an effect
         with (
             remove_edges(task.model, task.edges, subgraph.removed, rest),
             mask_nodes(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +26,13 @@ from sparse_transformer.circuits.objective import (
     calibrate,
     score,
 )
-from sparse_transformer.circuits.prune import Size, greedy_prune, size_of, threshold_edges
+from sparse_transformer.circuits.prune import (
+    NodeOrder,
+    Size,
+    greedy_prune,
+    size_of,
+    threshold_edges,
+)
 from sparse_transformer.circuits.search import Candidate, search
 from sparse_transformer.circuits.validate import control_tasks, validate
 from sparse_transformer.errors import UserError
@@ -36,6 +45,8 @@ _FIT_SHARE = 0.8
 _WIDE_SHARE, _EDGE_AIM, _EDGE_RATE = 0.45, 0.8, 1e-1
 # Target losses of the size curve, beside the one that is asked for.
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+# Sizes at which faithfulness is measured, as shares of all edges.
+_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Which shares of the time the searches, the task's and those of the controls, and the size curve
 # may take; the rest is for annotate.py and the drawing. Of a search, masks take the third share.
 _SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
@@ -54,6 +65,21 @@ class CurvePoint(NamedTuple):
     edges: int
 
 
+class Faithfulness(NamedTuple):
+    """How much of what the model knows the first nodes of a mask know, by their number of edges.
+
+    Attributes:
+        shares: of all edges of the model.
+        values: (ln 2 - loss) / (ln 2 - loss of the model), calibrated, on the prompts for fitting.
+        cpr, cmd: areas under `values` and under their distance from 1, over `shares` from 0 to 1.
+    """
+
+    shares: list[float]
+    values: list[float]
+    cpr: float
+    cmd: float
+
+
 @dataclass(frozen=True)
 class FoundCircuit:
     """A circuit in numbers; annotate.py makes a `Circuit` of it.
@@ -66,6 +92,7 @@ class FoundCircuit:
             `nodes`: after pruning nodes, all edges between them; `edges`: after pruning edges.
         validation: on held-out prompts, with the controls.
         curve: for each target of `CURVE` the size by threshold; None where it is not reached.
+        faithfulness: of ever more nodes; None where there was no time for it.
         seconds: duration of each step.
     """
 
@@ -75,6 +102,7 @@ class FoundCircuit:
     sizes: dict[str, Size]
     validation: Validation
     curve: list[CurvePoint | None] = field(default_factory=list)
+    faithfulness: Faithfulness | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -167,9 +195,16 @@ def find_circuit(
             point = order.threshold(loss, progress)
             reached = point.loss <= loss
             curve.append(CurvePoint(loss, point.nodes, point.edges) if reached else None)
-    config = found.candidate.config
+        faithful = _faithfulness(task, order) if progress.left >= 0 else None
     return FoundCircuit(
-        subgraph, calibration, config, found.sizes, validation, curve, dict(progress.laps)
+        subgraph,
+        calibration,
+        found.candidate.config,
+        found.sizes,
+        validation,
+        curve,
+        faithful,
+        dict(progress.laps),
     )
 
 
@@ -197,6 +232,8 @@ def _find(
         with progress.part(0.0, 0.3 if edges else 1.0):
             found = list(_without_nodes(task, candidates, target, progress))
             subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
+            if not edges:
+                subgraph = greedy_prune(task, subgraph, target, edges=False, progress=progress)
         sizes["nodes"] = size_of(task, subgraph)
         if edges:
             with progress.part(0.3, 1.0):
@@ -213,11 +250,15 @@ def _without_nodes(
     for number, candidate in enumerate(candidates):
         if candidate.nodes.loss <= target:
             with progress.part(number / len(candidates), (number + 1) / len(candidates)):
-                whole = Subgraph(candidate.nodes.keep)
-                yield (
-                    greedy_prune(task, whole, target, edges=False, progress=progress),
-                    candidate,
+                pruned = greedy_prune(
+                    task,
+                    Subgraph(candidate.nodes.keep),
+                    target,
+                    edges=False,
+                    singly=False,
+                    progress=progress,
                 )
+                yield pruned, candidate
 
 
 def prune_edges(
@@ -247,10 +288,29 @@ def prune_edges(
     starts = [subgraph] if by_mask is None else [subgraph, by_mask]
     found = []
     for number, start in enumerate(starts):
-        share = 0.5 / len(starts)
-        with progress.part(0.5 + share * number, 0.5 + share * (number + 1)):
-            found.append(greedy_prune(task, start, target, progress=progress))
-    return min(found, key=task.size)
+        with progress.part(0.5 + 0.2 * number, 0.7 + 0.2 * number):
+            found.append(greedy_prune(task, start, target, singly=False, progress=progress))
+    return greedy_prune(task, min(found, key=task.size), target, progress=progress)
+
+
+def _faithfulness(task: TaskLoss, order: NodeOrder) -> Faithfulness:
+    total, guess = len(task.edges.source), math.log(2)
+    known = guess - order.loss(len(order.order))
+    shares, values = [0.0], [0.0]
+    for share in _SHARES:
+        low, high = 0, len(order.order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            few = task.edges.count(order.keep(middle)) <= share * total
+            low, high = (middle, high) if few else (low, middle)
+        count = high if share == 1 else low
+        shares.append(task.edges.count(order.keep(count)) / total)
+        values.append((guess - order.loss(count)) / known)
+    steps = [(b - a) for a, b in itertools.pairwise(shares)]
+    means = [(a + b) / 2 for a, b in itertools.pairwise(values)]
+    missed = [(abs(1 - a) + abs(1 - b)) / 2 for a, b in itertools.pairwise(values)]
+    areas = (sum(map(operator.mul, steps, heights)) for heights in (means, missed))
+    return Faithfulness(shares, values, *areas)
 
 
 def _control(name: str, asked: TaskLoss, found: Pruned, target: float) -> Control:

@@ -21,7 +21,7 @@ from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
 # Up to so many candidates are tried one by one in the end.
 _MOST_TRIED = 128
-# A removal that raises the loss on the probe to this multiple of the target is not tried on all.
+# What has this multiple of the target on the probe is not tried on all prompts.
 _HOPELESS = 2.0
 
 
@@ -229,6 +229,7 @@ def greedy_prune(
     target: float,
     *,
     edges: bool = True,
+    singly: bool = True,
     progress: Progress | None = None,
 ) -> Subgraph:
     """Removes nodes and edges until nothing can go or the time is over.
@@ -241,6 +242,7 @@ def greedy_prune(
         subgraph: reaches the target.
         target: calibrated loss on the prompts for fitting.
         edges: remove single edges too.
+        singly: try each in the end.
     """
     progress = progress or Progress()
     kinds = (_Nodes, _Edges) if edges else (_Nodes,)
@@ -252,7 +254,7 @@ def greedy_prune(
         for kind in kinds:
             subgraph = _many(kind(task, subgraph), target, progress)
         progress.advance(0.0, nodes=size.nodes, edges=size.edges)
-    return _one_by_one(kinds[-1](task, subgraph), target, progress)
+    return _one_by_one(kinds[-1](task, subgraph), target, progress) if singly else subgraph
 
 
 class _Nodes:
@@ -296,7 +298,7 @@ def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
         # Large steps fail more often than not.
         middle = low + max(1, (high - low) // 3)
         smaller = candidates.without(ordered[:middle])
-        if candidates.task.calibrated_loss(smaller) <= target:
+        if _fits(candidates.task, smaller, target):
             best, low = smaller, middle
         else:
             high = middle
@@ -306,7 +308,7 @@ def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
 def _one_by_one(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
     """Without each candidate that the target allows to go after those before it."""
     task = candidates.task
-    ordered, probe = candidates.ordered(), task.probe()
+    ordered = candidates.ordered()
     if len(ordered) > _MOST_TRIED:
         return candidates.subgraph
     for one in ordered.unsqueeze(1):
@@ -315,8 +317,13 @@ def _one_by_one(candidates: _Nodes, target: float, progress: Progress) -> Subgra
         smaller = candidates.without(one)
         if size_of(task, smaller) == size_of(task, candidates.subgraph):
             continue  # it went with one before it
-        if task.calibrated_loss(smaller, probe) > _HOPELESS * target:
-            continue
-        if task.calibrated_loss(smaller) <= target:
+        if _fits(task, smaller, target):
             candidates.subgraph = smaller
     return candidates.subgraph
+
+
+def _fits(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
+    """Whether it reaches the target; what is far from it on a few prompts is not tried on all."""
+    if task.calibrated_loss(subgraph, task.probe()) > _HOPELESS * target:
+        return False
+    return task.calibrated_loss(subgraph) <= target

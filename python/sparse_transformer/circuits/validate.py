@@ -86,7 +86,7 @@ def worst_rest(task: TaskLoss, subgraph: Subgraph) -> Subgraph:
     for part in (subgraph, replace(subgraph, keep=torch.ones_like(subgraph.keep))):
         loss = task.calibrated_loss(part, pairs)
         for _ in range(_ROUNDS):
-            effect = node_effects(task, part)
+            effect = node_effects(task, part, everywhere=True)
             gain = torch.where(part.keep, effect, -effect)
             gain[subgraph.keep] = 0.0
             order = gain.argsort(descending=True)[: int((gain > 0).sum())]
