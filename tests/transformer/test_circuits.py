@@ -38,10 +38,10 @@ from sparse_transformer.circuits.objective import (
 )
 from sparse_transformer.circuits.pipeline import CURVE, find_circuit, need_reachable
 from sparse_transformer.circuits.prune import (
+    NodeOrder,
     greedy_prune,
     on_paths,
     threshold_edges,
-    threshold_nodes,
 )
 from sparse_transformer.circuits.search import search
 from sparse_transformer.circuits.validate import control_tasks, validate, worst_rest
@@ -378,14 +378,13 @@ def test_the_planted_circuit_is_found_and_validated(task):
     assert validation.circuit["mean"].accuracy == 1.0
     assert [point.target for point in found.curve if point is not None] == list(CURVE)
     assert list(found.seconds) == ["search", "validate", "controls", "size curve"]
-    faithful = found.faithfulness
-    assert faithful.shares == sorted(faithful.shares)
-    # Two edges are enough: nothing is faithful before them, everything with them.
-    needed = 2 / len(task.edges.source)
-    for share, value in zip(faithful.shares, faithful.values, strict=True):
+    # Two edges are enough: nothing is known before them, everything with them.
+    needed, faithful = 2 / len(task.edges.source), found.faithfulness
+    assert faithful.points == sorted(faithful.points)
+    for share, value in faithful.points:
         assert value == pytest.approx(1.0 if share >= needed else 0.0, abs=0.02)
     # By trapezoids: half of the first step that has both edges is lost.
-    first = next(share for share in faithful.shares if share >= needed)
+    first = next(share for share, _ in faithful.points if share >= needed)
     assert faithful.cpr == pytest.approx(1 - first / 2, abs=0.01)
     assert faithful.cmd == pytest.approx(first / 2, abs=0.01)
 
@@ -594,7 +593,7 @@ def test_every_node_that_is_found_lies_on_a_path(task):
     mask = torch.rand(task.nodes.total, generator=torch.Generator().manual_seed(3))
     for id in PLANTED_NODES:
         mask[task.nodes.index(id)] = 0.5
-    found = threshold_nodes(task, mask, 0.15)
+    found = NodeOrder.of(task, mask).threshold(0.15)
     assert torch.equal(on_paths(task, Subgraph(found.keep)).keep, found.keep)
     pruned = greedy_prune(task, Subgraph(found.keep), 0.15)
     assert torch.equal(on_paths(task, pruned).keep, pruned.keep)
@@ -666,7 +665,7 @@ def test_a_cut_is_the_least_that_the_order_allows(task):
         mask[task.nodes.index(id)] = 0.9 - 0.1 * place
     mask[task.nodes.index("1.mlp.post_act:0")] = 0.85  # in between, and of no use
     mask[task.nodes.index("0.attn.v:4")] = 0.85  # in between, and on another path
-    found = threshold_nodes(task, mask, 0.15)
+    found = NodeOrder.of(task, mask).threshold(0.15)
     # The neuron is a dead end.
     assert found.nodes == 4
     assert found.loss <= 0.15

@@ -16,7 +16,7 @@ from benchmarks.experiments import circuits as benchmark
 from sparse_transformer import ModelConfig, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
-from sparse_transformer.circuits.circuit import Circuit
+from sparse_transformer.circuits.circuit import Circuit, Validation
 from sparse_transformer.run import load_run
 from sparse_transformer.train import checkpoint
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("circuits_program")
 TASK = "single_double_quote"
 QUICK = [
     "--budget.trials", "1", "--budget.steps", "4", "--budget.pairs", "2", "--budget.finalists", "1",
-    "--controls", "1",
+    "--budget.test-pairs", "8", "--controls", "1",
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_a_circuit_comes_with_its_pictures(run, found):
     summary = json.loads((folder / "summary.json").read_text())
     assert circuit.task == TASK
     assert [circuit.node_count, circuit.edge_count] == summary["sizes"]["edges"]
-    assert circuit.validation.to_dict() == summary["proof"]
+    assert circuit.validation == Validation.from_dict(summary["proof"])
     assert set(circuit.validation.circuit) > {"mean", "pair", "adversarial", "edges"}
     names = [control.name for control in circuit.validation.controls]
     assert names == ["answers 1", "labels swapped", "weights permuted"]

@@ -145,6 +145,7 @@ class _Run:
                 tasks.get(name),
                 self.tokenizer,
                 self.means,
+                test_pairs=config.budget.test_pairs,
                 seed=config.seed,
                 pruned_under=PRUNED_UNDER[ablation],
             )

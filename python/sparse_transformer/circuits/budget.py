@@ -24,13 +24,15 @@ class Budget:
         steps: training steps of a mask.
         pairs: prompt pairs per training step.
         finalists: number of best trials that are pruned further.
+        test_pairs: held-out prompt pairs in each of three draws.
     """
 
     seconds: float = 600.0
-    trials: int = 8
-    steps: int = 300
+    trials: int = 4
+    steps: int = 200
     pairs: int = 16
     finalists: int = 2
+    test_pairs: int = 128
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import itertools
 import math
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparse_transformer.circuits.activations import fingerprint
@@ -52,7 +52,7 @@ _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
 # Validation takes about as long as so many passes over its prompts, a training step as long as so
 # many over those of its batch.
-_PASSES, _STEP_PASSES = 40, 3
+_PASSES, _STEP_PASSES = 40, 2
 # The share of the time that validation may take, but for the least number of pairs of each draw.
 _VALIDATION, _LEAST_PAIRS = 0.25, 16
 
@@ -66,16 +66,15 @@ class CurvePoint(NamedTuple):
 
 
 class Faithfulness(NamedTuple):
-    """How much of what the model knows the first nodes of a mask know, by their number of edges.
+    """How much of what the model knows ever more nodes of a mask know.
 
     Attributes:
-        shares: of all edges of the model.
-        values: (ln 2 - loss) / (ln 2 - loss of the model), calibrated, on the prompts for fitting.
-        cpr, cmd: areas under `values` and under their distance from 1, over `shares` from 0 to 1.
+        points: share of all edges, and (ln 2 - loss) / (ln 2 - loss of the model), calibrated, on
+            the prompts for fitting.
+        cpr, cmd: areas under these values and under their distance from 1.
     """
 
-    shares: list[float]
-    values: list[float]
+    points: list[tuple[float, float]]
     cpr: float
     cmd: float
 
@@ -296,21 +295,19 @@ def prune_edges(
 def _faithfulness(task: TaskLoss, order: NodeOrder) -> Faithfulness:
     total, guess = len(task.edges.source), math.log(2)
     known = guess - order.loss(len(order.order))
-    shares, values = [0.0], [0.0]
+    points = [(0.0, 0.0)]
     for share in _SHARES:
-        low, high = 0, len(order.order)
-        while high - low > 1:
-            middle = (low + high) // 2
-            few = task.edges.count(order.keep(middle)) <= share * total
-            low, high = (middle, high) if few else (low, middle)
-        count = high if share == 1 else low
-        shares.append(task.edges.count(order.keep(count)) / total)
-        values.append((guess - order.loss(count)) / known)
-    steps = [(b - a) for a, b in itertools.pairwise(shares)]
-    means = [(a + b) / 2 for a, b in itertools.pairwise(values)]
-    missed = [(abs(1 - a) + abs(1 - b)) / 2 for a, b in itertools.pairwise(values)]
-    areas = (sum(map(operator.mul, steps, heights)) for heights in (means, missed))
-    return Faithfulness(shares, values, *areas)
+        # The most nodes that have no more edges than this.
+        count = bisect.bisect(
+            range(len(order.order)),
+            share * total,
+            key=lambda nodes: task.edges.count(order.keep(nodes + 1)),
+        )
+        edges = task.edges.count(order.keep(count))
+        points.append((edges / total, (guess - order.loss(count)) / known))
+    shares, values = torch.tensor(points).unbind(1)
+    cpr, cmd = (torch.trapezoid(heights, shares) for heights in (values, (1 - values).abs()))
+    return Faithfulness(points, float(cpr), float(cmd))
 
 
 def _control(name: str, asked: TaskLoss, found: Pruned, target: float) -> Control:

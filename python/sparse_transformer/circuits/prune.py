@@ -1,9 +1,9 @@
 """From a trained mask to the subgraph that a task needs.
 
-`threshold_nodes` and `threshold_edges` keep as few of the highest values of a mask as the target
-loss allows, as published. `greedy_prune` goes further than the paper: it removes single nodes and
-single edges while the loss stays below the target. All of them keep only what lies on a path from
-a token to an answer.
+`NodeOrder.threshold` and `threshold_edges` keep as few of the highest values of a mask as the
+target loss allows, as published. `greedy_prune` goes further than the paper: it removes single
+nodes and single edges while the loss stays below the target. All of them keep only what lies on a
+path from a token to an answer.
 """
 
 from __future__ import annotations
@@ -99,13 +99,6 @@ class NodeOrder:
             )
         keep = self.keep(high)
         return Thresholded(keep, int(keep.sum()), self._task.edges.count(keep), self.loss(high))
-
-
-def threshold_nodes(
-    task: TaskLoss, mask: Tensor, target: float, progress: Progress | None = None
-) -> Thresholded:
-    """As few nodes of a trained mask as reach the target loss."""
-    return NodeOrder.of(task, mask).threshold(target, progress)
 
 
 def threshold_edges(
