@@ -807,7 +807,8 @@ def test_the_optimizer_is_adamw():
 @pytest.mark.slow
 def test_a_search_goes_on_where_it_stopped(task, tmp_path):
     journal = tmp_path / "search.journal"
-    first = search(task, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal)
+    first, complete = search(task, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal)
+    assert complete
     trained = []
 
     def watched(*arguments, **keywords):
@@ -816,7 +817,7 @@ def test_a_search_goes_on_where_it_stopped(task, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_transformer.circuits.search.train_mask", watched)
-        again = search(task, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal)
+        again, _ = search(task, 0.12, dataclasses.replace(BUDGET, trials=2), journal=journal)
         assert not trained
         assert [c.nodes.edges for c in again] == [c.nodes.edges for c in first]
         assert torch.equal(again[0].nodes.keep, first[0].nodes.keep)
@@ -825,6 +826,12 @@ def test_a_search_goes_on_where_it_stopped(task, tmp_path):
         # Another key starts from nothing.
         search(task, 0.12, BUDGET, journal=journal, key="other")
         assert len(trained) == 6
+
+
+def test_a_search_says_if_the_clock_ended_it(task):
+    few = dataclasses.replace(BUDGET, trials=3, steps=3)
+    assert search(task, 0.12, few, progress=Progress(1e-9))[1] is False
+    assert search(task, 0.12, dataclasses.replace(few, trials=1), progress=Progress(1e-9))[1]
 
 
 def test_what_the_model_cannot_do_is_refused(task):

@@ -28,8 +28,8 @@ class Budget:
     """
 
     seconds: float = 600.0
-    trials: int = 4
-    steps: int = 200
+    trials: int = 3
+    steps: int = 150
     pairs: int = 16
     finalists: int = 2
     test_pairs: int = 128

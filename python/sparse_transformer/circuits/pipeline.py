@@ -6,7 +6,6 @@ import bisect
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -219,45 +218,29 @@ def _find(
 ) -> Pruned:
     """Searches and prunes to the target, on the prompts for fitting."""
     with progress.part(0.0, _MASKS):
-        candidates = search(
+        candidates, complete = search(
             task, target, budget, key=key, journal=journal, seed=seed, progress=progress
         )
     best = candidates[0]
     sizes = {"cut": Size(best.nodes.nodes, best.nodes.edges)}
     if best.nodes.loss > target:
-        return Pruned(Subgraph(best.nodes.keep), best, sizes, best.nodes.loss, True)
-    complete = progress.left >= 0
+        return Pruned(Subgraph(best.nodes.keep), best, sizes, best.nodes.loss, complete)
     with progress.part(_MASKS, 1.0):
-        with progress.part(0.0, 0.3 if edges else 1.0):
-            found = list(_without_nodes(task, candidates, target, progress))
-            subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
-            if not edges:
-                subgraph = greedy_prune(task, subgraph, target, edges=False, progress=progress)
+        found = []
+        for candidate in candidates:
+            if candidate.nodes.loss <= target:
+                whole = Subgraph(candidate.nodes.keep)
+                few = greedy_prune(
+                    task, whole, target, edges=False, singly=not edges, progress=progress
+                )
+                found.append((few, candidate))
+        subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
         sizes["nodes"] = size_of(task, subgraph)
         if edges:
-            with progress.part(0.3, 1.0):
-                subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
+            subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
             sizes["edges"] = size_of(task, subgraph)
         complete = complete and progress.left >= 0
     return Pruned(subgraph, best, sizes, task.calibrated_loss(subgraph), complete)
-
-
-def _without_nodes(
-    task: TaskLoss, candidates: Sequence[Candidate], target: float, progress: Progress
-) -> Iterator[tuple[Subgraph, Candidate]]:
-    """What is left of each candidate that reaches the target without single nodes."""
-    for number, candidate in enumerate(candidates):
-        if candidate.nodes.loss <= target:
-            with progress.part(number / len(candidates), (number + 1) / len(candidates)):
-                pruned = greedy_prune(
-                    task,
-                    Subgraph(candidate.nodes.keep),
-                    target,
-                    edges=False,
-                    singly=False,
-                    progress=progress,
-                )
-                yield pruned, candidate
 
 
 def prune_edges(
@@ -281,14 +264,10 @@ def prune_edges(
         learning_rate=_EDGE_RATE,
         aim=_EDGE_AIM * target,
     )
-    with progress.part(0.0, 0.5):
-        mask = train_mask(EdgeMasks(task, wide), config, seed=seed, progress=progress)
-        by_mask = threshold_edges(task, wide, mask, target, progress)
+    mask = train_mask(EdgeMasks(task, wide), config, seed=seed)
+    by_mask = threshold_edges(task, wide, mask, target, progress)
     starts = [subgraph] if by_mask is None else [subgraph, by_mask]
-    found = []
-    for number, start in enumerate(starts):
-        with progress.part(0.5 + 0.2 * number, 0.7 + 0.2 * number):
-            found.append(greedy_prune(task, start, target, singly=False, progress=progress))
+    found = [greedy_prune(task, part, target, singly=False, progress=progress) for part in starts]
     return greedy_prune(task, min(found, key=task.size), target, progress=progress)
 
 

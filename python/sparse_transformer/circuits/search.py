@@ -71,8 +71,8 @@ def search(
     journal: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[Candidate]:
-    """Candidates, the smallest first.
+) -> tuple[list[Candidate], bool]:
+    """Candidates, the smallest first, and whether there was time for all trials.
 
     Args:
         target: loss on the prompts for fitting, calibrated.
@@ -94,7 +94,7 @@ def search(
         for guess in _GUESSES:
             study.enqueue_trial(guess)
     progress = progress or Progress()
-    while (done := _done(study)) < budget.trials:
+    while (done := _done(study)) < budget.trials and (not done or progress.left > 0):
         with progress.part(done / budget.trials, (done + 1) / budget.trials):
             trial = study.ask()
             config = _suggest(trial, budget, target)
@@ -123,7 +123,7 @@ def search(
     complete.sort(key=lambda trial: (trial.value, trial.number))
     distinct = {trial.user_attrs["nodes"]: trial for trial in reversed(complete)}
     best = list(distinct.values())[::-1][: budget.finalists]
-    return [_candidate(task, trial) for trial in best]
+    return [_candidate(task, trial) for trial in best], done == budget.trials
 
 
 class _Watch:
