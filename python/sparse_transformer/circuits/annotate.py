@@ -15,7 +15,7 @@ from sparse_transformer.circuits.activations import top_snippets
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node
 from sparse_transformer.circuits.graph import rows_of
-from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit
 from sparse_transformer.tasks import collate
 
@@ -213,7 +213,7 @@ def _examples(
         return ()
     batch = collate(pairs, task.pad)
     with hooks.recording(task.model, sorted({hook for hook, _ in located})) as seen:
-        logit_diff(task.model, batch)
+        task.model(batch.tokens, at=batch.last)
     diffs, positive = task.logit_diffs(pairs, subgraph)
     diffs = calibration.apply(diffs, positive)
     found = []
