@@ -39,15 +39,10 @@ class Budget:
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"{field.name} must be above 0, got {getattr(self, field.name)}")
 
-    def within(self, seconds: float, pair_seconds: float) -> Budget:
-        """The same with as many trials and steps as fit.
-
-        Args:
-            seconds: for all masks of a search.
-            pair_seconds: of a training step, for each pair.
-        """
+    def within(self, seconds: float, step: float) -> Budget:
+        """The same with as many trials and steps as these seconds allow, if each takes `step`."""
         # Few trials with many steps are better than many with few.
-        steps = int(seconds / (self.pairs * pair_seconds))
+        steps = int(seconds / step)
         trials = min(self.trials, max(1, steps // self.steps))
         return replace(self, trials=trials, steps=min(self.steps, max(1, steps // trials)))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_transformer.circuits.activations import fingerprint
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Control, Validation
-from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, train_mask
+from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, NodeMasks, train_mask
 from sparse_transformer.circuits.objective import (
     Calibration,
     Subgraph,
@@ -49,9 +49,8 @@ _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Which shares of the time the searches, the task's and those of the controls, and the size curve
 # may take; the rest is for annotate.py and the drawing. Of a search, masks take the third share.
 _SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
-# Validation takes about as long as so many passes over its prompts, a training step as long as so
-# many over those of its batch.
-_PASSES, _STEP_PASSES = 40, 2
+# Validation takes about as long as so many passes over its prompts; steps of a mask that are timed.
+_PASSES, _TIMED = 40, 3
 # The share of the time that validation may take, but for the least number of pairs of each draw.
 _VALIDATION, _LEAST_PAIRS = 0.25, 16
 
@@ -162,10 +161,11 @@ def find_circuit(
     progress.reserved = _PASSES * seconds * min(draws * pairs, len(task.test))
     tries = list(control_tasks(task, controls, corpus, seed))
     share = _SEARCHES / (1 + len(tries))
-    budget = budget.within(
-        _MASKS * share * (progress.left - progress.reserved),
-        _STEP_PASSES * len(task.pruned_under) * seconds,
-    )
+    timed = MaskConfig(steps=_TIMED, pairs=budget.pairs)
+    began = time.monotonic()
+    train_mask(NodeMasks(task), timed, seed=seed)
+    step = (time.monotonic() - began) / _TIMED
+    budget = budget.within(_MASKS * share * (progress.left - progress.reserved), step)
     fit_target = _FIT_SHARE * target
 
     def find(asked: TaskLoss, name: str) -> Pruned:
