@@ -18,23 +18,39 @@ from sparse_transformer.circuits.circuit import (
     Validation,
 )
 
+
+def ablated(loss, accuracy):
+    return Ablated(loss, accuracy, round(0.9 * loss, 4), round(1.05 * loss, 4), (loss, loss))
+
+
 VALIDATION = Validation(
     pairs=1024,
-    model_loss=0.081,
-    model_accuracy=0.984,
+    draws=3,
+    edges=9,
+    model=ablated(0.081, 0.984),
     circuit={
-        "mean": Ablated(0.142, 0.961),
-        "zero": Ablated(0.218, 0.934),
-        "resample": Ablated(0.163, 0.953),
+        "mean": ablated(0.142, 0.961),
+        "zero": ablated(0.218, 0.934),
+        "resample": ablated(0.163, 0.953),
+        "pair": ablated(0.191, 0.953),
+        "random": ablated(0.171, 0.953),
+        "adversarial": ablated(0.271, 0.93),
+        "edges": ablated(0.149, 0.96),
     },
     without={
-        "mean": Ablated(2.914, 0.498, 0.693),
-        "zero": Ablated(3.377, 0.507, 0.691),
-        "resample": Ablated(2.52, 0.513, 0.688),
+        "mean": ablated(0.693, 0.498),
+        "zero": ablated(0.691, 0.507),
+        "resample": ablated(0.688, 0.513),
+        "pair": ablated(0.693, 0.02),
+        "edges": ablated(0.692, 0.51),
     },
     sufficient=True,
     necessary=True,
-    control=Control(0.688, nodes=31, edges=87, limit=90, reached=False, passed=True),
+    robust=True,
+    controls=(
+        Control("answers 1", 0.51, 0.12, 150, 189, reached=True, complete=True),
+        Control("labels swapped", 0.693, 0.688, 31, 87, reached=False, complete=True),
+    ),
 )
 
 
@@ -217,7 +233,10 @@ def hostile() -> Circuit:
         nodes=tuple(dataclasses.replace(node, label=next(words)) for node in base.nodes),
         validation=dataclasses.replace(
             VALIDATION,
-            circuit={"mean": Ablated(0.1, 0.9), **{word: Ablated(0.1, 0.9) for word in HOSTILE}},
+            circuit=VALIDATION.circuit | {word: ablated(0.1, 0.9) for word in HOSTILE},
+            controls=tuple(
+                dataclasses.replace(VALIDATION.controls[0], name=word) for word in HOSTILE
+            ),
         ),
         examples=tuple(
             dataclasses.replace(

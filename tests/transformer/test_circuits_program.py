@@ -16,14 +16,14 @@ from benchmarks.experiments import circuits as benchmark
 from sparse_transformer import ModelConfig, data
 from sparse_transformer.circuits import __main__ as program
 from sparse_transformer.circuits import compare
-from sparse_transformer.circuits.circuit import Circuit
+from sparse_transformer.circuits.circuit import Circuit, Validation
 from sparse_transformer.run import load_run
 from sparse_transformer.train import checkpoint
 
 TASK = "single_double_quote"
 QUICK = [
-    "--budget.trials", "2", "--budget.together", "2", "--budget.steps", "4", "--budget.pairs", "2",
-    "--budget.finalists", "1",
+    "--budget.trials", "1", "--budget.steps", "4", "--budget.pairs", "2", "--budget.finalists", "1",
+    "--budget.test-pairs", "8", "--controls", "1",
 ]  # fmt: skip
 
 
@@ -66,9 +66,10 @@ def test_a_circuit_comes_with_its_pictures(run, found):
     summary = json.loads((folder / "summary.json").read_text())
     assert circuit.task == TASK
     assert [circuit.node_count, circuit.edge_count] == summary["sizes"]["edges"]
-    assert circuit.validation.to_dict() == summary["proof"]
-    assert set(circuit.validation.circuit) == {"mean", "zero", "resample"}
-    assert circuit.validation.control is not None
+    assert circuit.validation == Validation.from_dict(summary["proof"])
+    assert set(circuit.validation.circuit) > {"mean", "pair", "adversarial", "edges"}
+    names = [control.name for control in circuit.validation.controls]
+    assert names == ["answers 1", "labels swapped", "weights permuted"]
     assert circuit.model["linear"] == "sparse"
     # L0 is that of training, embeddings included; edges are the weights of the blocks.
     assert circuit.model["l0"] == sum(
@@ -90,7 +91,9 @@ def test_a_second_run_does_nothing_again(run, found, monkeypatch, capsys):
     assert program.main(arguments(run, out, *more)) == 0
     said = capsys.readouterr().out
     assert TASK in said
-    assert "loss is binary cross-entropy over the two answers" in said
+    assert "loss is binary cross-entropy over the two answers" in " ".join(said.split())
+    assert "ufficient" in said
+    assert "control: answers 1" in said
     assert not any(word in said for word in ("two-way", "recalibrated", "resid_delta"))
     # So are other weights, though the folder is the same.
     monkeypatch.setattr(program, "fingerprint", lambda model: "other")
@@ -111,7 +114,7 @@ def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program.tasks, "TASKS", {name: program.tasks.TASKS[name] for name in names})
     out = tmp_path / "out"
     more = ["--all", "--against", str(other), "--solved", "0", "--target", "3"]
-    more += ["--no-edges", "--no-control"]
+    more += ["--no-edges", "--controls", "0"]
     assert program.main(arguments(run, out, *more)) == 0
     text = capsys.readouterr().out
     assert "geometric mean of" in text
@@ -195,7 +198,7 @@ def test_the_benchmark_records_scores_and_circuits(run, tmp_path, capsys, monkey
     (run[0] / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"step": 4}) + "\n")
     file = tmp_path / "circuits.json"
     words = [str(run[0]), "--out", str(tmp_path / "out"), "--json", str(file), "--pairs", "8", "--"]
-    rest = ["--cache-dir", str(run[1]), *QUICK, "--no-edges", "--no-control"]
+    rest = ["--cache-dir", str(run[1]), *QUICK, "--no-edges", "--controls", "0"]
     assert benchmark.main([*words, *rest, "--solved", "0", "--target", "3"]) == 0
     shown = capsys.readouterr().out
     content = json.loads(file.read_text())

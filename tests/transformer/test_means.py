@@ -9,8 +9,7 @@ from test_model import SMALL, batch, make
 
 from sparse_transformer import UserError, data, hooks
 from sparse_transformer.circuits import activations as means
-from sparse_transformer.circuits import annotate
-from sparse_transformer.circuits.graph import Nodes
+from sparse_transformer.circuits.graph import Nodes, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_ends_have_the_rows_of_the_tables(linear, tied):
     model = make(dataclasses.replace(SMALL, linear=linear, tied=tied), dtype=torch.float32)
     rows = [3, 0, 49]
     table = model.embed(torch.arange(SMALL.vocab_size).unsqueeze(0)).squeeze(0)
-    assert torch.equal(annotate._rows(model, model.embed, rows), table[rows])
+    assert torch.equal(rows_of(model.embed, rows), table[rows])
     if not tied:
         columns = model.unembed(torch.eye(SMALL.d_model))  # (D, V)
-        torch.testing.assert_close(annotate._rows(model, model.unembed, rows), columns.T[rows])
+        torch.testing.assert_close(rows_of(model.unembed, rows), columns.T[rows])

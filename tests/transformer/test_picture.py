@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 import networkx as nx
 import numpy as np
 import pytest
-from drawn import VALIDATION, channel, circuits, hostile, large, quotes
+from drawn import VALIDATION, ablated, channel, circuits, hostile, large, quotes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from sparse_transformer.circuits import viz
-from sparse_transformer.circuits.circuit import Ablated, Circuit, Edge, Node
+from sparse_transformer.circuits.circuit import Circuit, Edge, Node
 from sparse_transformer.circuits.viz import drawing, page, words
 from sparse_transformer.circuits.viz.summary import summarize
 from sparse_transformer.errors import UserError
@@ -196,19 +196,38 @@ def test_visible(token, shown):
 
 
 def sentences(**changes):
+    """What each verdict begins with, and whether it speaks for the circuit."""
     validation = dataclasses.replace(VALIDATION, **changes)
     said = summarize(dataclasses.replace(quotes(), validation=validation))
-    return {
-        verdict.sentence.split(":")[0].split(",")[0]: verdict.holds for verdict in said.verdicts
-    }
+    return {re.split("[:,(]", one.sentence)[0].strip(): one.holds for one in said.verdicts}
 
 
 def test_what_fails_is_said():
-    assert sentences() == {"Sufficient": True, "Necessary": True, "Control passed": True}
-    control = dataclasses.replace(VALIDATION.control, passed=False)
-    failed = sentences(sufficient=False, necessary=False, control=control)
-    assert failed == {"Not sufficient": False, "Not necessary": False, "Control failed": False}
-    assert list(sentences(control=None)) == ["Sufficient", "Necessary"]
+    headline = "Nonsense needs 21.0 times the edges of the task"
+    assert list(sentences().items()) == [
+        (headline, True), ("Sufficient", True), ("Necessary", True), ("Robust", True)
+    ]  # fmt: skip
+    near = dataclasses.replace(VALIDATION.controls[0], edges=12)
+    failed = sentences(sufficient=False, necessary=False, robust=False, controls=(near,))
+    assert failed == {
+        "Nonsense needs 1.3 times the edges of the task": False,
+        "Not sufficient": False,
+        "Not necessary": False,
+        "Not robust": False,
+    }
+    missed = sentences(controls=VALIDATION.controls[1:])
+    assert missed["Nonsense does not reach the loss of the task"]
+
+
+def test_what_is_undecided_does_not_hold():
+    late = dataclasses.replace(VALIDATION.controls[1], complete=False)
+    found = sentences(sufficient=None, necessary=None, robust=None, controls=(late,))
+    assert list(found) == [
+        "Undecided", "Undecided whether sufficient", "Undecided whether necessary",
+        "Undecided whether robust",
+    ]  # fmt: skip
+    assert not any(found.values())
+    assert sentences(controls=())["No control was run"] is False
 
 
 def test_a_circuit_may_lack_its_validation():
@@ -221,26 +240,28 @@ def test_a_circuit_may_lack_its_validation():
 
 def test_all_of_the_validation_is_shown():
     said = summarize(quotes())
-    assert len(said.rows) == 7
-    assert said.rows[0] == ("whole model", ("0.081", "–", "98.4%"))
-    assert said.rows[4] == (
-        "without the circuit, which is at its mean",
-        ("2.914", "0.693", "49.8%"),
-    )
-    assert said.note.startswith("On 1024 held-out pairs")
+    rows = dict(said.rows)
+    assert len(rows) == len(said.rows) == 1 + 7 + 5 + 2
+    assert rows["whole model"] == ("0.081", "0.073 to 0.085", "98.4%")
+    assert rows["circuit, the worst part of the rest at its mean"] == (
+        "0.271", "0.244 to 0.285", "93.0%"
+    )  # fmt: skip
+    assert rows["without the circuit, which is at its mean"][0] == "0.693"
+    assert rows["whole model, the circuit's edges at their mean"][0] == "0.692"
+    assert rows["control: answers 1"] == ("0.120", "189 edges", "")
+    assert rows["control: labels swapped"] == ("0.688", "target not reached", "")
+    assert said.note.startswith("On 1024 held-out pairs of prompts in 3 draws")
     assert "L0 57,344" in said.model
 
 
 # --- circuit.json -----------------------------------------------------------------------------
 
 
-def test_json_keeps_the_keys_of_earlier_releases():
+def test_json_has_the_validation_and_its_verdicts():
     proof = json.loads(quotes().to_json())["proof"]
-    assert proof["without"]["mean"] == {
-        "loss": 2.914, "accuracy": 0.498, "recalibrated_loss": 0.693
-    }  # fmt: skip
-    assert proof["circuit"]["mean"] == {"loss": 0.142, "accuracy": 0.961}
-    assert proof["control"]["limit"] == 90
+    assert proof["circuit"]["mean"]["high"] == 0.1491
+    assert proof["controls"][0]["edges"] == 189
+    assert (proof["ratio"], proof["passed"], proof["robust"]) == (21.0, True, True)
     bare = dataclasses.replace(quotes(), validation=None)
     assert json.loads(bare.to_json())["proof"] == {}
     assert Circuit.from_json(bare.to_json()) == bare
@@ -376,7 +397,7 @@ def test_another_suffix_is_refused(tmp_path):
 
 def test_unknown_ablations_are_named_as_they_are():
     validation = dataclasses.replace(
-        VALIDATION, circuit={**VALIDATION.circuit, "patch": Ablated(0.2, 0.9)}
+        VALIDATION, circuit={**VALIDATION.circuit, "patch": ablated(0.2, 0.9)}
     )
     said = summarize(dataclasses.replace(quotes(), validation=validation))
-    assert ("circuit alone, the rest patch", ("0.200", "–", "90.0%")) in said.rows
+    assert ("circuit alone, the rest patch", ("0.200", "0.180 to 0.210", "90.0%")) in said.rows

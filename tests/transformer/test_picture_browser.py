@@ -236,14 +236,14 @@ def test_size_buttons(show):
 
 
 def test_the_reasons_to_doubt_are_red(show):
-    control = dataclasses.replace(VALIDATION.control, passed=False)
-    validation = dataclasses.replace(VALIDATION, necessary=False, control=control)
+    near = dataclasses.replace(VALIDATION.controls[0], edges=12)
+    validation = dataclasses.replace(VALIDATION, necessary=False, controls=(near,))
     circuit = dataclasses.replace(quotes(), validation=validation)
     shown = show(circuit, color_scheme="light")
     failed = shown.locator(".verdicts .fails")
     assert failed.count() == 2
     assert failed.first.evaluate("one => getComputedStyle(one).color") == "rgb(179, 20, 15)"
-    assert failed.nth(1).inner_text().startswith("Control failed")
+    assert failed.first.inner_text().startswith("Nonsense needs 1.3 times the edges")
 
 
 def test_words_are_the_same_in_both_languages(show):

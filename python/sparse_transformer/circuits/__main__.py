@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tokenizers import Tokenizer
@@ -32,9 +33,9 @@ from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Validation
 from sparse_transformer.circuits.graph import Edges, count_weights
-from sparse_transformer.circuits.objective import TaskLoss
+from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
 from sparse_transformer.circuits.pipeline import find_circuit
-from sparse_transformer.circuits.viz import write_html, write_image
+from sparse_transformer.circuits.viz import summary, write_html, write_image
 from sparse_transformer.data import default_cache, prepare
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY
@@ -69,8 +70,12 @@ class CircuitConfig:
     (guessing has 0.69)."""
     edges: bool = True
     """Also prune single edges, which the paper does not do."""
-    control: bool = True
-    """Repeat the search with random labels as a control."""
+    controls: int = 5
+    """Repeat the search for so many nonsense answers, for swapped labels and for permuted weights;
+    0 for none."""
+    ablation: tuple[Literal["mean", "mixture"], ...] = ("mean",)
+    """What masks are trained and pruned under: the mean, as published, or a mixture of the mean,
+    the pair's other prompt and random parts of the rest; both for two circuits."""
     solved: float = SOLVED_ACCURACY
     """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)
@@ -121,20 +126,28 @@ class _Run:
             "preset": settings["preset"],
         }
 
-    def circuit(self, name: str, config: CircuitConfig, folder: Path) -> dict[str, Any]:
+    def circuit(
+        self, name: str, ablation: str, config: CircuitConfig, folder: Path
+    ) -> dict[str, Any]:
         """Finds, validates and draws one circuit; returns the content of summary.json.
 
         Raises:
             UserError: the task cannot be asked, or is not solved, or the target is out of reach.
         """
         done = folder / "summary.json"
-        settings = self._settings(config)
+        settings = self._settings(config) | {"ablation": ablation}
         stored = _stored(done, settings)
         if stored is not None:
             return stored
         with closing(Progress(config.budget.seconds, shown=None)) as progress:
             task = TaskLoss(
-                self.model, tasks.get(name), self.tokenizer, self.means, seed=config.seed
+                self.model,
+                tasks.get(name),
+                self.tokenizer,
+                self.means,
+                test_pairs=config.budget.test_pairs,
+                seed=config.seed,
+                pruned_under=PRUNED_UNDER[ablation],
             )
             solved = task.need_solved(config.solved)
             folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +157,8 @@ class _Run:
                 config.budget,
                 journal=folder / "search.journal",
                 edges=config.edges,
-                with_control=config.control,
+                controls=config.controls,
+                corpus=self.corpus,
                 seed=config.seed,
                 progress=progress,
             )
@@ -166,22 +180,23 @@ class _Run:
         else:
             for picture in pictures:
                 picture.unlink(missing_ok=True)
-        summary = {
+        content = {
             "settings": settings,
             "model": self.facts,
             "accuracy": solved.accuracy,
             "sizes": found.sizes,
             "proof": found.validation.to_dict(),
             "curve": found.curve,
+            "faithfulness": found.faithfulness and found.faithfulness._asdict(),
             "seconds": found.seconds,
             "config": vars(found.config),
         }
-        _write(done, json.dumps(summary, indent=1))
-        return summary
+        _write(done, json.dumps(content, indent=1))
+        return content
 
     def _settings(self, config: CircuitConfig) -> dict[str, Any]:
         """Everything that a result depends on."""
-        names = ("target", "edges", "control", "solved", "seed")
+        names = ("target", "edges", "controls", "solved", "seed")
         return {
             **{name: getattr(config, name) for name in names},
             "budget": dict(vars(config.budget)),
@@ -212,25 +227,31 @@ def run(config: CircuitConfig) -> None:
     if len(paths) < 1 + len(config.against):
         raise UserError("--checkpoint and --against must be folders of different names: rename one")
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    # The circuit under the mixture has a folder of its own.
+    wanted = {
+        name if ablation == "mean" else f"{name}-{ablation}": (name, ablation)
+        for name in names
+        for ablation in config.ablation
+    }
     for model, path in paths.items():
         prepared = _Run(path, config)
         rows = results[model] = {}
         root = config.out / model if config.against else config.out
-        for name in names:
+        for label, (name, ablation) in wanted.items():
             try:
-                rows[name] = prepared.circuit(name, config, root / name)
+                rows[label] = prepared.circuit(name, ablation, config, root / label)
             except UserError as error:
-                if len(names) == 1:
+                if len(wanted) == 1:
                     raise
-                rows[name] = {"error": str(error)}
-                print(f"{model}, {name}: {error}", file=sys.stderr)
+                rows[label] = {"error": str(error)}
+                print(f"{model}, {label}: {error}", file=sys.stderr)
                 continue
             except OSError as error:
                 raise UserError(
-                    f"{root / name} cannot be written ({error.strerror}): free some space or "
+                    f"{root / label} cannot be written ({error.strerror}): free some space or "
                     f"choose another --out"
                 ) from error
-            print(_sentence(model, name, rows[name], root / name), flush=True)
+            print(_sentence(model, label, rows[label], root / label), flush=True)
     _write(config.out / "comparison.json", json.dumps(results, indent=1))
     if config.all or config.against:
         print("\n" + compare.table(results))
@@ -244,35 +265,17 @@ def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
     lines = [
         f"{model}, {name}: {nodes} nodes, {edges} edges in {sum(row['seconds'].values()):.0f} s "
         f"(before edges were pruned {sizes['nodes'][1]}, by the mask alone {sizes['cut'][1]})",
-        f"  on {found.pairs} held-out pairs; loss is binary cross-entropy over the two answers, "
-        f"guessing has 0.69",
-        f"  whole model: loss {found.model_loss:.3f}, accuracy {found.model_accuracy:.1%}",
     ]
-    for ablation, alone in found.circuit.items():
-        without = found.without[ablation]
-        best = without.recalibrated_loss
-        lines.append(
-            f"  {ablation} ablation: circuit alone {alone.loss:.3f}, model without it "
-            f"{without.loss:.3f}"
-            + ("" if best is None else f" ({best:.3f} with its best scale and shift)")
-        )
-    lines.append(f"  sufficient: {_yes(found.sufficient)}; necessary: {_yes(found.necessary)}")
-    if found.control is not None:
-        reached = found.control.reached
-        verdict = _red("REACHED THE TARGET") if reached else "did not reach the target"
-        cut = found.control.trained
-        lines.append(
-            f"  control, random labels: {verdict} with up to {found.control.limit} edges "
-            f"(lowest loss {found.control.loss:.3f})"
-            + ("" if cut is None else f"; no time for more than {cut:.0%} of its training")
-        )
+    verdicts = summary.verdicts(found, row["settings"]["target"])
+    lines += [
+        f"  {verdict.sentence if verdict.holds else _red(verdict.sentence)}" for verdict in verdicts
+    ]
+    lines += [f"  {summary.note(found)}"]
     picture = folder / "circuit.html"
     path = str(picture) if picture.exists() else f"{folder / 'circuit.json'}, too large to draw"
-    return "\n".join([*lines, f"  {path}"])
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else _red("NO")
+    rows = [(label, *values) for label, values in summary.rows(found)]
+    table = program.table([("", *summary.COLUMNS), *rows])
+    return "\n".join([*lines, textwrap.indent(table, "  "), f"  {path}"])
 
 
 def _red(text: str) -> str:
@@ -282,11 +285,11 @@ def _red(text: str) -> str:
 def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an earlier run with the same settings."""
     try:
-        summary = json.loads(path.read_text())
-        same = summary["settings"] == settings
+        content: dict[str, Any] = json.loads(path.read_text())
+        same = content["settings"] == settings
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return summary if same else None
+    return content if same else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,44 +18,112 @@ from torch.autograd.function import once_differentiable
 
 from sparse_transformer import hooks
 from sparse_transformer.circuits.graph import Edges, Matrix, Nodes
-from sparse_transformer.model import Transformer
+from sparse_transformer.model import Block, Transformer
 
 # By hook point, `{layer}.attn.y` included: the ablated activations, `(C,)` or `(B, T, C)`.
 Baseline = Mapping[str, Tensor]
 
 
-@contextmanager
-def keep_nodes(model: Transformer, keep: Tensor, baseline: Baseline) -> Iterator[None]:
-    """Inside the block only the nodes of `keep` are computed; the others have their baseline.
+def answer_logits(
+    model: Transformer, tokens: Tensor, last: Tensor, constant: Baseline | None = None
+) -> Tensor:
+    """Logits after position `last (B,)` of each sequence, `(B, V)`, at the least cost.
+
+    What they do not depend on is not computed: hooks in the last MLP see position `last` alone,
+    `(B, 1, C)`, and what depends only on the token is computed once for each token.
 
     Args:
-        keep: bool `(total,)`, or `(G, total)`: then the batch is G groups of equally many rows,
-            each with its own set.
+        constant: by sublayer (`0.attn`): what it writes, `(D,)` or `(B, T, D)`; not computed.
+    """
+    constant = constant or {}
+    positions: Tensor | None = model.positions
+    rows = torch.arange(len(tokens), device=tokens.device)
+    at, where = tokens, None
+    if positions is not None:
+        positions = positions[: tokens.shape[1]]
+    elif "0.attn" in constant and constant["0.attn"].dim() == 1 and model.config.n_layer > 1:
+        distinct, where = tokens.unique(return_inverse=True)
+        at = distinct.unsqueeze(0)
+    x = model.embed(at)
+    if positions is not None and model.config.added_positions:
+        x, positions = x + positions, None
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        written = constant.get(f"{layer}.attn")
+        x = x + (block.attn(x, positions, None, layer) if written is None else written)
+        if layer == model.config.n_layer - 1 and positions is None:
+            x = x[rows, last].unsqueeze(1)
+        written = constant.get(f"{layer}.mlp")
+        x = x + (block.mlp(x, positions) if written is None else written)
+        if where is not None:
+            x, where = nn.functional.embedding(where, x[0]), None
+    if x.shape[1] > 1:
+        x = x[rows, last].unsqueeze(1)
+    logits: Tensor = model._logits(model.hook_final(x)).squeeze(1)
+    if model.bigram is not None:
+        logits = logits + nn.functional.embedding(tokens[rows, last], model.bigram)
+    return logits
+
+
+def constant_sublayers(nodes: Nodes, keep: Tensor, baseline: Baseline) -> dict[str, Tensor]:
+    """What the sublayers write in which no write is kept, by name."""
+    return {
+        name.removesuffix(".resid_delta"): baseline[name]
+        for name, part in nodes.split(keep).items()
+        if name.endswith(".resid_delta") and not bool(part.any())
+    }
+
+
+@contextmanager
+def keep_nodes(model: Transformer, keep: Tensor, baseline: Baseline) -> Iterator[None]:
+    """Inside the block only the nodes of `keep`, bool `(total,)`, are computed.
+
+    The others have their baseline.
     """
     parts = Nodes.of(model.config).split(keep)
-    with hooks.replacing(model, _changes(parts, baseline, _replace)):
+    frozen = {name: part for name, part in parts.items() if not bool(part.all())}
+
+    def freeze(part: Tensor, constant: Tensor) -> hooks.Replacement:
+        share = part.to(constant.dtype)
+        rest = constant * (1 - share)
+        return lambda x: torch.addcmul(rest, x, share)
+
+    with hooks.replacing(model, _changes(frozen, baseline, freeze)):
         yield
 
 
 @contextmanager
 def mask_nodes(
-    model: Transformer, mask: Tensor, baseline: Baseline, temperature: float | Tensor = 1.0
+    model: Transformer,
+    mask: Tensor,
+    baseline: Baseline,
+    temperature: float = 1.0,
+    live: Tensor | None = None,
 ) -> Iterator[None]:
     """`keep_nodes` where `mask` is above 0, differentiable in `mask`.
 
     In the backward the step has the derivative of `sigmoid(mask / temperature)`.
 
     Args:
-        mask: float `(G, total)`.
-        baseline: constants `(C,)`.
-        temperature: a number, or `(G, 1)`.
+        mask: float `(total,)`.
+        live: bool `(total,)`, nodes that are computed whatever their mask.
     """
-    parts = Nodes.of(model.config).split(mask)
+    nodes = Nodes.of(model.config)
+    held = dict.fromkeys(nodes.names) if live is None else nodes.split(live)
 
-    def soften(x: Tensor, part: Tensor, constant: Tensor) -> Tensor:
-        y: Tensor = Mask.apply(x, part, constant, temperature)
-        return y
+    def soften(part: tuple[Tensor, Tensor | None], constant: Tensor) -> hooks.Replacement:
+        mask, always = part
+        share = (mask > 0) if always is None else (mask > 0) | always
+        share = share.to(constant.dtype)
+        rest = constant * (1 - share)
 
+        def change(x: Tensor) -> Tensor:
+            y: Tensor = Mask.apply(x, mask, share, constant, rest, always, temperature)
+            return y
+
+        return change
+
+    parts = {name: (part, held[name]) for name, part in nodes.split(mask).items()}
     with hooks.replacing(model, _changes(parts, baseline, soften)):
         yield
 
@@ -78,61 +146,65 @@ def remove_edges(
 
 
 class Mask(Function):
-    """`y = x where mask > 0 else baseline`; x `(B, T, C)`, mask `(G, C)`, baseline `(C,)`.
+    """`y = x where share is 1 else baseline`; x `(B, T, C)`, baseline `(C,)` or `(B, T, C)`.
 
-    `d mask = sum over a group's rows and tokens of dY (x - baseline)`, times the derivative of
-    `sigmoid(mask / temperature)` (Gao et al. 2025, appendix A.5).
+    `d mask = sum over tokens of dY (x - baseline)`, times the derivative of
+    `sigmoid(mask / temperature)` (Gao et al. 2025, appendix A.5); 0 for what is always computed.
+    `rest` is `baseline * (1 - share)`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor, baseline: Tensor, temperature: float | Tensor
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor,
+        share: Tensor,
+        baseline: Tensor,
+        rest: Tensor,
+        always: Tensor | None,
+        temperature: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, mask, baseline)
+        ctx.save_for_backward(x, mask, share, baseline, always)
         ctx.temperature = temperature
-        return _replace(x, mask > 0, baseline)
+        return torch.addcmul(rest, x, share)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, baseline = ctx.saved_tensors
-        G, C = mask.shape
-        effect = torch.sub(x, baseline).mul_(grad_y).view(G, -1, C).sum(1)
-        slope = sigmoid_slope(mask, ctx.temperature)
-        return grad_y * _by_row(mask > 0, x), effect * slope, None, None
+        x, mask, share, baseline, always = ctx.saved_tensors
+        if baseline.dim() == 1:
+            effect = _column_sums(x * grad_y) - baseline * _column_sums(grad_y)
+        else:
+            effect = _column_sums(torch.sub(x, baseline).mul_(grad_y))
+        effect = effect * sigmoid_slope(mask, ctx.temperature)
+        if always is not None:
+            effect = effect.masked_fill(always, 0.0)
+        return grad_y * share, effect, None, None, None, None, None
 
 
-def sigmoid_slope(mask: Tensor, temperature: float | Tensor) -> Tensor:
+def sigmoid_slope(mask: Tensor, temperature: float) -> Tensor:
     """The derivative of `sigmoid(mask / temperature)`."""
     share = torch.sigmoid(mask / temperature)
     return share * (1 - share) / temperature
 
 
-def _changes(
-    parts: Mapping[str, Tensor],
-    baseline: Baseline,
-    change: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> dict[str, hooks.Replacement]:
-    def at(name: str, part: Tensor) -> hooks.Replacement:
-        return lambda x: change(x, part, baseline[name])
+def _column_sums(x: Tensor) -> Tensor:
+    """`(B, T, C)` to `(C,)`; as a product several times faster than `sum`."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows.new_ones(1, len(rows)) @ rows).squeeze(0)
 
-    changes = {name: at(name, part) for name, part in parts.items()}
+
+def _changes(
+    parts: Mapping[str, Any],
+    baseline: Baseline,
+    change: Callable[[Any, Tensor], hooks.Replacement],
+) -> dict[str, hooks.Replacement]:
+    changes = {name: change(part, baseline[name]) for name, part in parts.items()}
     for name, part in parts.items():
         if name.endswith(".v"):
             result = name[:-1] + "y"
-            changes[result] = at(result, part)
+            changes[result] = change(part, baseline[result])
     return changes
-
-
-def _replace(x: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
-    return torch.where(_by_row(keep, x), x, baseline)
-
-
-def _by_row(part: Tensor, x: Tensor) -> Tensor:
-    """`(C,)` as it is, `(G, C)` as `(B, 1, C)`."""
-    if part.dim() == 1:
-        return part
-    return part.repeat_interleave(x.shape[0] // part.shape[0], 0).unsqueeze(1)
 
 
 @contextmanager

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
-import sparse_kernels as sk
 from sparse_transformer import hooks
 from sparse_transformer.circuits.activations import top_snippets
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.circuit import Circuit, Edge, Example, Node
-from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.graph import rows_of
+from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit
-from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import collate
 
 _EXAMPLE_PAIRS = 3
@@ -159,9 +158,8 @@ def _ends(task: TaskLoss, nodes: list[Node], texts: list[str]) -> tuple[list[Nod
     last = model.config.n_layer
     tokens = _deciding_tokens(task)
     answers = [token for token, _ in _answers(task).most_common(_MOST_ANSWERS)]
-    embedding = _rows(model, model.embed, tokens)
-    unembedding = _rows(model, model.embed if model.unembed is None else model.unembed, answers)
-    unembedding = unembedding * model.norm.weight
+    embedding = rows_of(model.embed, tokens)
+    unembedding = rows_of(model.unembed or model.embed, answers) * model.norm.weight
     edges = [
         Edge(f"token:{token}", node.id, float(row[node.channel]), "embedding")
         for token, row in zip(tokens, embedding, strict=True)
@@ -200,17 +198,6 @@ def _answers(task: TaskLoss) -> Counter[int]:
     return Counter(prompt.right for pair in task.test for prompt in (pair.positive, pair.negative))
 
 
-def _rows(model: Transformer, module: nn.Module, rows: list[int]) -> Tensor:
-    """Rows of a `(V, D)` table, dense: few of them."""
-    weight = module.get_parameter("weight").detach()
-    D = model.config.d_model
-    if not isinstance(module, sk.SparseLinear):
-        return weight[rows]
-    # Embedding: a fan-out for each token. Unembedding: a fan-in for each token. Both by token.
-    columns = module.layout.indices[rows].long()
-    return weight.new_zeros(len(rows), D).scatter_(1, columns, weight[rows].flatten(1))
-
-
 @torch.no_grad()
 def _examples(
     task: TaskLoss,
@@ -226,7 +213,7 @@ def _examples(
         return ()
     batch = collate(pairs, task.pad)
     with hooks.recording(task.model, sorted({hook for hook, _ in located})) as seen:
-        logit_diff(task.model, batch)
+        task.model(batch.tokens, at=batch.last)
     diffs, positive = task.logit_diffs(pairs, subgraph)
     diffs = calibration.apply(diffs, positive)
     found = []

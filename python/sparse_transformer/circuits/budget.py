@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from tqdm import tqdm
 
@@ -15,29 +15,36 @@ from tqdm import tqdm
 class Budget:
     """Limits of the search for one circuit.
 
-    Where `seconds` are too few, there are fewer trials and held-out prompts, masks are trained for
-    fewer steps and less is pruned. How much depends on the machine, so two runs then differ.
+    Where `seconds` are too few, there are fewer trials, steps and held-out prompts, and less is
+    pruned. How much depends on the machine, so two runs then differ.
 
     Attributes:
-        seconds: time for one circuit, its validation and its drawing included.
+        seconds: time for one circuit, its validation, controls and drawing included.
         trials: number of hyperparameter trials, including those of an interrupted search.
-        together: trials trained in one batch.
         steps: training steps of a mask.
         pairs: prompt pairs per training step.
         finalists: number of best trials that are pruned further.
+        test_pairs: held-out prompt pairs in each of three draws.
     """
 
     seconds: float = 600.0
-    trials: int = 8
-    together: int = 4
-    steps: int = 300
+    trials: int = 3
+    steps: int = 150
     pairs: int = 16
     finalists: int = 2
+    test_pairs: int = 128
 
     def __post_init__(self) -> None:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"{field.name} must be above 0, got {getattr(self, field.name)}")
+
+    def within(self, seconds: float, step: float) -> Budget:
+        """The same with as many trials and steps as these seconds allow, if each takes `step`."""
+        # Few trials with many steps are better than many with few.
+        steps = int(seconds / step)
+        trials = min(self.trials, max(1, steps // self.steps))
+        return replace(self, trials=trials, steps=min(self.steps, max(1, steps // trials)))
 
 
 class Progress:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sparse_transformer.errors import UserError
 
-SCHEMA = "sparse_transformer.circuit/1"
+SCHEMA = "sparse_transformer.circuit/2"
 
 # What a node is. Tokens, embedding and answers are the ends: they are drawn, and no edge of theirs
 # counts in the size of a circuit.
@@ -99,70 +99,95 @@ class Ablated:
     """What is left of the task when a part of the model is ablated.
 
     Attributes:
-        loss: binary cross-entropy over the two answers, in nats; guessing has ln 2 = 0.69.
-        accuracy: share of correct answers.
-        recalibrated_loss: the loss after the best scale and shift for these very prompts: what is
-            still known of the answer.
+        loss: binary cross-entropy over the two answers, in nats, after the best scale and shift for
+            other prompts under this ablation; guessing has ln 2 = 0.69.
+        accuracy: share of correct answers, after the same.
+        low, high: 95% interval of the loss, by bootstrap over pairs of prompts.
+        draws: the loss on each draw of pairs.
     """
 
     loss: float
     accuracy: float
-    recalibrated_loss: float | None = None
+    low: float
+    high: float
+    draws: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Control:
-    """What the same procedure makes of random labels.
+    """What the same search, with the same budget, makes of something that it should not find.
 
     Attributes:
-        loss: the least, calibrated, of all thresholds with at most `limit` edges, on prompts that
-            the masks were trained on, which favours the control.
-        nodes, edges: of that threshold.
-        limit: the most edges that it was given.
+        name: what it was asked for.
+        model_loss: of the whole model, calibrated, on the prompts for fitting.
+        loss: the lowest that the search reached there.
+        nodes, edges: of its circuit.
         reached: the target.
-        passed: not reached, as it should be.
-        trained: share of the training steps for which there was time; None for all of them.
+        complete: the search was not cut short by the clock.
     """
 
+    name: str
+    model_loss: float
     loss: float
     nodes: int
     edges: int
-    limit: int
     reached: bool
-    passed: bool
-    trained: float | None = None
+    complete: bool
+
+
+# What nonsense costs over what the task costs must be at least this.
+CONTROL_RATIO = 10.0
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out validation of a circuit.
+    """Held-out validation of a circuit. A verdict is None where the interval holds the limit.
 
     Attributes:
-        pairs: number of held-out prompt pairs.
-        model_loss, model_accuracy: of the whole model.
-        circuit: the circuit alone, the rest ablated: by ablation (mean, zero, resample).
-        without: the model without the circuit, which is ablated.
+        pairs, draws: number of held-out prompt pairs, in as many draws.
+        edges: of the circuit.
+        model: the whole model.
+        circuit: the circuit alone, the rest ablated, by ablation: mean, zero, resample (another
+            prompt), pair (the other prompt of the pair), random and adversarial (parts of the rest
+            at their mean), edges (all nodes, and all edges but the circuit's at their mean).
+        without: the model without the circuit, which is ablated; edges: its edges alone.
         sufficient: the circuit alone reaches the target under mean ablation.
-        necessary: the task is lost without it, under mean ablation.
-        control: with random labels; None if it was not asked for.
+        necessary: the task is lost without its nodes, and without its edges, at their mean.
+        robust: the loss is at most twice the target under pair, random and adversarial ablation.
+        controls: those that ran.
     """
 
     pairs: int
-    model_loss: float
-    model_accuracy: float
+    draws: int
+    edges: int
+    model: Ablated
     circuit: Mapping[str, Ablated]
     without: Mapping[str, Ablated]
-    sufficient: bool
-    necessary: bool
-    control: Control | None = None
+    sufficient: bool | None
+    necessary: bool | None
+    robust: bool | None
+    controls: tuple[Control, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Edges, nonsense over task, of the smallest nonsense that was found; None if none was.
+
+        A circuit without edges counts as one edge.
+        """
+        found = [control.edges for control in self.controls if control.reached]
+        return max(1, min(found)) / max(1, self.edges) if found else None
+
+    @property
+    def passed(self) -> bool | None:
+        """No control came near; None where one was cut short, or none ran."""
+        if self.ratio is not None and self.ratio < CONTROL_RATIO:
+            return False
+        complete = all(control.complete for control in self.controls)
+        return True if self.controls and complete else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The `proof` of the JSON files; what is None is left out."""
-
-        def given(items: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {name: value for name, value in items if value is not None}
-
-        return dataclasses.asdict(self, dict_factory=given)
+        """The `proof` of the JSON files."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "passed": self.passed}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Validation:
@@ -171,12 +196,19 @@ class Validation:
         Raises:
             AttributeError, KeyError, TypeError: it is no validation.
         """
+
+        def ablated(found: Mapping[str, Any]) -> Ablated:
+            return Ablated(**{**found, "draws": tuple(found["draws"])})
+
+        names = {field.name for field in dataclasses.fields(cls)}
         parts = {
-            part: {name: Ablated(**found) for name, found in data[part].items()}
+            part: {name: ablated(found) for name, found in data[part].items()}
             for part in ("circuit", "without")
         }
-        control = data.get("control")
-        return cls(**{**data, **parts, "control": None if control is None else Control(**control)})
+        model = ablated(data["model"])
+        controls = tuple(Control(**control) for control in data["controls"])
+        rest = {**parts, "model": model, "controls": controls}
+        return cls(**{name: data[name] for name in names} | rest)
 
 
 @dataclass(frozen=True)

@@ -7,39 +7,59 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_transformer.circuits.ablation import mask_nodes, remove_edges, sigmoid_slope
+from sparse_transformer.circuits.ablation import (
+    constant_sublayers,
+    mask_nodes,
+    remove_edges,
+    sigmoid_slope,
+)
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
 
 
-def node_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
-    """Estimated rise of the loss if a node is ablated, `(total,)`."""
+def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False) -> Tensor:
+    """Estimated rise of the loss if a node is ablated, `(total,)`.
+
+    Args:
+        everywhere: also in sublayers of which the subgraph has no write; otherwise they have 0.
+    """
     mask = _mask(subgraph).requires_grad_(True)
-    _backward(task, subgraph, mask)
-    assert mask.grad is not None
-    return -(mask.grad / sigmoid_slope(torch.ones_like(mask), 1.0)).squeeze(0)
+    for ablation in task.pruned_under:
+        _backward(task, subgraph, mask, ablation, everywhere)
+    if mask.grad is None:
+        return torch.zeros_like(mask)
+    return -mask.grad / (sigmoid_slope(torch.ones_like(mask), 1.0) * len(task.pruned_under))
 
 
 def edge_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
-    """Estimated rise of the loss if an edge is removed, `(E,)`."""
+    """Estimated rise of the loss if an edge is removed at the mean, `(E,)`."""
     with EdgeGradients(task) as gradients:
-        _backward(task, subgraph, _mask(subgraph))
+        _backward(task, subgraph, _mask(subgraph), "mean")
         return -gradients.take()
 
 
 def _mask(subgraph: Subgraph) -> Tensor:
-    return torch.where(subgraph.keep, 1.0, -1.0).unsqueeze(0)
+    return torch.where(subgraph.keep, 1.0, -1.0)
 
 
-def _backward(task: TaskLoss, subgraph: Subgraph, mask: Tensor) -> None:
+def _backward(
+    task: TaskLoss, subgraph: Subgraph, mask: Tensor, ablation: str, everywhere: bool = False
+) -> None:
     """Gradients of the calibrated loss on the prompts for fitting."""
+    live = task.with_random_rest(subgraph, 0).keep if ablation == "random" else None
+    kept = subgraph.keep if live is None else live
     for batch, calibration in task.fit_batches(subgraph):
-        count = 2 * len(task.fit)
+        rest = task.baseline(batch, ablation)
+        constant = {} if everywhere else constant_sublayers(task.nodes, kept, rest)
+        if len(constant) == 2 * task.model.config.n_layer:
+            return  # nothing has an effect
         with (
-            remove_edges(task.model, task.edges, subgraph.removed, task.means),
-            mask_nodes(task.model, mask, task.means),
+            remove_edges(task.model, task.edges, subgraph.removed, rest),
+            mask_nodes(
+                task.model, mask, rest, live=None if live is None else live & ~subgraph.keep
+            ),
         ):
-            calibrated = calibration.apply(logit_diff(task.model, batch), batch.positive)
-            (torch.nn.functional.softplus(-calibrated).sum() / count).backward()
+            diffs = calibration.apply(logit_diff(task.model, batch, constant), batch.positive)
+            (torch.nn.functional.softplus(-diffs).sum() / (2 * len(task.fit))).backward()
 
 
 class EdgeGradients:

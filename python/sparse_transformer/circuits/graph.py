@@ -12,6 +12,7 @@ unembedding do not count, for any kind of model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,6 +196,17 @@ def count_weights(model: Transformer) -> int:
         for module in model.modules()
         if isinstance(module, (nn.Linear, nn.Embedding))
     )
+
+
+def rows_of(module: nn.Module, tokens: Sequence[int]) -> Tensor:
+    """The rows of embedding or unembedding of these tokens, dense `(len(tokens), D)`."""
+    weight = module.get_parameter("weight").detach()
+    if not isinstance(module, sk.SparseLinear):
+        return weight[list(tokens)]
+    # Embedding: a fan-out for each token. Unembedding: a fan-in for each token. Both by token.
+    columns = module.layout.indices[list(tokens)].long()
+    D = module.out_features if module.transpose else module.in_features
+    return weight.new_zeros(len(tokens), D).scatter_(1, columns, weight[list(tokens)].flatten(1))
 
 
 def _nonzero(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:

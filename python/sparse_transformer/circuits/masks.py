@@ -6,18 +6,17 @@ per node that is kept. Edges are masked in the same way, which the paper leaves 
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_transformer.circuits.ablation import (
+    Baseline,
     keep_nodes,
     mask_nodes,
     remove_edges,
@@ -25,8 +24,7 @@ from sparse_transformer.circuits.ablation import (
 )
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import EdgeGradients
-from sparse_transformer.circuits.objective import TaskLoss, logit_diff
-from sparse_transformer.tasks import Batch
+from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
 
 # Smoothing of the training loss that the price follows, and the largest change of the price in a
 # step.
@@ -69,29 +67,28 @@ class MaskConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
-class Trained(NamedTuple):
-    """Masks, float `(G, count)` in [-1, 1]; what has a value above 0 is kept.
-
-    `share` is that of the steps for which there was time.
-    """
-
-    masks: Tensor
-    share: float
-
-
 class Masked(Protocol):
-    """What masks are trained on: the nodes of a model, or its edges."""
+    """What a mask is trained on: the nodes of a model, or its edges.
+
+    Attributes:
+        ablations: of the rest, one after another.
+    """
 
     task: TaskLoss
     count: int
+    ablations: tuple[str, ...]
 
     def applied(
-        self, masks: Tensor, temperature: Tensor
-    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Inside the block what has a mask `(G, count)` of at most 0 is ablated, group by group.
+        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
+    ) -> AbstractContextManager[Callable[[float], Tensor]]:
+        """Inside the block what has a mask `(count,)` of at most 0 is ablated.
 
-        Yields a function that, after the backward, takes the prices `(G, 1)` and returns the
-        gradient in the masks `(G, count)` of the loss and of the price of all that is kept.
+        Yields a function that, after the backward, takes the price and returns the gradient in the
+        mask of the loss and of the price of all that is kept.
+
+        Args:
+            rest: what is ablated has this.
+            live: bool `(total,)`, nodes that are never ablated; None for none.
         """
 
 
@@ -100,114 +97,129 @@ class NodeMasks:
 
     def __init__(self, task: TaskLoss) -> None:
         self.task, self.count = task, task.nodes.total
+        self.ablations = task.pruned_under
 
     @contextmanager
-    def applied(self, masks: Tensor, temperature: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        masks = masks.requires_grad_(True)
+    def applied(
+        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
+    ) -> Iterator[Callable[[float], Tensor]]:
+        mask = mask.requires_grad_(True)
 
         @torch.no_grad()
-        def gradient(price: Tensor) -> Tensor:
-            assert masks.grad is not None
-            share = torch.sigmoid(masks / temperature)
-            return masks.grad + price * share * (1 - share) / temperature
+        def gradient(price: float) -> Tensor:
+            assert mask.grad is not None
+            return mask.grad + price * sigmoid_slope(mask, temperature)
 
-        with mask_nodes(self.task.model, masks, self.task.means, temperature):
+        with mask_nodes(self.task.model, mask, rest, temperature, live):
             yield gradient
 
 
 class EdgeMasks:
-    """The edges between the nodes of `keep`, bool `(total,)`; one mask at a time."""
+    """The edges between the nodes of `keep`, bool `(total,)`."""
 
     def __init__(self, task: TaskLoss, keep: Tensor) -> None:
         self.task, self._keep = task, keep
         self.between = task.edges.between(keep)
         self.count = int(self.between.sum())
+        # Gradients in edges are known where the rest has constants.
+        self.ablations = tuple(name for name in task.pruned_under if name != "pair")
 
     @contextmanager
-    def applied(self, masks: Tensor, temperature: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        (mask,) = masks
+    def applied(
+        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
+    ) -> Iterator[Callable[[float], Tensor]]:
         removed = torch.zeros_like(self.between)
         removed[self.between] = mask <= 0
         task = self.task
+        keep = self._keep if live is None else self._keep | live
         with (
             EdgeGradients(task) as gradients,
-            remove_edges(task.model, task.edges, removed, task.means),
-            keep_nodes(task.model, self._keep, task.means),
+            remove_edges(task.model, task.edges, removed, rest),
+            keep_nodes(task.model, keep, rest),
         ):
             yield (
                 lambda price: (
-                    sigmoid_slope(masks, temperature) * (gradients.take()[self.between] + price)
+                    sigmoid_slope(mask, temperature) * (gradients.take()[self.between] + price)
                 )
             )
 
 
-def train_masks(
+def train_mask(
     masked: Masked,
-    configs: Sequence[MaskConfig],
+    config: MaskConfig,
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Trained:
-    """Trains one mask for each of `configs`, all of them in the same forwards.
+    watch: Callable[[float, float, Tensor], None] | None = None,
+) -> Tensor:
+    """A mask, float `(count,)` in [-1, 1]; what has a value above 0 is kept.
+
+    Step by step the rest is ablated in the next of `masked.ablations`.
 
     Args:
-        masked: what has masks.
-        configs: G of them, with equal `steps` and `pairs`.
-        seed: of the masks and the batches.
-        progress: ends the training when its time is over; the learning rate falls to zero by then.
+        masked: what has a mask.
+        config: how it is trained.
+        seed: of the mask, the batches and the random parts of the rest.
+        watch: called after each step with the share of the steps that are done, the smoothed
+            loss and the mask; it may raise an exception to end the training.
     """
-    steps, pairs = configs[0].steps, configs[0].pairs
-    if any((config.steps, config.pairs) != (steps, pairs) for config in configs):
-        raise ValueError("configs must have the same steps and pairs")
-    G = len(configs)
-    generator = torch.Generator().manual_seed(seed)
+    task, generator = masked.task, torch.Generator().manual_seed(seed)
     noise = torch.randn(masked.count, generator=generator)
-    masks = [
-        (config.start + config.noise * noise).clamp(-1, 1).requires_grad_(True)
-        for config in configs
-    ]
+    mask = (config.start + config.noise * noise).clamp(-1, 1)
     # The logits' scale and shift are learned along: only their difference decides.
-    scales = [torch.zeros(2, requires_grad=True) for _ in configs]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [mask], "lr": config.learning_rate, "weight_decay": config.weight_decay}
-            for mask, config in zip(masks, configs, strict=True)
-        ]
-        + [{"params": scales, "lr": _SCALE_RATE, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
-    rates = [group["lr"] for group in optimizer.param_groups]
-    temperature = torch.tensor([[config.temperature] for config in configs])
-    prices = [Price(config) for config in configs]
-    batches = masked.task.batches(pairs, seed)
+    scale = torch.zeros(2, requires_grad=True)
+    steer = _Adam(mask, config.learning_rate, config.weight_decay)
+    steer_scale = _Adam(scale, _SCALE_RATE, 0.0)
+    price, batches = Price(config), task.batches(config.pairs, seed)
     progress = progress or Progress()
-    began, seconds = time.monotonic(), max(progress.left, 1e-3)
-    for step in itertools.count():
-        done = max(step / steps, (time.monotonic() - began) / seconds if step else 0.0)
-        if done >= 1:
-            break
-        progress.advance(done)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - done)
-        batch = _repeat(next(batches), G)
-        with masked.applied(torch.stack(masks).detach(), temperature) as gradient:
-            diffs = logit_diff(masked.task.model, batch).view(G, -1)
-            scale = torch.stack(scales)
-            sign = torch.where(batch.positive.view(G, -1), 1.0, -1.0)
-            calibrated = diffs * scale[:, :1].exp() + sign * scale[:, 1:]
-            losses = torch.nn.functional.softplus(-calibrated).mean(1)
-            losses.sum().backward()
-            now = [[price.after(loss)] for price, loss in zip(prices, losses.tolist(), strict=True)]
-            grads = gradient(torch.tensor(now))
-        with torch.no_grad():
-            for mask, grad, config in zip(masks, grads, configs, strict=True):
-                mask.grad = grad.clone()
-                torch.nn.utils.clip_grad_norm_([mask], config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            for mask in masks:
-                mask.clamp_(-1, 1)
-    return Trained(torch.stack(masks).detach(), step / steps)
+    smooth = 0.0
+    nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
+    for step in range(config.steps):
+        progress.advance(step / config.steps)
+        batch = next(batches)
+        ablation = masked.ablations[step % len(masked.ablations)]
+        live = None
+        if ablation == "random":
+            live = task.with_random_rest(nothing, seed + step).keep
+        rest = task.baseline(batch, ablation)
+        with masked.applied(mask.clone(), config.temperature, rest, live) as gradient:
+            diffs = logit_diff(task.model, batch)
+            sign = torch.where(batch.positive, 1.0, -1.0)
+            calibrated = diffs * scale[0].exp() + sign * scale[1]
+            loss = torch.nn.functional.softplus(-calibrated).mean()
+            loss.backward()
+            now = float(loss.detach())
+            smooth += (_SMOOTHING if step else 1.0) * (now - smooth)
+            grad = gradient(price.after(now))
+        assert scale.grad is not None
+        grad *= min(1.0, config.clip / (float(grad.norm()) + 1e-6))
+        steer.step(grad, 1 - step / config.steps)
+        steer_scale.step(scale.grad, 1 - step / config.steps)
+        scale.grad = None
+        mask.clamp_(-1, 1)
+        if watch is not None:
+            watch((step + 1) / config.steps, smooth, mask)
+    return mask
+
+
+class _Adam:
+    """AdamW with betas 0.9 and 0.95; torch.optim would first import the compiler, for seconds."""
+
+    def __init__(self, parameter: Tensor, rate: float, decay: float) -> None:
+        self._parameter, self._rate, self._decay = parameter, rate, decay
+        self._mean, self._square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, share: float) -> None:
+        """Changes the parameter, by this share of the learning rate."""
+        self._steps += 1
+        self._mean.lerp_(grad, 1 - 0.9)
+        self._square.lerp_(grad * grad, 1 - 0.95)
+        spread = (self._square / (1 - 0.95**self._steps)).sqrt_().add_(1e-8)
+        rate = share * self._rate
+        self._parameter.mul_(1 - rate * self._decay)
+        self._parameter.addcdiv_(self._mean, spread, value=-rate / (1 - 0.9**self._steps))
 
 
 class Price:
@@ -223,10 +235,3 @@ class Price:
             self._loss += _SMOOTHING * (loss - self._loss)
             self._now *= math.exp(_PRICE_RATE * max(-1.0, 1 - self._loss / self._aim))
         return self._now
-
-
-def _repeat(batch: Batch, count: int) -> Batch:
-    """The same prompts `count` times, group after group."""
-    return Batch(
-        **{field.name: torch.cat([getattr(batch, field.name)] * count) for field in fields(batch)}
-    )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import hooks
-from sparse_transformer.circuits.ablation import Baseline, keep_nodes, remove_edges
-from sparse_transformer.circuits.graph import Edges, Nodes
+from sparse_transformer.circuits.ablation import (
+    Baseline,
+    answer_logits,
+    constant_sublayers,
+    keep_nodes,
+    remove_edges,
+)
+from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
@@ -22,8 +27,16 @@ from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
 # Prompts of about equal length go together; a forward has at most this many tokens.
 _MOST_TOKENS = 8192
 _CALIBRATION_STEPS = 16
+# The least scale of a calibration, in units of one over the mean size of the differences.
+_LEAST_SCALE = 1e-3
 # Every second one of the shorter half of the fitting prompts.
 _PROBE_STRIDE = 2
+# What the rest of a model has in place of its activations: the mean over the corpus; zero; its
+# activations in another prompt of about this length; or in the other prompt of the pair. In
+# "random" a random part of the rest has its mean. Other prompts are aligned at the last token.
+ABLATIONS = ("mean", "zero", "resample", "pair", "random")
+# Under which of them a circuit is pruned: under all of these it must reach the target.
+PRUNED_UNDER = {"mean": ("mean",), "mixture": ("mean", "pair", "random")}
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,13 @@ class TaskLoss:
         train_pairs, fit_pairs, test_pairs: number of pairs. Masks are trained on the first, pruned
             to the target loss on the second, and validated on the third, which come from the
             task's other split.
+        test_seeds: as many draws of test pairs.
         max_tokens: the longest prompt for training, to save time.
         seed: of the prompts.
+        pruned_under: ablations under all of which a part must perform the task while it is pruned.
+
+    Attributes:
+        test: the test pairs of all draws, one draw after another; no prompt is in two of them.
 
     Raises:
         UserError: the task cannot be asked with this tokenizer.
@@ -91,14 +109,17 @@ class TaskLoss:
         *,
         train_pairs: int = 512,
         fit_pairs: int = 96,
-        test_pairs: int = 256,
+        test_pairs: int = 128,
+        test_seeds: int = 3,
         max_tokens: int | None = 96,
         seed: int = 0,
+        pruned_under: Sequence[str] = ("mean",),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.task, self.means = task, means
         self.nodes, self.edges = Nodes.of(model.config), Edges.of(model)
         self.pad = model.config.vocab_size - 1
+        self.pruned_under = tuple(pruned_under)
         context = model.config.context
         self.train = task.pairs(
             tokenizer,
@@ -109,7 +130,16 @@ class TaskLoss:
             max_tokens=max_tokens,
         )
         self.fit = task.pairs(tokenizer, fit_pairs, split="train", seed=seed + 1, context=context)
-        self.test = task.pairs(tokenizer, test_pairs, split="test", seed=seed, context=context)
+        seen: dict[str, tuple[int, Pair]] = {}
+        for draw in range(test_seeds):
+            drawn = task.pairs(
+                tokenizer, test_pairs, split="test", seed=seed + draw, context=context
+            )
+            for pair in drawn:
+                seen.setdefault(pair.positive.text, (draw, pair))
+        self.test = [pair for _, pair in seen.values()]
+        self._ends: tuple[Tensor, Tensor] | None = None
+        self.draws = torch.tensor([draw for draw, _ in seen.values()])
 
     def batches(self, pairs: int, seed: int) -> Iterator[Batch]:
         """Endless training batches; pairs of about equal length go together."""
@@ -125,45 +155,60 @@ class TaskLoss:
         self,
         pairs: Sequence[Pair],
         subgraph: Subgraph | None = None,
-        baseline: Baseline | None = None,
-        resample: Tensor | None = None,
+        ablation: str = "mean",
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Right minus wrong logit of each prompt, positive before negative; and which are positive.
 
         Args:
             pairs: the prompts.
             subgraph: what is left of the model; None for all of it.
-            baseline: of the ablated rest; None for the means.
-            resample: int64 `(2P,)`, for each prompt the number of another one, with any answer:
-                the rest then has its activation in that prompt, at the same position.
+            ablation: of `ABLATIONS`, what the rest has.
+            seed: of the random part of the rest.
         """
+        if subgraph is not None and ablation == "random":
+            subgraph = self.with_random_rest(subgraph, seed)
         order = sorted(range(len(pairs)), key=lambda number: _length(pairs[number]))
         found = torch.empty(2 * len(pairs))
-        prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
         for numbers in _chunks(order, pairs):
             batch = collate([pairs[number] for number in numbers], self.pad)
             rows = torch.tensor([row for number in numbers for row in (2 * number, 2 * number + 1)])
-            if resample is not None:
-                others = [prompts[number] for number in resample[rows].tolist()]
-                baseline = self._activations(others, batch.tokens.shape[1])
-            with ExitStack() as stack:
-                if subgraph is not None:
-                    rest = baseline or self.means
-                    stack.enter_context(keep_nodes(self.model, subgraph.keep, rest))
-                    removed = subgraph.removed
-                    stack.enter_context(remove_edges(self.model, self.edges, removed, rest))
-                found[rows] = logit_diff(self.model, batch)
+            found[rows] = self._batch_diffs(batch, subgraph, ablation)
         positive = torch.tensor([True, False]).repeat(len(pairs))
         return found, positive
+
+    def baseline(self, batch: Batch, ablation: str = "mean") -> Baseline:
+        """What is ablated has these activations in the prompts of `batch`."""
+        if ablation in ("mean", "random"):
+            return self.means
+        if ablation == "zero":
+            return {name: torch.zeros_like(mean) for name, mean in self.means.items()}
+        rows = torch.arange(len(batch.last))
+        # The neighbours of a pair are about as long; of those, the prompt with either answer.
+        others = rows ^ 1 if ablation == "pair" else (rows + 2 + rows // 2 % 2) % len(rows)
+        return self._activations(_pick(batch, others), batch)
+
+    def with_random_rest(self, subgraph: Subgraph, seed: int) -> Subgraph:
+        """The subgraph and a random share of the rest, itself random between none and all."""
+        generator = torch.Generator().manual_seed(seed)
+        share = torch.rand((), generator=generator)
+        chosen = torch.rand(len(subgraph.keep), generator=generator) < share
+        return replace(subgraph, keep=subgraph.keep | chosen)
 
     def score(self, pairs: Sequence[Pair], subgraph: Subgraph | None = None) -> TaskScore:
         """Loss and accuracy, not calibrated."""
         return score(*self.logit_diffs(pairs, subgraph))
 
     def calibrated_loss(self, subgraph: Subgraph, pairs: Sequence[Pair] | None = None) -> float:
-        """Loss on `pairs`, by default those for fitting, after calibration on them."""
-        diffs, positive = self.logit_diffs(self.fit if pairs is None else pairs, subgraph)
-        return score(diffs, positive, calibrate(diffs, positive)).loss
+        """Loss on `pairs`, by default those for fitting, after calibration on them.
+
+        It is the largest of those under the ablations of `pruned_under`.
+        """
+        losses = []
+        for ablation in self.pruned_under:
+            found = self.logit_diffs(self.fit if pairs is None else pairs, subgraph, ablation)
+            losses.append(score(*found, calibrate(*found)).loss)
+        return max(losses)
 
     def probe(self) -> list[Pair]:
         """A few short prompts of those for fitting, for what is measured very often."""
@@ -185,19 +230,45 @@ class TaskLoss:
         """How many edges a subgraph has."""
         return int(self.present_edges(subgraph).sum())
 
-    def with_random_labels(self, seed: int) -> TaskLoss:
-        """The same prompts with random labels, one draw for each pair."""
-        generator = torch.Generator().manual_seed(seed)
+    def with_answers(self, answers: dict[int, int] | None) -> TaskLoss:
+        """The same prompts with other tokens for their answers; None swaps right and wrong."""
+
+        def changed(prompt: Prompt) -> Prompt:
+            if answers is None:
+                return replace(prompt, right=prompt.wrong, wrong=prompt.right)
+            return replace(prompt, right=answers[prompt.right], wrong=answers[prompt.wrong])
+
         made = copy.copy(self)
+        made._ends = None
         for name in ("train", "fit", "test"):
-            pairs = getattr(self, name)
-            flips = torch.randint(2, (len(pairs),), generator=generator).tolist()
-            setattr(
-                made,
-                name,
-                [_swapped(pair) if flip else pair for pair, flip in zip(pairs, flips, strict=True)],
-            )
+            pairs = [Pair(changed(p.positive), changed(p.negative)) for p in getattr(self, name)]
+            setattr(made, name, pairs)
         return made
+
+    def under(self, *ablations: str) -> TaskLoss:
+        """The same, pruned under other ablations."""
+        made = copy.copy(self)
+        made.pruned_under = ablations
+        return made
+
+    def with_model(self, model: Transformer, means: Baseline) -> TaskLoss:
+        """The same prompts for another model of the same configuration."""
+        made = copy.copy(self)
+        made._ends = None
+        made.model, made.means = model.eval().requires_grad_(False), means
+        made.edges = Edges.of(model)
+        return made
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """bool `(D,)` twice: channels that tokens of the prompts write, that answers read."""
+        if self._ends is None:
+            prompts = [p for pair in self.train + self.fit for p in (pair.positive, pair.negative)]
+            model, tokens = self.model, sorted({t for prompt in prompts for t in prompt.tokens})
+            answers = sorted({prompt.right for prompt in prompts})
+            written = rows_of(model.embed, tokens)
+            read = rows_of(model.unembed or model.embed, answers)
+            self._ends = (written != 0).any(0), (read != 0).any(0)
+        return self._ends
 
     def need_solved(self, least: float) -> TaskScore:
         """The whole model's score on the test prompts.
@@ -214,24 +285,36 @@ class TaskLoss:
             )
         return found
 
-    def _activations(self, prompts: Sequence[Prompt], width: int) -> Baseline:
-        """Of all nodes in these prompts at `width` positions; the last one's where they end."""
-        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        tokens = torch.full((len(prompts), int(last.max()) + 1), self.pad)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
+    def _batch_diffs(self, batch: Batch, subgraph: Subgraph | None, ablation: str) -> Tensor:
+        if subgraph is None:
+            return logit_diff(self.model, batch)
+        rest = self.baseline(batch, ablation)
+        constant = constant_sublayers(self.nodes, subgraph.keep, rest)
+        with ExitStack() as stack:
+            stack.enter_context(keep_nodes(self.model, subgraph.keep, rest))
+            stack.enter_context(remove_edges(self.model, self.edges, subgraph.removed, rest))
+            return logit_diff(self.model, batch, constant)
+
+    @torch.no_grad()
+    def _activations(self, others: Batch, batch: Batch) -> Baseline:
+        """Of all nodes in `others` at the positions of `batch`, aligned at the last token."""
         with hooks.recording(self.model) as seen:
-            self.model(tokens, last_only=True)
-        where = torch.arange(width).expand(len(tokens), -1).minimum(last.unsqueeze(1))
+            answer_logits(self.model, others.tokens, others.last)
+        ahead = (others.last - batch.last).unsqueeze(1)
+        where = (torch.arange(batch.tokens.shape[1]) + ahead).clamp_min(0)
+        where = where.minimum(others.last.unsqueeze(1)).unsqueeze(-1)
         return {
-            name: value.gather(1, where.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
+            # The last MLP saw one position.
+            name: value
+            if value.shape[1] < batch.tokens.shape[1]
+            else value.gather(1, where.expand(-1, -1, value.shape[-1]))
             for name, value in seen.items()
         }
 
 
-def logit_diff(model: Transformer, batch: Batch) -> Tensor:
-    """Logit of the right answer minus that of the wrong one, `(2P,)`."""
-    logits = model(batch.tokens, at=batch.last).squeeze(1)
+def logit_diff(model: Transformer, batch: Batch, constant: Baseline | None = None) -> Tensor:
+    """Logit of the right answer minus that of the wrong one, `(2P,)`; see `answer_logits`."""
+    logits = answer_logits(model, batch.tokens, batch.last, constant)
     found: Tensor = logits.gather(1, torch.stack([batch.right, batch.wrong], 1)).float()
     return found[:, 0] - found[:, 1]
 
@@ -245,35 +328,45 @@ def score(diffs: Tensor, positive: Tensor, calibration: Calibration | None = Non
 
 
 def calibrate(diffs: Tensor, positive: Tensor) -> Calibration:
-    """The scale and shift of least loss, by 16 steps of L-BFGS."""
+    """The scale and shift of least loss, by 16 steps of Newton's method: the loss is convex."""
     wide = diffs.detach().double()
-    # The scale starts where differences have size 1: a circuit's may be 1000 times smaller.
+    # In units in which differences have size 1: a circuit's may be 1000 times smaller.
     size = max(float(wide.abs().mean()), 1e-12)
-    parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=_CALIBRATION_STEPS, line_search_fn="strong_wolfe"
-    )
     sign = torch.where(positive, 1.0, -1.0).double()
+    features = torch.stack([wide / size, sign])
+    now = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        shifted = wide * (parameters[0].exp() / size) + sign * parameters[1]
-        value = torch.nn.functional.softplus(-shifted).mean()
-        value.backward()
-        return value
+    def loss(at: Tensor) -> float:
+        return float(torch.nn.functional.softplus(-(at @ features)).mean())
 
-    optimizer.step(loss)
-    log_scale, shift = parameters.detach().tolist()
-    return Calibration(math.exp(min(log_scale, 50.0)) / size, shift)
+    least = loss(now)
+    for _ in range(_CALIBRATION_STEPS):
+        wrong = torch.sigmoid(-(now @ features))
+        slope = (features @ wrong) / len(wide)
+        curvature = (features * (wrong * (1 - wrong))) @ features.T / len(wide)
+        curvature.diagonal().add_(1e-9)
+        if now[0] <= _LEAST_SCALE and slope[0] < 0:
+            # The best scale would be negative: the least one stays.
+            slope[0] = curvature[0, 1] = curvature[1, 0] = 0.0
+        step = torch.linalg.solve(curvature, slope)
+        for _ in range(8):
+            then = now + step
+            then[0].clamp_min_(_LEAST_SCALE)
+            reached = loss(then)
+            if reached < least:
+                break
+            step = step / 2
+        else:
+            break
+        now, done, least = then, least - reached < 1e-9, reached
+        if done:
+            break
+    scale, shift = now.tolist()
+    return Calibration(scale / size, shift)
 
 
-def _swapped(pair: Pair) -> Pair:
-    positive, negative = pair.positive, pair.negative
-    return replace(
-        pair,
-        positive=replace(positive, right=positive.wrong, wrong=positive.right),
-        negative=replace(negative, right=negative.wrong, wrong=negative.right),
-    )
+def _pick(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
 
 
 def _length(pair: Pair) -> int:

@@ -1,18 +1,22 @@
-"""From a task to its circuit in five steps: search, prune nodes, prune edges, validate, control."""
+"""From a task to its circuit: search, prune, validate, and the same search for the controls."""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from sparse_transformer.circuits.activations import fingerprint
 from sparse_transformer.circuits.budget import Budget, Progress
-from sparse_transformer.circuits.circuit import Validation
-from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, NodeMasks, train_masks
+from sparse_transformer.circuits.circuit import Control, Validation
+from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, NodeMasks, train_mask
 from sparse_transformer.circuits.objective import (
     Calibration,
     Subgraph,
@@ -21,35 +25,34 @@ from sparse_transformer.circuits.objective import (
     calibrate,
     score,
 )
-from sparse_transformer.circuits.prune import greedy_prune, threshold_edges, threshold_nodes
+from sparse_transformer.circuits.prune import (
+    NodeOrder,
+    Size,
+    greedy_prune,
+    size_of,
+    threshold_edges,
+)
 from sparse_transformer.circuits.search import Candidate, search
-from sparse_transformer.circuits.validate import CONTROL_FACTOR, control, validate
+from sparse_transformer.circuits.validate import control_tasks, validate
 from sparse_transformer.errors import UserError
 
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the target
 # holds on others too.
-_FIT_SHARE = 0.9
+_FIT_SHARE = 0.8
 # Edges are chosen among those of a circuit with this share of the target; their training aims at
 # the second share, as it is measured on the prompts for training.
-_WIDE_SHARE, _EDGE_AIM = 0.45, 0.8
-_EDGE_RATES = (3e-2, 1e-1)
+_WIDE_SHARE, _EDGE_AIM, _EDGE_RATE = 0.45, 0.8, 1e-1
 # Target losses of the size curve, beside the one that is asked for.
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-# Which share of the time has passed at the end of each step; the rest is for annotate.py and the
-# drawing.
-_SEARCH, _NODES, _EDGES, _CONTROL, _CURVE = 0.35, 0.45, 0.65, 0.9, 0.95
-# Validation takes about as long as so many passes over its prompts, a training step as long as so
-# many over those of its batch.
-_PASSES, _STEP_PASSES = 20, 3
-# The share of the time that validation may take, but for the least number of pairs.
-_VALIDATION, _LEAST_PAIRS = 0.25, 32
-
-
-class Size(NamedTuple):
-    """Of a circuit."""
-
-    nodes: int
-    edges: int
+# Sizes at which faithfulness is measured, as shares of all edges.
+_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# Which shares of the time the searches, the task's and those of the controls, and the size curve
+# may take; the rest is for annotate.py and the drawing. Of a search, masks take the third share.
+_SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
+# Validation takes about as long as so many passes over its prompts; steps of a mask that are timed.
+_PASSES, _TIMED = 40, 3
+# The share of the time that validation may take, but for the least number of pairs of each draw.
+_VALIDATION, _LEAST_PAIRS = 0.25, 16
 
 
 class CurvePoint(NamedTuple):
@@ -58,6 +61,20 @@ class CurvePoint(NamedTuple):
     target: float
     nodes: int
     edges: int
+
+
+class Faithfulness(NamedTuple):
+    """How much of what the model knows ever more nodes of a mask know.
+
+    Attributes:
+        points: share of all edges, and (ln 2 - loss) / (ln 2 - loss of the model), calibrated, on
+            the prompts for fitting.
+        cpr, cmd: areas under these values and under their distance from 1.
+    """
+
+    points: list[tuple[float, float]]
+    cpr: float
+    cmd: float
 
 
 @dataclass(frozen=True)
@@ -70,8 +87,9 @@ class FoundCircuit:
         config: how its masks were trained.
         sizes: `cut`: the mask's threshold, with all edges between its nodes, as the paper counts;
             `nodes`: after pruning nodes, all edges between them; `edges`: after pruning edges.
-        validation: on held-out prompts, with the control.
+        validation: on held-out prompts, with the controls.
         curve: for each target of `CURVE` the size by threshold; None where it is not reached.
+        faithfulness: of ever more nodes; None where there was no time for it.
         seconds: duration of each step.
     """
 
@@ -81,7 +99,27 @@ class FoundCircuit:
     sizes: dict[str, Size]
     validation: Validation
     curve: list[CurvePoint | None] = field(default_factory=list)
+    faithfulness: Faithfulness | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a search and the pruning after it found.
+
+    Attributes:
+        subgraph: the smallest.
+        candidate: what it was pruned from, or the trial that came nearest to the target.
+        sizes: see `FoundCircuit`.
+        loss: of the subgraph, calibrated, on the prompts for fitting.
+        complete: the clock ended nothing early.
+    """
+
+    subgraph: Subgraph
+    candidate: Candidate
+    sizes: dict[str, Size]
+    loss: float
+    complete: bool
 
 
 def find_circuit(
@@ -91,7 +129,8 @@ def find_circuit(
     *,
     journal: Path | None = None,
     edges: bool = True,
-    with_control: bool = True,
+    controls: int = 5,
+    corpus: Tensor | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FoundCircuit:
@@ -99,9 +138,12 @@ def find_circuit(
 
     Args:
         target: loss that the circuit must reach alone, binary cross-entropy in nats.
-        journal: keeps the search, so that it can be continued after an interruption.
+        journal: keeps the searches, so that they can be continued after an interruption.
         edges: prune single edges too.
-        with_control: repeat the search with random labels.
+        controls: number of nonsense answers for which the search is repeated; if there are any, so
+            it is for swapped labels and permuted weights.
+        corpus: int64 `(rows, context)`, for the means of the model with permuted weights; None
+            leaves it out.
         progress: keeps the time, by default that of the budget.
 
     Raises:
@@ -113,100 +155,152 @@ def find_circuit(
     began = time.monotonic()
     task.logit_diffs(task.fit)
     seconds = (time.monotonic() - began) / len(task.fit)
-    affordable = _VALIDATION * progress.left / (_PASSES * seconds)
+    draws = len(task.draws.unique())
+    affordable = _VALIDATION * progress.left / (_PASSES * seconds * draws)
     pairs = max(_LEAST_PAIRS, int(min(affordable, len(task.test))))
-    progress.reserved = _PASSES * seconds * pairs
-    training = _STEP_PASSES * budget.steps * budget.pairs * seconds  # of one mask
+    progress.reserved = _PASSES * seconds * min(draws * pairs, len(task.test))
+    tries = list(control_tasks(task, controls, corpus, seed))
+    share = _SEARCHES / (1 + len(tries))
+    timed = MaskConfig(steps=_TIMED, pairs=budget.pairs)
+    began = time.monotonic()
+    train_mask(NodeMasks(task), timed, seed=seed)
+    step = (time.monotonic() - began) / _TIMED
+    budget = budget.within(_MASKS * share * (progress.left - progress.reserved), step)
     fit_target = _FIT_SHARE * target
-    with progress.step("search", _SEARCH):
-        key = _key(task, target, budget, seed)
-        # Few trials with many steps are better than many with few.
-        trials = max(1, int(min(progress.left / training, budget.trials)))
-        budget = replace(budget, trials=trials)
-        candidates = search(
-            task, fit_target, budget, key=key, journal=journal, seed=seed, progress=progress
-        )
-    smallest = candidates[0].nodes
-    with progress.step("prune nodes", _NODES):
-        subgraph, config = prune_nodes(task, candidates, fit_target, progress)
-    by_nodes = size_of(task, subgraph)
-    sizes = {"cut": Size(smallest.nodes, smallest.edges), "nodes": by_nodes}
-    if edges:
-        with progress.step("prune edges", _EDGES):
-            subgraph = prune_edges(task, subgraph, fit_target, budget, seed, progress)
-        sizes["edges"] = size_of(task, subgraph)
+
+    def find(asked: TaskLoss, name: str) -> Pruned:
+        key = _key(asked, target, budget, seed, name)
+        return _find(asked, fit_target, budget, key, journal, edges, seed, progress)
+
+    with progress.step("search", share):
+        found = find(task, "")
+    subgraph, order = found.subgraph, found.candidate.order
     calibration = calibrate(*task.logit_diffs(task.fit, subgraph))
-    with progress.step("validate", _EDGES):
-        validation = validate(task, subgraph, calibration, target, pairs=pairs, seed=seed)
+    with progress.step("validate", share):
+        validation = validate(task, subgraph, target, pairs=pairs, seed=seed)
     progress.reserved = 0.0
-    if with_control:
-        with progress.step("control", _CONTROL):
-            limit = CONTROL_FACTOR * by_nodes.edges
-            tried = control(
-                task, limit, config, target, seconds=training, seed=seed, progress=progress
-            )
-            validation = replace(validation, control=tried)
+    ran: list[Control] = []
+    with progress.step("controls", _SEARCHES):
+        for number, (name, asked) in enumerate(tries):
+            if progress.left < 0:
+                break
+            with progress.part(number / len(tries), (number + 1) / len(tries)):
+                ran.append(_control(name, asked, find(asked, name), fit_target))
+    validation = replace(validation, controls=tuple(ran))
+    curve: list[CurvePoint | None] = []
     with progress.step("size curve", _CURVE):
-        curve = _curve(task, candidates[0].config, seed, progress)
+        for loss in CURVE:
+            point = order.threshold(loss, progress)
+            reached = point.loss <= loss
+            curve.append(CurvePoint(loss, point.nodes, point.edges) if reached else None)
+        faithful = _faithfulness(task, order) if progress.left >= 0 else None
     return FoundCircuit(
-        subgraph, calibration, config, sizes, validation, curve, dict(progress.laps)
+        subgraph,
+        calibration,
+        found.candidate.config,
+        found.sizes,
+        validation,
+        curve,
+        faithful,
+        dict(progress.laps),
     )
 
 
-def prune_nodes(
-    task: TaskLoss, candidates: Sequence[Candidate], target: float, progress: Progress
-) -> tuple[Subgraph, MaskConfig]:
-    """Removes single nodes of each candidate; the smallest result, and how its mask was trained."""
-    found = []
-    for number, candidate in enumerate(candidates):
-        with progress.part(number / len(candidates), (number + 1) / len(candidates)):
-            whole = Subgraph(candidate.nodes.keep)
-            pruned = greedy_prune(task, whole, target, edges=False, progress=progress)
-            found.append((pruned, candidate.config))
-    return min(found, key=lambda entry: task.size(entry[0]))
+def _find(
+    task: TaskLoss,
+    target: float,
+    budget: Budget,
+    key: str,
+    journal: Path | None,
+    edges: bool,
+    seed: int,
+    progress: Progress,
+) -> Pruned:
+    """Searches and prunes to the target, on the prompts for fitting."""
+    with progress.part(0.0, _MASKS):
+        candidates, complete = search(
+            task, target, budget, key=key, journal=journal, seed=seed, progress=progress
+        )
+    best = candidates[0]
+    sizes = {"cut": Size(best.nodes.nodes, best.nodes.edges)}
+    if best.nodes.loss > target:
+        return Pruned(Subgraph(best.nodes.keep), best, sizes, best.nodes.loss, complete)
+    with progress.part(_MASKS, 1.0):
+        found = []
+        for candidate in candidates:
+            if candidate.nodes.loss <= target:
+                whole = Subgraph(candidate.nodes.keep)
+                few = greedy_prune(
+                    task, whole, target, edges=False, singly=not edges, progress=progress
+                )
+                found.append((few, candidate))
+        subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
+        sizes["nodes"] = size_of(task, subgraph)
+        if edges:
+            subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
+            sizes["edges"] = size_of(task, subgraph)
+        complete = complete and progress.left >= 0
+    return Pruned(subgraph, best, sizes, task.calibrated_loss(subgraph), complete)
 
 
 def prune_edges(
     task: TaskLoss,
     subgraph: Subgraph,
+    candidate: Candidate,
     target: float,
     budget: Budget,
     seed: int,
     progress: Progress,
 ) -> Subgraph:
-    """Removes single edges of `subgraph` and of what masks on edges leave; the smallest result."""
-    with progress.part(0.0, 0.6):
-        starts = [subgraph, *_by_edge_masks(task, target, budget, seed, progress)]
-    found = []
-    for number, start in enumerate(starts):
-        with progress.part(
-            0.6 + 0.4 * number / len(starts), 0.6 + 0.4 * (number + 1) / len(starts)
-        ):
-            found.append(greedy_prune(task, start, target, progress=progress))
-    return min(found, key=task.size)
+    """Removes single edges of `subgraph` and of what a mask on edges leaves; the smaller result.
+
+    The mask is on the edges between more nodes of the candidate than are needed.
+    """
+    wide = candidate.order.threshold(_WIDE_SHARE * target, progress).keep
+    config = MaskConfig(
+        steps=budget.steps,
+        pairs=budget.pairs,
+        price=1e-3,
+        learning_rate=_EDGE_RATE,
+        aim=_EDGE_AIM * target,
+    )
+    mask = train_mask(EdgeMasks(task, wide), config, seed=seed)
+    by_mask = threshold_edges(task, wide, mask, target, progress)
+    starts = [subgraph] if by_mask is None else [subgraph, by_mask]
+    found = [greedy_prune(task, part, target, singly=False, progress=progress) for part in starts]
+    return greedy_prune(task, min(found, key=task.size), target, progress=progress)
 
 
-def _by_edge_masks(
-    task: TaskLoss, target: float, budget: Budget, seed: int, progress: Progress
-) -> Iterator[Subgraph]:
-    """Subgraphs that reach the target, by masks on the edges between more nodes than are needed."""
-    wide = MaskConfig(steps=budget.steps, pairs=budget.pairs, price=3e-4, learning_rate=3e-2)
-    parts = 1 + len(_EDGE_RATES)
-    with progress.part(0.0, 1 / parts):
-        (mask,), _ = train_masks(NodeMasks(task), [wide], seed=seed, progress=progress)
-    keep = threshold_nodes(task, mask, _WIDE_SHARE * target, progress).keep
-    for number, rate in enumerate(_EDGE_RATES, 1):
-        config = replace(wide, price=1e-3, learning_rate=rate, aim=_EDGE_AIM * target)
-        with progress.part(number / parts, (number + 1) / parts):
-            (mask,), _ = train_masks(EdgeMasks(task, keep), [config], seed=seed, progress=progress)
-            found = threshold_edges(task, keep, mask, target, progress)
-        if found is not None:
-            yield found
+def _faithfulness(task: TaskLoss, order: NodeOrder) -> Faithfulness:
+    total, guess = len(task.edges.source), math.log(2)
+    known = guess - order.loss(len(order.order))
+    points = [(0.0, 0.0)]
+    for share in _SHARES:
+        # The most nodes that have no more edges than this.
+        count = bisect.bisect(
+            range(len(order.order)),
+            share * total,
+            key=lambda nodes: task.edges.count(order.keep(nodes + 1)),
+        )
+        edges = task.edges.count(order.keep(count))
+        points.append((edges / total, (guess - order.loss(count)) / known))
+    shares, values = torch.tensor(points).unbind(1)
+    cpr, cmd = (torch.trapezoid(heights, shares) for heights in (values, (1 - values).abs()))
+    return Faithfulness(points, float(cpr), float(cmd))
 
 
-def size_of(task: TaskLoss, subgraph: Subgraph) -> Size:
-    """How many nodes and edges it has."""
-    return Size(int(subgraph.keep.sum()), task.size(subgraph))
+def _control(name: str, asked: TaskLoss, found: Pruned, target: float) -> Control:
+    diffs = asked.logit_diffs(asked.fit)
+    nodes, edges = list(found.sizes.values())[-1]
+    return Control(
+        name=name,
+        model_loss=score(*diffs, calibrate(*diffs)).loss,
+        loss=found.loss,
+        nodes=nodes,
+        edges=edges,
+        reached=found.loss <= target,
+        complete=found.complete,
+    )
 
 
 def need_reachable(task: TaskLoss, target: float) -> TaskScore:
@@ -226,25 +320,10 @@ def need_reachable(task: TaskLoss, target: float) -> TaskScore:
     return found
 
 
-def _curve(
-    task: TaskLoss, config: MaskConfig, seed: int, progress: Progress
-) -> list[CurvePoint | None]:
-    """Sizes at other targets, all from one mask."""
-    with progress.part(0.0, 0.7):
-        (mask,), _ = train_masks(NodeMasks(task), [config], seed=seed, progress=progress)
-    points: list[CurvePoint | None] = []
-    for target in CURVE:
-        found = threshold_nodes(task, mask, target, progress)
-        reached = found.loss <= target
-        points.append(CurvePoint(target, found.nodes, found.edges) if reached else None)
-    return points
-
-
-def _key(task: TaskLoss, target: float, budget: Budget, seed: int) -> str:
+def _key(task: TaskLoss, target: float, budget: Budget, seed: int, name: str) -> str:
     """Of everything that a trial depends on."""
-    digest = hashlib.sha256(
-        repr((task.task.name, target, budget.steps, budget.pairs, seed)).encode()
-    )
+    asked = (task.task.name, name, target, budget.steps, budget.pairs, seed, task.pruned_under)
+    digest = hashlib.sha256(repr(asked).encode())
     digest.update(fingerprint(task.model).encode())
     digest.update(repr([pair.positive.text for pair in task.train + task.fit]).encode())
     return f"{task.task.name}-{digest.hexdigest()[:16]}"

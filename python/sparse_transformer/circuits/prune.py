@@ -1,14 +1,16 @@
 """From a trained mask to the subgraph that a task needs.
 
-`threshold_nodes` and `threshold_edges` keep as few of the highest values of a mask as the target
-loss allows, as published. `greedy_prune` goes further than the paper: it removes single nodes and
-single edges while the loss stays below the target.
+`NodeOrder.threshold` and `threshold_edges` keep as few of the highest values of a mask as the
+target loss allows, as published. `greedy_prune` goes further than the paper: it removes single
+nodes and single edges while the loss stays below the target. All of them keep only what lies on a
+path from a token to an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +19,27 @@ from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
-# Above so many candidates their effects are estimated from gradients, not measured one by one.
-_MOST_MEASURED = 64
+# Up to so many candidates are tried one by one in the end.
+_MOST_TRIED = 128
+# What has this multiple of the target on the probe is not tried on all prompts.
+_HOPELESS = 2.0
+
+
+class Size(NamedTuple):
+    """Of a circuit."""
+
+    nodes: int
+    edges: int
+
+
+def size_of(task: TaskLoss, subgraph: Subgraph) -> Size:
+    """How many nodes and edges it has."""
+    return Size(int(subgraph.keep.sum()), task.size(subgraph))
 
 
 @dataclass(frozen=True)
 class Thresholded:
-    """The nodes with the highest mask that are enough.
+    """The nodes with the highest mask that are enough, without dead ends.
 
     Attributes:
         keep: bool `(total,)`.
@@ -37,33 +53,52 @@ class Thresholded:
     loss: float
 
 
-def threshold_nodes(
-    task: TaskLoss, mask: Tensor, target: float, progress: Progress | None = None
-) -> Thresholded:
-    """Bisects the number of nodes, those with the highest mask first, to the target loss.
+class NodeOrder:
+    """The nodes in the order of a mask, and the losses of its first so many.
 
-    Bisection assumes that the loss falls with the number of nodes; where it does not, the result
-    still reaches the target, but a smaller one may exist.
+    Args:
+        order: int64 `(total,)`, the most needed node first.
+        chosen: how many of them the training kept.
     """
-    order = mask.argsort(descending=True, stable=True)
-    total = len(mask)
-    losses: dict[int, float] = {}
 
-    def keep(count: int) -> Tensor:
-        nodes = torch.zeros(total, dtype=torch.bool)
-        nodes[order[:count]] = True
-        return nodes
+    def __init__(self, task: TaskLoss, order: Tensor, chosen: int) -> None:
+        self.order, self.chosen = order, chosen
+        self._task = task
+        self._losses: dict[int, float] = {}
 
-    def enough(count: int) -> bool:
-        losses[count] = task.calibrated_loss(Subgraph(keep(count)))
-        return losses[count] <= target
+    @classmethod
+    def of(cls, task: TaskLoss, mask: Tensor) -> NodeOrder:
+        """That of a trained mask."""
+        return cls(task, mask.argsort(descending=True, stable=True), int((mask > 0).sum()))
 
-    # From the number that training chose upwards, as all of them may be far too many to need.
-    low, high = 0, max(1, int((mask > 0).sum()))
-    while not enough(high) and high < total:
-        low, high = high, min(total, 2 * high)
-    high = _bisect(enough, low, high, coarse=100, progress=progress)
-    return Thresholded(keep(high), high, task.edges.count(keep(high)), losses[high])
+    def keep(self, count: int) -> Tensor:
+        """bool `(total,)`: the first `count`, without dead ends."""
+        nodes = torch.zeros(len(self.order), dtype=torch.bool)
+        nodes[self.order[:count]] = True
+        return on_paths(self._task, Subgraph(nodes)).keep
+
+    def loss(self, count: int) -> float:
+        """Calibrated, on the prompts for fitting."""
+        if count not in self._losses:
+            self._losses[count] = self._task.calibrated_loss(Subgraph(self.keep(count)))
+        return self._losses[count]
+
+    def threshold(self, target: float, progress: Progress | None = None) -> Thresholded:
+        """Bisects the number of nodes to the target loss.
+
+        Bisection assumes that the loss falls with the number of nodes; where it does not, the
+        result still reaches the target, but a smaller one may exist.
+        """
+        # From the number that training chose upwards, as all of them may be far too many to need.
+        low, high, total = 0, max(1, self.chosen), len(self.order)
+        while self.loss(high) > target and high < total:
+            low, high = high, min(total, 2 * high)
+        if self.loss(high) <= target:
+            high = _bisect(
+                lambda count: self.loss(count) <= target, low, high, coarse=100, progress=progress
+            )
+        keep = self.keep(high)
+        return Thresholded(keep, int(keep.sum()), self._task.edges.count(keep), self.loss(high))
 
 
 def threshold_edges(
@@ -79,7 +114,7 @@ def threshold_edges(
         mask: of these edges, in their order.
 
     Returns:
-        The subgraph without nodes that have no edge; None if all edges are too few.
+        The subgraph without dead ends; None if all edges are too few.
     """
     between = task.edges.between(keep)
     order = between.nonzero().squeeze(1)[mask.argsort(descending=True, stable=True)]
@@ -87,7 +122,7 @@ def threshold_edges(
     def of(count: int) -> Subgraph:
         removed = between.clone()
         removed[order[:count]] = False
-        return Subgraph(keep, removed)
+        return on_paths(task, Subgraph(keep, removed))
 
     def enough(count: int) -> bool:
         return task.calibrated_loss(of(count)) <= target
@@ -100,7 +135,7 @@ def threshold_edges(
         high = chosen
     else:
         low = chosen
-    return drop_isolated_nodes(task, of(_bisect(enough, low, high, progress=progress)))
+    return of(_bisect(enough, low, high, progress=progress))
 
 
 def _bisect(
@@ -123,13 +158,62 @@ def _bisect(
     return high
 
 
-def drop_isolated_nodes(task: TaskLoss, subgraph: Subgraph) -> Subgraph:
-    """The same edges, without the nodes that have none."""
-    present = task.present_edges(subgraph)
-    keep = torch.zeros_like(subgraph.keep)
-    keep[task.edges.source[present]] = True
-    keep[task.edges.target[present]] = True
-    return Subgraph(keep, ~present & task.edges.between(keep))
+@torch.no_grad()
+def on_paths(task: TaskLoss, subgraph: Subgraph) -> Subgraph:
+    """The subgraph without dead ends: each node lies on a path from a token to an answer.
+
+    A path leads from the embedding of a token of the prompts (or from a position) along edges, from
+    a write to a later read of the same channel, from q and k channels to the v channels of their
+    head, and from a write to the unembedding of an answer.
+    """
+    nodes, keep = task.nodes, subgraph.keep
+    present = task.edges.split(task.present_edges(subgraph))
+    edges = {
+        matrix.module.removeprefix("blocks."): (matrix.source[there], matrix.target[there])
+        for matrix, there in zip(task.edges.matrices, present, strict=True)
+    }
+    from_tokens, to_answers = task.ends()
+    D = len(from_tokens)
+    reached, needed = torch.zeros_like(keep), torch.zeros_like(keep)
+    of = {True: nodes.split(reached), False: nodes.split(needed)}  # views
+    kept = nodes.split(keep)
+
+    def attend(parts: dict[str, Tensor], layer: int, sources: str, targets: str) -> None:
+        heads = torch.stack([parts[f"{layer}.attn.{name}"] for name in sources])
+        heads = heads.view(len(sources), -1, nodes.d_head).any(2).any(0)
+        for name in targets:
+            place = f"{layer}.attn.{name}"
+            parts[place] |= kept[place] & heads.repeat_interleave(nodes.d_head)
+
+    sublayers = [
+        (layer, *names)
+        for layer in range(task.model.config.n_layer)
+        for names in (("attn", "qkv", "out"), ("mlp", "up", "down"))
+    ]
+    stream, parts = from_tokens.clone(), of[True]
+    for layer, part, first, second in sublayers:
+        read, write = f"{layer}.{part}.act_in", f"{layer}.{part}.resid_delta"
+        parts[read] |= kept[read]
+        parts[read][:D] &= stream
+        source, target = edges[f"{layer}.{part}.{first}"]
+        reached[target[reached[source]]] = True
+        if part == "attn":
+            attend(parts, layer, "qk", "v")
+        source, target = edges[f"{layer}.{part}.{second}"]
+        reached[target[reached[source]]] = True
+        stream |= parts[write]
+    stream, parts = to_answers.clone(), of[False]
+    for layer, part, first, second in reversed(sublayers):
+        read, write = f"{layer}.{part}.act_in", f"{layer}.{part}.resid_delta"
+        parts[write] |= kept[write] & stream
+        source, target = edges[f"{layer}.{part}.{second}"]
+        needed[source[needed[target]]] = True
+        if part == "attn":
+            attend(parts, layer, "v", "qk")
+        source, target = edges[f"{layer}.{part}.{first}"]
+        needed[source[needed[target]]] = True
+        stream |= parts[read][:D]
+    return replace(subgraph, keep=reached & needed)
 
 
 def greedy_prune(
@@ -138,96 +222,101 @@ def greedy_prune(
     target: float,
     *,
     edges: bool = True,
+    singly: bool = True,
     progress: Progress | None = None,
 ) -> Subgraph:
-    """Removes nodes, then edges, then both again, until nothing can go or the time is over.
+    """Removes nodes and edges until nothing can go or the time is over.
 
-    In each round the rest is ordered by what its absence would cost: measured one by one if there
-    are few, estimated from gradients if there are many. Bisection finds the largest number of the
-    cheapest that can go together.
+    The candidates are ordered by what their absence would cost, estimated from gradients; bisection
+    finds the largest number of the cheapest that can go together. When no more can, and few are
+    left, each is tried by itself, once: what could not go hardly can when others have gone.
 
     Args:
         subgraph: reaches the target.
         target: calibrated loss on the prompts for fitting.
         edges: remove single edges too.
+        singly: try each in the end.
     """
     progress = progress or Progress()
-    if subgraph.removed is None:
+    kinds = (_Nodes, _Edges) if edges else (_Nodes,)
+    if edges and subgraph.removed is None:
         subgraph = replace(subgraph, removed=torch.zeros(len(task.edges.source), dtype=torch.bool))
-    changed = True
-    while changed:
-        changed = False
-        for shrink in (_fewer_nodes, _fewer_edges) if edges else (_fewer_nodes,):
-            if progress.left < 0:
-                return subgraph
-            smaller = shrink(task, subgraph, target, progress)
-            if smaller is not None:
-                subgraph, changed = smaller, True
-            progress.advance(0.0, nodes=int(subgraph.keep.sum()), edges=task.size(subgraph))
-    return subgraph
+    before = None
+    while (size := size_of(task, subgraph)) != before and progress.left >= 0:
+        before = size
+        for kind in kinds:
+            subgraph = _many(kind(task, subgraph), target, progress)
+        progress.advance(0.0, nodes=size.nodes, edges=size.edges)
+    return _one_by_one(kinds[-1](task, subgraph), target, progress) if singly else subgraph
 
 
-def _fewer_nodes(
-    task: TaskLoss, subgraph: Subgraph, target: float, progress: Progress
-) -> Subgraph | None:
-    kept = subgraph.keep.nonzero().squeeze(1)
+class _Nodes:
+    """The nodes of a subgraph as candidates for removal."""
 
-    def without(nodes: Tensor) -> Subgraph:
-        keep = subgraph.keep.clone()
-        keep[nodes] = False
-        return replace(subgraph, keep=keep)
+    def __init__(self, task: TaskLoss, subgraph: Subgraph) -> None:
+        self.task, self.subgraph = task, subgraph
 
-    return _fewer(task, kept, without, lambda: node_effects(task, subgraph)[kept], target, progress)
+    def ordered(self) -> Tensor:
+        """Those that are left, the cheapest first."""
+        left = self.subgraph.keep.nonzero().squeeze(1)
+        return left[node_effects(self.task, self.subgraph)[left].argsort(stable=True)]
+
+    def without(self, gone: Tensor) -> Subgraph:
+        """The subgraph without these, and without the dead ends that they leave."""
+        keep = self.subgraph.keep.clone()
+        keep[gone] = False
+        return on_paths(self.task, replace(self.subgraph, keep=keep))
 
 
-def _fewer_edges(
-    task: TaskLoss, subgraph: Subgraph, target: float, progress: Progress
-) -> Subgraph | None:
-    present = task.present_edges(subgraph).nonzero().squeeze(1)
+class _Edges(_Nodes):
+    """Its edges."""
 
-    def without(gone: Tensor) -> Subgraph:
-        assert subgraph.removed is not None
-        removed = subgraph.removed.clone()
+    def ordered(self) -> Tensor:
+        left = self.task.present_edges(self.subgraph).nonzero().squeeze(1)
+        return left[edge_effects(self.task, self.subgraph)[left].argsort(stable=True)]
+
+    def without(self, gone: Tensor) -> Subgraph:
+        assert self.subgraph.removed is not None
+        removed = self.subgraph.removed.clone()
         removed[gone] = True
-        return replace(subgraph, removed=removed)
-
-    def estimate() -> Tensor:
-        return edge_effects(task, subgraph)[present]
-
-    return _fewer(task, present, without, estimate, target, progress)
+        return on_paths(self.task, replace(self.subgraph, removed=removed))
 
 
-def _fewer(
-    task: TaskLoss,
-    candidates: Tensor,
-    without: Callable[[Tensor], Subgraph],
-    estimate: Callable[[], Tensor],
-    target: float,
-    progress: Progress,
-) -> Subgraph | None:
-    """The subgraph without as many candidates as the target allows; None if none can go."""
-    if len(candidates) == 0:
-        return None
-    if len(candidates) <= _MOST_MEASURED:
-        # The order may come from fewer prompts; what goes is decided on all.
-        probe = task.probe()
-        measured = []
-        for one in candidates.unsqueeze(1):
-            if progress.left < 0:
-                return None
-            measured.append(task.calibrated_loss(without(one), probe))
-        costs = torch.tensor(measured)
-    else:
-        costs = estimate()
-    ordered = candidates[costs.argsort(stable=True)]
-    best, low, high = None, 0, len(candidates) + 1
+def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
+    """Without as many of the cheapest candidates as the target allows together."""
+    ordered = candidates.ordered()
+    best, low, high = candidates.subgraph, 0, len(ordered) + 1
     # Bisection, though the loss need not rise: each result that counts has been measured.
     while high - low > 1 and progress.left >= 0:
         # Large steps fail more often than not.
         middle = low + max(1, (high - low) // 3)
-        smaller = without(ordered[:middle])
-        if task.calibrated_loss(smaller) <= target:
+        smaller = candidates.without(ordered[:middle])
+        if _fits(candidates.task, smaller, target):
             best, low = smaller, middle
         else:
             high = middle
     return best
+
+
+def _one_by_one(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
+    """Without each candidate that the target allows to go after those before it."""
+    task = candidates.task
+    ordered = candidates.ordered()
+    if len(ordered) > _MOST_TRIED:
+        return candidates.subgraph
+    for one in ordered.unsqueeze(1):
+        if progress.left < 0:
+            break
+        smaller = candidates.without(one)
+        if size_of(task, smaller) == size_of(task, candidates.subgraph):
+            continue  # it went with one before it
+        if _fits(task, smaller, target):
+            candidates.subgraph = smaller
+    return candidates.subgraph
+
+
+def _fits(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
+    """Whether it reaches the target; what is far from it on a few prompts is not tried on all."""
+    if task.calibrated_loss(subgraph, task.probe()) > _HOPELESS * target:
+        return False
+    return task.calibrated_loss(subgraph) <= target

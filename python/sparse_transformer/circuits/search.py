@@ -1,15 +1,15 @@
 """Search for the hyperparameters that give the smallest circuit: Optuna, within a budget.
 
-Masks of several trials are trained in the same forwards. Trials are kept in a journal file, nodes
-included, so that an interrupted search can continue.
+A trial is ended where its mask keeps more nodes than the median of those before it at that step.
+Trials are kept in a journal file, with the order of their nodes, so that an interrupted search can
+continue.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
@@ -17,24 +17,31 @@ import torch
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from torch import Tensor
 
 from sparse_transformer.circuits.budget import Budget, Progress
-from sparse_transformer.circuits.masks import MaskConfig, NodeMasks, train_masks
+from sparse_transformer.circuits.masks import MaskConfig, NodeMasks, train_mask
 from sparse_transformer.circuits.objective import TaskLoss
-from sparse_transformer.circuits.prune import Thresholded, threshold_nodes
+from sparse_transformer.circuits.prune import NodeOrder, Thresholded
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial that reached the target, or came nearest."""
+    """A trial that reached the target, or came nearest.
+
+    Attributes:
+        nodes: the fewest of `order` that reach the target.
+        order: the nodes by their mask.
+        config: how it was trained.
+    """
 
     nodes: Thresholded
+    order: NodeOrder
     config: MaskConfig
 
 
-# Share of a trial's time for training; the rest is for the threshold.
-_TRAINING = 0.75
-
+# Shares of a trial's steps after which it may be ended.
+_CHECKS = (0.5, 0.75)
 # To begin with. The published starting values (price 1e-4, learning rate 3e-3) suit far longer
 # trainings. Where `follow` is true the price follows the loss, see `MaskConfig.aim`.
 _GUESSES = tuple(
@@ -47,10 +54,10 @@ _GUESSES = tuple(
         "weight_decay": 1e-3,
     }
     for follow, price, rate in (
-        (True, 1e-3, 3e-2),
-        (False, 3e-4, 3e-2),
-        (True, 1e-3, 6e-2),
         (False, 1e-2, 3e-2),
+        (True, 1e-3, 3e-2),
+        (True, 1e-3, 6e-2),
+        (False, 3e-4, 3e-2),
     )
 )
 
@@ -64,8 +71,8 @@ def search(
     journal: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[Candidate]:
-    """Candidates, the smallest first.
+) -> tuple[list[Candidate], bool]:
+    """Candidates, the smallest first, and whether there was time for all trials.
 
     Args:
         target: loss on the prompts for fitting, calibrated.
@@ -80,36 +87,62 @@ def search(
         storage=storage,
         study_name=key,
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True),
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(_GUESSES)),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_min_trials=1),
     )
     if not study.trials:
         for guess in _GUESSES:
             study.enqueue_trial(guess)
     progress = progress or Progress()
-    batches = -(-(budget.trials - _done(study)) // budget.together)
-    for batch in range(batches):
-        if _done(study) and progress.left <= 0:
-            break
-        with progress.part(batch / batches, (batch + 1) / batches):
-            count = min(budget.trials - _done(study), budget.together)
-            trials = [study.ask() for _ in range(count)]
-            configs = [_suggest(trial, budget, target) for trial in trials]
-            # Trial numbers continue after an interruption, and so do the batches that are drawn.
-            with progress.part(0.0, _TRAINING):
-                masks, _ = train_masks(
-                    NodeMasks(task), configs, seed=seed + trials[0].number, progress=progress
+    while (done := _done(study)) < budget.trials and (not done or progress.left > 0):
+        with progress.part(done / budget.trials, (done + 1) / budget.trials):
+            trial = study.ask()
+            config = _suggest(trial, budget, target)
+            try:
+                # Trial numbers continue after an interruption, and so do the batches.
+                mask = train_mask(
+                    NodeMasks(task),
+                    config,
+                    seed=seed + trial.number,
+                    progress=progress,
+                    watch=_Watch(trial, target),
                 )
-            for trial, config, mask in zip(trials, configs, masks, strict=True):
-                found = threshold_nodes(task, mask, target, progress)
-                trial.set_user_attr("config", asdict(config))
-                trial.set_user_attr("nodes", json.dumps(found.keep.nonzero().squeeze(1).tolist()))
-                trial.set_user_attr("loss", found.loss)
-                trial.set_user_attr("edges", found.edges)
-                study.tell(trial, _value(task, found, target))
-        progress.advance(0.0, trials=_done(study), edges=_edges(study.best_trial))
+            except optuna.TrialPruned:
+                study.tell(trial, state=TrialState.PRUNED)
+                continue
+            order = NodeOrder.of(task, mask)
+            found = order.threshold(target, progress)
+            trial.set_user_attr("config", asdict(config))
+            trial.set_user_attr("order", json.dumps(order.order.tolist()))
+            trial.set_user_attr("chosen", order.chosen)
+            trial.set_user_attr("nodes", json.dumps(found.keep.nonzero().squeeze(1).tolist()))
+            trial.set_user_attr("loss", found.loss)
+            study.tell(trial, _value(task, found, target))
+        progress.advance(0.0, trials=_done(study), edges=found.edges)
     complete = study.get_trials(states=[TrialState.COMPLETE])
     complete.sort(key=lambda trial: (trial.value, trial.number))
-    return [_candidate(task, trial) for trial in _distinct(complete)[: budget.finalists]]
+    distinct = {trial.user_attrs["nodes"]: trial for trial in reversed(complete)}
+    best = list(distinct.values())[::-1][: budget.finalists]
+    return [_candidate(task, trial) for trial in best], done == budget.trials
+
+
+class _Watch:
+    """Reports to a trial how many nodes its mask keeps, and ends it if that is too many.
+
+    A loss above the target counts as more nodes.
+    """
+
+    def __init__(self, trial: Trial, target: float) -> None:
+        self._trial, self._target, self._reported = trial, target, 0
+
+    def __call__(self, done: float, loss: float, mask: Tensor) -> None:
+        if self._reported == len(_CHECKS) or done < _CHECKS[self._reported]:
+            return
+        kept = math.log(1 + int((mask > 0).sum()))
+        self._trial.report(kept * max(1.0, loss / self._target), self._reported)
+        self._reported += 1
+        if self._trial.should_prune():
+            raise optuna.TrialPruned
 
 
 def _suggest(trial: Trial, budget: Budget, target: float) -> MaskConfig:
@@ -133,23 +166,14 @@ def _value(task: TaskLoss, found: Thresholded, target: float) -> float:
 
 
 def _done(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-
-
-def _edges(trial: FrozenTrial) -> int:
-    edges = trial.user_attrs["edges"]
-    assert isinstance(edges, int)
-    return edges
-
-
-def _distinct(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Those whose nodes are not the ones of an earlier one."""
-    return list({trial.user_attrs["nodes"]: trial for trial in reversed(trials)}.values())[::-1]
+    states = [TrialState.COMPLETE, TrialState.PRUNED]
+    return len(study.get_trials(deepcopy=False, states=states))
 
 
 def _candidate(task: TaskLoss, trial: FrozenTrial) -> Candidate:
+    known = trial.user_attrs
     keep = torch.zeros(task.nodes.total, dtype=torch.bool)
-    keep[torch.tensor(json.loads(trial.user_attrs["nodes"]), dtype=torch.int64)] = True
-    loss = trial.user_attrs["loss"]
-    found = Thresholded(keep, int(keep.sum()), _edges(trial), loss)
-    return Candidate(found, replace(MaskConfig(), **trial.user_attrs["config"]))
+    keep[torch.tensor(json.loads(known["nodes"]), dtype=torch.int64)] = True
+    found = Thresholded(keep, int(keep.sum()), task.edges.count(keep), known["loss"])
+    order = NodeOrder(task, torch.tensor(json.loads(known["order"])), known["chosen"])
+    return Candidate(found, order, MaskConfig(**known["config"]))

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparse_transformer.circuits.circuit import Ablated, Circuit, Control, Validation
+from sparse_transformer.circuits.circuit import CONTROL_RATIO, Ablated, Circuit, Validation
 from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
-_ABLATIONS = {"mean": "at its mean", "zero": "at zero", "resample": "from another prompt"}
+_ABLATIONS = {
+    "mean": "at its mean",
+    "zero": "at zero",
+    "resample": "from another prompt",
+    "pair": "from the pair's other prompt",
+}
+# Rows of other kinds.
+_CIRCUIT = {
+    "random": "circuit, a random part of the rest at its mean",
+    "adversarial": "circuit, the worst part of the rest at its mean",
+    "edges": "circuit, all other edges at their mean",
+}
+_WITHOUT = {"edges": "whole model, the circuit's edges at their mean"}
 _FACTS = {
     "linear": "linear layers",
     "n_layer": "depth",
@@ -17,7 +29,7 @@ _FACTS = {
     "l0": "L0",
     "edges": "edges of its blocks",
 }
-COLUMNS = ("loss", "loss with the best scale and shift", "correct answers")
+COLUMNS = ("loss", "95% interval", "correct answers")
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Summary:
     Attributes:
         task, description: of the circuit.
         model, size: a line each.
-        verdicts: whether it is sufficient and necessary, and what the control says.
+        verdicts: whether it is sufficient, necessary and robust, and what the controls say.
         rows: of the table of losses: name, and a value for each of `COLUMNS`.
         note: what the losses are.
     """
@@ -68,19 +80,33 @@ def summarize(circuit: Circuit) -> Summary:
         return heading
     return replace(
         heading,
-        verdicts=tuple(_verdicts(found, circuit.target_loss)),
-        rows=tuple(_rows(found)),
-        note=f"On {found.pairs} held-out pairs of prompts. The loss is binary cross-entropy over "
-        "the two answers, in nats; guessing has 0.693.",
+        verdicts=tuple(verdicts(found, circuit.target_loss)),
+        rows=tuple(rows(found)),
+        note=note(found),
     )
 
 
-def _rows(found: Validation) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield "whole model", _values(Ablated(found.model_loss, found.model_accuracy))
+def note(found: Validation) -> str:
+    """What the losses are."""
+    return (
+        f"On {found.pairs} held-out pairs of prompts in {found.draws} draws. The loss is binary "
+        "cross-entropy over the two answers, in nats, with the best scale and shift of the logits "
+        "for other prompts; guessing has 0.693."
+    )
+
+
+def rows(found: Validation) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name, and a value for each of `COLUMNS`."""
+    yield "whole model", _values(found.model)
     for name, value in found.circuit.items():
-        yield f"circuit alone, the rest {_ablation(name)}", _values(value)
+        yield _CIRCUIT.get(name, f"circuit alone, the rest {_ablation(name)}"), _values(value)
     for name, value in found.without.items():
-        yield f"without the circuit, which is {_ablation(name)}", _values(value)
+        label = f"without the circuit, which is {_ablation(name)}"
+        yield _WITHOUT.get(name, label), _values(value)
+    for control in found.controls:
+        edges = _count(control.edges, "edge") if control.reached else "target not reached"
+        cut = "" if control.complete else "cut short"
+        yield f"control: {words.visible(control.name)}", (words.fact(control.loss), edges, cut)
 
 
 def _ablation(name: str) -> str:
@@ -88,50 +114,71 @@ def _ablation(name: str) -> str:
 
 
 def _values(found: Ablated) -> tuple[str, ...]:
-    best = found.recalibrated_loss
-    return words.fact(found.loss), words.fact(best), f"{found.accuracy:.1%}"
+    return words.fact(found.loss), _interval(found), f"{found.accuracy:.1%}"
 
 
-def _verdicts(found: Validation, target: float) -> Iterator[Verdict]:
-    alone = words.fact(found.circuit["mean"].loss)
-    if found.sufficient:
-        yield Verdict(f"Sufficient: the circuit alone reaches the target, with loss {alone}.", True)
-    else:
-        yield Verdict(
-            f"Not sufficient: the circuit alone has loss {alone}, above the target of "
-            f"{words.fact(target)}.",
-            False,
-        )
-    lost = found.without["mean"]
-    loss = f"loss {words.fact(lost.loss)}"
-    if lost.recalibrated_loss is not None:
-        loss += f", {words.fact(lost.recalibrated_loss)} with the best scale and shift"
-    if found.necessary:
-        yield Verdict(f"Necessary: without the circuit the model fails ({loss}).", True)
-    else:
-        yield Verdict(
-            f"Not necessary: the model solves the task without the circuit ({loss}).", False
-        )
-    if found.control is not None:
-        yield _control(found.control)
+def _interval(found: Ablated) -> str:
+    return f"{words.fact(found.low)} to {words.fact(found.high)}"
 
 
-def _control(control: Control) -> Verdict:
-    """Random labels must not be explained as well."""
-    tried = (
-        f"with at most {control.limit} edges (lowest loss {words.fact(control.loss)}, "
-        f"{_count(control.nodes, 'node')}, {_count(control.edges, 'edge')})"
+def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
+    """What the intervals say, and the controls."""
+    yield _controls(found)
+    alone = f"the circuit alone has a loss of {_interval(found.circuit['mean'])}"
+    yield _verdict(
+        found.sufficient,
+        "Sufficient",
+        f"{alone}, within the target of {words.fact(target)}.",
+        f"{alone}, above the target of {words.fact(target)}.",
     )
-    if control.trained is not None:
-        tried += f", in {control.trained:.0%} of its training steps"
-    if control.passed:
-        return Verdict(
-            f"Control passed: with random labels the same search misses the target {tried}.", True
-        )
+    lost = " and ".join(
+        f"{_interval(found.without[name])} without its {part}"
+        for name, part in (("mean", "nodes"), ("edges", "edges"))
+    )
+    yield _verdict(
+        found.necessary,
+        "Necessary",
+        f"the model fails, with a loss of {lost}.",
+        f"the model still knows the answer, with a loss of {lost}.",
+    )
+    worst = max(
+        (found.circuit[name] for name in ("pair", "random", "adversarial")),
+        key=lambda ablated: ablated.high,
+    )
+    highest = "the highest loss under counterfactual, random and adversarial ablation is "
+    yield _verdict(
+        found.robust,
+        "Robust",
+        f"{highest}{_interval(worst)}.",
+        f"{highest}{_interval(worst)}, above twice the target.",
+    )
+
+
+def _verdict(holds: bool | None, name: str, good: str, bad: str) -> Verdict:
+    if holds is None:
+        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {bad}", False)
+    if holds:
+        return Verdict(f"{name}: {good}", True)
+    return Verdict(f"Not {name.lower()}: {bad}", False)
+
+
+def _controls(found: Validation) -> Verdict:
+    """The headline: edges for nonsense over edges for the task."""
+    count, reached = len(found.controls), sum(control.reached for control in found.controls)
+    if count == 0:
+        return Verdict("No control was run, so nobody knows what this circuit is worth.", False)
+    ratio = found.ratio
+    tried = f"{_count(count, 'control')} by the same search, of which {reached} reached the loss"
+    if ratio is not None:
+        said = f"Nonsense needs {ratio:.1f} times the edges of the task, at least ({tried})"
+    else:
+        said = f"Nonsense does not reach the loss of the task ({tried})"
+    if found.passed is None:
+        return Verdict(f"Undecided, as the clock ended a control early: {said}.", False)
+    if found.passed:
+        return Verdict(f"{said}.", True)
     return Verdict(
-        f"Control failed, so this circuit explains little: with random labels the same search "
-        f"reaches the target {tried}.",
-        False,
+        f"{said}: less than {CONTROL_RATIO:.0f}, so this circuit explains little.", False
     )
 
 
