@@ -47,13 +47,13 @@ def pytest_collection_modifyitems(items):
 def clean_state():
     """Uninitialised tensors are NaN (a forgotten store shows), and threads and seed are put back.
 
-    `torch.use_deterministic_algorithms` makes `torch.empty` fill its memory: NaN for floats, the
-    largest value for integers.
+    In the deterministic mode `torch.empty` fills its memory: NaN for floats, the largest value for
+    integers. `torch.use_deterministic_algorithms` would import the compiler for it, in seconds.
     """
     threads = torch.get_num_threads()
     rng = torch.get_rng_state()
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     torch.set_rng_state(rng)
     torch.set_num_threads(threads)

@@ -111,7 +111,7 @@ class TaskLoss:
         fit_pairs: int = 96,
         test_pairs: int = 128,
         test_seeds: int = 3,
-        max_tokens: int | None = 96,
+        max_tokens: int = 96,
         seed: int = 0,
         pruned_under: Sequence[str] = ("mean",),
     ) -> None:
