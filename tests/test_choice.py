@@ -50,7 +50,7 @@ def test_explain_takes_what_choose_takes_and_has_a_sentence_for_each_other(situa
         for name in backends.NAMES
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_BACKENDS", modules)
+        patch.setattr(backends, "BACKENDS", modules)
         explained = backends.explain(problem)
         try:
             chosen = backends.choose(problem)

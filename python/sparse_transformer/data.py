@@ -478,11 +478,12 @@ def _with_task_tokens(tokenizer: Tokenizer) -> Tokenizer:
     state = json.loads(tokenizer.to_str())
     vocab, merges = state["model"]["vocab"], state["model"]["merges"]
     missing = [token for token in TASK_TOKENS if token not in vocab]
-    for first, second in merges[len(merges) - len(missing) :]:
-        del vocab[first + second]
-    merges[len(merges) - len(missing) :] = [list(token) for token in missing]
-    for token in missing:
-        vocab[token] = len(vocab)
+    # No merge builds on one that is dropped: those after it are dropped, too, or are of two bytes.
+    others = [merge for merge in merges if "".join(merge) not in TASK_TOKENS]
+    for token, merge in zip(missing, others[len(others) - len(missing) :], strict=True):
+        vocab[token] = vocab.pop("".join(merge))
+        merges.remove(merge)
+    merges += [list(token) for token in missing]
     return Tokenizer.from_str(json.dumps(state))
 
 

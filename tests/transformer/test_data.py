@@ -134,6 +134,16 @@ def test_task_tokens_are_single(corpus):
     assert sorted(ids) == list(range(VOCAB))
 
 
+@pytest.mark.parametrize("learned", range(7))
+def test_task_tokens_are_single_where_some_are_the_rarest_that_were_learned(tmp_path, learned):
+    text = "a big " * 40 + "f(\"a\") g('b') " * 20
+    size = data.MIN_VOCAB_SIZE + learned
+    tokenizer = data.prepare(text + "\n", vocab_size=size, cache_dir=tmp_path).tokenizer
+    assert all(len(tokenizer.encode(token).ids) == 1 for token in data.TASK_TOKENS)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(size))
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
 def test_end_of_text_inside_a_file_is_ordinary_text(tmp_path):
     text = source_text(3, 60) + f'EOT = "{data.END_OF_TEXT}"\n' * 40
     corpus = data.prepare(text, vocab_size=VOCAB, cache_dir=tmp_path)

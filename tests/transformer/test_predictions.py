@@ -17,6 +17,7 @@ from benchmarks.experiments.predictions.__main__ import (
 from benchmarks.experiments.predictions.dose_response import dose_response as follow
 from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
 from sparse_transformer.circuits.circuit import Circuit, Node
+from sparse_transformer.tasks.template import Template
 
 NEURON, VALUE, DEPTH = "0.mlp.post_act:0", "1.attn.v:0", "1.attn.resid_delta:3"
 TRENDS = ["longer_list", "text_before", "open_brackets_before", "double_brackets_before"]
@@ -84,6 +85,19 @@ def quotes_by_averaging(tokenizer, **arguments):
     double, single = ids(tokenizer, '("', "('")
     arguments = {"lean": 0.002, **arguments}
     return averaging({double: 1, single: -1}, ids(tokenizer, '")', "')"), **arguments)
+
+
+@pytest.fixture
+def plain_quotes(monkeypatch):
+    """The task without distractors, which mislead a model that averages all quotes."""
+    template = Template(
+        text="<name> = <long><fact><noun> <noun2>",
+        facts=(('("', "('"),),
+        answers=('")', "')"),
+        indents=(0,),
+    )
+    task = tasks.Task(name="single_double_quote", description="Quotes.", draw=template)
+    monkeypatch.setattr(tasks, "get", {task.name: task}.__getitem__)
 
 
 class Reading(Transformer):
@@ -247,6 +261,7 @@ def test_the_node_of_the_depth_needs_a_cost_beyond_its_error(tokenizer):
 
 
 @pytest.mark.parametrize("nodes", [None, ((NEURON, "neuron"), (DEPTH, "write"))])
+@pytest.mark.usefixtures("plain_quotes")
 def test_one_node_holds_the_kind_of_quote(tokenizer, nodes):
     model = quotes_by_averaging(tokenizer)
     given = None if nodes is None else circuit("single_double_quote", *nodes)
@@ -263,6 +278,7 @@ def test_one_node_holds_the_kind_of_quote(tokenizer, nodes):
     assert trend.numbers["amount"] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("plain_quotes")
 def test_the_nodes_that_matter_are_tried_first(tokenizer, monkeypatch):
     monkeypatch.setattr(quotes, "_TRIED", 2)
     model = quotes_by_averaging(tokenizer)
@@ -272,6 +288,7 @@ def test_the_nodes_that_matter_are_tried_first(tokenizer, monkeypatch):
     assert set(found) == {NEURON, VALUE}
 
 
+@pytest.mark.usefixtures("plain_quotes")
 def test_a_node_that_flips_the_answer_whatever_it_is_set_to_does_not_hold_it(
     tokenizer, monkeypatch
 ):
@@ -288,6 +305,7 @@ def test_a_node_that_flips_the_answer_whatever_it_is_set_to_does_not_hold_it(
     assert not node.held
 
 
+@pytest.mark.usefixtures("plain_quotes")
 def test_many_nodes_that_hold_it_together_are_not_one(tokenizer):
     model = quotes_by_averaging(tokenizer, lean=0.0, copies=(3, 3))
     node, trend = single_double_quote(model, tokenizer, prompts=8)

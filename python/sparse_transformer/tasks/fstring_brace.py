@@ -16,23 +16,23 @@ TASK = Task(
     description="Close the brace if one is open in the f-string, else the string.",
     draw=Template(
         # Without a space before it, a name is the same token after a brace as without one.
-        text='<function>(f"<message><sign><fact><shown>',
+        text='<caller>(f"<message><sign><fact><shown>',
         facts=(("{", ""),),
         answers=("}", '")'),
         before=(
             (
                 '<name> = f"{<name2>}"',
                 "<name> = {<quoted>: <simple>}",
-                '<function>(f"<noun> {<name>}")',
+                '<caller>(f"<noun> {<name>}")',
                 "<call>",
             ),
         ),
         cut=(
-            ('<shown>}")', '<function>(f"<noun><sign><shown2>")'),
-            ('<shown>")', '<function>(f"<noun><sign>{<shown2>}")'),
+            ('<shown>}")', '<caller>(f"<noun><sign><shown2>")'),
+            ('<shown>")', '<caller>(f"<noun><sign>{<shown2>}")'),
         ),
         where={
-            "function": (
+            "caller": (
                 "print",
                 "print",
                 "raise <error>",
