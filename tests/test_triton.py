@@ -1,6 +1,6 @@
 """The Triton backend against dense PyTorch; without a GPU its kernels are interpreted.
 
-The launchers are reached through the registered ops, which take float16 on the CPU as well; the
+The launchers are reached through the registered ops, which here take float16 on the CPU, too; the
 public functions are held against dense PyTorch further down.
 """
 
@@ -27,7 +27,7 @@ from oracle import (
 from test_abs_topk import KINDS, draw, expected, same_bits
 
 import sparse_kernels as sk
-from sparse_kernels import ops, reference
+from sparse_kernels import checks, ops, reference
 from sparse_kernels import triton as backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -40,6 +40,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = [(16, 16), (16, 32), (32, 16), (32, 32), (64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def _half_precision_without_a_gpu(monkeypatch):
+    monkeypatch.setitem(checks.DTYPES, "cpu", checks.DTYPES["cuda"])
+
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_product = pytest.mark.parametrize("product", PRODUCTS)
