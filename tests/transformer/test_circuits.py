@@ -532,12 +532,16 @@ def test_controls_ask_other_things_of_the_same_prompts(task):
 
 @pytest.mark.slow
 def test_controls_fail_where_any_answer_can_be_read(task):
-    """A scale makes of the noise in the unembedding of other tokens as good an answer."""
-    found = find_circuit(task, 0.15, BUDGET, controls=2).validation
+    """A scale makes of the noise in the unembedding of other tokens as good an answer.
+
+    Not of all: where the noise has the other sign no positive scale helps.
+    """
+    found = find_circuit(task, 0.15, BUDGET, controls=4).validation
     assert [control.name for control in found.controls] == [
-        "answers 1", "answers 2", "labels swapped"
+        *(f"answers {number}" for number in range(1, 5)), "labels swapped"
     ]  # fmt: skip
-    assert found.controls[0].reached
+    assert any(control.reached for control in found.controls[:4])
+    assert not found.controls[4].reached
     assert found.ratio < 3
     assert found.passed is False
 
