@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "sparse_kernels"])
+context.set_forkserver_preload(["torch._dynamo", "sparse_kernels"])
 
 
 class Python:
