@@ -259,6 +259,14 @@ _library = torch.library.Library("sparse_kernels", "DEF")
 _KEYS = ("CPU", "CUDA", "MkldnnCPU", "SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA")
 
 
+def _refuse_derivative(name: str, *_: Any) -> None:
+    """The derivatives are those of the autograd Functions; an op by itself would drop them."""
+    raise RuntimeError(
+        f"torch.ops.sparse_kernels.{name} has no derivative by itself, as in an exported program: "
+        f"differentiate the layer that was exported"
+    )
+
+
 def _register(op: Op) -> OpOverload:
     """Defines one op. All devices share an implementation: the backend is an argument."""
     name = op.schema.partition("(")[0]
@@ -278,6 +286,8 @@ def _register(op: Op) -> OpOverload:
     for key in _KEYS:
         _library.impl(name, run, key)
     torch.library.register_fake(f"sparse_kernels::{name}", op.fake, lib=_library)
+    refuse = functools.partial(_refuse_derivative, name)
+    torch.library.register_autograd(f"sparse_kernels::{name}", refuse, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
     return overload
 

@@ -52,6 +52,17 @@ def test_an_exported_layer_computes_no_schedule_and_takes_a_new_pattern(fan, str
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_an_exported_layer_refuses_a_derivative_that_it_would_drop(strict):
+    layer, x = sk.SparseLinear(8, 6, fan_in=4), torch.randn(3, 8)
+    program = torch.export.export(layer, (x,), strict=strict).module()
+    x.requires_grad_()
+    y = program(x)
+    assert torch.equal(y, layer(x))
+    with pytest.raises(RuntimeError, match="no derivative by itself, as in an exported program"):
+        (y.sum() + x.sum()).backward()
+
+
 def test_an_op_sees_indices_that_were_written_to():
     layout, other = (sk.FanInLayout.random(8, 6, 3) for _ in range(2))
     values, x, indices = torch.randn(layout.values_shape), torch.randn(2, 6), layout.indices.clone()
