@@ -11,7 +11,7 @@ extreme, on either side.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,6 +109,11 @@ def _scan(texts: Sequence[str]) -> list[list[str]]:
         states += ["inside `[[`"] * brackets.endswith("[[") + ["in a comment"] * (quote == "#")
         found.append(states)
     return found
+
+
+def quoted(texts: Iterable[str]) -> str:
+    """Texts of tokens as they stand in a label."""
+    return ", ".join(f"`{words.visible(text)}`" for text in texts)
 
 
 @dataclass(frozen=True)
@@ -270,7 +275,7 @@ def _rules(active: Tensor, half: _Half, texts: Texts) -> Iterator[Rule]:
 
 
 def _words(rule: Rule, values: Tensor, tokens: Tensor, texts: Texts) -> str:
-    """Such as "`(`, `[` +3", with the sign of each token's activation where they have both."""
+    """Such as "`(`, `[`, 3 more", with the sign of each token's activation where they have both."""
     if rule.name:
         return f"after {rule.name}" if rule.back else rule.name
     assert rule.members is not None
@@ -281,6 +286,6 @@ def _words(rule: Rule, values: Tensor, tokens: Tensor, texts: Texts) -> str:
     shown = ranked[:_SHOWN].tolist()
     both = len({bool(sums[token] < 0) for token in shown}) == 2
     signs = {token: (" −" if sums[token] < 0 else " +") * both for token in shown}
-    said = ", ".join(f"`{words.visible(texts.texts[token])}`{signs[token]}" for token in shown)
-    more = f" and {len(ranked) - len(shown)} more" if len(ranked) > len(shown) else ""
+    said = ", ".join(quoted([texts.texts[token]]) + signs[token] for token in shown)
+    more = f", {len(ranked) - len(shown)} more" if len(ranked) > len(shown) else ""
     return "after " * rule.back + said + more
