@@ -69,7 +69,9 @@ def annotate(
     with progress.step("describe", 1.0), progress.part(0.0, 0.5):
         importance = _importance(task, subgraph, progress) if few else {}
     spread = corpus[:: max(1, len(corpus) // _LABEL_ROWS)]
-    labels = label_nodes(task.model, spread, tokenizer, few)
+    labels = label_nodes(
+        task.model, spread, tokenizer, few, deciding_tokens(task.test)[:_MOST_TOKENS]
+    )
     nodes = [
         _node(task, hook, channel, importance.get(number))
         for number, (hook, channel) in zip(numbers, located, strict=True)

@@ -11,7 +11,7 @@ extreme, on either side.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,7 +135,7 @@ class Rule:
         if self.members is None:
             return states[self.name]
         found = self.members[tokens]
-        return _previous(found, False) if self.back else found
+        return torch.cat([found[:, :1] & False, found[:, :-1]], 1) if self.back else found
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,11 @@ class Label:
 
 
 def label_nodes(
-    model: Transformer, corpus: Tensor, tokenizer: Tokenizer, nodes: Sequence[tuple[str, int]]
+    model: Transformer,
+    corpus: Tensor,
+    tokenizer: Tokenizer,
+    nodes: Sequence[tuple[str, int]],
+    first: Collection[int] = (),
 ) -> list[Label]:
     """A label for each node.
 
@@ -181,6 +185,7 @@ def label_nodes(
         corpus: int64 `(rows, T)`; labels are fitted on even rows and scored on odd ones.
         tokenizer: the model's.
         nodes: hook point and channel of each. All activations are in memory at once.
+        first: tokens that the text of a label names before others, if they are in its set.
     """
     texts = Texts(tokenizer, model.config.vocab_size)
     states = texts.states(corpus)
@@ -188,7 +193,7 @@ def label_nodes(
         _Half(corpus[first::2], {name: found[first::2] for name, found in states.items()})
         for first in (0, 1)
     )
-    return [_label(values, halves, texts) for values in record_nodes(model, corpus, nodes)]
+    return [_label(values, halves, texts, first) for values in record_nodes(model, corpus, nodes)]
 
 
 @torch.no_grad()
@@ -218,7 +223,9 @@ class _Half:
     states: dict[str, Tensor]
 
 
-def _label(values: Tensor, halves: tuple[_Half, ...], texts: Texts) -> Label:
+def _label(
+    values: Tensor, halves: tuple[_Half, ...], texts: Texts, first: Collection[int]
+) -> Label:
     fit, test = halves
     parts = values[0::2], values[1::2]
     center = float(parts[0].median())
@@ -238,17 +245,13 @@ def _label(values: Tensor, halves: tuple[_Half, ...], texts: Texts) -> Label:
     score = float((said[true].float().mean() + (~said[~true]).float().mean()) / 2)
     precision = float(true[said].float().mean()) if bool(said.any()) else 0.0
     good = score >= LEAST_SCORE and precision >= LEAST_PRECISION
-    text = _words(rule, (parts[0] - center) * active, fit.tokens, texts) if good else ""
+    strength = (parts[0] - center) * active
+    text = _words(rule, strength, fit.tokens, texts, first) if good else ""
     return Label(text, score, precision, center, reach, rule, texts)
 
 
 def _active(values: Tensor, center: float, reach: float) -> Tensor:
     return (values - center).abs() >= reach if reach > 0 else torch.zeros_like(values).bool()
-
-
-def _previous(values: Tensor, first: float) -> Tensor:
-    """What stands one token earlier; `first` at the start of each row."""
-    return torch.cat([torch.full_like(values[:, :1], first), values[:, :-1]], 1)
 
 
 def _f1(said: Tensor, true: Tensor) -> float:
@@ -274,16 +277,20 @@ def _rules(active: Tensor, half: _Half, texts: Texts) -> Iterator[Rule]:
     yield from (Rule(name) for name in half.states)
 
 
-def _words(rule: Rule, values: Tensor, tokens: Tensor, texts: Texts) -> str:
-    """Such as "`(`, `[`, 3 more", with the sign of each token's activation where they have both."""
+def _words(rule: Rule, values: Tensor, tokens: Tensor, texts: Texts, first: Collection[int]) -> str:
+    """Such as "`(`, `[`, 3 more", with the sign of each token's activation if it is not the same.
+
+    Of a set the strongest are named, or those of `first` that are in it.
+    """
     if rule.name:
         return f"after {rule.name}" if rule.back else rule.name
     assert rule.members is not None
-    values = _previous(values.flip(1), 0.0).flip(1) if rule.back else values
-    size = len(texts.texts)
-    sums = torch.zeros(size).index_add_(0, tokens.flatten(), values.flatten())
+    # Of the token that decides.
+    values = torch.cat([values[:, 1:], values[:, :1] * 0], 1) if rule.back else values
+    sums = torch.zeros(len(texts.texts)).index_add_(0, tokens.flatten(), values.flatten())
     ranked = (sums.abs() * rule.members).argsort(descending=True)[: int(rule.members.sum())]
-    shown = ranked[:_SHOWN].tolist()
+    named = [token for token in ranked.tolist() if token in first] or ranked.tolist()
+    shown = named[:_SHOWN]
     both = len({bool(sums[token] < 0) for token in shown}) == 2
     signs = {token: (" −" if sums[token] < 0 else " +") * both for token in shown}
     said = ", ".join(quoted([texts.texts[token]]) + signs[token] for token in shown)

@@ -30,6 +30,7 @@ def render(circuit: Circuit) -> str:
         "style": template("page.css"),
         "script": template("page.js"),
         "description": _escape(said.description),
+        "story": "".join(f"<li>{_escape(sentence)}</li>" for sentence in said.story),
         "model": _escape(said.model),
         "size": _escape(said.size),
         "verdicts": "".join(

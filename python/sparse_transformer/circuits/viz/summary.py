@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparse_transformer.circuits.circuit import CONTROL_RATIO, Ablated, Circuit, Validation
+from sparse_transformer.circuits.circuit import CONTROL_RATIO, PARTS, Ablated, Circuit, Validation
 from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
@@ -29,6 +29,8 @@ _FACTS = {
     "l0": "L0",
     "edges": "edges of its blocks",
 }
+# Nodes of a kind and a layer that its sentence has, the most important ones.
+_TOLD = 2
 COLUMNS = ("loss", "95% interval", "correct answers")
 
 
@@ -46,6 +48,7 @@ class Summary:
 
     Attributes:
         task, description: of the circuit.
+        story: what each layer does, a sentence each.
         model, size: a line each.
         verdicts: whether it is sufficient, necessary and robust, and what the controls say.
         rows: of the table of losses: name, and a value for each of `COLUMNS`.
@@ -56,6 +59,7 @@ class Summary:
     description: str
     model: str
     size: str
+    story: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     rows: tuple[tuple[str, tuple[str, ...]], ...] = ()
     note: str = ""
@@ -74,6 +78,7 @@ def summarize(circuit: Circuit) -> Summary:
         size=f"{_count(circuit.node_count, 'node')}, {_count(circuit.edge_count, 'edge')} "
         f"({circuit.edges_before} before edges were pruned) · "
         f"target loss {words.fact(circuit.target_loss)}",
+        story=tuple(_story(circuit)),
     )
     found = circuit.validation
     if found is None:
@@ -84,6 +89,25 @@ def summarize(circuit: Circuit) -> Summary:
         rows=tuple(rows(found)),
         note=note(found),
     )
+
+
+def _story(circuit: Circuit) -> Iterator[str]:
+    """For each layer what its neurons detect, where its heads look and what it writes."""
+    answering = {edge.source for edge in circuit.edges if edge.kind == "unembedding"}
+    for layer in sorted({node.layer for node in circuit.nodes if node.kind in PARTS}):
+        inside = [node for node in circuit.nodes if node.layer == layer]
+        told = (
+            [node for node in inside if node.kind == "head"],
+            [node for node in inside if node.kind == "neuron" and node.score is not None],
+            [node for node in inside if node.id in answering],
+        )
+        parts = [
+            f"{node.kind} {node.channel} {words.line(node.label)}"
+            for some in told
+            for node in sorted(some, key=lambda node: -(node.importance or 0))[:_TOLD]
+        ]
+        if parts:
+            yield f"Layer {layer}: {'; '.join(parts)}."
 
 
 def note(found: Validation) -> str:
