@@ -252,7 +252,7 @@ def _common_tokens(task: TaskLoss) -> list[int]:
 
 
 def _writer(node: Node, edges: list[Edge], ends: list[Node]) -> Node:
-    """A write that answers read, called by the answers that it raises on either side of zero."""
+    """A write that answers read, called by them; its sign decides if it raises both kinds."""
     texts = {end.id: end.label for end in ends if end.kind == "answer"}
     weights = {
         edge.target: edge.weight
@@ -261,13 +261,13 @@ def _writer(node: Node, edges: list[Edge], ends: list[Node]) -> Node:
     }
     if not weights:
         return node
-    sides = [
-        (quoted(texts[id] for id in sorted(weights, key=weights.__getitem__, reverse=sign > 0)
-                if weights[id] * sign > 0), mark)
-        for sign, mark in ((1, "+"), (-1, "−"))
-    ]  # fmt: skip
-    label = "writes " + ", ".join(f"{said} {mark}" for said, mark in sides if said)
-    return replace(node, label=label, score=None)
+    ranked = sorted(weights, key=lambda id: -weights[id])
+    raised, lowered = (
+        quoted(texts[id] for id in side[:_DRAWN])
+        for side in ([id for id in ranked if weights[id] > 0],
+                     [id for id in ranked[::-1] if weights[id] < 0])
+    )  # fmt: skip
+    return replace(node, label=f"writes {' or '.join(filter(None, (raised, lowered)))}", score=None)
 
 
 def _sources(

@@ -51,6 +51,7 @@ _LEGEND = (
     ("dashed: residual stream", _SOFT),
     ("dotted: attention", _SOFT),
     ("wide: strong", _SOFT),
+    ("score: balanced accuracy of the name on held-out text", _SOFT),
 )
 
 
@@ -224,12 +225,16 @@ def _wrap(text: str, width: int, lines: int) -> list[str]:
 
 
 def _html(lines: list[tuple[str, int, str]]) -> str:
-    """Lines of text, size and colour as a label; Graphviz reads it like HTML."""
+    """Lines of text, size and colour as a label; Graphviz reads it like HTML.
+
+    What stands between two backquotes is code.
+    """
     left = "" if len(lines) < 3 else ' ALIGN="LEFT"'
     parts = []
     for text, size, color in lines:
         # What no XML can hold becomes a question mark.
         clean = html.escape(re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text))
         shade = f' COLOR="{color}"' if color else ""
+        clean = re.sub("`([^`]+)`", rf'<FONT FACE="{_MONO}">\1</FONT>', clean)
         parts.append(f'<FONT POINT-SIZE="{size}"{shade}>{clean}</FONT><BR{left}/>')
     return f"<{''.join(parts).removesuffix('<BR/>')}>"

@@ -63,7 +63,7 @@
     q: "a query channel of an attention head",
     k: "a key channel of an attention head",
     v: "a value channel of an attention head",
-    head: "where an attention head looks, as its q and k decide",
+    head: "where an attention head looks from the last token, as its q and k decide; the share is that of its attention, without the sink, on held-out prompts",
     frozen: "all channels of its kind in this head, which the circuit has at their mean",
     neuron: "an MLP neuron",
     write: "what a sublayer adds to the residual stream",
@@ -83,6 +83,10 @@
     made.append(...children);
     return made;
   }
+
+  // What stands between two backquotes is code.
+  const rich = (text) =>
+    text.split(/`([^`]+)`/).map((part, at) => (at % 2 ? element("code", {}, part) : part));
 
   nodes.forEach((node, index) => {
     const shape = shapes[index];
@@ -126,7 +130,7 @@
       const edge = circuit.edges[index];
       const weighted = edge.kind !== "residual" && edge.kind !== "attention";
       const weight = element("span", { class: weighted ? `weight ${sign(edge.weight)}` : "weight" }, weightOf(edge));
-      const button = element("button", { type: "button" }, element("span", {}, nameOf(nodes[other])), weight);
+      const button = element("button", { type: "button" }, element("span", {}, ...rich(nameOf(nodes[other]))), weight);
       button.addEventListener("click", () => go(other));
       box.append(button);
     }
@@ -180,7 +184,7 @@
   function describe(index) {
     const node = nodes[index];
     const largest = scaleOf(node);
-    const whole = element("div", {}, element("h2", {}, nameOf(node)));
+    const whole = element("div", {}, element("h2", {}, ...rich(nameOf(node))));
     const where = whereOf(node);
     whole.append(element("p", { class: "where" }, pinned === index ? `${where} · kept here` : where));
     const facts = element("dl", {});

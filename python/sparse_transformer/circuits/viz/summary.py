@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparse_transformer.circuits.circuit import CONTROL_RATIO, PARTS, Ablated, Circuit, Validation
+from sparse_transformer.circuits.circuit import (
+    CONTROL_RATIO,
+    PARTS,
+    Ablated,
+    Circuit,
+    Node,
+    Validation,
+)
 from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
@@ -92,22 +99,31 @@ def summarize(circuit: Circuit) -> Summary:
 
 
 def _story(circuit: Circuit) -> Iterator[str]:
-    """For each layer what its neurons detect, where its heads look and what it writes."""
+    """For each layer what its neurons detect, where its heads look and which answers it writes."""
     answering = {edge.source for edge in circuit.edges if edge.kind == "unembedding"}
     for layer in sorted({node.layer for node in circuit.nodes if node.kind in PARTS}):
         inside = [node for node in circuit.nodes if node.layer == layer]
-        told = (
-            [node for node in inside if node.kind == "head"],
-            [node for node in inside if node.kind == "neuron" and node.score is not None],
-            [node for node in inside if node.id in answering],
-        )
-        parts = [
-            f"{node.kind} {node.channel} {words.line(node.label)}"
-            for some in told
-            for node in sorted(some, key=lambda node: -(node.importance or 0))[:_TOLD]
-        ]
+        inside.sort(key=lambda node: -(node.importance or 0))
+        told = {
+            words.channel: [n for n in inside if n.kind == "neuron" and n.score is not None],
+            _head: [n for n in inside if n.kind == "head" and "`" in n.label],
+            _sublayer: [n for n in inside if n.id in answering],
+        }
+        parts = {
+            f"{name(node)} {words.line(node.label)}": None
+            for name, some in told.items()
+            for node in some[:_TOLD]
+        }
         if parts:
             yield f"Layer {layer}: {'; '.join(parts)}."
+
+
+def _head(node: Node) -> str:
+    return f"head {node.channel}"
+
+
+def _sublayer(node: Node) -> str:
+    return "the MLP" if ".mlp." in node.place else "attention"
 
 
 def note(found: Validation) -> str:
