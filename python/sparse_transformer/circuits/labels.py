@@ -79,9 +79,8 @@ class Texts:
 
 def _scan(texts: Sequence[str]) -> list[list[str]]:
     """The states after each token of a row of Python that may begin anywhere."""
-    found, brackets, quote, word, ended = [], "", "", "", False
+    found, brackets, quote, word, ended, at = [], "", "", "", False, 0
     for text in texts:
-        at = 0
         while at < len(text):
             char = text[at]
             if quote and quote != "#":
@@ -105,6 +104,8 @@ def _scan(texts: Sequence[str]) -> list[list[str]]:
             elif word:
                 ended = True
             at += 1
+        # A backslash at the end escapes what follows.
+        at -= len(text)
         states = [f"inside `{brackets[-1:]}`", f"inside `{quote}`", f"in a `{word}` line"]
         states += ["inside `[[`"] * brackets.endswith("[[") + ["in a comment"] * (quote == "#")
         found.append(states)
