@@ -106,7 +106,8 @@ def _story(circuit: Circuit) -> Iterator[str]:
         inside.sort(key=lambda node: -(node.importance or 0))
         told = {
             words.channel: [n for n in inside if n.kind == "neuron" and n.score is not None],
-            _head: [n for n in inside if n.kind == "head" and "`" in n.label],
+            _head: [n for n in inside if n.kind == "head"],
+            _value: [n for n in inside if n.kind == "v" and n.score is not None],
             _sublayer: [n for n in inside if n.id in answering],
         }
         parts = {
@@ -120,6 +121,10 @@ def _story(circuit: Circuit) -> Iterator[str]:
 
 def _head(node: Node) -> str:
     return f"head {node.channel}"
+
+
+def _value(node: Node) -> str:
+    return f"head {node.head} has a"
 
 
 def _sublayer(node: Node) -> str:
