@@ -36,7 +36,11 @@ _KEYWORDS = (
     "assert", "class", "def", "elif", "else", "except", "for", "from", "if", "import", "raise",
     "return", "while", "with",
 )  # fmt: skip
-_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_STATES = (
+    *(f"inside `{sign}`" for sign in ("(", "[", "{", "[[", '"', "'", '"""', "'''")),
+    "in a comment",
+    *(f"in a `{word}` line" for word in _KEYWORDS),
+)
 _CLASSES: dict[str, Callable[[str], object]] = {
     "a line end": lambda text: "\n" in text,
     "spaces": str.isspace,
@@ -54,6 +58,7 @@ class Texts:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.texts = [tokenizer.decode([token]) for token in range(vocab_size)]
+        self._latest: tuple[Tensor | None, dict[str, Tensor]] = (None, {})
 
     @cached_property
     def classes(self) -> dict[str, Tensor]:
@@ -64,17 +69,19 @@ class Texts:
         }
 
     def states(self, tokens: Tensor) -> dict[str, Tensor]:
-        """bool `(rows, T)` by name: the states of the text up to and with each token."""
-        names = [f"inside `{sign}`" for sign in (*_BRACKETS, "[[", '"', "'", '"""', "'''")]
-        names += ["in a comment", *(f"in a `{word}` line" for word in _KEYWORDS)]
-        number = {name: at for at, name in enumerate(names)}
-        found = torch.zeros(len(names), *tokens.shape, dtype=torch.bool)
-        for row, line in enumerate(tokens.tolist()):
-            for at, states in enumerate(_scan([self.texts[token] for token in line])):
-                for name in states:
-                    if name in number:
-                        found[number[name], row, at] = True
-        return dict(zip(names, found, strict=True))
+        """bool `(rows, T)` by name: the states of the text up to and with each token.
+
+        Those of the latest tensor are kept.
+        """
+        if tokens is not self._latest[0]:
+            rows = [_scan([self.texts[token] for token in row]) for row in tokens.tolist()]
+            inside = {name: [[name in at for at in row] for row in rows] for name in _STATES}
+            found = {
+                name: torch.tensor(one, dtype=torch.bool).view(tokens.shape)
+                for name, one in inside.items()
+            }
+            self._latest = tokens, found
+        return self._latest[1]
 
 
 def _scan(texts: Sequence[str]) -> list[list[str]]:
@@ -91,7 +98,7 @@ def _scan(texts: Sequence[str]) -> list[list[str]]:
             elif char in "\"'#" and not quote:
                 quote = char * 3 if char != "#" and text.startswith(char * 3, at) else char
                 at += len(quote) - 1
-            elif char in _BRACKETS and not quote:
+            elif char in "([{" and not quote:
                 brackets += char
             elif char in ")]}" and not quote:
                 brackets = brackets[:-1]
@@ -191,8 +198,8 @@ def label_nodes(
     texts = Texts(tokenizer, model.config.vocab_size)
     states = texts.states(corpus)
     halves = tuple(
-        _Half(corpus[first::2], {name: found[first::2] for name, found in states.items()})
-        for first in (0, 1)
+        _Half(corpus[at::2], {name: found[at::2] for name, found in states.items()})
+        for at in (0, 1)
     )
     return [_label(values, halves, texts, first) for values in record_nodes(model, corpus, nodes)]
 
