@@ -86,10 +86,10 @@ def quotes() -> Circuit:
         channel("1.attn.act_in", 31, "read"),
         channel("1.attn.act_in", 77, "read"),
         channel("1.attn.act_in", 3, "read"),
-        Node("1.attn.q:mean of 1", "frozen", "q at its mean", "1.attn.q", 1, 1, 1),
+        Node("1.attn.q:mean of 1", "frozen", "q at its mean", "", 1, 1, 1),
         channel("1.attn.k", 20, "k", head=1),
         channel("1.attn.v", 21, "v", head=1),
-        Node("1.attn.head:1", "head", 'looks at `("` (94%)', "1.attn.head", 1, 1, 1),
+        Node("1.attn.head:1", "head", 'looks at `("` (94%)', "", 1, 1, 1),
         channel("1.attn.resid_delta", 90, "write", promotes=('")',), suppresses=("')", " in")),
         Node("answer:7", "answer", '")', layer=2, channel=7),
         Node("answer:8", "answer", "')", layer=2, channel=8),
@@ -210,8 +210,8 @@ def large(seed: int = 0, layers: int = 4, width: int = 7) -> Circuit:
                     join(reads, found, 3)
                 for head in range(4):
                     q, k, v = ([n for n in found if n.head == head] for found in qkv)
-                    place = f"{layer}.attn.head"
-                    hub = Node(f"{place}:{head}", "head", "looks at", place, layer, head, head)
+                    id = f"{layer}.attn.head:{head}"
+                    hub = Node(id, "head", "looks at", "", layer, head, head)
                     nodes[hub.id] = hub
                     join(q + k, [hub], 9, "attention")
                     join([hub], v, 1, "attention")

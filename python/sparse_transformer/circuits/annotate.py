@@ -197,16 +197,14 @@ def _heads(
         tokens, share = looked[layer, number]
         name = f"looks at {quoted(texts[token] for token in tokens)} ({share:.0%})"
         label = name if tokens else "looks at many tokens"
-        place = f"{layer}.attn.head"
-        head = Node(head_id((layer, number)), "head", label, place, layer, number, number)
+        head = Node(head_id((layer, number)), "head", label, "", layer, number, number)
         made.append(head)
         mine = [node for node in nodes if (node.layer, node.head) == (layer, number)]
         for kind in ("q", "k"):
             deciding = [node for node in mine if node.kind == kind]
             if not deciding:
-                place = f"{layer}.attn.{kind}"
-                id, label = f"{place}:mean of {number}", f"{kind} at its mean"
-                deciding = [Node(id, "frozen", label, place, layer, number, number)]
+                id, label = f"{layer}.attn.{kind}:mean of {number}", f"{kind} at its mean"
+                deciding = [Node(id, "frozen", label, "", layer, number, number)]
                 made += deciding
             edges += [Edge(node.id, head.id, 1.0, "attention") for node in deciding]
         edges += [Edge(head.id, node.id, 1.0, "attention") for node in mine if node.kind == "v"]

@@ -39,7 +39,7 @@ class Node:
             `answer:ID` for the ends.
         kind: of `KINDS`.
         label: what a reader may call it: what it does, or its kind and channel.
-        place: its hook point; "" for the ends.
+        place: its hook point; "" for what has none.
         layer: of the block; -1 for tokens, n_layer for answers.
         channel: in the place, or the token's id.
         head: which attention head a q, k or v channel belongs to.
