@@ -225,7 +225,7 @@ def test_a_circuit_tells_its_story():
 def test_without_k_a_head_looks_everywhere():
     circuit = annotated(planted_task(), *PLANTED_NODES)
     label = {node.id: node.label for node in circuit.nodes}
-    assert label["0.attn.head:1"] == "looks at many tokens"
+    assert label["0.attn.head:1"] == "looks at all tokens alike"
     assert label["0.attn.k:mean of 1"] == "k at its mean"
 
 

@@ -195,11 +195,15 @@ def _heads(
     made, edges = [], []
     for layer, number in heads:
         tokens, share = looked[layer, number]
-        name = f"looks at {quoted(texts[token] for token in tokens)} ({share:.0%})"
-        label = name if tokens else "looks at many tokens"
+        mine = [node for node in nodes if (node.layer, node.head) == (layer, number)]
+        if tokens:
+            label = f"looks at {quoted(texts[token] for token in tokens)} ({share:.0%})"
+        elif any(node.kind in ("q", "k") for node in mine):
+            label = "looks at many tokens"
+        else:
+            label = "looks at all tokens alike"
         head = Node(head_id((layer, number)), "head", label, "", layer, number, number)
         made.append(head)
-        mine = [node for node in nodes if (node.layer, node.head) == (layer, number)]
         for kind in ("q", "k"):
             deciding = [node for node in mine if node.kind == kind]
             if not deciding:

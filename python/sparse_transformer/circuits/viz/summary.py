@@ -10,7 +10,6 @@ from sparse_transformer.circuits.circuit import (
     PARTS,
     Ablated,
     Circuit,
-    Node,
     Validation,
 )
 from sparse_transformer.circuits.viz import words
@@ -104,31 +103,24 @@ def _story(circuit: Circuit) -> Iterator[str]:
     for layer in sorted({node.layer for node in circuit.nodes if node.kind in PARTS}):
         inside = [node for node in circuit.nodes if node.layer == layer]
         inside.sort(key=lambda node: -(node.importance or 0))
-        told = {
-            words.channel: [n for n in inside if n.kind == "neuron" and n.score is not None],
-            _head: [n for n in inside if n.kind == "head"],
-            _value: [n for n in inside if n.kind == "v" and n.score is not None],
-            _sublayer: [n for n in inside if n.id in answering],
-        }
-        parts = {
-            f"{name(node)} {words.line(node.label)}": None
-            for name, some in told.items()
-            for node in some[:_TOLD]
-        }
-        if parts:
-            yield f"Layer {layer}: {'; '.join(parts)}."
-
-
-def _head(node: Node) -> str:
-    return f"head {node.channel}"
-
-
-def _value(node: Node) -> str:
-    return f"head {node.head} has a"
-
-
-def _sublayer(node: Node) -> str:
-    return "the MLP" if ".mlp." in node.place else "attention"
+        named = [node for node in inside if node.score is not None]
+        heads = {node.channel: node.label for node in inside if node.kind == "head"}
+        values = {node.head: node.label for node in named[::-1] if node.kind == "v"}
+        # Heads by the importance of their values.
+        order = [node.head for node in inside if node.kind == "v" and node.head in heads]
+        order = list(dict.fromkeys(order))[:_TOLD]
+        told = [*(f"{words.channel(n)} {n.label}" for n in named if n.kind == "neuron")][:_TOLD]
+        told += [
+            f"head {head} {heads[head]}" + (f" ({values[head]})" if head in values else "")
+            for head in order
+        ]
+        told += [
+            f"{'the MLP' if '.mlp.' in node.place else 'attention'} {node.label}"
+            for node in inside
+            if node.id in answering
+        ][:_TOLD]
+        if told:
+            yield f"Layer {layer}: {'; '.join(words.line(part) for part in dict.fromkeys(told))}."
 
 
 def note(found: Validation) -> str:
