@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_transformer.circuits import viz
+from sparse_transformer.circuits import viz, words
 from sparse_transformer.circuits.circuit import Circuit, Edge, Node
-from sparse_transformer.circuits.viz import drawing, page, words
+from sparse_transformer.circuits.viz import drawing, page
 from sparse_transformer.circuits.viz.summary import summarize
 from sparse_transformer.errors import UserError
 

@@ -8,8 +8,7 @@ import shutil
 import pytest
 from drawn import HOSTILE, VALIDATION, hostile, large, quotes
 
-from sparse_transformer.circuits import viz
-from sparse_transformer.circuits.viz import words
+from sparse_transformer.circuits import viz, words
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import hooks
-from sparse_transformer.circuits.viz import words
+from sparse_transformer.circuits import words
 from sparse_transformer.model import Transformer
 
 # A label is shown if its score is at least this, and at least so many of its positions are active.

@@ -14,8 +14,8 @@ import re
 import textwrap
 from typing import Any
 
+from sparse_transformer.circuits import words
 from sparse_transformer.circuits.circuit import EDGE_KINDS, KINDS, Circuit, Edge, Node
-from sparse_transformer.circuits.viz import words
 from sparse_transformer.circuits.viz.summary import summarize
 
 # With more numbers than this none is written at an edge: the page has them.

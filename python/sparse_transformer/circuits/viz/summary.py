@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from sparse_transformer.circuits import words
 from sparse_transformer.circuits.circuit import (
     CONTROL_RATIO,
     PARTS,
@@ -12,7 +13,6 @@ from sparse_transformer.circuits.circuit import (
     Circuit,
     Validation,
 )
-from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
 _ABLATIONS = {
