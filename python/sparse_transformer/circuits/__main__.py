@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparse_transformer import program, tasks
 from sparse_transformer.circuits import compare
-from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
+from sparse_transformer.circuits.activations import fingerprint, mean_activations
 from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Validation
@@ -36,19 +36,17 @@ from sparse_transformer.circuits.graph import Edges, count_weights
 from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
 from sparse_transformer.circuits.pipeline import find_circuit
 from sparse_transformer.circuits.viz import summary, write_html, write_image
-from sparse_transformer.data import default_cache, prepare
+from sparse_transformer.data import default_cache
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
-from sparse_transformer.run import load_run
+from sparse_transformer.run import corpus_sample, load_run
 from sparse_transformer.train.checkpoint import load
 
 # More edges than this, those to tokens, to answers and of the residual stream included, are not
 # drawn: nobody could read the picture.
 _MOST_DRAWN = 1500
-# Windows of the training corpus for means and snippets.
-_WINDOWS = 256
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ class CircuitConfig:
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders for means and snippets; by default the training files."""
+    """Files and folders for means and snippets; by default the sample that an exported model comes
+    with, or the training files."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora and means."""
     seed: int = 0
@@ -103,14 +102,9 @@ class _Run:
         self.model, self.tokenizer = load_run(path, config.step, "cpu")
         self.model.eval().requires_grad_(False)
         point = load(path, config.step, prefix="nothing")
-        settings = point.meta["settings"]
-        sources = config.data or tuple(Path(source) for source in settings["train"]["data"])
-        corpus = prepare(
-            list(sources) or None,
-            vocab_size=self.model.config.vocab_size,
-            cache_dir=config.cache_dir,
+        self.corpus: Tensor = corpus_sample(
+            path, self.model, data=config.data, cache_dir=config.cache_dir
         )
-        self.corpus: Tensor = windows(corpus, self.tokenizer, self.model.config.context, _WINDOWS)
         self.means = mean_activations(
             self.model, self.corpus, cache_dir=config.cache_dir or default_cache()
         )
@@ -123,7 +117,7 @@ class _Run:
             "d_model": self.model.config.d_model,
             "l0": count_weights(self.model),
             "edges": len(Edges.of(self.model).weight),
-            "preset": settings["preset"],
+            "preset": point.meta["settings"]["preset"],
         }
 
     def circuit(
