@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,10 +31,10 @@ from sparse_transformer.circuits import compare
 from sparse_transformer.circuits.activations import fingerprint, mean_activations
 from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
-from sparse_transformer.circuits.circuit import Validation
+from sparse_transformer.circuits.circuit import Circuit, Validation
 from sparse_transformer.circuits.graph import Edges, count_weights
 from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
-from sparse_transformer.circuits.pipeline import find_circuit
+from sparse_transformer.circuits.pipeline import FoundCircuit, find_circuit
 from sparse_transformer.circuits.viz import summary, write_html, write_image
 from sparse_transformer.data import default_cache
 from sparse_transformer.errors import UserError
@@ -47,6 +47,8 @@ from sparse_transformer.train.checkpoint import load
 # More edges than this, those to tokens, to answers and of the residual stream included, are not
 # drawn: nobody could read the picture.
 _MOST_DRAWN = 1500
+# The share of the time in which nodes are described.
+_DESCRIBING = 0.05
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,25 @@ class _Run:
             )
             solved = task.need_solved(config.solved)
             folder.mkdir(parents=True, exist_ok=True)
+            drawn: list[Circuit] = []
+
+            def draw(found: FoundCircuit) -> None:
+                """Before the controls, so that there is something to look at."""
+                drawn.append(
+                    annotate(
+                        task,
+                        found,
+                        self.tokenizer,
+                        self.corpus,
+                        target=config.target,
+                        model=self.facts,
+                        progress=Progress(_DESCRIBING * config.budget.seconds),
+                    )
+                )
+                _draw(drawn[0], folder)
+                if config.controls:
+                    print(f"{folder}: drawn; its controls follow", flush=True)
+
             found = find_circuit(
                 task,
                 config.target,
@@ -155,25 +176,9 @@ class _Run:
                 corpus=self.corpus,
                 seed=config.seed,
                 progress=progress,
+                on_validated=draw,
             )
-            circuit = annotate(
-                task,
-                found,
-                self.tokenizer,
-                self.corpus,
-                target=config.target,
-                model=self.facts,
-                progress=progress,
-            )
-        _write(folder / "circuit.json", circuit.to_json())
-        pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
-        if len(circuit.edges) <= _MOST_DRAWN:
-            write_html(circuit, pictures[0])
-            for picture in pictures[1:]:
-                write_image(circuit, picture)
-        else:
-            for picture in pictures:
-                picture.unlink(missing_ok=True)
+        _draw(replace(drawn[0], validation=found.validation), folder)
         content = {
             "settings": settings,
             "model": self.facts,
@@ -251,6 +256,18 @@ def run(config: CircuitConfig) -> None:
         print("\n" + compare.table(results))
         if compare.common_tasks(results):
             compare.plot(results, config.out / "comparison.png")
+
+
+def _draw(circuit: Circuit, folder: Path) -> None:
+    _write(folder / "circuit.json", circuit.to_json())
+    pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
+    if len(circuit.edges) <= _MOST_DRAWN:
+        write_html(circuit, pictures[0])
+        for picture in pictures[1:]:
+            write_image(circuit, picture)
+    else:
+        for picture in pictures:
+            picture.unlink(missing_ok=True)
 
 
 def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:
