@@ -519,6 +519,9 @@ def test_an_exported_model_is_the_model_and_small(place, models, capsys):
     # Nothing of the machine that trained it.
     stored = [p.read_text() for p in (models / "python-small").rglob("*.json")]
     assert len(stored) == 3
+    measured = (models / "python-small" / "metrics.jsonl").read_text()
+    assert (json.loads(measured)["step"], measured.count("\n")) == (6, 1)
+    assert "val_loss" in json.loads(measured)
     assert not [text for text in stored if str(place) in text]
     assert load_model(models / "python-small" / "step-00000006").tokenizer is not None
     # A folder of that name goes first, whatever is in it.
