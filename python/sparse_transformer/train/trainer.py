@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparse_transformer.generation import stream
 from sparse_transformer.masked import masked_layers
 from sparse_transformer.model import Transformer
 from sparse_transformer.ranges import need, need_number, need_whole
+from sparse_transformer.tasks import TASKS, collate
 from sparse_transformer.train import checkpoint, sharding
 from sparse_transformer.train.checkpoint import Checkpoint
 from sparse_transformer.train.distributed import Ranks
@@ -75,6 +77,11 @@ class Trainer:
         )
         self._micro_batch = windows // (here.world * config.accumulate)
         check_length(corpus.validation, context, "validation")
+        if config.task_pairs % here.world:
+            raise UserError(
+                f"--task-pairs {config.task_pairs} cannot be divided among {here.world} ranks: "
+                f"choose a multiple of it"
+            )
         _check_memory(settings, here, self._micro_batch * context)
         self.step = point.step if point else 0
         self.anneal_steps = config.steps
@@ -140,7 +147,7 @@ class Trainer:
         rate = learning_rate(
             self.step, config.steps, self.settings.optimizer.learning_rate, fraction
         )
-        loss, rms = self._gradients()
+        loss, answer_loss, rms = self._gradients()
         self._watch.look(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -154,6 +161,7 @@ class Trainer:
         self.step += 1
         return {
             "loss": loss,
+            **({"answer_loss": answer_loss} if config.task_pairs else {}),
             "lr": rate,
             "l0": self.l0(),
             "tokens": self.step * config.batch_tokens,
@@ -296,20 +304,23 @@ class Trainer:
         if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.cuda"].cpu())
 
-    def _gradients(self) -> tuple[float, float]:
-        """Normalised gradients of this step over all ranks; its mean loss, and their RMS before."""
+    def _gradients(self) -> tuple[float, float, float]:
+        """Normalised gradients of this step over all ranks.
+
+        Returns its mean loss on the corpus and on answers, and the RMS before normalisation.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         while True:
             share = self._backward()
             if not self.settings.train.shard:  # which has averaged them already
                 self.ranks.average_gradients_(parameters)
-            loss = float(self.ranks.sum(share)) / self.ranks.world
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss of step {self.step + 1} is {loss}")
+            loss, answer_loss = (self.ranks.sum(share) / self.ranks.world).tolist()
+            if not math.isfinite(loss + answer_loss):
+                raise Diverged(f"the loss of step {self.step + 1} is {loss + answer_loss}")
             self._scaler.unscale_(self.optimizer)
             rms = normalize_gradients_(parameters, clip_only=self.settings.train.clip_only)
             if math.isfinite(rms):
-                return loss, rms
+                return loss, answer_loss, rms
             scale = self._scaler.get_scale()
             if self._scaler.is_enabled():
                 # Halves it: the same step again.
@@ -318,7 +329,10 @@ class Trainer:
                 raise Diverged(f"the gradients of step {self.step + 1} are not finite")
 
     def _backward(self) -> Tensor:
-        """Adds up the gradients of this rank's share; returns its mean loss, float64."""
+        """Adds up the gradients of this rank's share.
+
+        Returns its mean loss on the corpus and on answers, float64 `(2,)`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         accumulate = self.settings.train.accumulate
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -330,7 +344,7 @@ class Trainer:
             if self.topology.wants_gradients(self.step):
                 # It uses module hooks, which a compiled model does not call.
                 capture, compute = self.topology.capture(), self.model.loss
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
         with capture:
             for part, goal in zip(
@@ -338,9 +352,40 @@ class Trainer:
             ):
                 with self._autocast():
                     loss = compute(part, goal)
-                total += loss.detach().double() / accumulate
+                total[0] += loss.detach().double() / accumulate
                 self._scaler.scale(loss * (1 / accumulate)).backward()
+            if self.settings.train.task_pairs:
+                with self._autocast():
+                    loss = self._answer_loss()
+                total[1] = loss.detach().double()
+                self._scaler.scale(loss).backward()
         return total
+
+    def _answer_loss(self) -> Tensor:
+        """Mean cross-entropy of the right answers to this rank's share of the step's prompts.
+
+        The tasks take turns; the pairs are a pure function of (seed, step, rank, world).
+        """
+        config, here = self.settings.train, self.ranks
+        count = config.task_pairs // here.world
+        number = self.step * here.world + here.rank
+        turns = Counter((number * count + turn) % len(TASKS) for turn in range(count))
+        pairs = [
+            pair
+            for asked, task in enumerate(TASKS.values())
+            if turns[asked]
+            for pair in task.pairs(
+                self.corpus.tokenizer,
+                turns[asked],
+                split="train",
+                # Apart from the small seeds that searches for circuits take.
+                seed=config.seed * 2**32 + 2**31 + number,
+                context=self.settings.model.context,
+            )
+        ]
+        batch = collate(pairs, self.corpus.end_of_text).to(here.device)
+        logits = self.model(batch.tokens, at=batch.last).squeeze(1)
+        return nn.functional.cross_entropy(logits.float(), batch.right)
 
     def _move(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.ranks.device.type == "cpu":
