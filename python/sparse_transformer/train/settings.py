@@ -34,6 +34,8 @@ class TrainConfig:
     task_pairs: int = 0
     """Pairs of task prompts of which each step also learns the answers, so that small models solve
     the tasks; they are not those that evaluation and validation ask."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks of --task-pairs; by default all twenty."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME, or else in
     ~/.cache."""
@@ -70,6 +72,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
         for name in (

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer import tasks
 from sparse_transformer.data import Batches, Corpus, check_length, validation_batches
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import stream
 from sparse_transformer.masked import masked_layers
 from sparse_transformer.model import Transformer
 from sparse_transformer.ranges import need, need_number, need_whole
-from sparse_transformer.tasks import TASKS, collate
 from sparse_transformer.train import checkpoint, sharding
 from sparse_transformer.train.checkpoint import Checkpoint
 from sparse_transformer.train.distributed import Ranks
@@ -82,6 +82,9 @@ class Trainer:
                 f"--task-pairs {config.task_pairs} cannot be divided among {here.world} ranks: "
                 f"choose a multiple of it"
             )
+        self._tasks = [tasks.get(name) for name in config.tasks or tasks.TASKS]
+        for task in self._tasks if config.task_pairs else ():
+            task.pairs(corpus.tokenizer, 1, split="train", context=context)  # or say why not
         _check_memory(settings, here, self._micro_batch * context)
         self.step = point.step if point else 0
         self.anneal_steps = config.steps
@@ -369,21 +372,20 @@ class Trainer:
         config, here = self.settings.train, self.ranks
         count = config.task_pairs // here.world
         number = self.step * here.world + here.rank
-        turns = Counter((number * count + turn) % len(TASKS) for turn in range(count))
+        turns = Counter((number * count + turn) % len(self._tasks) for turn in range(count))
         pairs = [
             pair
-            for asked, task in enumerate(TASKS.values())
-            if turns[asked]
-            for pair in task.pairs(
+            for index, asked in sorted(turns.items())
+            for pair in self._tasks[index].pairs(
                 self.corpus.tokenizer,
-                turns[asked],
+                asked,
                 split="train",
                 # Apart from the small seeds that searches for circuits take.
                 seed=config.seed * 2**32 + 2**31 + number,
                 context=self.settings.model.context,
             )
         ]
-        batch = collate(pairs, self.corpus.end_of_text).to(here.device)
+        batch = tasks.collate(pairs, self.corpus.end_of_text).to(here.device)
         logits = self.model(batch.tokens, at=batch.last).squeeze(1)
         return nn.functional.cross_entropy(logits.float(), batch.right)
 
