@@ -144,10 +144,14 @@ class Options:
     """Trials of a search."""
     search_steps: int = 100
     """Steps of a trial."""
-    data: list[Path] = field(default_factory=lambda: [Path(sysconfig.get_paths()["stdlib"])])
-    """Corpus; by default the standard library."""
+    data: list[Path] = field(default_factory=list)
+    """A file or folder of the corpus, by default the standard library; may be repeated."""
     threads: int | None = None
     """Number of CPU threads; by default those of PyTorch."""
+
+    @property
+    def sources(self) -> list[Path]:
+        return self.data or [Path(sysconfig.get_paths()["stdlib"])]
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def trained(kind: Kind, seed: int, options: Options, corpus: Corpus, text: np.nd
         UserError: the folder has a run with other settings. SystemExit: training was stopped.
     """
     folder = options.out / f"{kind.name}-{seed}"
-    wanted = kind.settings(seed, options.steps, [*options.data, options.out / "prompts"])
+    wanted = kind.settings(seed, options.steps, [*options.sources, options.out / "prompts"])
     with contextlib.suppress(FileNotFoundError):
         if json.loads((folder / "config.json").read_text()) != _plain(wanted.to_dict()):
             raise UserError(f"{folder} was trained with other settings: use another --out")
@@ -273,8 +277,8 @@ def _plain(content: object) -> Any:
 def measure(options: Options, machine: Mapping[str, Any]) -> None:
     """Trains, asks and searches; the file has at any time what is known by then."""
     prompts = write_prompts(options.out)
-    corpus = prepare([*options.data, prompts], vocab_size=BASE.model.vocab_size)
-    held_out = held_out_tokens(options.data, corpus)
+    corpus = prepare([*options.sources, prompts], vocab_size=BASE.model.vocab_size)
+    held_out = held_out_tokens(options.sources, corpus)
     models: list[Trained] = []
 
     def save(line: str, *, complete: bool = False) -> None:
