@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock
 
 from benchmarks import devices, report, run
-from benchmarks.experiments.frontier_results import circuit_text, solved, text
+from benchmarks.experiments.frontier_results import circuit_text, solved, text, why_not_reached
 from sparse_transformer import ModelConfig, Transformer, UserError, keep_freed_memory, program
 from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
 from sparse_transformer.circuits.budget import Budget
@@ -296,7 +296,8 @@ def measure(options: Options, machine: Mapping[str, Any]) -> None:
         for found in models:
             if task in solved(found.row):
                 found.row["circuits"][task] = search(found, task, corpus, options)
-                save(f"{found.row['run']}, {task}: {circuit_text(found.row, task)}")
+                shown = circuit_text(found.row, task) or why_not_reached(found.row, task)
+                save(f"{found.row['run']}, {task}: {shown}")
     save("", complete=True)
 
 

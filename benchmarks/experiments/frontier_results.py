@@ -34,7 +34,7 @@ def why_not_reached(row: Row, task: str) -> str | None:
     """Why the model has no circuit of the task that counts; None if it has one."""
     found = row["circuits"].get(task, {"error": "it was not searched"})
     if "sizes" in found and found["proof"]["sufficient"] is False:
-        return f"{circuit_text(row, task)}, which is above the target"
+        return "its held-out loss is above the target"
     return found.get("error")
 
 
@@ -110,7 +110,7 @@ def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
             "model": row["run"],
             "task": task,
             "edges at held-out loss": circuit_text(row, task),
-            "not reached": why_not_reached(row, task),
+            "target missed": why_not_reached(row, task),
         }
         for row in rows
         for task in row["circuits"]
@@ -118,10 +118,11 @@ def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
     return "\n\n".join(report.table(part, style) for part in (models, ratios, circuits) if part)
 
 
-def circuit_text(row: Row, task: str) -> str:
+def circuit_text(row: Row, task: str) -> str | None:
+    """Edges and held-out loss of a circuit; None: there is none."""
     found = row["circuits"][task]
     if "error" in found:
-        return str(found["error"])
+        return None
     loss = found["proof"]["circuit"]["mean"]
     return f"{found['sizes']['edges'][1]} at {Interval(loss['loss'], loss['low'], loss['high'])}"
 
@@ -160,7 +161,8 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
         xlabel="loss on held-out files of the standard library, nats per token",
         ylabel="edges of the circuit",
         yscale="log",
-        title=f"Geometric mean over {len(tasks)} tasks; bars: 95%, tasks and seeds",
+        title=f"Geometric mean over {len(tasks)} tasks; 95% intervals over tasks and seeds",
     )
+    axes.margins(0.12)
     axes.grid(which="both", alpha=0.2, lw=0.5)
     axes.legend(fontsize=8)
