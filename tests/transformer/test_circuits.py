@@ -9,7 +9,6 @@ import torch
 from test_model import SMALL, batch, make
 
 from sparse_transformer import ModelConfig, Transformer, UserError, hooks
-from sparse_transformer.circuits import annotate
 from sparse_transformer.circuits.ablation import (
     answer_logits,
     keep_nodes,
@@ -474,16 +473,6 @@ def test_intervals_hold_the_truth_and_shrink_with_the_prompts(task):
     few = validate(many, circuit, 0.15, pairs=10).circuit["mean"]
     assert truth.high - truth.low < (few.high - few.low) / 2
     assert few.low <= truth.loss <= few.high
-
-
-def test_examples_have_an_activation_for_each_token(task):
-    """In the last MLP as well, of which answers need one position."""
-    texts = [str(token) for token in range(V)]
-    circuit = chosen(task, *PLANTED_NODES)
-    where = [("0.attn.v", 5), ("1.mlp.post_act", 0)]
-    for example in annotate._examples(task, circuit, Calibration(), where, texts):
-        assert {len(found) for found in example.activations.values()} == {len(example.tokens)}
-        assert example.logit_difference > 0
 
 
 # --- controls

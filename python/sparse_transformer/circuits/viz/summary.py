@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparse_transformer.circuits.circuit import CONTROL_RATIO, Ablated, Circuit, Validation
+from sparse_transformer.circuits.circuit import (
+    CONTROL_RATIO,
+    PARTS,
+    Ablated,
+    Circuit,
+    Node,
+    Validation,
+)
 from sparse_transformer.circuits.viz import words
 
 # How what is ablated is replaced.
@@ -29,6 +36,8 @@ _FACTS = {
     "l0": "L0",
     "edges": "edges of its blocks",
 }
+# Nodes of a kind and a layer that its sentence has, the most important ones.
+_TOLD = 2
 COLUMNS = ("loss", "95% interval", "correct answers")
 
 
@@ -46,6 +55,7 @@ class Summary:
 
     Attributes:
         task, description: of the circuit.
+        story: what each layer does, a sentence each.
         model, size: a line each.
         verdicts: whether it is sufficient, necessary and robust, and what the controls say.
         rows: of the table of losses: name, and a value for each of `COLUMNS`.
@@ -56,6 +66,7 @@ class Summary:
     description: str
     model: str
     size: str
+    story: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     rows: tuple[tuple[str, tuple[str, ...]], ...] = ()
     note: str = ""
@@ -74,6 +85,7 @@ def summarize(circuit: Circuit) -> Summary:
         size=f"{_count(circuit.node_count, 'node')}, {_count(circuit.edge_count, 'edge')} "
         f"({circuit.edges_before} before edges were pruned) · "
         f"target loss {words.fact(circuit.target_loss)}",
+        story=tuple(_story(circuit)),
     )
     found = circuit.validation
     if found is None:
@@ -84,6 +96,39 @@ def summarize(circuit: Circuit) -> Summary:
         rows=tuple(rows(found)),
         note=note(found),
     )
+
+
+def _story(circuit: Circuit) -> Iterator[str]:
+    """For each layer what its neurons detect, where its heads look and which answers it writes."""
+    answering = {edge.source for edge in circuit.edges if edge.kind == "unembedding"}
+    for layer in sorted({node.layer for node in circuit.nodes if node.kind in PARTS}):
+        inside = [node for node in circuit.nodes if node.layer == layer]
+        inside.sort(key=lambda node: -(node.importance or 0))
+        told = {
+            words.channel: [n for n in inside if n.kind == "neuron" and n.score is not None],
+            _head: [n for n in inside if n.kind == "head"],
+            _value: [n for n in inside if n.kind == "v" and n.score is not None],
+            _sublayer: [n for n in inside if n.id in answering],
+        }
+        parts = {
+            f"{name(node)} {words.line(node.label)}": None
+            for name, some in told.items()
+            for node in some[:_TOLD]
+        }
+        if parts:
+            yield f"Layer {layer}: {'; '.join(parts)}."
+
+
+def _head(node: Node) -> str:
+    return f"head {node.channel}"
+
+
+def _value(node: Node) -> str:
+    return f"head {node.head} has a"
+
+
+def _sublayer(node: Node) -> str:
+    return "the MLP" if ".mlp." in node.place else "attention"
 
 
 def note(found: Validation) -> str:
