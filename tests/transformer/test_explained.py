@@ -62,7 +62,7 @@ def test_a_weight_matters_where_its_source_is_large_and_its_target_active():
     source = torch.zeros(2, 20)
     source[0, :3] = torch.tensor([-3.0, 2.0, 1.0])
     target = torch.zeros(2, 20)
-    target[0, :2] = torch.tensor([5.0, -1.0])
+    target[0, :3] = torch.tensor([5.0, -1.0, 5.0])
     target[1] = 9
     # Two of 40 tokens are the top 5 %.
     assert explained.matters(source, target, label).nonzero().tolist() == [[0, 0], [0, 1]]
