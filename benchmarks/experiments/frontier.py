@@ -144,6 +144,8 @@ class Options:
     """Trials of a search."""
     search_steps: int = 100
     """Steps of a trial."""
+    test_pairs: int = 64
+    """Held-out pairs of a circuit, in each of three draws."""
     data: list[Path] = field(default_factory=list)
     """A file or folder of the corpus, by default the standard library; may be repeated."""
     threads: int | None = None
@@ -239,13 +241,18 @@ def search(found: Trained, task: str, corpus: Corpus, options: Options) -> dict[
     """Sizes and validation of a circuit, or why there is none."""
     model, folder = found.model, found.folder / "circuits"
     folder.mkdir(exist_ok=True)
-    budget = Budget(seconds=_SECONDS, trials=options.trials, steps=options.search_steps)
+    budget = Budget(
+        seconds=_SECONDS,
+        trials=options.trials,
+        steps=options.search_steps,
+        test_pairs=options.test_pairs,
+    )
     asked = {"weights": fingerprint(model), "target": TARGET, "budget": vars(budget)}
 
     def measure() -> dict[str, Any]:
         tokens = windows(corpus, corpus.tokenizer, model.config.context, _MEAN_WINDOWS)
         means = mean_activations(model, tokens, cache_dir=found.folder)
-        loss = TaskLoss(model, TASKS[task], corpus.tokenizer, means)
+        loss = TaskLoss(model, TASKS[task], corpus.tokenizer, means, test_pairs=options.test_pairs)
         journal = folder / f"{task}.journal"
         try:
             circuit = find_circuit(loss, TARGET, budget, journal=journal, controls=0)

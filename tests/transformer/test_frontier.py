@@ -59,13 +59,13 @@ def tiny(monkeypatch, tmp_path):
     )
     for name, value in (("SEEDS", (0,)), ("QUESTIONS", (TASK,)), ("PROMPT_PAIRS", 200)):
         monkeypatch.setattr(frontier, name, value)
-    few = {"train_pairs": 16, "fit_pairs": 8, "test_pairs": 8}
+    few = {"train_pairs": 16, "fit_pairs": 8}
     monkeypatch.setattr(frontier, "TaskLoss", partial(frontier.TaskLoss, **few))
     monkeypatch.setattr(frontier, "TARGET", 3.0)
     monkeypatch.setattr(evaluation, "SOLVED_ACCURACY", 0.0)
     source = Path(data.__file__).parent / "circuits"
     words = f"--out {tmp_path / 'out'} --json {tmp_path / 'rows.json'} --data {source} --steps 4"
-    return f"{words} --trials 1 --search-steps 2".split()
+    return f"{words} --trials 1 --search-steps 2 --test-pairs 8".split()
 
 
 def test_a_killed_run_continues(tiny, tmp_path, monkeypatch, capsys):
