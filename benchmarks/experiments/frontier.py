@@ -3,13 +3,13 @@
     python -m benchmarks.experiments.frontier --out DIR --json FILE [--plot FILE.png]
 
 Trains the models of `KINDS` with two seeds each, dense ones to the end of their own schedule, on
-the standard library and solved prompts of every task without a shortcut; asks every model every
-task; and searches circuits, at the same target and with the same number of trials and steps.
+the standard library and on the answers of prompts of `QUESTIONS`; asks every model every task; and
+searches circuits, at the same target and with the same number of trials and steps.
 
-Losses are of the standard library's validation files alone: no prompts, and the same windows for
-all. A circuit counts unless the whole interval of its held-out loss lies above the target, or the
-model itself is above it: then it is "not reached", which is reported, and the task is in no mean
-with that model. Means are geometric, with an interval of 95% by bootstrap over tasks and seeds.
+Losses are of the validation files, the same windows for all. A circuit counts unless the whole
+interval of its held-out loss lies above the target, or the model itself is above it: then it is
+"not reached", which is reported, and the task is in no mean with that model. Means are geometric,
+with an interval of 95% by bootstrap over tasks and seeds.
 
 The same command continues after an interruption. Processes with other --models may share DIR.
 """
@@ -22,7 +22,6 @@ import functools
 import json
 import re
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,19 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from benchmarks import devices, report, run
 from benchmarks.experiments.frontier_results import circuit_text, solved, text, why_not_reached
 from sparse_transformer import ModelConfig, Transformer, UserError, keep_freed_memory, program
-from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
+from sparse_transformer.circuits.activations import fingerprint, mean_activations
 from sparse_transformer.circuits.budget import Budget
 from sparse_transformer.circuits.graph import Edges
 from sparse_transformer.circuits.objective import TaskLoss
 from sparse_transformer.circuits.pipeline import find_circuit
-from sparse_transformer.cli import tasks as tasks_program
-from sparse_transformer.cli.tasks import CorpusConfig
-from sparse_transformer.data import Corpus, encode, prepare, validation_batches
+from sparse_transformer.data import Corpus, prepare, sample, validation_batches
 from sparse_transformer.evaluation import evaluate_task
 from sparse_transformer.files import write_atomically
 from sparse_transformer.run import load_run
@@ -77,8 +73,15 @@ DENSE_OPTIMIZER = OptimizerConfig(learning_rate=0.003, eps=1e-8)
 EMBEDDING_FAN = 32
 SEEDS = (0, 1)
 TARGET = 0.15
-QUESTIONS = tuple(name for name, task in TASKS.items() if task.shortcut is None)
-PROMPT_PAIRS = 1000
+# Tasks that models of these sizes learn soon.
+QUESTIONS = (
+    "single_double_quote",
+    "final_kwarg",
+    "with_as",
+    "for_while",
+    "lambda_func",
+    "if_equals",
+)
 # Windows of the losses and of the means, pairs of a score.
 _LOSS_WINDOWS, _MEAN_WINDOWS, _SCORE_PAIRS = 1024, 256, 256
 # Not bound by the clock: the load on the machine must not change a result.
@@ -100,7 +103,9 @@ class Kind:
     fan: int | None
 
     def settings(self, seed: int, steps: int, data: Sequence[Path]) -> Settings:
-        config = replace(BASE.train, seed=seed, steps=steps, data=tuple(data))
+        config = replace(
+            BASE.train, seed=seed, steps=steps, data=tuple(data), task_pairs=16, tasks=QUESTIONS
+        )
         wide = replace(BASE.model, d_model=self.d_model)
         if self.fan is None:
             dense = replace(wide, linear="dense", active=None)
@@ -127,7 +132,7 @@ KINDS = (
 @dataclass(frozen=True)
 class Options:
     out: Path
-    """Folder of the prompts, trainings and circuits."""
+    """Folder of the trainings and circuits."""
     json: Path
     """Write the rows to this file."""
     plot: Path | None = None
@@ -151,10 +156,6 @@ class Options:
     threads: int | None = None
     """Number of CPU threads; by default those of PyTorch."""
 
-    @property
-    def sources(self) -> list[Path]:
-        return self.data or [Path(sysconfig.get_paths()["stdlib"])]
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -165,26 +166,14 @@ class Trained:
     row: dict[str, Any]
 
 
-def write_prompts(out: Path) -> Path:
-    """The folder with solved prompts of all tasks, from their train split."""
-    out.mkdir(parents=True, exist_ok=True)
-    prompts, partial = out / "prompts", out / "prompts.partial"
-    with FileLock(out / "prompts.lock"):
-        if not prompts.is_dir():
-            for name in QUESTIONS:
-                tasks_program.run(CorpusConfig(name, partial / name, pairs=PROMPT_PAIRS))
-            partial.rename(prompts)
-    return prompts
-
-
-def trained(kind: Kind, seed: int, options: Options, corpus: Corpus, text: np.ndarray) -> Trained:
-    """Trains, or continues, or finds the model; asks it for its loss on `text` and every task.
+def trained(kind: Kind, seed: int, options: Options, corpus: Corpus) -> Trained:
+    """Trains, or continues, or finds the model; asks it for its loss and every task.
 
     Raises:
         UserError: the folder has a run with other settings. SystemExit: training was stopped.
     """
     folder = options.out / f"{kind.name}-{seed}"
-    wanted = kind.settings(seed, options.steps, [*options.sources, options.out / "prompts"])
+    wanted = kind.settings(seed, options.steps, options.data)
     with contextlib.suppress(FileNotFoundError):
         if json.loads((folder / "config.json").read_text()) != _plain(wanted.to_dict()):
             raise UserError(f"{folder} was trained with other settings: use another --out")
@@ -201,7 +190,7 @@ def trained(kind: Kind, seed: int, options: Options, corpus: Corpus, text: np.nd
             )
             score = evaluate_task(model, pairs, pad=corpus.end_of_text)
             scores[name] = dataclasses.asdict(score) | {"solved": score.solved}
-        return {"loss": held_out_loss(model, text), "scores": scores}
+        return {"loss": held_out_loss(model, corpus.validation), "scores": scores}
 
     last = metrics.read(folder / "metrics.jsonl")[-1]
     row = {
@@ -214,16 +203,6 @@ def trained(kind: Kind, seed: int, options: Options, corpus: Corpus, text: np.nd
         "circuits": {},
     }
     return Trained(folder, model, row)
-
-
-def held_out_tokens(sources: Sequence[Path], corpus: Corpus) -> np.ndarray:
-    """The validation files of these sources alone, in the tokens of `corpus`.
-
-    A file is held out by its path: where prompts are added, the same files are.
-    """
-    plain = prepare(sources, vocab_size=corpus.vocab_size)
-    text = plain.tokenizer.decode(plain.validation.tolist(), skip_special_tokens=False)
-    return np.array(encode(corpus.tokenizer, text), dtype=np.uint16)
 
 
 @torch.no_grad()
@@ -250,7 +229,7 @@ def search(found: Trained, task: str, corpus: Corpus, options: Options) -> dict[
     asked = {"weights": fingerprint(model), "target": TARGET, "budget": vars(budget)}
 
     def measure() -> dict[str, Any]:
-        tokens = windows(corpus, corpus.tokenizer, model.config.context, _MEAN_WINDOWS)
+        tokens = sample(corpus, corpus.tokenizer, model.config.context, _MEAN_WINDOWS)
         means = mean_activations(model, tokens, cache_dir=found.folder)
         loss = TaskLoss(model, TASKS[task], corpus.tokenizer, means, test_pairs=options.test_pairs)
         journal = folder / f"{task}.journal"
@@ -283,9 +262,7 @@ def _plain(content: object) -> Any:
 
 def measure(options: Options, machine: Mapping[str, Any]) -> None:
     """Trains, asks and searches; the file has at any time what is known by then."""
-    prompts = write_prompts(options.out)
-    corpus = prepare([*options.sources, prompts], vocab_size=BASE.model.vocab_size)
-    held_out = held_out_tokens(options.sources, corpus)
+    corpus = prepare(options.data or None, vocab_size=BASE.model.vocab_size)
     models: list[Trained] = []
 
     def save(line: str, *, complete: bool = False) -> None:
@@ -295,7 +272,7 @@ def measure(options: Options, machine: Mapping[str, Any]) -> None:
 
     for kind, seed in ((kind, seed) for seed in SEEDS for kind in KINDS):
         if re.search(options.models, f"{kind.name}-{seed}"):
-            models.append(trained(kind, seed, options, corpus, held_out))
+            models.append(trained(kind, seed, options, corpus))
             row = models[-1].row
             save(f"{row['run']}: loss {row['loss']:.4f}, solves {', '.join(solved(row))}")
     counts = Counter(task for found in models for task in solved(found.row))

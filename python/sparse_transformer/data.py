@@ -218,6 +218,23 @@ def validation_batches(
         yield _windows(tokens, starts[first : first + batch * world][rank::world], context)
 
 
+def sample(corpus: Corpus, tokenizer: Tokenizer, context: int, count: int) -> Tensor:
+    """int64 `(count, context)`, evenly spaced over the training tokens; fewer if there are fewer.
+
+    Where the corpus on this machine has another tokenizer, the text is encoded again.
+    """
+    available = (len(corpus.train) - 1) // context
+    count = max(1, min(count, available))
+    starts = np.arange(count) * available // count * context
+    picked = np.stack([corpus.train[start : start + context] for start in starts])
+    if tokenizer.to_str() != corpus.tokenizer.to_str():
+        texts = [corpus.tokenizer.decode(row, skip_special_tokens=False) for row in picked.tolist()]
+        ids = [id for encoding in tokenizer.encode_batch(texts) for id in encoding.ids]
+        rows = max(1, len(ids) // context)
+        picked = np.array(ids[: rows * context]).reshape(rows, -1)
+    return torch.from_numpy(picked.astype(np.int64))
+
+
 def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
     positions = starts.astype(np.int64)[:, None] + np.arange(context + 1)
     ids = torch.from_numpy(tokens[positions].astype(np.int64))

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparse_transformer import data as corpora
 from sparse_transformer.data import load_tokenizer
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
@@ -17,7 +20,11 @@ from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenizers import Tokenizer
+
+_SAMPLE, _SAMPLE_ROWS = "sample.safetensors", 256
 
 
 def load_run(
@@ -84,29 +91,34 @@ def export_model(
     folder: str | os.PathLike[str],
     *,
     step: int | None = None,
+    data: Sequence[str | os.PathLike[str]] = (),
 ) -> int:
     """Writes a model, without the state of its training, into a folder that `load_model` reads.
 
     The bigram table is stored in float16, indices in int16 where they fit; everything else as it
-    is. Paths of the machine that trained it are left out.
+    is. With it go a sample of the corpus, from which circuits take their means and snippets, and
+    the last validation.
+    Paths of the machine that trained it are left out.
 
     Args:
         checkpoint: as for `load_run`.
         folder: must be new or empty.
         step: the checkpoint of this step, by default the newest.
+        data: see `corpus_sample`.
 
     Returns:
         The size of all files in bytes.
 
     Raises:
-        UserError: as `load_run`; or a folder that is not empty or cannot be written, or a bigram
-            table with values above 65504.
+        UserError: as `load_run` and `corpus_sample`; or a folder that is not empty or cannot be
+            written, or a bigram table with values above 65504.
     """
-    load_run(checkpoint, step)  # which refuses what is damaged
+    model = load_model(checkpoint, step=step)  # which refuses what is damaged
     point = checkpoints.load(checkpoint, step, prefix="model.")
     out = Path(folder)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out")
+    rows = corpus_sample(checkpoint, model, data=data)
     settings = point.meta["settings"]
     settings.get("train", {}).update(data=[], cache_dir=None)
     tensors = {name: _smallest(name, tensor) for name, tensor in point.tensors.items()}
@@ -115,7 +127,57 @@ def export_model(
     text = tokenizer_of(checkpoints.find(checkpoint)).read_text(encoding="utf-8")
     compact = json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False)
     write_atomically(out / "tokenizer.json", compact)
+    metrics = tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    if measured := [line for line in lines if '"val_loss"' in line]:
+        write_atomically(out / "metrics.jsonl", measured[-1] + "\n")
+    # Ids are below 65536, and so are those of uint16 bit by bit.
+    save_file({"tokens": rows.to(torch.uint16)}, out / _SAMPLE)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def corpus_sample(
+    checkpoint: str | os.PathLike[str],
+    model: Transformer,
+    *,
+    data: Sequence[str | os.PathLike[str]] = (),
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Tensor:
+    """Windows of the corpus of a model, int64 `(rows, context)`.
+
+    They are those that an exported model has in its folder; else evenly spaced ones of the files
+    that it was trained on, in the tokens of its tokenizer.
+
+    Args:
+        checkpoint: as for `load_run`.
+        model: of `load_model`.
+        data: take windows of these files and folders instead.
+        cache_dir: as for `data.prepare`.
+
+    Raises:
+        UserError: a sample that is damaged; or what `data.prepare` refuses.
+    """
+    folder = checkpoints.find(checkpoint)
+    stored = tokenizer_of(folder).with_name(_SAMPLE)
+    context, vocab = model.config.context, model.config.vocab_size
+    if not data and stored.exists():
+        try:
+            rows = load_file(stored)["tokens"].long()
+            if rows.shape[1] != context or not 0 <= int(rows.min()) <= int(rows.max()) < vocab:
+                raise ValueError("it is of another model")
+        except (OSError, SafetensorError, LookupError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the sample {stored} cannot be read ({error}): give files with --data"
+            ) from error
+        return rows
+    train = checkpoints.load(folder, prefix="nothing").meta["settings"].get("train", {})
+    corpus = corpora.prepare(
+        list(data) or train.get("data") or None,
+        vocab_size=vocab,
+        cache_dir=cache_dir,
+    )
+    assert model.tokenizer is not None
+    return corpora.sample(corpus, model.tokenizer, context, _SAMPLE_ROWS)
 
 
 def _smallest(name: str, tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from test_model import make
 from benchmarks.experiments import circuits as benchmark
 from sparse_transformer import ModelConfig, data
 from sparse_transformer.circuits import __main__ as program
-from sparse_transformer.circuits import compare
+from sparse_transformer.circuits import compare, pipeline
 from sparse_transformer.circuits.circuit import Circuit, Validation
 from sparse_transformer.run import load_run
 from sparse_transformer.train import checkpoint
@@ -188,6 +188,23 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
     more = ["--task", TASK, "--solved", "0", "--target", "3"]
     assert program.main(arguments(run, tmp_path / "out", *more)) == 130
     assert "continues the search" in capsys.readouterr().err
+
+
+def test_there_is_a_picture_before_the_controls(run, tmp_path, monkeypatch, capsys):
+    """An interruption during the controls leaves a validated circuit without them."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_control", interrupted)
+    more = ["--task", TASK, "--solved", "0", "--target", "3", "--controls", "1"]
+    assert program.main(arguments(run, tmp_path / "out", *more)) == 130
+    folder = tmp_path / "out" / TASK
+    assert f"{folder}: drawn; its controls follow" in capsys.readouterr().out
+    assert (folder / "circuit.html").exists()
+    validation = Circuit.from_json((folder / "circuit.json").read_text()).validation
+    assert validation.controls == ()
+    assert not (folder / "summary.json").exists()
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(
         results, "LINES", {"both": ("sparse", "dense"), "dense": ("dense",), "none": ()}
     )
-    for name, value in (("SEEDS", (0,)), ("QUESTIONS", (TASK,)), ("PROMPT_PAIRS", 200)):
+    for name, value in (("SEEDS", (0,)), ("QUESTIONS", (TASK,))):
         monkeypatch.setattr(frontier, name, value)
     few = {"train_pairs": 16, "fit_pairs": 8}
     monkeypatch.setattr(frontier, "TaskLoss", partial(frontier.TaskLoss, **few))
@@ -122,23 +122,6 @@ def test_a_killed_run_continues(tiny, tmp_path, monkeypatch, capsys):
         assert shown in results.text(again["rows"])
     assert frontier.main([*tiny, "--steps", "5"]) == 2
     assert "other settings" in capsys.readouterr().err
-
-
-def test_losses_are_of_files_that_no_model_was_trained_on(tiny, tmp_path):
-    source = Path(tiny[5])
-    prompts = frontier.write_prompts(tmp_path / "out")
-    corpus = data.prepare([source, prompts], vocab_size=400)
-
-    def files(ids):
-        text = corpus.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        return {file for file in text.split(data.END_OF_TEXT) if file}
-
-    held_out = files(frontier.held_out_tokens([source], corpus))
-    assert held_out
-    assert not held_out & files(corpus.train)
-    assert held_out <= {path.read_text() for path in source.rglob("*.py")}
-    everything = files(corpus.train) | files(corpus.validation)
-    assert {path.read_text() for path in prompts.rglob("*.py")} <= everything
 
 
 def test_the_loss_is_the_mean_of_all_windows(tiny):

@@ -79,14 +79,14 @@ def test_snippets_are_the_most_active_places(model, tokens):
 def test_windows_are_cut_from_the_training_tokens(tmp_path):
     text = "".join(f"value_{number} = other({number})\n" for number in range(900))
     corpus = data.prepare(text, vocab_size=300, cache_dir=tmp_path, progress=False)
-    found = means.windows(corpus, corpus.tokenizer, 32, 5)
+    found = data.sample(corpus, corpus.tokenizer, 32, 5)
     assert found.shape == (5, 32)
     whole = np.asarray(corpus.train).astype(np.int64)
     for row in found.numpy():
         assert any(np.array_equal(whole[s : s + 32], row) for s in range(0, len(whole) - 32, 32))
     # Another tokenizer reads the same text.
     other = data.prepare(text * 2, vocab_size=320, cache_dir=tmp_path, progress=False)
-    again = means.windows(corpus, other.tokenizer, 32, 5)
+    again = data.sample(corpus, other.tokenizer, 32, 5)
     assert again.shape[1] == 32
     decoded = other.tokenizer.decode(again.flatten().tolist())
     assert corpus.tokenizer.decode(found[0].tolist()).startswith(decoded[:20])

@@ -22,6 +22,7 @@ import sparse_transformer
 from sparse_transformer import UserError, load_model
 from sparse_transformer.circuits import __main__ as circuits
 from sparse_transformer.cli import evaluate, export, generate, steer, tasks, train
+from sparse_transformer.run import corpus_sample
 from sparse_transformer.train import checkpoint
 
 SMALL_RUN = """
@@ -466,12 +467,14 @@ def test_a_renamed_checkpoint_is_refused(place, tmp_path, monkeypatch, capsys, p
 
 def drop(place, folder, name):
     """An exported model among those that programs know by name."""
-    assert export.main(["--checkpoint", str(place / "run"), "--out", str(folder / name)]) == 0
+    given = {"--checkpoint": place / "run", "--out": folder / name, "--data": place / "corpus"}
+    assert export.main([str(word) for pair in given.items() for word in pair]) == 0
 
 
 @pytest.fixture
 def models(place, tmp_path, monkeypatch):
     """The folder of models, with `python-small`; programs run elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     drop(place, tmp_path / "models", "python-small")
     monkeypatch.setattr(checkpoint, "MODELS", [tmp_path / "none", tmp_path / "models"])
     (tmp_path / "elsewhere").mkdir()
@@ -482,9 +485,7 @@ def models(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("program", [name for name in READERS if name != "train"])
 def test_programs_know_models_by_name(place, models, capsys, program):
     changed = {"--cache-dir": str(place / "cache")} if program == "circuits" else {}
-    # Vocabularies of circuits are those of their corpus.
-    data = {"--data": str(place / "corpus")} if program == "circuits" else {}
-    arguments = arguments_of(program, **{"--checkpoint": "python-small"}, **changed, **data)
+    arguments = arguments_of(program, **{"--checkpoint": "python-small"}, **changed)
     status, error = ask(program, arguments, capsys)
     # It is found, and too small.
     refused = "the task for_while cannot be asked of this tokenizer" in error
@@ -518,12 +519,35 @@ def test_an_exported_model_is_the_model_and_small(place, models, capsys):
     # Nothing of the machine that trained it.
     stored = [p.read_text() for p in (models / "python-small").rglob("*.json")]
     assert len(stored) == 3
+    measured = (models / "python-small" / "metrics.jsonl").read_text()
+    assert (json.loads(measured)["step"], measured.count("\n")) == (6, 1)
+    assert "val_loss" in json.loads(measured)
     assert not [text for text in stored if str(place) in text]
     assert load_model(models / "python-small" / "step-00000006").tokenizer is not None
     # A folder of that name goes first, whatever is in it.
     Path("python-small").mkdir()
     with pytest.raises(UserError, match="there is no checkpoint in python-small"):
         load_model("python-small")
+
+
+def test_an_exported_model_has_a_sample_of_its_corpus(place, models, capsys):
+    """Nothing but its folder is needed, and a damaged sample is not used."""
+    whole = load_model(place / "run")
+    corpus = [str(place / "corpus")]
+    rows = corpus_sample(place / "run", whole, data=corpus)
+    assert rows.shape[1] == whole.config.context
+    assert rows.unique().numel() > 50
+    stored = models / "python-small" / "sample.safetensors"
+    assert torch.equal(corpus_sample("python-small", whole), rows)
+    other = corpus_sample("python-small", whole, data=[str(place / "corpus" / "run.py")])
+    assert not torch.equal(other[:1], rows[:1])
+    for damage in (b"x", stored.read_bytes()[:-2]):
+        stored.write_bytes(damage)
+        with pytest.raises(UserError, match=r"sample.safetensors cannot be read .*: give files"):
+            corpus_sample("python-small", whole)
+    save_file({"tokens": rows[:, :-1].to(torch.uint16)}, stored)
+    with pytest.raises(UserError, match="it is of another model"):
+        corpus_sample("python-small", whole)
 
 
 def test_an_exported_model_cannot_be_trained_on(place, models, capsys):

@@ -31,6 +31,13 @@ def test_files_are_solved_prompts_for_training(name, tmp_path, capsys):
     assert {_side(prompt) for d in drafts for prompt in (d.positive, d.negative)} == {"train"}
 
 
+def test_all_tasks_are_written_as_each_alone(tmp_path):
+    assert program.main(["--all", "--out", str(tmp_path / "all"), "--pairs", "3"]) == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(TASKS)
+    assert program.main(["with_as", "--out", str(tmp_path / "one"), "--pairs", "3"]) == 0
+    assert written(tmp_path / "all" / "with_as") == written(tmp_path / "one")
+
+
 def test_the_right_bracket_closes_each_list(tmp_path):
     assert program.main(["bracket_counting", "--out", str(tmp_path), "--pairs", "50"]) == 0
     lines = [line.strip() for line in written(tmp_path)[0].splitlines() if line.endswith("]")]
@@ -52,7 +59,8 @@ def test_a_second_run_writes_the_same(tmp_path):
     [
         (["bracket_countin"], "did you mean bracket_counting"),
         (["with_as", "--pairs", "0"], "--pairs must be at least 1"),
-        ([], "no task or no folder given: use NAME --out DIR, or --shortcuts"),
+        ([], "give NAME --out DIR, --all --out DIR, or --shortcuts"),
+        (["with_as", "--all"], "give NAME --out DIR, --all --out DIR, or --shortcuts"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):

@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,27 +28,27 @@ from torch import Tensor
 
 from sparse_transformer import program, tasks
 from sparse_transformer.circuits import compare
-from sparse_transformer.circuits.activations import fingerprint, mean_activations, windows
+from sparse_transformer.circuits.activations import fingerprint, mean_activations
 from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
-from sparse_transformer.circuits.circuit import Validation
+from sparse_transformer.circuits.circuit import Circuit, Validation
 from sparse_transformer.circuits.graph import Edges, count_weights
 from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
-from sparse_transformer.circuits.pipeline import find_circuit
+from sparse_transformer.circuits.pipeline import FoundCircuit, find_circuit
 from sparse_transformer.circuits.viz import summary, write_html, write_image
-from sparse_transformer.data import default_cache, prepare
+from sparse_transformer.data import default_cache
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY
 from sparse_transformer.memory import keep_freed_memory
 from sparse_transformer.model import Transformer
-from sparse_transformer.run import load_run
+from sparse_transformer.run import corpus_sample, load_run
 from sparse_transformer.train.checkpoint import load
 
 # More edges than this, those to tokens, to answers and of the residual stream included, are not
 # drawn: nobody could read the picture.
 _MOST_DRAWN = 1500
-# Windows of the training corpus for means and snippets.
-_WINDOWS = 256
+# The share of the time in which nodes are described.
+_DESCRIBING = 0.05
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class CircuitConfig:
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders for means and snippets; by default the training files."""
+    """Files and folders for means and snippets; by default the sample that an exported model comes
+    with, or the training files."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora and means."""
     seed: int = 0
@@ -103,14 +104,9 @@ class _Run:
         self.model, self.tokenizer = load_run(path, config.step, "cpu")
         self.model.eval().requires_grad_(False)
         point = load(path, config.step, prefix="nothing")
-        settings = point.meta["settings"]
-        sources = config.data or tuple(Path(source) for source in settings["train"]["data"])
-        corpus = prepare(
-            list(sources) or None,
-            vocab_size=self.model.config.vocab_size,
-            cache_dir=config.cache_dir,
+        self.corpus: Tensor = corpus_sample(
+            path, self.model, data=config.data, cache_dir=config.cache_dir
         )
-        self.corpus: Tensor = windows(corpus, self.tokenizer, self.model.config.context, _WINDOWS)
         self.means = mean_activations(
             self.model, self.corpus, cache_dir=config.cache_dir or default_cache()
         )
@@ -123,7 +119,7 @@ class _Run:
             "d_model": self.model.config.d_model,
             "l0": count_weights(self.model),
             "edges": len(Edges.of(self.model).weight),
-            "preset": settings["preset"],
+            "preset": point.meta["settings"]["preset"],
         }
 
     def circuit(
@@ -151,6 +147,25 @@ class _Run:
             )
             solved = task.need_solved(config.solved)
             folder.mkdir(parents=True, exist_ok=True)
+            drawn: list[Circuit] = []
+
+            def draw(found: FoundCircuit) -> None:
+                """Before the controls, so that there is something to look at."""
+                drawn.append(
+                    annotate(
+                        task,
+                        found,
+                        self.tokenizer,
+                        self.corpus,
+                        target=config.target,
+                        model=self.facts,
+                        progress=Progress(_DESCRIBING * config.budget.seconds),
+                    )
+                )
+                _draw(drawn[0], folder)
+                if config.controls:
+                    print(f"{folder}: drawn; its controls follow", flush=True)
+
             found = find_circuit(
                 task,
                 config.target,
@@ -161,25 +176,9 @@ class _Run:
                 corpus=self.corpus,
                 seed=config.seed,
                 progress=progress,
+                on_validated=draw,
             )
-            circuit = annotate(
-                task,
-                found,
-                self.tokenizer,
-                self.corpus,
-                target=config.target,
-                model=self.facts,
-                progress=progress,
-            )
-        _write(folder / "circuit.json", circuit.to_json())
-        pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
-        if len(circuit.edges) <= _MOST_DRAWN:
-            write_html(circuit, pictures[0])
-            for picture in pictures[1:]:
-                write_image(circuit, picture)
-        else:
-            for picture in pictures:
-                picture.unlink(missing_ok=True)
+        _draw(replace(drawn[0], validation=found.validation), folder)
         content = {
             "settings": settings,
             "model": self.facts,
@@ -257,6 +256,18 @@ def run(config: CircuitConfig) -> None:
         print("\n" + compare.table(results))
         if compare.common_tasks(results):
             compare.plot(results, config.out / "comparison.png")
+
+
+def _draw(circuit: Circuit, folder: Path) -> None:
+    _write(folder / "circuit.json", circuit.to_json())
+    pictures = [folder / f"circuit{ending}" for ending in (".html", ".svg", ".png")]
+    if len(circuit.edges) <= _MOST_DRAWN:
+        write_html(circuit, pictures[0])
+        for picture in pictures[1:]:
+            write_image(circuit, picture)
+    else:
+        for picture in pictures:
+            picture.unlink(missing_ok=True)
 
 
 def _sentence(model: str, name: str, row: dict[str, Any], folder: Path) -> str:

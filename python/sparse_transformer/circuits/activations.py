@@ -1,6 +1,5 @@
 """Activations over a corpus: the means that ablated nodes have, and where a node is most active.
 
-The corpus is that of the run, or any that is given; its text is encoded with the run's tokenizer.
 Means are kept in the user's cache, under a hash of the model's weights and of the tokens.
 """
 
@@ -12,40 +11,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import hooks
 from sparse_transformer.circuits.circuit import Snippet
 from sparse_transformer.circuits.graph import Nodes
-from sparse_transformer.data import Corpus
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 
 _ROWS = 16
 _CONTEXT_BEFORE, _CONTEXT_AFTER = 12, 4
-
-
-def windows(corpus: Corpus, tokenizer: Tokenizer, context: int, count: int) -> Tensor:
-    """int64 `(count, context)`, evenly spaced over the training tokens; fewer if there are fewer.
-
-    Where the corpus on this machine has another tokenizer, the text is encoded again.
-    """
-    available = (len(corpus.train) - 1) // context
-    count = max(1, min(count, available))
-    starts = np.arange(count) * available // count * context
-    picked = np.stack([corpus.train[start : start + context] for start in starts])
-    if tokenizer.to_str() != corpus.tokenizer.to_str():
-        texts = [corpus.tokenizer.decode(row, skip_special_tokens=False) for row in picked.tolist()]
-        ids = [id for encoding in tokenizer.encode_batch(texts) for id in encoding.ids]
-        rows = max(1, len(ids) // context)
-        picked = np.array(ids[: rows * context]).reshape(rows, -1)
-    return torch.from_numpy(picked.astype(np.int64))
 
 
 def mean_activations(

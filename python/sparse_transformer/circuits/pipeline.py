@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +134,7 @@ def find_circuit(
     corpus: Tensor | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    on_validated: Callable[[FoundCircuit], None] | None = None,
 ) -> FoundCircuit:
     """The smallest circuit that the budget finds.
 
@@ -145,6 +147,7 @@ def find_circuit(
         corpus: int64 `(rows, context)`, for the means of the model with permuted weights; None
             leaves it out.
         progress: keeps the time, by default that of the budget.
+        on_validated: is called with the circuit before the controls, which take most of the time.
 
     Raises:
         UserError: the whole model does not reach the target.
@@ -179,6 +182,9 @@ def find_circuit(
     with progress.step("validate", share):
         validation = validate(task, subgraph, target, pairs=pairs, seed=seed)
     progress.reserved = 0.0
+    circuit = FoundCircuit(subgraph, calibration, found.candidate.config, found.sizes, validation)
+    if on_validated is not None:
+        on_validated(circuit)
     ran: list[Control] = []
     with progress.step("controls", _SEARCHES):
         for number, (name, asked) in enumerate(tries):
@@ -186,7 +192,6 @@ def find_circuit(
                 break
             with progress.part(number / len(tries), (number + 1) / len(tries)):
                 ran.append(_control(name, asked, find(asked, name), fit_target))
-    validation = replace(validation, controls=tuple(ran))
     curve: list[CurvePoint | None] = []
     with progress.step("size curve", _CURVE):
         for loss in CURVE:
@@ -194,15 +199,12 @@ def find_circuit(
             reached = point.loss <= loss
             curve.append(CurvePoint(loss, point.nodes, point.edges) if reached else None)
         faithful = _faithfulness(task, order) if progress.left >= 0 else None
-    return FoundCircuit(
-        subgraph,
-        calibration,
-        found.candidate.config,
-        found.sizes,
-        validation,
-        curve,
-        faithful,
-        dict(progress.laps),
+    return replace(
+        circuit,
+        validation=replace(validation, controls=tuple(ran)),
+        curve=curve,
+        faithfulness=faithful,
+        seconds=dict(progress.laps),
     )
 
 

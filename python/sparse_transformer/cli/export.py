@@ -23,6 +23,8 @@ class ExportConfig:
     """Output folder; it must be new or empty."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
+    data: tuple[Path, ...] = ()
+    """Files and folders of which a sample goes with the model; by default the training files."""
 
 
 def run(config: ExportConfig) -> None:
@@ -31,7 +33,7 @@ def run(config: ExportConfig) -> None:
     Raises:
         UserError: see `export_model`.
     """
-    size = export_model(config.checkpoint, config.out, step=config.step)
+    size = export_model(config.checkpoint, config.out, step=config.step, data=config.data)
     print(f"{program.printable(str(config.out))}: {size / 1e6:.1f} MB")
 
 

@@ -1,5 +1,7 @@
 """`python -m sparse_transformer.tasks NAME --out DIR`: solved prompts, to teach a model the task.
 
+`--all` in place of NAME writes those of every task, each to a folder of its own in DIR.
+
 Some tasks are too rare in ordinary code for a small model to learn. This writes prompts with their
 correct answers as Python files, for `python -m sparse_transformer.train --data DIR`. They are
 from the train split: for all seeds, none of them is a test prompt of `evaluate` or of a circuit's
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from sparse_transformer import data, program
 from sparse_transformer.errors import UserError
-from sparse_transformer.tasks import TASKS, get, shortcuts
+from sparse_transformer.tasks import TASKS, Task, get, shortcuts
 
 # Whole files go to training or validation.
 _PAIRS_PER_FILE = 100
@@ -33,6 +35,8 @@ class CorpusConfig:
 
     task: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """Name of the task."""
+    all: bool = False
+    """Write prompts of every task, each to a folder of its name in DIR."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder; created if it does not exist."""
     shortcuts: bool = False
@@ -54,9 +58,15 @@ def run(config: CorpusConfig) -> None:
         chosen = TASKS if config.task is None else {config.task: get(config.task)}
         print(program.table(list(shortcuts.rows(chosen, data.prepare().tokenizer))), end="")
         return
-    if config.task is None or config.out is None:
-        raise UserError("no task or no folder given: use NAME --out DIR, or --shortcuts")
-    task = get(config.task)
+    if config.out is None or (config.task is None) != config.all:
+        raise UserError("give NAME --out DIR, --all --out DIR, or --shortcuts")
+    if config.task is not None:
+        _write(get(config.task), config.out, config)
+    for task in TASKS.values() if config.all else ():
+        _write(task, config.out / task.name, config)
+
+
+def _write(task: Task, folder: Path, config: CorpusConfig) -> None:
     drafts = islice(task.drafts("train", config.seed), config.pairs)
     bar = tqdm(drafts, "pairs", config.pairs, unit=" pairs", disable=None, leave=False)
     texts = [f"{draft.positive}{draft.right}\n{draft.negative}{draft.wrong}\n" for draft in bar]
@@ -66,15 +76,15 @@ def run(config: CorpusConfig) -> None:
             f"use a smaller --pairs"
         )
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(texts), _PAIRS_PER_FILE):
-            path = config.out / f"{task.name}_{first // _PAIRS_PER_FILE:05d}.py"
+            path = folder / f"{task.name}_{first // _PAIRS_PER_FILE:05d}.py"
             path.write_text("".join(texts[first : first + _PAIRS_PER_FILE]), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{config.out} cannot be written ({error.strerror}): choose another --out"
+            f"{folder} cannot be written ({error.strerror}): choose another --out"
         ) from error
-    print(f"{len(texts)} pairs in {config.out}")
+    print(f"{len(texts)} pairs in {folder}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
