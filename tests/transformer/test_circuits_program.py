@@ -192,6 +192,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(run, tmp_path, capsys, monkeypat
 
 def test_there_is_a_picture_before_the_controls(run, tmp_path, monkeypatch, capsys):
     """An interruption during the controls leaves a validated circuit without them."""
+
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
