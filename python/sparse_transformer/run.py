@@ -133,6 +133,8 @@ def export_model(
         write_atomically(out / "metrics.jsonl", measured[-1] + "\n")
     # Ids are below 65536, and so are those of uint16 bit by bit.
     save_file({"tokens": rows.to(torch.uint16)}, out / _SAMPLE)
+    # safetensors makes files that nobody else can read.
+    (out / _SAMPLE).chmod((out / "config.json").stat().st_mode)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -538,6 +538,9 @@ def test_an_exported_model_has_a_sample_of_its_corpus(place, models, capsys):
     assert rows.shape[1] == whole.config.context
     assert rows.unique().numel() > 50
     stored = models / "python-small" / "sample.safetensors"
+    assert {path.stat().st_mode & 0o777 for path in stored.parent.glob("*.*")} == {
+        (models / "python-small" / "config.json").stat().st_mode & 0o777
+    }
     assert torch.equal(corpus_sample("python-small", whole), rows)
     other = corpus_sample("python-small", whole, data=[str(place / "corpus" / "run.py")])
     assert not torch.equal(other[:1], rows[:1])
