@@ -130,7 +130,7 @@ class Ablated:
 
     Attributes:
         loss: binary cross-entropy over the two answers, in nats, after the best scale and shift for
-            other prompts under this ablation; guessing has ln 2 = 0.69.
+            other draws of prompts under this ablation; guessing has ln 2 = 0.69.
         accuracy: share of correct answers, after the same.
         low, high: 95% interval of the loss, by bootstrap over pairs of prompts.
         draws: the loss on each draw of pairs.
