@@ -570,33 +570,6 @@ def test_an_export_is_not_written_over_anything(place, models, capsys):
     assert content(models) == before
 
 
-@pytest.mark.slow
-def test_a_model_in_the_package_is_shipped(tmp_path):
-    """What the wheel would hold, for a model that is dropped into a copy of the checkout."""
-    root = Path(__file__).resolve().parents[2]
-    copied = (
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "sparse_kernels",
-        "python",
-        "csrc",
-    )
-    for name in copied:
-        whole = (root / name).is_dir()
-        (shutil.copytree if whole else shutil.copy)(root / name, tmp_path / name)
-    model = tmp_path / "python/sparse_transformer/models/tiny-model"
-    (model / "step-00000001").mkdir(parents=True)
-    files = ["config.json", "tokenizer.json", "step-00000001/meta.json"]
-    for name in [*files, "step-00000001/tensors.safetensors"]:
-        (model / name).write_text("x")
-    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    built = tmp_path / "built/sparse_transformer/models/tiny-model"
-    assert content(built) == content(model)
-
-
 MISSING = {
     "train": "tokenizers", "generate": "tokenizers", "evaluate": "safetensors",
     "steer": "safetensors", "export": "filelock", "circuits": "optuna", "tasks": "tyro",
