@@ -161,12 +161,12 @@ def _interval(found: Ablated) -> str:
 def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
     """What the intervals say, and the controls."""
     yield _controls(found)
-    alone = f"the circuit alone has a loss of {_interval(found.circuit['mean'])}"
     yield _verdict(
         found.sufficient,
         "Sufficient",
-        f"{alone}, within the target of {words.fact(target)}.",
-        f"{alone}, above the target of {words.fact(target)}.",
+        f"the circuit alone has a loss of {_interval(found.circuit['mean'])}",
+        f"within the target of {words.fact(target)}",
+        f"above the target of {words.fact(target)}",
     )
     lost = " and ".join(
         f"{_interval(found.without[name])} without its {part}"
@@ -175,28 +175,30 @@ def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
     yield _verdict(
         found.necessary,
         "Necessary",
-        f"the model fails, with a loss of {lost}.",
-        f"the model still knows the answer, with a loss of {lost}.",
+        f"the loss of the model is {lost}",
+        "so that it fails",
+        "so that it still knows the answer",
     )
     worst = max(
         (found.circuit[name] for name in ("pair", "random", "adversarial")),
         key=lambda ablated: ablated.high,
     )
-    highest = "the highest loss under counterfactual, random and adversarial ablation is "
     yield _verdict(
         found.robust,
         "Robust",
-        f"{highest}{_interval(worst)}.",
-        f"{highest}{_interval(worst)}, above twice the target.",
+        f"the highest loss under counterfactual, random and adversarial ablation is "
+        f"{_interval(worst)}",
+        f"at most twice the target of {words.fact(target)}",
+        f"above twice the target of {words.fact(target)}",
     )
 
 
-def _verdict(holds: bool | None, name: str, good: str, bad: str) -> Verdict:
+def _verdict(holds: bool | None, name: str, said: str, good: str, bad: str) -> Verdict:
     if holds is None:
-        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {bad}", False)
+        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {said}.", False)
     if holds:
-        return Verdict(f"{name}: {good}", True)
-    return Verdict(f"Not {name.lower()}: {bad}", False)
+        return Verdict(f"{name}: {said}, {good}.", True)
+    return Verdict(f"Not {name.lower()}: {said}, {bad}.", False)
 
 
 def _controls(found: Validation) -> Verdict:
