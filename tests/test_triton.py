@@ -414,6 +414,15 @@ def test_float32_is_exact_unless_tf32_is_allowed():
     assert configs.numbers(torch.float32) == "ieee"
 
 
+@pytest.mark.parametrize(
+    ("block_k", "depth", "steps"),
+    [(64, 416, 32), (64, 128, 64), (64, 32, 32), (64, 16, 64), (64, 48, 64), (16, 48, 16)],
+)
+def test_steps_divide_the_lists_where_they_can(block_k, depth, steps):
+    tile = configs.Tile(128, block_k, 4, 5)
+    assert configs.without_mask(tile, depth) == tile._replace(block_k=steps)
+
+
 def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     first = configs.frozen("spmm", "sm_80", "half", 32)
     candidates = configs.candidates(first)

@@ -121,6 +121,12 @@ def test_tiles_are_copied_ahead_in_16_bytes(report):
     assert bad(report, wrong) == []
 
 
+def test_sizes_of_one_are_compiled_too(tmp_path):
+    made = compile_all("ones", tmp_path)
+    assert len(made) == 6
+    assert bad(made, lambda one: one["stack"] != 0 or not one["wgmma"]) == []
+
+
 def test_a_tile_that_is_too_large_is_noticed(tmp_path):
     (made,) = compile_all("spilling", tmp_path)
     assert made["stack"] > 0

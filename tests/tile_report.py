@@ -1,9 +1,9 @@
 """Compiles the Triton kernels ahead of time and prints what the compiler made of them, as JSON.
 
 It needs no GPU, but a process that does not interpret: test_triton_compile.py runs it as a program,
-`python tile_report.py table` for every choice of the tile table and `... spilling` for a tile that
-is known to be too large. Each kernel is specialised as its launcher specialises it for aligned,
-row-major tensors.
+`python tile_report.py table` for every choice of the tile table, `... ones` for sizes that are 1,
+and `... spilling` for a tile that is known to be too large. Each kernel is specialised as its
+launcher specialises it for aligned, row-major tensors.
 """
 
 import json
@@ -99,7 +99,9 @@ def make(module, kernel, family, numbers, dtype, tile, what, constants, pointers
     }
 
 
-def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
+def spmm_case(family, numbers, dtype, out, into, transposed, tile, ones=()) -> dict:
+    # The layout's own lists are of any multiple of BLOCK_K here.
+    tile = configs.without_mask(tile, into) if transposed else tile
     constants = {
         "stride_xk": 1,
         "OUT": out,
@@ -110,6 +112,7 @@ def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
         "PRECISION": "tf32" if numbers == "tf32" else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
+        **dict.fromkeys(ones, 1),
     }
     if not transposed:
         constants |= {"slots_ptr": None, "offsets_ptr": None, "order_ptr": None}
@@ -117,7 +120,7 @@ def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
     return make("spmm", "spmm_kernel", family, numbers, dtype, tile, what, constants)
 
 
-def sddmm_case(family, numbers, dtype, out, into, tile) -> dict:
+def sddmm_case(family, numbers, dtype, out, into, tile, ones=()) -> dict:
     constants = {
         "stride_gn": 1,
         "stride_xk": 1,
@@ -126,6 +129,7 @@ def sddmm_case(family, numbers, dtype, out, into, tile) -> dict:
         "PRECISION": "tf32" if numbers == "tf32" else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
+        **dict.fromkeys(ones, 1),
     }
     what, parts = f"{into} to {out}", {"out_ptr": "*fp32"}
     return make("sddmm", "sddmm_kernel", family, numbers, dtype, tile, what, constants, parts)
@@ -163,10 +167,23 @@ def table_cases():
                 yield sddmm_case(family, numbers, dtype, out, into, tile)
         tile = configs.frozen("spmm", family, "half", 32)
         yield spmm_case(family, "half", "float16", 32, 16, False, tile)
+        tile = configs.frozen("spmm", family, "half", 64)
+        yield spmm_case(family, "half", "bfloat16", 64, 32, True, tile)
         tile = configs.frozen("sddmm", family, "half", 32)
         yield sddmm_case(family, "half", "float16", 32, 16, tile)
         for dtype in ("bfloat16", "float32"):
             yield from topk_cases(family, dtype)
+
+
+def ones_cases():
+    """Sizes that are 1 become constants of the kernel, which is another kernel then."""
+    for out, into in ((16, 16), (128, 128)):
+        tile = configs.frozen("spmm", "sm_90", "half", out)
+        ones = ("num_tokens", "num_rows", "blocks_per_row")
+        for transposed in (False, True):
+            yield spmm_case("sm_90", "half", "bfloat16", out, into, transposed, tile, ones)
+        tile, ones = configs.frozen("sddmm", "sm_90", "half", out), ("num_groups", *ones)
+        yield sddmm_case("sm_90", "half", "bfloat16", out, into, tile, ones)
 
 
 def spilling_cases():
@@ -175,6 +192,8 @@ def spilling_cases():
 
 
 if __name__ == "__main__":
-    cases = list({"table": table_cases, "spilling": spilling_cases}[sys.argv[1]]())
+    cases = list(
+        {"table": table_cases, "ones": ones_cases, "spilling": spilling_cases}[sys.argv[1]]()
+    )
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("fork")) as pool:
         json.dump(list(pool.map(compile_one, cases, chunksize=4)), sys.stdout)

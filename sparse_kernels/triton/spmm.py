@@ -134,6 +134,7 @@ def _launch(
             return y
 
         def run(tile: configs.Tile) -> None:
+            tile = configs.without_mask(tile, depth)
             launch_kernel(
                 spmm_kernel,
                 triton.cdiv(tokens, tile.block_m) * rows,
