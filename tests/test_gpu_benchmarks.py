@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import cases, report
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import steps
+from benchmarks.gpu import estimate, steps
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
@@ -99,6 +99,29 @@ print(*sorted(sys.modules.keys() & set({LACKING})))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_estimates_follow_the_counts_and_say_what_they_are():
+    tile = {"tile": (256, 64, 8, 5), "loop": 150}
+    case = next(case for case in steps.HEADLINES if str(case).startswith("8192"))
+    once = estimate.terms_us(case, "forward", tile)
+    twice = estimate.terms_us(case, "forward", {**tile, "loop": 300})
+    # 64 tiles of tokens x 64 block-rows x 14 steps x 8 warps x 150 over 132 x 4 x 1.7 GHz
+    assert once["issue"] == pytest.approx(64 * 64 * 14 * 8 * 150 / (132 * 4 * 1.7e3))
+    assert twice == {**once, "issue": 2 * once["issue"]}
+    # as many bytes as the review of the kernels counted for this case: 3.76 GB with 128 tokens
+    small = estimate.terms_us(case, "forward", {**tile, "tile": (128, 64, 8, 5)})
+    assert small["L2"] * estimate.L2_BYTES_S == pytest.approx(3.76e9 * 1e6, rel=0.01)
+
+    class Tiles:
+        def __getitem__(self, key):
+            return tile
+
+    first, *lines = estimate.lines(Tiles())
+    assert first.startswith("ESTIMATES")
+    assert "nothing here was measured" in first
+    assert [line for line in lines if "1x1" in line and "at least" not in line] == []
+    assert sum("goal" in line for line in lines) == 2 * 5
 
 
 # ---- running commands

@@ -20,6 +20,7 @@ from oracle import (
     layouts,
     random,
     seeds,
+    sparse_product,
     strided,
     to_dense,
     tokens,
@@ -27,7 +28,7 @@ from oracle import (
 from test_abs_topk import KINDS, draw, expected, same_bits
 
 import sparse_kernels as sk
-from sparse_kernels import checks, ops, reference
+from sparse_kernels import checks, ops, reference, testing
 from sparse_kernels import triton as backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -232,6 +233,26 @@ def test_strided_values_and_bias(product):
     ):
         narrow = None if bias is None else bias[:1].expand_as(bias)
         check(product, (x, grad_output, view), layout, narrow, exact=True)
+
+
+@every_product
+@pytest.mark.parametrize("numbers", ["bfloat16", "tf32"])
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take hours")
+def test_products_at_the_size_of_a_model(product, numbers):
+    dtype = torch.float32 if numbers == "tf32" else torch.bfloat16
+    sizes = (2000, 4096, 4096, 416, (32, 32))
+    case = testing.make_problem(0, *sizes, dtype=dtype, bias=False, device=DEVICE)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if numbers == "tf32" else before
+        actual = sparse_product(
+            product, case.x, case.grad_output, case.values, case.layout, None, "triton"
+        )
+        stock = case.torch_dense(product)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    truth = case.reference64(product)
+    assert testing.max_error(actual, truth) <= testing.allowed_error(stock, truth)
 
 
 # ---- the schedule

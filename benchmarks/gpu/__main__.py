@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --no-build       the kernels are built already
     python -m benchmarks.gpu --full           then every case and a search of tiles, in hours
     python -m benchmarks.gpu --rehearse       on any CPU: tiny shapes, interpreted and emulated
+    python -m benchmarks.gpu --estimate       what instruction counts promise, without a GPU
 
 Needs a checkout, PyTorch with CUDA, Triton, nvcc, pybind11, setuptools, ninja, pytest, hypothesis;
 no network. --full also needs the packages of the other benchmarks.
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import devices, report
+from benchmarks.gpu import estimate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = "python -m benchmarks.gpu"
@@ -240,6 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
     parser.add_argument("--full", action="store_true", help="then hours of everything else")
     parser.add_argument("--no-build", action="store_true", help="the kernels are built already")
+    parser.add_argument("--estimate", action="store_true", help="only count instructions")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in place of a GPU")
     return parser.parse_args(arguments)
 
@@ -247,6 +250,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the plan. Returns 0, 1 if a step failed, or the status of an interrupted program."""
     options = parse(arguments)
+    if options.estimate:
+        return estimate.main()
     if not options.rehearse and (reason := devices.why_not("cuda")):
         report.refuse(PROGRAM, f"this needs a GPU: {reason}")
     out = options.out.absolute()

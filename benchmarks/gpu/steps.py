@@ -122,7 +122,7 @@ def machine(bench: Bench) -> Rows:
     about["clocks"] = dict(zip(clocks, said.split(", "), strict=False)) if said else None
     about["nvcc"] = (report.output_of("nvcc", "--version") or "").splitlines()[-1:]
     yield {"machine": about}
-    problem = bench.layers[0].problems(bench.device.name)[0]
+    problem = bench.layers[-1].problems(bench.device.name)[0]
     for name in BACKENDS:
         yield {"step": "machine", "backend": name, "why_not": backends.why_not(name, problem)}
 
