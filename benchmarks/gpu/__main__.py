@@ -27,11 +27,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from benchmarks import devices, report
 from benchmarks.gpu import estimate
@@ -173,7 +173,7 @@ class Runner:
         self.record.add({"step": name, "ended": ended, "seconds": seconds})
         return ended
 
-    def _run(self, words: Sequence[str], limit_s: float, log: Any) -> str:
+    def _run(self, words: Sequence[str], limit_s: float, log: TextIO) -> str:
         if limit_s <= 0:
             return "not started: no time was left"
         try:
@@ -193,13 +193,14 @@ class Runner:
         timer = threading.Timer(min(limit_s, FOREVER), stop)
         timer.start()
         try:
-            assert process.stdout is not None
-            for row in rows_of(process.stdout, log):
-                self.record.add(row)
-            status = process.wait()
+            with process:
+                assert process.stdout is not None
+                for row in rows_of(process.stdout, log):
+                    self.record.add(row)
         finally:
             timer.cancel()
             self._running.discard(process)
+        status = process.returncode
         if late.is_set():
             return f"stopped after {limit_s:.0f} s"
         # `env` says so for the program that it runs.
@@ -213,7 +214,7 @@ def end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def rows_of(lines: Iterator[str] | Any, log: Any) -> Iterator[dict[str, Any]]:
+def rows_of(lines: Iterable[str], log: TextIO) -> Iterator[dict[str, Any]]:
     """The lines that are rows; the others go to the log."""
     for line in lines:
         try:
