@@ -64,18 +64,18 @@ def plan(
     workers = 1 if rehearse else WORKERS
     compilations = {f"compile-{n}": [*step, "compile", str(n)] for n in range(workers)}
     groups: list[Group] = [
-        (45, {"build": build} if builds else {}),
-        (60, {"machine": [*step, "machine"]}),
-        (95, {"check-cuda": [*step, "check", "cuda"], **compilations}),
-        (125, {"ceilings": [*step, "ceilings"]}),
-        (225, {"products": [*step, "products"]}),
-        (250, {"abs_topk": [*step, "abs_topk"]}),
-        (280, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
+        (120, {"build": build} if builds else {}),
+        (135, {"machine": [*step, "machine"]}),
+        (170, {"check-cuda": [*step, "check", "cuda"], **compilations}),
+        (200, {"ceilings": [*step, "ceilings"]}),
+        (290, {"products": [*step, "products"]}),
+        (315, {"abs_topk": [*step, "abs_topk"]}),
+        (340, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
         (
-            345,
+            390,
             {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in ("memcheck", "racecheck")},
         ),
-        (390, {"profile": [*step, "profile"]}),
+        (430, {"profile": [*step, "profile"]}),
         (
             480,
             {

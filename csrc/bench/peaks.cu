@@ -1,9 +1,9 @@
 // What limits the block-sparse products on a GPU: how fast all multiprocessors together read what
 // lies in the second-level cache. benchmarks/gpu/steps.py compiles it for the GPU at hand.
+#include <cuda_runtime.h>
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cuda_runtime.h>
 
 namespace {
 

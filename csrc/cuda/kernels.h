@@ -10,8 +10,8 @@ namespace cuda {
 
 enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// The CUDA version that the driver serves, 0 without a driver, and that of the runtime which is linked
-// into this module: 1000 * major + 10 * minor.
+// The CUDA version that the driver serves, 0 without a driver, and that of the runtime which is
+// linked into this module: 1000 * major + 10 * minor.
 int driver_version();
 int runtime_version();
 

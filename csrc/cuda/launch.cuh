@@ -74,8 +74,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned thr
 }
 #endif
 
-// The driver loads a kernel into a device at its first launch, which it may refuse during the capture
-// of a graph: the capture would end with an error that names neither.
+// The driver loads a kernel into a device at its first launch, which it may refuse during the
+// capture of a graph: the capture would end with an error that names neither.
 inline void refuse_first_use_in_capture(const void* kernel, const std::string& what,
                                         const Queue& queue) {
     static std::mutex mutex;
