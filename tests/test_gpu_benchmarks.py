@@ -142,7 +142,8 @@ def rows(tmp_path):
 
 
 def test_rows_are_kept_apart_from_the_log_and_failures_are_named(runner, tmp_path):
-    code = 'print("words"); print(\'{"step": "a", "n": 1}\'); print("{cut"); raise SystemExit(3)'
+    printed = ["words", '{"step": "a", "n": 1}', "{cut", "{}"]
+    code = f"print(*{printed!r}, sep='\\n'); raise SystemExit(3)"
     commands = {"a": [sys.executable, "-c", code], "b": ["no-such-profiler"], "c": ["true"]}
     commands["d"] = ["env", "A=1", "no-such-sanitizer", "--tool"]
     assert runner.group(gpu.FOREVER, commands) == [
@@ -154,7 +155,7 @@ def test_rows_are_kept_apart_from_the_log_and_failures_are_named(runner, tmp_pat
     assert [row["ended"] for row in found if row["step"] == "a" and "ended" in row] == [
         "exit status 3"
     ]
-    assert (tmp_path / "a.log").read_text().splitlines()[1:] == ["words", "{cut"]
+    assert (tmp_path / "a.log").read_text().splitlines()[1:] == ["words", "{cut", "{}"]
 
 
 def alive(pid):
@@ -301,7 +302,10 @@ def test_a_wrong_kernel_has_no_time_and_fails_the_step(monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_small_problems_are_right_on_a_gpu(backend, capsys):
-    assert steps.main(["check", backend]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_small_problems_are_right_on_a_gpu(backend):
+    command = [sys.executable, "-m", "benchmarks.gpu.steps", "check", backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["backend"] for row in found} == {backend}
     assert all(row["correct"] for row in found)

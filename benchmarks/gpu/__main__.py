@@ -221,7 +221,7 @@ def rows_of(lines: Iterable[str], log: TextIO) -> Iterator[dict[str, Any]]:
             row = json.loads(line) if line.startswith("{") else None
         except ValueError:  # cut off
             row = None
-        if row is None:
+        if row is None or not row.keys() & {"step", "machine"}:
             log.write(line)
             log.flush()
         else:

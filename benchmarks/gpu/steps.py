@@ -391,7 +391,7 @@ def main(words: list[str]) -> int:
     wrong = 0
     with connect_extension(rehearse=rehearse):
         for row in STEPS[name](connect(rehearse=rehearse), *arguments):
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row, allow_nan=False), flush=True)
             wrong += not (row.get("correct", True) and row.get("same_bits", True))
     return 1 if wrong else 0
 
