@@ -40,6 +40,8 @@ VIEWS = {
     "inference": "benchmarks.transformer.results",
     "quality": "benchmarks.experiments.quality",
     "circuits": "benchmarks.experiments.circuits",
+    "frontier": "benchmarks.experiments.frontier_results",
+    "explained": "benchmarks.experiments.explained",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
 
