@@ -85,6 +85,8 @@ PYBIND11_MODULE(SK_MODULE, module) {
         .def_static("rows", lists_of_rows)
         .def_static("columns", lists_of_columns);
 
+    module.def("driver_version", sk::cuda::driver_version);
+    module.def("runtime_version", sk::cuda::runtime_version);
     module.def("spmm_words", [](const std::string& dtype, const Lists& lists,
                                 int64_t slice_features, int device) {
         return sk::cuda::spmm_words(dtype_from(dtype), lists, slice_features, device);

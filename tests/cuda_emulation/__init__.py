@@ -14,7 +14,7 @@ import pybind11
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc/cuda" / name for name in ("spmm.cu", "sddmm.cu", "topk.cu")]
+SOURCES = [ROOT / "csrc/cuda" / name for name in ("device.cu", "spmm.cu", "sddmm.cu", "topk.cu")]
 BINDINGS = ROOT / "csrc/cuda/bindings_cuda.cpp"
 EMULATION = Path(__file__).parent / "emulation.h"
 # Two warps: enough for them to get in each other's way, few enough to be quick.
