@@ -60,7 +60,7 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 
 {verdicts}
 
-{tabulate(table, headers="firstrow", tablefmt="github")}
+{tabulate(table, headers="firstrow", tablefmt="github", disable_numparse=True)}
 
 {shown.note}
 
@@ -80,7 +80,10 @@ def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
     ]
     for model, tasks in found.items():
         rows = [_INDEX, *(_row(model, circuit) for circuit in tasks.values())]
-        parts += [f"## {model}", tabulate(rows, headers="firstrow", tablefmt="github")]
+        parts += [
+            f"## {model}",
+            tabulate(rows, headers="firstrow", tablefmt="github", disable_numparse=True),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,10 +31,9 @@ from torch import Tensor
 
 from benchmarks import devices, report, run
 from sparse_transformer import Transformer, keep_freed_memory, program
-from sparse_transformer.circuits.activations import windows
 from sparse_transformer.circuits.graph import Edges, Nodes
 from sparse_transformer.circuits.labels import Label, label_nodes, record_nodes
-from sparse_transformer.data import prepare
+from sparse_transformer.data import prepare, sample
 from sparse_transformer.evaluation import Interval
 from sparse_transformer.run import load_run
 
@@ -114,7 +113,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     corpus = prepare(options.data or None, vocab_size=model.config.vocab_size)
     held_out = replace(corpus, train=corpus.validation)
     context, count = model.config.context, options.windows
-    fit, test = (windows(part, tokenizer, context, count) for part in (corpus, held_out))
+    fit, test = (sample(part, tokenizer, context, count) for part in (corpus, held_out))
     weights = draw_weights(model, options.weights, options.seed)
     nodes = list(dict.fromkeys(node for ends in weights for node in ends))
     labels = dict(zip(nodes, label_nodes(model, fit, tokenizer, nodes), strict=True))

@@ -126,7 +126,8 @@ def mostly_slow(cases, every):
 NUMBERS = ("nan", "inf", "-1", "0", "1e-320", "1e21", str(10**21), str(2**64), "x", "")
 OPTIONS = {
     "train": (
-        "--steps", "--batch-tokens", "--accumulate", "--seed", "--max-rise", "--rank-timeout",
+        "--steps", "--batch-tokens", "--task-pairs", "--accumulate", "--seed", "--max-rise",
+        "--rank-timeout",
         "--keep", "--learning-rate", "--beta1", "--beta2", "--eps", "--weight-decay", "--density",
         "--d-model", "--n-layer", "--context", "--vocab-size", "--d-head", "--n-head", "--d-mlp",
         "--active", "--min-nonzeros", "--positions", "--topology.period", "--topology.seed",

@@ -81,7 +81,7 @@ class TrainConfig:
         ):  # fmt: skip
             need_whole(self, name, 1)
         need_whole(self, "sample_tokens", 0)
-        need_whole(self, "task_pairs", 0)
+        need_whole(self, "task_pairs", 0, 2**16)
         need_whole(self, "seed", 0, 2**63 - 1)
         need_choices(self)
         # A limit that no loss reaches: 1e9. Longer waits overflow the clocks below.
