@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -19,9 +18,27 @@ from sparse_kernels.checks import Orientation
 from sparse_kernels.layout import FanInLayout, Problem
 from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
+
+def _why_driver_is_too_old(extension: ModuleType) -> str | None:
+    """A driver serves all runtimes of its own major version and of those before.
+
+    PyTorch may run nevertheless: it brings a runtime of its own.
+    """
+    serves, needs = extension.driver_version(), extension.runtime_version()
+    if serves // 1000 >= needs // 1000:
+        return None
+    serves, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (serves, needs))
+    return (
+        f"the extension was built with CUDA {needs}, and the GPU driver serves only {serves}: "
+        "install a newer driver, or build with an older toolkit"
+    )
+
+
 _missing: str | None = None
 try:
     import _sparse_kernels_cuda as _extension
+
+    _missing = _why_driver_is_too_old(_extension)
 except ImportError as error:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
     _missing = (
@@ -55,7 +72,7 @@ def _emulated(extension: ModuleType) -> Iterator[None]:
     """For tests: runs the body with kernels that were built for the CPU, on CPU tensors only."""
     global _extension, _missing, _device_type
     before = _extension, _missing, _device_type
-    _extension, _missing, _device_type = extension, None, "cpu"
+    _extension, _missing, _device_type = extension, _why_driver_is_too_old(extension), "cpu"
     try:
         yield
     finally:
@@ -70,8 +87,6 @@ def why_not(problem: Problem) -> str | None:
         return _missing
     if _device_type == "cuda" and not torch.cuda.is_available():
         return "PyTorch finds no GPU (torch.cuda.is_available() is False)"
-    if (reason := _why_driver_is_too_old(_extension)) is not None:
-        return reason
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, and the dtype is {problem.dtype}"
     if problem.product == "attention":
@@ -91,22 +106,6 @@ def why_not(problem: Problem) -> str | None:
     if blocks > _MAX_BLOCKS:
         return f"it counts at most {_MAX_BLOCKS} blocks, and the layout has {blocks}"
     return None
-
-
-@cache
-def _why_driver_is_too_old(extension: ModuleType) -> str | None:
-    """A driver serves all runtimes of its own major version and of those before.
-
-    PyTorch may run nevertheless: it brings a runtime of its own.
-    """
-    serves, needs = extension.driver_version(), extension.runtime_version()
-    if serves // 1000 >= needs // 1000:
-        return None
-    serves, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (serves, needs))
-    return (
-        f"the extension was built with CUDA {needs}, and the GPU driver serves only {serves}: "
-        "install a newer driver, or build with an older toolkit"
-    )
 
 
 def _is_narrow(columns: int) -> bool:
