@@ -380,7 +380,7 @@ class Trainer:
                 self.corpus.tokenizer,
                 asked,
                 split="train",
-                # Apart from the small seeds that searches for circuits take.
+                # Apart from those of sparse_transformer.tasks and of searches for circuits.
                 seed=config.seed * 2**32 + 2**31 + number,
                 context=self.settings.model.context,
             )
