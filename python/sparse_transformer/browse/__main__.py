@@ -18,6 +18,7 @@ from sparse_transformer import program
 from sparse_transformer.browse.content import describe, need_small
 from sparse_transformer.browse.page import render
 from sparse_transformer.circuits.graph import count_weights
+from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
 from sparse_transformer.run import corpus_sample, load_run
 
@@ -49,8 +50,14 @@ def run(config: BrowseConfig) -> None:
     """Writes the page and prints how large it is.
 
     Raises:
-        UserError: a checkpoint or corpus that cannot be read, or a model that is too large.
+        UserError: a checkpoint or corpus that cannot be read, a model that is too large, or no such
+            folder.
+        OSError: the page cannot be written.
     """
+    name = config.checkpoint.resolve().name
+    out = config.out or Path(f"{name}.html")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent}: choose another --out")
     model, tokenizer = load_run(config.checkpoint, config.step)
     need_small(model.config)
     corpus = corpus_sample(config.checkpoint, model, data=config.data, cache_dir=config.cache_dir)
@@ -60,14 +67,12 @@ def run(config: BrowseConfig) -> None:
         ids, length = prompt_tokens(model, program.read_text(config.prompt))
         example = program.cropped(ids[-_EXAMPLE:], length)
     content = describe(model, tokenizer, corpus, example)
-    name = config.checkpoint.resolve().name
     facts = (
         f"{model.config.n_layer} layers, width {model.config.d_model}, "
         f"L0 {count_weights(model):,}, {len(content.names):,} nodes, "
         f"{len(content.weight):,} edges in its blocks; "
         f"labels and snippets from {corpus.numel():,} tokens"
     )
-    out = config.out or Path(f"{name}.html")
     out.write_text(render(name, facts, content), encoding="utf-8", newline="\n")
     print(f"{program.printable(str(out))}: {facts}; {out.stat().st_size / 1e6:.1f} MB")
 

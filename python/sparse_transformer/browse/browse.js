@@ -36,7 +36,7 @@
   function nodeOf(id) {
     const [place, number] = id.split(":");
     const node = first.get(place) + Number(number);
-    return /^\d+$/.test(number) && hook(node) === place ? node : undefined;
+    return /^\d+$/.test(number) && placeOf[node]?.[0] === place ? node : undefined;
   }
 
   // By node, where its edges stand in `order`.
@@ -68,7 +68,9 @@
     Array.from(kinds, (of) => {
       const start = first.get(`${layer(node)}.attn.${of}`) + channel(node) * content.dHead;
       return Array.from({ length: content.dHead }, (_, at) => ({ other: start + at, flow: "attention" }));
-    }).flat();
+    })
+      .flat()
+      .sort((a, b) => scores[b.other] - scores[a.other]);
 
   const byWeight = (edges, ends) =>
     Array.from(edges, (edge) => ({ other: ends[edge], weight: weights[edge] })).sort(
@@ -210,7 +212,7 @@
     function look(at) {
       query = Math.min(length - 1, Math.max(0, at));
       const shares = content.example.map((_, key) => share(query, key));
-      const lit = tokens(content.example.map((token) => texts[token]), shares, 1, query);
+      const lit = tokens(content.example.map((token) => texts[token]), shares, Math.max(...shares), query);
       strip.replaceChildren(...lit.childNodes);
       const sum = shares.reduce((a, b) => a + b, 0);
       const top = shares.indexOf(Math.max(...shares));
@@ -221,19 +223,13 @@
     }
     paint = () => {
       const pen = canvas.getContext("2d");
-      const style = getComputedStyle(document.documentElement);
       pen.clearRect(0, 0, length, length);
-      pen.fillStyle = style.getPropertyValue("--band");
-      pen.fillRect(0, query, length, 1);
-      // A custom property is not a colour until an element has it.
-      canvas.style.color = "var(--positive)";
       pen.fillStyle = getComputedStyle(canvas).color;
       for (let from = 0; from < length; from++)
         for (let to = 0; to <= from; to++) {
-          pen.globalAlpha = share(from, to);
+          pen.globalAlpha = Math.sqrt(share(from, to)); // so that little is seen too
           pen.fillRect(to, from, 1, 1);
         }
-      pen.globalAlpha = 1;
     };
     const pointed = (event) => look(Math.floor((event.offsetY / canvas.clientHeight) * length));
     canvas.addEventListener("pointermove", pointed);
@@ -287,7 +283,7 @@
   // --- going from node to node; the hash is where one is ---
 
   function show() {
-    const asked = decodeURIComponent(location.hash.slice(1));
+    const asked = location.hash.slice(1);
     const node = asked ? nodeOf(asked) : start();
     if (node === undefined) {
       byId("search").value = asked;
