@@ -348,8 +348,9 @@ def test_attention_on_the_example(show, content):
     assert abs(int(said.split(", ")[-1].split("%")[0]) - int(sink)) <= 1
     # Of the first row the first and the last pixel.
     row = """() => [...document.querySelector("canvas").getContext("2d")
-        .getImageData(0, 0, 10, 1).data].filter((_, at) => at % 4 === 3)"""
-    seen, *_, hidden = shown.evaluate(row)
+        .getImageData(0, 0, 10, 1).data]"""
+    red, _, blue, seen, *_, hidden = shown.evaluate(row)
+    assert blue > 2 * red  # the theme's blue
     assert seen == pytest.approx(255 * float(content.patterns[1, 1, 0, 0]) ** 0.5, abs=3)
     assert hidden == 0  # nothing looks ahead
 

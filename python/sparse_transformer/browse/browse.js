@@ -179,7 +179,9 @@
     if ((of === "read" || of === "residual") && number < streamWidth) card.append(...list("Tokens whose embedding writes it", content.embedded[number]));
     if (of === "write" || of === "residual")
       card.append(...list("Raises the logits of", content.raised[number]), ...list("Lowers the logits of", content.lowered[number]));
+    paint = () => {};
     byId("more").replaceChildren(...(of === "head" ? attention(node) : passages(node)));
+    paint();
   }
 
   function passages(node) {
@@ -200,7 +202,7 @@
 
   // --- attention on the example ---
 
-  let paint = () => {};
+  let paint; // the square, in the colour of the theme
   function attention(node) {
     const length = content.example.length;
     const base = ((node - first.get(places.find(([, of]) => of === "head")[0])) * length * (length + 1)) / 2;
@@ -291,7 +293,6 @@
       if (current !== undefined) return;
     }
     current = node ?? start();
-    paint = () => {};
     fill(byId("writers"), "Written by", writers(current));
     fill(byId("readers"), "Read by", readers(current));
     describe(current);
@@ -374,6 +375,6 @@
 
   addEventListener("hashchange", show);
   addEventListener("resize", draw);
-  setUpTheme(() => paint());
   show();
+  setUpTheme(() => paint());
 })();
