@@ -148,10 +148,13 @@ def run(monkeypatch, model, corpus, arguments):
 
 def test_the_program_writes_one_page(monkeypatch, model, corpus, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, model, corpus, ["--checkpoint", "runs/a<b"]) == 0
+    monkeypatch.setattr(program, "prompt_tokens", lambda _, text: ([len(text), 7, 5], 9))
+    assert run(monkeypatch, model, corpus, ["--checkpoint", "runs/a<b", "--prompt", "def f"]) == 0
     text = (tmp_path / "a<b.html").read_text(encoding="utf-8")
     assert "<title>a&lt;b</title>" in text
-    said = capsys.readouterr().out
+    assert '"example":[5,7,5]' in text
+    said, note = capsys.readouterr()
+    assert "of the prompt's 9 tokens the last 3 are read\n" in note
     assert f"{NODES.total + 2 * 2 + 16:,} nodes, {len(Edges.of(model).weight):,} edges" in said
     assert run(monkeypatch, model, corpus, ["--checkpoint", "a", "--out", "no/such/a.html"]) == 2
     assert capsys.readouterr().err == "error: there is no folder no/such: choose another --out\n"
