@@ -122,8 +122,9 @@ def read(directory: str | os.PathLike[str]) -> Published:
     if "afrac" not in config and config.get("model_type") != "circuitgpt":
         kind = config.get("model_type", "another program")
         raise UserError(
-            f"{folder / _CONFIG} is of {kind}: only models of sparse_transformer, of "
-            "openai/circuit-sparsity and of sparse_pretrain can be read"
+            f"{folder / _CONFIG} is of {kind}, or its download is not complete: only models of "
+            "openai/circuit-sparsity, of sparse_pretrain, and those of sparse_transformer with "
+            "their folder step-* can be read"
         )
     lacking = [name for name in _NEEDED if name not in config]
     if lacking:

@@ -81,8 +81,8 @@ def load_released(
     config = _config(stored, linear)
     dense = _rename(stored, config)
     if abs_topk is None:
-        halves = (torch.float16, torch.bfloat16)
-        halves = any(tensor.dtype in halves for tensor in stored.tensors.values())
+        dtypes = {tensor.dtype for tensor in stored.tensors.values()}
+        halves = bool(dtypes & {torch.float16, torch.bfloat16})
         abs_topk = "torch" if halves else "kernel"
     config = replace(
         config,
