@@ -71,7 +71,7 @@ def push_to_hub(
 ) -> str:
     """See `Transformer.push_to_hub`."""
     hub = _package(name)
-    with tempfile.TemporaryDirectory() as temporary, _errors(name):
+    with tempfile.TemporaryDirectory() as temporary, _errors(name, "cannot be uploaded"):
         folder = Path(temporary, "model")
         save_model(model, folder, card or model_card(model, name))
         api = hub.HfApi(token=token)
@@ -84,7 +84,7 @@ def push_to_hub(
 def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
     """The folder of the hub's cache with the files of a model, which are downloaded if need be."""
     hub = _package(name)
-    with _errors(name):
+    with _errors(name, "is no folder here, and cannot be downloaded"):
         files = [*published.FILES, "tokenizer.json", "step-*"]
         return Path(
             hub.snapshot_download(name, revision=revision, token=token, allow_patterns=files)
@@ -101,25 +101,19 @@ def _package(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _errors(name: str) -> Iterator[None]:
+def _errors(name: str, problem: str) -> Iterator[None]:
     """Inside, what the hub raises becomes a UserError."""
     errors = importlib.import_module("huggingface_hub.errors")
     try:
         yield
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+    except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{name} is neither a folder here nor a model on the hub that you may read: correct "
             "the name, or log in with: hf auth login"
         ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name} has no such revision on the hub: leave it out") from error
-    except errors.HfHubHTTPError as error:
+    # HTTPError is of the package that the hub's package uses for its connections.
+    except (OSError, errors.HFValidationError, errors.HTTPError) as error:
         raise UserError(
-            f"the hub refuses {name} ({one_line(error)}): log in with: hf auth login"
-        ) from error
-    # A package of the hub's own network stack, whose name changes, has the other errors.
-    except (OSError, errors.HTTPError) as error:
-        raise UserError(
-            f"{name} is no folder here, and the hub cannot be reached ({one_line(error)}): where "
-            f"it can, run: hf download {name} --local-dir {name.rpartition('/')[2]}"
+            f"{name} {problem} ({one_line(error)}): connect to the network, or log in with: "
+            "hf auth login"
         ) from error

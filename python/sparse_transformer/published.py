@@ -168,7 +168,7 @@ def _read_pretrain(folder: Path, stored: Mapping[str, Any]) -> Published:
             f"{folder / _CONFIG} has {', '.join(unknown)}, which is not known here: choose another "
             "model"
         )
-    config = {
+    config: dict[str, Any] = {
         "rms_norm": True,
         "tied_unembed": False,
         "enable_bigram_table": True,
