@@ -1,6 +1,7 @@
 """Sparse training algorithms: each change against dense matrices and plain loops over rows."""
 
 import math
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from oracle import Largest, kept, seeds, to_dense
 
 import sparse_kernels as sk
+from benchmarks import report
+from benchmarks.experiments import algorithms as experiment
 
 ALGORITHMS = {
     "Static": sk.Static,
@@ -280,3 +283,33 @@ def test_ranks_that_see_other_tokens_choose_alike(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     with ThreadPoolExecutor(2) as pool:
         assert [*pool.map(grown, range(2), [2, 2])] == [alone, alone]
+
+
+def test_the_experiment_compares_at_equal_l0(monkeypatch, tmp_path, capsys):
+    g = torch.Generator().manual_seed(0)
+    data = torch.rand(40, 64, generator=g), torch.randint(10, (40,), generator=g)
+    for name, value in {"digits": lambda: data, "FANS": (2,), "SEEDS": 2, "TEST": 20}.items():
+        monkeypatch.setattr(experiment, name, value)
+    path = tmp_path / "rows.json"
+    assert experiment.main(["--json", str(path), "--smoke"]) == 0
+    rows = report.read_json(path)["rows"]
+    assert [row["algorithm"] for row in rows[::2]] == [
+        "static",
+        "SET",
+        "RigL",
+        "AnnealedRigL",
+        "dense",
+    ]
+    assert {row["l0"] for row in rows[:8]} == {2 * (256 + 256 + 10)}
+    assert [row["mean_l0"] > row["l0"] for row in rows] == [False] * 6 + [True] * 2 + [False] * 2
+    shown = capsys.readouterr().out
+    report.main(path)
+    assert experiment.text(rows) in shown
+    assert experiment.text(rows) in capsys.readouterr().out
+
+
+def test_the_experiment_names_the_package_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit):
+        experiment.digits()
+    assert "pip install scikit-learn" in capsys.readouterr().err
