@@ -131,7 +131,6 @@ def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
                 "mean L0 in training": f"{fmean(row['mean_l0'] for row in found):,.0f}",
                 "test accuracy": str(interval([row["accuracy"] for row in found])),
                 "over static": str(interval(gains)) if gains and name != "static" else None,
-                "seconds": f"{fmean(row['seconds'] for row in found):.2f}",
             }
         )
     return report.table(lines, style)
