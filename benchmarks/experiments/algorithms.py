@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -71,8 +71,10 @@ def l0(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
 
 
-def train(name: str, fan: int | None, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> Any:
-    """The row of an algorithm (None: a dense MLP), fan and seed."""
+def train(
+    name: str, fan: int | None, seed: int, steps: int, data: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """The row of an algorithm, fan-in (None: dense) and seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data[0]), generator=generator)
     (test_x, x), (test_y, y) = (part[order].split([TEST, len(order) - TEST]) for part in data)
@@ -144,9 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def train_all() -> None:
         steps = 6 if options.smoke else STEPS
-        jobs = [(name, fan) for fan in FANS for name in ALGORITHMS] + [("dense", None)]
-        every = [(*job, seed) for job in jobs for seed in range(SEEDS)]
-        rows = [train(*job, steps, data) for job in report.progress(every)]
+        models = [*product(FANS, ALGORITHMS), (None, "dense")]
+        rows = [
+            train(name, fan, seed, steps, data)
+            for (fan, name), seed in report.progress([*product(models, range(SEEDS))])
+        ]
         report.write_json(options.json, machine, rows, complete=True)
         print("", text(rows), sep="\n")
 
