@@ -4,25 +4,24 @@
     logits, cache = bridge.run_with_cache("for x in")
     cache["blocks.0.attn.hook_pattern"], cache["blocks.1.mlp.hook_post"]
 
-Names and shapes are those of TransformerLens: `hook_embed`; `blocks.{layer}.` with `hook_resid_pre`,
-`hook_resid_mid`, `hook_resid_post`, `hook_attn_out`, `hook_mlp_out`, `attn.hook_q|k|v|z` and
-`attn.hook_attn_scores|hook_pattern`, `mlp.hook_pre|hook_post`, `ln1.hook_normalized` and
-`ln2.hook_normalized`; `ln_final.hook_normalized`. Where the model has AbsTopK, they are what comes
-out of it (all but scores, pattern and `mlp.hook_pre`); `ln1.hook_normalized` is what attention's
-matrix reads.
+Names and shapes are those of TransformerLens: `hook_embed`; in `blocks.{layer}`
+`hook_resid_pre|mid|post`, `hook_attn_out`, `hook_mlp_out`, `attn.hook_q|k|v|z`,
+`attn.hook_attn_scores|pattern`, `mlp.hook_pre|post`, `ln1.hook_normalized` and
+`ln2.hook_normalized`; `ln_final.hook_normalized`. Where the model has AbsTopK they are what comes
+out of it. `ln1.hook_normalized` is what attention's matrix reads, `ln2.hook_normalized` what the
+neurons read.
 
-There are no `ln.hook_scale`, no dense matrices (`W_Q` and the like) and no weight processing: the
-weights stay sparse. `bridge.generate` is refused: `sparse_transformer.generate` is the fast one.
-Batches have no padding.
+There are no `hook_scale`, no `hook_pos_embed`, no dense matrices (`W_Q` and the like) and no weight
+processing: the weights stay sparse. The bridge does not generate, `sparse_transformer.generate`
+does. Batches have no padding on the left.
 
-The architecture is registered as `SparseTransformer` under the entry point
-`transformer_lens.architectures`.
+The architecture is `SparseTransformer` under the entry point `transformer_lens.architectures`.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -91,7 +90,7 @@ def to_transformer_lens(model: Transformer) -> Any:
     return bridge
 
 
-class SparseTransformerAdapter(ArchitectureAdapter):  # type: ignore[misc]
+class SparseTransformerAdapter(ArchitectureAdapter):
     """Which part of the model is which of TransformerLens."""
 
     supports_generation = False
@@ -127,14 +126,16 @@ class _Named(nn.Module):
         return logits
 
 
-class _Norm(GeneralizedComponent):  # type: ignore[misc]
-    hook_aliases = {"hook_normalized": "hook_out"}
+class _Norm(GeneralizedComponent):
+    """The last norm."""
+
+    hook_aliases: ClassVar = {"hook_normalized": "hook_out"}
 
 
-class _Block(BlockBridge):  # type: ignore[misc]
+class _Block(BlockBridge):
     """The norms are inside attention and MLP, which read the residual stream."""
 
-    hook_aliases = {
+    hook_aliases: ClassVar = {
         "hook_resid_pre": "hook_in",
         "hook_resid_mid": "mlp.hook_in",
         "hook_resid_post": "hook_out",
@@ -152,7 +153,7 @@ class _Block(BlockBridge):  # type: ignore[misc]
             part.hook_in.replacements.append(("act_in", norm.hook_normalized))
 
 
-class _Attention(GeneralizedComponent):  # type: ignore[misc]
+class _Attention(GeneralizedComponent):
     """Scores and pattern are computed where somebody looks at them; the kernel has neither."""
 
     def __init__(self, name: str) -> None:
@@ -187,7 +188,9 @@ class _Attention(GeneralizedComponent):  # type: ignore[misc]
         original_component.hook_y.replacements.append(("y", attend))
 
 
-class _MLP(GeneralizedComponent):  # type: ignore[misc]
+class _MLP(GeneralizedComponent):
+    """The neurons before and after their activation function."""
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()

@@ -1,24 +1,25 @@
 """A circuit on one prompt as an attribution graph, for Neuronpedia and circuit-tracer.
 
-`python -m sparse_transformer.circuits.neuronpedia --circuit circuit.json --checkpoint NAME --out DIR`
-writes `DIR/SLUG.json` and lists it in `DIR/graph-metadata.json`, which circuit-tracer serves:
-`python -m circuit_tracer start-server --graph_file_dir DIR`. Neuronpedia takes the first file by
-upload.
+    python -m sparse_transformer.circuits.neuronpedia \\
+        --circuit circuit.json --checkpoint python-small --out graphs
+    python -m circuit_tracer start-server --graph_file_dir graphs
 
-The circuit is unrolled over the prompt: a graph node is a circuit node at one token, and `activation`
-is its value in the whole model. The weight of a link is what flows: activation times weight. Norms,
-and which values AbsTopK keeps, are held fixed.
+writes `graphs/SLUG.json`, lists it in `graphs/graph-metadata.json`, and serves both. Neuronpedia
+takes the first file by upload.
+
+The circuit is unrolled over the prompt: a graph node is a circuit node at one token, and its
+`activation` is that in the whole model. The weight of a link is what flows: activation times
+weight. Norms, and which values AbsTopK keeps, are held fixed.
 
 - From a token or a write to a read: times the norm's weight, over the root mean square.
 - From v at token s to a write at token t: times the attention of t to s.
 - From q and k of a head to what it writes: the first-order change of the attention, of which
   channel c has the share `q_c[t] k_c[s] / sqrt(d)` of the score.
-- From a write to an answer: the part of its logit; so too from the last token, with the bigram
-  table's part.
+- From a write, or the last token itself, to an answer: the part of its logit, the bigram table's
+  part included.
 
-Inactive nodes are left out, and so are links that are small or do not lead to an answer.
-
-`layer` counts the hook points of the circuit, so that every link goes up; `clerp` has the label.
+Inactive nodes are left out, and so are links that are small or do not lead to an answer. `layer`
+counts the hook points that the circuit has, so that every link goes up; `clerp` has the label.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,7 @@ from sparse_transformer.run import load_model
 LEAST_SHARE = 0.01
 
 
+@torch.no_grad()
 def to_neuronpedia(
     circuit: Circuit,
     model: Transformer,
@@ -86,7 +88,8 @@ def to_neuronpedia(
     used = {place for source, target, _ in links for place in (source, target)}
     used |= {(id, len(tokens) - 1) for id in flow.answers}
     used |= {(f"token:{token}", at) for at, token in enumerate(tokens)}
-    ids = {place: flow.graph_id(*place) for place in sorted(used, key=flow.order)}
+    nodes = {place: flow.graph_node(*place) for place in sorted(used, key=flow.order)}
+    ids = {place: node["node_id"] for place, node in nodes.items()}
     return {
         "metadata": {
             "slug": name,
@@ -100,10 +103,10 @@ def to_neuronpedia(
             "pinnedIds": [],
             "supernodes": [],
             "linkType": "both",
-            "clickedId": flow.graph_id(flow.answers[0], len(tokens) - 1) if flow.answers else "",
+            "clickedId": next((ids[id, len(tokens) - 1] for id in flow.answers), ""),
             "sg_pos": "",
         },
-        "nodes": [flow.graph_node(*place) for place in ids],
+        "nodes": list(nodes.values()),
         "links": [
             {"source": ids[source], "target": ids[target], "weight": weight}
             for source, target, weight in links
@@ -119,7 +122,6 @@ _Link = tuple[_Place, _Place, float]
 class _Flow:
     """What flows through a circuit on one prompt of T tokens."""
 
-    @torch.no_grad()
     def __init__(self, circuit: Circuit, model: Transformer, tokens: Sequence[int]) -> None:
         known = Nodes.of(model.config)
         self.circuit, self.model, self.tokens = circuit, model, tokens
@@ -138,12 +140,13 @@ class _Flow:
         self.embedding = model.embed(ids)[0].float().cpu()  # (T, D)
         self.scales = self._scales()
         answers = [node for node in circuit.nodes if node.kind == "answer"]
-        self.answers = [node.id for node in answers]
+        answers.sort(key=lambda node: -float(self.probability[node.channel]))
+        # The likeliest first.
+        self.answers = {node.id: node for node in answers}
         # Rows of the picture: tokens, the hook points that the circuit has, answers.
         places = sorted({node.place for node in self.nodes.values()}, key=known.names.index)
         self.rows = {place: row for row, place in enumerate(places)}
         self._order = order
-        self._answer = {node.id: node for node in answers}
 
     def _scales(self) -> dict[str, Tensor]:
         """By hook point that reads the stream: the norm's weight over the rms, `(T, D)`."""
@@ -181,12 +184,16 @@ class _Flow:
     def _flows(self) -> dict[str, dict[str, Tensor]]:
         """By target and source, `(T, T)`: into each token, from each; the source "" is a token."""
         T, D = len(self.tokens), self.model.config.d_model
-        flows: dict[str, dict[str, Tensor]] = defaultdict(lambda: defaultdict(lambda: torch.zeros(T, T)))
+        flows: dict[str, dict[str, Tensor]] = defaultdict(
+            lambda: defaultdict(lambda: torch.zeros(T, T))
+        )
         for edge in self.circuit.edges:
             if edge.kind == "weight" and self.nodes[edge.source].kind == "v":
                 self._attend(flows[edge.target], self.nodes[edge.source], edge.weight)
             elif edge.kind == "weight":
-                flows[edge.target][edge.source] += (self.activation(edge.source) * edge.weight).diag()
+                flows[edge.target][edge.source] += (
+                    self.activation(edge.source) * edge.weight
+                ).diag()
             elif edge.kind == "residual":
                 read = self.nodes[edge.target]
                 scale = self.scales[read.place][:, read.channel]
@@ -200,7 +207,7 @@ class _Flow:
             if node.kind == "read" and node.channel < D:
                 value = self.embedding[:, node.channel] * self.scales[node.place][:, node.channel]
                 flows[id][""] += value.diag()
-        for id, answer in self._answer.items():
+        for id, answer in self.answers.items():
             flows[id][""] += self._direct(answer.channel).diag()
         return flows
 
@@ -236,15 +243,10 @@ class _Flow:
         """Tokens, then nodes in the order of a forward, then answers; each by token."""
         id, at = place
         last = max(self._order.values(), default=0) + 1
-        return self._order.get(id, last if id in self._answer else -1), at
-
-    def graph_id(self, id: str, at: int) -> str:
-        """`layer_feature_token`, as circuit-tracer has it."""
-        node = self.graph_node(id, at)
-        return str(node["node_id"])
+        return self._order.get(id, last if id in self.answers else -1), at
 
     def graph_node(self, id: str, at: int) -> dict[str, Any]:
-        """A node of the schema, with what circuit-tracer adds to it."""
+        """A node of the schema, named as in circuit-tracer, with what that adds to it."""
         layer, kind, activation, label = "E", "embedding", None, ""
         extra: dict[str, Any] = {}
         if id in self.nodes:
@@ -252,11 +254,11 @@ class _Flow:
             layer, feature = str(self.rows[node.place]), node.channel
             kind, label = "cross layer transcoder", f"{node.label} ({id})"
             activation = float(self.seen[node.place][at, node.channel])
-        elif id in self._answer:
-            layer, kind, feature = str(len(self.rows)), "logit", self._answer[id].channel
+        elif id in self.answers:
+            layer, kind, feature = str(len(self.rows)), "logit", self.answers[id].channel
             share = float(self.probability[feature])
-            label = f'Output "{visible(self._answer[id].label)}" (p={share:.3f})'
-            extra = {"token_prob": share, "is_target_logit": id == self.answers[0]}
+            label = f'Output "{visible(self.answers[id].label)}" (p={share:.3f})'
+            extra = {"token_prob": share, "is_target_logit": id == next(iter(self.answers))}
         else:
             feature = self.tokens[at]
             assert self.model.tokenizer is not None
@@ -281,7 +283,7 @@ def _scale(x: Tensor, weight: Tensor) -> Tensor:
     return rms * weight.detach().float().cpu()
 
 
-def _leading_to(answers: Sequence[str], links: list[_Link]) -> list[_Link]:
+def _leading_to(answers: Collection[str], links: list[_Link]) -> list[_Link]:
     """The links from which a path leads to an answer."""
     into: dict[_Place, list[_Link]] = defaultdict(list)
     for link in links:
@@ -326,7 +328,9 @@ def run(config: GraphConfig) -> None:
     try:
         circuit = Circuit.from_json(config.circuit.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{config.circuit} cannot be read ({error}): give a circuit.json") from error
+        raise UserError(
+            f"{config.circuit} cannot be read ({error}): give a circuit.json"
+        ) from error
     prompt = None if config.prompt is None else program.read_text(config.prompt)
     graph = to_neuronpedia(
         circuit,
@@ -341,7 +345,10 @@ def run(config: GraphConfig) -> None:
         raise UserError(
             f"{config.out} cannot be written ({error.strerror}): choose another --out"
         ) from error
-    index, path = config.out / "graph-metadata.json", config.out / f"{graph['metadata']['slug']}.json"
+    index, path = (
+        config.out / "graph-metadata.json",
+        config.out / f"{graph['metadata']['slug']}.json",
+    )
     listed = _listed(index, graph["metadata"]["slug"])
     write_atomically(path, json.dumps(graph, allow_nan=False))
     write_atomically(index, json.dumps({"graphs": [*listed, graph["metadata"]]}, indent=1))
