@@ -274,7 +274,7 @@ def _write(
         content = json.loads(model.tokenizer.to_str())
         compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         write_atomically(out / "tokenizer.json", compact)
-    write_atomically(out / "README.md", card)
+    write_atomically(out / "README.md", card.encode(errors="replace").decode())
 
 
 def _smallest(name: str, tensor: Tensor, *, exactly: bool = False) -> Tensor:
