@@ -243,15 +243,16 @@ def grad_input(
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
 
-    Needs working memory of at most 16 float32 for each element of the result. Their number depends
-    only on M, and with it the order of the sums.
+    Needs working memory of at most 16 float32 for each element of the result, for unstructured
+    weights in 16 bits 132. Their number depends only on M and the layout, and with it the order of
+    the sums.
     """
     dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
         out = x.new_empty(layout.values_shape)
-        parts = _extension.sddmm_parts(dtype, x.shape[0])
-        partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         pointed, _ = _scheduled(layout, "rows")
+        parts = _extension.sddmm_parts(dtype, pointed, x.shape[0])
+        partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
         sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
         _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))

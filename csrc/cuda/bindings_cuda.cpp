@@ -106,8 +106,8 @@ PYBIND11_MODULE(SK_MODULE, module) {
             sk::cuda::pack_blocks(pointer<const int32_t>(ids), blocks, block_bytes, element_bytes,
                                   pointer(values), pointer(packed), {device, pointer(stream)});
         });
-    module.def("sddmm_parts", [](const std::string& dtype, int64_t tokens) {
-        return sk::cuda::sddmm_parts(dtype_from(dtype), tokens);
+    module.def("sddmm_parts", [](const std::string& dtype, const Lists& lists, int64_t tokens) {
+        return sk::cuda::sddmm_parts(dtype_from(dtype), lists, tokens);
     });
     module.def("sddmm", [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
                            int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x,

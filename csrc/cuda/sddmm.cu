@@ -4,8 +4,10 @@
 // neighbouring threads (a group) own the eight vectors of a tile: each holds its tokens of a row of
 // dY in registers and multiplies them with those of eight inputs, then the group adds up the eight
 // sums, and each thread has one. Tokens are cut at fixed places into parts, whose sums a second
-// kernel adds in order: no atomics, the same bits every time.
+// kernel adds in order: no atomics, the same bits every time. Unstructured weights in 16 bits have
+// a kernel of their own, for the first pass.
 #include "launch.cuh"
+#include "sddmm_unstructured.cuh"
 
 namespace sk {
 namespace cuda {
@@ -32,10 +34,6 @@ struct SddmmProblem {
 // A part is at least this many tiles, and there are at most this many parts: they cost memory.
 constexpr int64_t kPartTiles = 8;
 constexpr int64_t kMaxParts = 16;
-
-int64_t tiles_of(DType dtype, int64_t tokens) {
-    return ceil_div(tokens, (dtype == DType::kFloat32 ? 4 : 8) * kVectors);
-}
 
 // Adds up each of eight values over the eight threads of a group; thread i gets the i-th sum.
 __device__ float sum_over_group(float (&values)[kVectors], int lane) {
@@ -220,20 +218,28 @@ void choose_index(const SddmmProblem& p, int64_t parts, int64_t slice_features,
 }
 
 template <class T>
-void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
-         const Queue& queue) {
-    if (parts > 0) {
-        switch (shared_outputs(p.lists.out_block)) {
-            case 4:
-                choose_index<T, 4>(p, parts, slice_features, queue);
-                break;
-            case 2:
-                choose_index<T, 2>(p, parts, slice_features, queue);
-                break;
-            default:
-                choose_index<T, 1>(p, parts, slice_features, queue);
+void choose_kernel(const SddmmProblem& p, int64_t parts, int64_t slice_features,
+                   const Queue& queue) {
+    if constexpr (sizeof(T) == 2) {
+        if (is_unstructured(p.lists)) {
+            return launch_unstructured<T>({p.lists, p.grad_output, p.x, p.partial, p.tokens}, parts,
+                                          slice_features, queue);
         }
     }
+    switch (shared_outputs(p.lists.out_block)) {
+        case 4:
+            return choose_index<T, 4>(p, parts, slice_features, queue);
+        case 2:
+            return choose_index<T, 2>(p, parts, slice_features, queue);
+        default:
+            return choose_index<T, 1>(p, parts, slice_features, queue);
+    }
+}
+
+template <class T>
+void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
+         const Queue& queue) {
+    if (parts > 0) choose_kernel<T>(p, parts, slice_features, queue);
     const int64_t elements = p.lists.blocks * p.lists.out_block * p.lists.in_block;
     const auto grid = static_cast<unsigned>(
         std::min(ceil_div(elements, kThreads), 16 * multiprocessors(queue.device)));
@@ -244,9 +250,11 @@ void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_
 
 }  // namespace
 
-int64_t sddmm_parts(DType dtype, int64_t tokens) {
+int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens) {
     if (tokens == 0) return 0;
-    const int64_t tiles = tiles_of(dtype, tokens);
+    if (dtype != DType::kFloat32 && is_unstructured(lists))
+        return unstructured_parts(lists, tokens);
+    const int64_t tiles = ceil_div(tokens, (dtype == DType::kFloat32 ? 4 : 8) * kVectors);
     // No part may be empty: nobody would set its sums.
     return ceil_div(tiles, ceil_div(tiles, std::min(kMaxParts, ceil_div(tiles, kPartTiles))));
 }
@@ -255,7 +263,7 @@ void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Op
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
            const Queue& queue) {
     const DeviceGuard guard(queue.device);
-    const int64_t parts = sddmm_parts(dtype, tokens);
+    const int64_t parts = sddmm_parts(dtype, lists, tokens);
     const SddmmProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
     switch (dtype) {
         case DType::kFloat32:
