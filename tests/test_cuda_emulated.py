@@ -479,17 +479,19 @@ __global__ void nothing() {}
 __global__ void nothing_unasked() {}
 __global__ void vector(const char* from) { load_vector(from); }
 
-// 32 rows of 8 elements, as fragments of four matrices and of the first two transposed.
+// 32 rows of 8 elements, as fragments of four matrices and of the same transposed.
 __global__ void matrices(const uint4* from, uint32_t* out) {
     SharedMemory shared;
     uint4* const rows = shared.take<uint4>(32);
     rows[threadIdx.x] = from[threadIdx.x];
     __syncthreads();
-    uint32_t all[4], two[2];
-    ldmatrix_x4(shared_address(rows + threadIdx.x), all);
-    ldmatrix_x2_trans(shared_address(rows + threadIdx.x % 16), two);
-    for (int i = 0; i < 4; ++i) out[threadIdx.x * 6 + i] = all[i];
-    for (int i = 0; i < 2; ++i) out[threadIdx.x * 6 + 4 + i] = two[i];
+    uint32_t plain[4], transposed[4];
+    ldmatrix_x4(shared_address(rows + threadIdx.x), plain);
+    ldmatrix_x4_trans(shared_address(rows + threadIdx.x), transposed);
+    for (int i = 0; i < 4; ++i) {
+        out[threadIdx.x * 8 + i] = plain[i];
+        out[threadIdx.x * 8 + 4 + i] = transposed[i];
+    }
 }
 
 template <class T>
@@ -644,10 +646,10 @@ def fragments(matrices):
 
 def test_the_emulation_loads_matrices_as_documented(broken):
     rows = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
-    out = torch.empty(32, 6, 2, dtype=torch.int16)
+    out = torch.empty(32, 8, 2, dtype=torch.int16)
     broken.run_matrices(rows.data_ptr(), out.data_ptr())
     assert torch.equal(out[:, :4], fragments(rows))
-    assert torch.equal(out[:, 4:], fragments(rows[:2].mT))
+    assert torch.equal(out[:, 4:], fragments(rows.mT))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,10 +22,10 @@ __device__ inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
                  : "r"(row)
                  : "memory");
 }
-// Loads two matrices, and transposes each; the upper 16 lanes' rows do not count.
-__device__ inline void ldmatrix_x2_trans(SharedAddress row, uint32_t (&matrices)[2]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(matrices[0]), "=r"(matrices[1])
+// The same, with each of the matrices transposed.
+__device__ inline void ldmatrix_x4_trans(SharedAddress row, uint32_t (&matrices)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                  : "r"(row)
                  : "memory");
 }
@@ -55,7 +55,7 @@ inline SharedAddress shared_address(const void* pointer) {
 inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
     emulation::ldmatrix(row, false, matrices);
 }
-inline void ldmatrix_x2_trans(SharedAddress row, uint32_t (&matrices)[2]) {
+inline void ldmatrix_x4_trans(SharedAddress row, uint32_t (&matrices)[4]) {
     emulation::ldmatrix(row, true, matrices);
 }
 template <class T>

@@ -37,11 +37,13 @@ struct UnstructuredProblem {
 // How the products of a layout are cut.
 struct Jobs {
     int gathers;      // of a job: 1, 2, 4 or 8
-    int of_warp;      // as many as there are registers for
+    int of_warp;      // as many as there are registers for, an even number
     int64_t outputs;  // of a block
     int64_t output_splits, slot_splits;
 };
-constexpr int jobs_of_warp(int gathers) { return 72 / (4 + gathers); }
+__host__ __device__ constexpr int jobs_of_warp(int gathers) {
+    return gathers < 4 ? 12 : gathers == 4 ? 8 : 6;
+}
 inline Jobs jobs_of(const Lists& lists) {
     Jobs jobs{};
     jobs.gathers = 1;
@@ -122,31 +124,38 @@ __global__ void __launch_bounds__(kThreads, 1)
             gathered[i][a] = shared_address(inputs + (place ^ (lane / 16)));
         }
     }
+    // Lane l gives token l % 16 of the dY of two jobs, its lower half the first's.
     const SharedAddress grad_row = shared_address(grads + lane % kMmaTokens * grad_stride(outputs) +
-                                                  warp * kJobs * kJobOutputs);
+                                                  (warp * kJobs + lane / kMmaTokens) * kJobOutputs);
     if (threadIdx.x < 8) inputs[zeros + threadIdx.x] = {0, 0, 0, 0};
 
+    const T* x =
+        static_cast<const T*>(p.x.data) + first_token * p.x.row_stride + first_col * p.x.col_stride;
+    const T* grad_output = static_cast<const T*>(p.grad_output.data) +
+                           first_token * p.grad_output.row_stride +
+                           split_output * p.grad_output.col_stride;
     float sums[kJobs][4] = {};
-    for (int64_t token = first_token; token < end_token; token += kMmaTokens) {
+    for (int64_t left = end_token - first_token; left > 0; left -= kMmaTokens) {
         __syncthreads();  // nobody reads the tile before any more
-        load_tile(
-            inputs, 1,
-            static_cast<const T*>(p.x.data) + token * p.x.row_stride + first_col * p.x.col_stride,
-            p.x.row_stride, p.x.col_stride, end_token - token, cols, p.wide_x);
-        load_grads(grads,
-                   static_cast<const T*>(p.grad_output.data) + token * p.grad_output.row_stride +
-                       split_output * p.grad_output.col_stride,
-                   p.grad_output, outputs, rows - split_output, end_token - token, p.wide_grad);
+        load_tile(inputs, 1, x, p.x.row_stride, p.x.col_stride, left, cols, p.wide_x);
+        load_grads(grads, grad_output, p.grad_output, outputs, rows - split_output, left,
+                   p.wide_grad);
+        x += kMmaTokens * p.x.row_stride;
+        grad_output += kMmaTokens * p.grad_output.row_stride;
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < kJobs; ++i) {
-            uint32_t grad[2];  // 16 tokens x 8 outputs
-            ldmatrix_x2_trans(grad_row + i * kJobOutputs * static_cast<int>(sizeof(T)), grad);
+        for (int i = 0; i < kJobs; i += 2) {
+            uint32_t grad[4];  // 16 tokens x 8 outputs of two jobs
+            ldmatrix_x4_trans(grad_row + i * kJobOutputs * static_cast<int>(sizeof(T)), grad);
 #pragma unroll
-            for (int a = 0; a < kGathers; ++a) {
-                uint32_t input[4];  // 16 inputs x 16 tokens
-                ldmatrix_x4(gathered[i][a], input);
-                mma_m16n8k16(sums[i], input, grad[0] & readers[a], grad[1] & readers[a], T{});
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int a = 0; a < kGathers; ++a) {
+                    uint32_t input[4];  // 16 inputs x 16 tokens
+                    ldmatrix_x4(gathered[i + j][a], input);
+                    mma_m16n8k16(sums[i + j], input, grad[2 * j] & readers[a],
+                                 grad[2 * j + 1] & readers[a], T{});
+                }
             }
         }
     }
