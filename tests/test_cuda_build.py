@@ -120,12 +120,31 @@ needs_sm_90a = pytest.mark.skipif("sm_90a" not in TARGETS, reason="counts are th
 @needs_sm_90a
 @every_pair
 def test_abs_topk_counts_packed(built, pair):
-    """A step of the search compares and counts 2048 entries in 64 instructions."""
+    """A step of the search compares and counts 2048 entries in 64 instructions.
+
+    The rest of its loop adds up the lanes and the warps, and chooses the next bound.
+    """
     loop = innermost_loop(machine_code(built[1], "topk.cu", rf"15abs_topk_.*{pair}.*Lb1"), "HSET2")
     assert count(loop, "HSET2") == 32
-    assert count(loop, "HADD2", "HFMA2") <= 36
-    assert count(loop, "LD", "STL") == 1, "the counts of the other warps"
+    assert count(loop, "HADD2", "HFMA2") <= 34
+    assert count(loop, "LDG", "LDL", "STL") == 0
     assert len(loop) <= 115
+
+
+@pytest.mark.slow
+@needs_sm_90a
+@pytest.mark.parametrize("dtype", ["Bf16", "Half"])
+@pytest.mark.parametrize(("gathers", "jobs"), [(2, 12), (4, 8), (8, 6)])
+def test_grad_weight_multiplies_matrices(built, dtype, gathers, jobs):
+    """At most 18.4 instructions for 1024 multiply-adds; a job and tile has 256 in each gather."""
+    kernel = rf"sddmm_unstructured_kernel.*{dtype}ELi{gathers}E"
+    code = [text for _, text in machine_code(built[1], "sddmm.cu", kernel)]
+    places = [i for i, text in enumerate(code) if text.startswith(("LDSM", "HMMA"))]
+    inner = code[places[0] : places[-1] + 1]
+    assert count(inner, "HMMA") == jobs * gathers
+    assert count(inner, "LDSM") == jobs * gathers + jobs // 2
+    assert count(inner, "LDL", "STL", "BAR") == 0
+    assert len(inner) <= 18.4 * jobs * gathers * 256 / 1024
 
 
 GPU = 'case "$1" in -L) echo "GPU 0: H200";; *) echo 9.0; echo 8.6;; esac'

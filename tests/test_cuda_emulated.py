@@ -261,6 +261,16 @@ def test_grad_weight_of_every_fan_in(dtype, fan_in, monkeypatch):
         check_product("grad_weight", x, grad_output, values, layout, exact=True)
 
 
+@pytest.mark.parametrize("fan_in", [3, 7, 19])
+def test_grad_weight_of_parts_of_several_tiles(fan_in, monkeypatch):
+    generator = torch.Generator().manual_seed(fan_in)
+    layout = sk.FanInLayout.random(200, 48, fan_in, generator=generator)
+    tensors = make(layout, 2199, torch.bfloat16, generator, exact=True)
+    for order in ORDERS:
+        use_order(monkeypatch, order)
+        check_product("grad_weight", *tensors, layout, exact=True)
+
+
 @given(st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8]), seeds())
 def test_the_order_takes_the_longest_lists_first(rows, block_in, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -423,8 +433,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_kernel_is_found(mistake, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    layout = sk.FanInLayout.random(250, 64, 5, generator=generator)
-    x, grad_output, _ = make(layout, 37, torch.bfloat16, generator, exact=True)
+    layout = sk.FanInLayout.random(128, 64, 5, generator=generator)
+    x, grad_output, _ = make(layout, 2200, torch.bfloat16, generator, exact=True)
     truth = kept(grad_output.double().t() @ x.double(), layout).bfloat16()
     row = draw("normal", 2, 3001, torch.float32, 3)
 

@@ -36,17 +36,17 @@ struct UnstructuredProblem {
 
 // How the products of a layout are cut.
 struct Jobs {
-    int gathers;      // of a job: 1, 2, 4 or 8
+    int gathers;      // of a job: 2, 4 or 8
     int of_warp;      // as many as there are registers for, an even number
     int64_t outputs;  // of a block
     int64_t output_splits, slot_splits;
 };
 __host__ __device__ constexpr int jobs_of_warp(int gathers) {
-    return gathers < 4 ? 12 : gathers == 4 ? 8 : 6;
+    return gathers == 2 ? 12 : gathers == 4 ? 8 : 6;
 }
 inline Jobs jobs_of(const Lists& lists) {
     Jobs jobs{};
-    jobs.gathers = 1;
+    jobs.gathers = 2;
     while (jobs.gathers < 8 && lists.per_row > 2 * jobs.gathers) jobs.gathers *= 2;
     jobs.of_warp = jobs_of_warp(jobs.gathers);
     jobs.outputs = int64_t{kThreads / kWarp} * jobs.of_warp * kJobOutputs;
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t first_token = blockIdx.y * p.part_tokens;
     const int64_t end_token =
         first_token + p.part_tokens < p.tokens ? first_token + p.part_tokens : p.tokens;
+    const int tiles = static_cast<int>((end_token - first_token + kMmaTokens - 1) / kMmaTokens);
     const int64_t first_col = int64_t{blockIdx.z} * p.slice_cols;
     const int cols = p.lists.cols - first_col < p.slice_cols
                          ? static_cast<int>(p.lists.cols - first_col)
@@ -129,19 +130,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                   (warp * kJobs + lane / kMmaTokens) * kJobOutputs);
     if (threadIdx.x < 8) inputs[zeros + threadIdx.x] = {0, 0, 0, 0};
 
-    const T* x =
-        static_cast<const T*>(p.x.data) + first_token * p.x.row_stride + first_col * p.x.col_stride;
-    const T* grad_output = static_cast<const T*>(p.grad_output.data) +
-                           first_token * p.grad_output.row_stride +
-                           split_output * p.grad_output.col_stride;
     float sums[kJobs][4] = {};
-    for (int64_t left = end_token - first_token; left > 0; left -= kMmaTokens) {
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int64_t token = first_token + tile * kMmaTokens;
         __syncthreads();  // nobody reads the tile before any more
-        load_tile(inputs, 1, x, p.x.row_stride, p.x.col_stride, left, cols, p.wide_x);
-        load_grads(grads, grad_output, p.grad_output, outputs, rows - split_output, left,
-                   p.wide_grad);
-        x += kMmaTokens * p.x.row_stride;
-        grad_output += kMmaTokens * p.grad_output.row_stride;
+        load_tile(
+            inputs, 1,
+            static_cast<const T*>(p.x.data) + token * p.x.row_stride + first_col * p.x.col_stride,
+            p.x.row_stride, p.x.col_stride, p.tokens - token, cols, p.wide_x);
+        load_grads(grads,
+                   static_cast<const T*>(p.grad_output.data) + token * p.grad_output.row_stride +
+                       split_output * p.grad_output.col_stride,
+                   p.grad_output, outputs, rows - split_output, p.tokens - token, p.wide_grad);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kJobs; i += 2) {
@@ -207,8 +207,7 @@ void launch_unstructured(UnstructuredProblem p, int64_t parts, int64_t slice_fea
     const dim3 grid(static_cast<unsigned>(jobs.output_splits * jobs.slot_splits),
                     static_cast<unsigned>(parts),
                     static_cast<unsigned>(ceil_div(p.lists.cols, p.slice_cols)));
-    const auto kernel = jobs.gathers == 1   ? sddmm_unstructured_kernel<T, 1>
-                        : jobs.gathers == 2 ? sddmm_unstructured_kernel<T, 2>
+    const auto kernel = jobs.gathers == 2   ? sddmm_unstructured_kernel<T, 2>
                         : jobs.gathers == 4 ? sddmm_unstructured_kernel<T, 4>
                                             : sddmm_unstructured_kernel<T, 8>;
     launch(describe("grad_weight", p.lists, p.tokens), kernel, grid, kThreads, bytes, queue, p);
