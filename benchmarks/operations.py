@@ -51,9 +51,11 @@ def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> It
 
     Every element of the result is compared with the specification, or its gradient.
     """
-    generator = torch.Generator().manual_seed(case.width + case.k)
+    generator = torch.Generator(device).manual_seed(case.width + case.k)
     x, grad = (
-        torch.randn(case.tokens, case.width, generator=generator).to(device, DTYPES[case.dtype])
+        torch.randn(case.tokens, case.width, generator=generator, device=device).to(
+            DTYPES[case.dtype]
+        )
         for _ in range(2)
     )
     name = backends.choose(case.problems(device)[0], backend)

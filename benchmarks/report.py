@@ -6,6 +6,9 @@
 
 A row is a dict as in the JSON file. Files of every earlier version print: VIEWS says which module
 knows the rows of which benchmark, and rows that nobody knows print as they are.
+
+Packages for tables, progress and command lines are imported where they are used: `benchmarks.gpu`
+runs without them.
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import tyro
-from tabulate import tabulate
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Row = Mapping[str, Any]
 Style = Literal["terminal", "markdown"]
@@ -38,6 +40,8 @@ VIEWS = {
     "inference": "benchmarks.transformer.results",
     "quality": "benchmarks.experiments.quality",
     "circuits": "benchmarks.experiments.circuits",
+    "frontier": "benchmarks.experiments.frontier_results",
+    "explained": "benchmarks.experiments.explained",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -143,6 +147,8 @@ def table(lines: Sequence[Mapping[str, object]], style: Style = "terminal") -> s
 
     A column that no line fills is left out; one of numbers is aligned to the right.
     """
+    from tabulate import tabulate
+
     columns = {}
     for heading in dict.fromkeys(heading for line in lines for heading in line):
         values = (line.get(heading) for line in lines)
@@ -185,6 +191,8 @@ def compare(times: float, what: str) -> str:
 
 def progress(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
     """A bar on stderr with the time left, over `items`, or to `update()`; `write` above it."""
+    from tqdm import tqdm
+
     # Where stderr is a file, a line every ten seconds is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(items, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **options)
@@ -197,9 +205,7 @@ def view_of(command: str) -> Any:
     return found and importlib.import_module(found)
 
 
-def main(
-    file: tyro.conf.Positional[Path], /, markdown: bool = False, plot: Path | None = None
-) -> None:
+def main(file: Path, /, markdown: bool = False, plot: Path | None = None) -> None:
     """Prints a result file, or draws it.
 
     Args:
@@ -244,4 +250,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main, prog="python -m benchmarks.report")

@@ -69,6 +69,7 @@ def interleave(
     estimates: Mapping[str, float],
     budget_s: float = 0.5,
     limit_s: float = math.inf,
+    min_samples: int = MIN_SAMPLES,
     sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
     """Times the candidates, which are warm, in turns and returns the Timing of each.
@@ -77,9 +78,10 @@ def interleave(
         candidates: name -> the call to time.
         estimates: name -> what `estimate_s` said.
         budget_s: after about this long no further round starts, but every candidate gets at
-            least 5 samples, at most 101; one that takes more than a second keeps its estimate. A
-            slow candidate sits out once it has used up an equal share of the time.
+            least `min_samples`, at most 101; one that takes more than a second keeps its estimate.
+            A slow candidate sits out once it has used up an equal share of the time.
         limit_s: after this long each has at least one sample, and no further round starts.
+        min_samples: see `budget_s`.
         sampler: takes one sample; by default with the processor's clock.
     """
     slow = {name for name in candidates if estimates[name] > SLOW_S}
@@ -88,7 +90,7 @@ def interleave(
     share_s = budget_s / max(1, len(candidates))
 
     def needs_more(name: str) -> bool:
-        return name not in slow and (len(samples[name]) < MIN_SAMPLES or spent[name] <= share_s)
+        return name not in slow and (len(samples[name]) < min_samples or spent[name] <= share_s)
 
     collects = gc.isenabled()
     gc.collect()

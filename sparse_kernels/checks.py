@@ -181,6 +181,12 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
+def finish(device: torch.device) -> None:
+    """Waits for what the current stream of a GPU has written, so that all streams may read it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def refuse_jit_trace() -> None:
     """Raises RuntimeError while torch.jit.trace records, which cannot record these operations."""
     if not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None:

@@ -18,9 +18,27 @@ from sparse_kernels.checks import Orientation
 from sparse_kernels.layout import FanInLayout, Problem
 from sparse_kernels.reference import bias_grad as bias_grad  # as good on a GPU
 
+
+def _why_driver_is_too_old(extension: ModuleType) -> str | None:
+    """A driver serves all runtimes of its own major version and of those before.
+
+    PyTorch may run nevertheless: it brings a runtime of its own.
+    """
+    serves, needs = extension.driver_version(), extension.runtime_version()
+    if serves // 1000 >= needs // 1000:
+        return None
+    serves, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (serves, needs))
+    return (
+        f"the extension was built with CUDA {needs}, and the GPU driver serves only {serves}: "
+        "install a newer driver, or build with an older toolkit"
+    )
+
+
 _missing: str | None = None
 try:
     import _sparse_kernels_cuda as _extension
+
+    _missing = _why_driver_is_too_old(_extension)
 except ImportError as error:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
     _missing = (
@@ -54,7 +72,7 @@ def _emulated(extension: ModuleType) -> Iterator[None]:
     """For tests: runs the body with kernels that were built for the CPU, on CPU tensors only."""
     global _extension, _missing, _device_type
     before = _extension, _missing, _device_type
-    _extension, _missing, _device_type = extension, None, "cpu"
+    _extension, _missing, _device_type = extension, _why_driver_is_too_old(extension), "cpu"
     try:
         yield
     finally:

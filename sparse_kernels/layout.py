@@ -286,6 +286,7 @@ class FanInLayout:
             with torch.inference_mode(False):
                 found = build(self)
             if _can_keep(found):
+                checks.finish(self.device)
                 return self.cache.setdefault(key, found)  # another thread may have been faster
         return found
 

@@ -51,6 +51,7 @@ def layout_of(indices: Tensor, in_features: int, block: Sequence[int]) -> FanInL
         return known.layout
     checks.refuse_capture(indices.device)
     layout = FanInLayout(indices, in_features, block=checks.check_block(block))
+    checks.finish(indices.device)
     for old in [old for old, known in _known.items() if known.storage.expired()]:
         del _known[old]
     _known[place] = _Known(StorageWeakRef(storage), version, layout)

@@ -1,6 +1,7 @@
 """The CUDA backend on a GPU: `pytest -m gpu`; test_cuda_emulated.py runs it without one."""
 
-import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,8 +26,6 @@ from sparse_kernels import backends, cuda, ops, testing
 from sparse_kernels.layout import Problem
 from sparse_kernels.topk import abs_topk
 
-# The dense products that the results are held against need it to be deterministic.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _reason = cuda.why_not(Problem("cuda", torch.float32, "forward", 1, 1, 1))
 pytestmark = [
     pytest.mark.gpu,
@@ -155,6 +154,41 @@ def test_kernels_run_on_the_current_stream():
         y = sk.sparse_linear(late, values, layout, backend="cuda")
     stream.synchronize()
     assert torch.equal(y, truth)
+
+
+def test_lists_built_on_one_stream_serve_another():
+    layout = sk.FanInLayout.random(512, 512, 64, device="cuda")
+    values = torch.randn(layout.values_shape, device="cuda")
+    grad_output = torch.randn(4096, 512, device="cuda")
+    truth = grad_output @ sk.to_dense(values, layout)
+    torch.cuda.synchronize()
+    results = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            if not results:
+                torch.cuda._sleep(100_000_000)  # the lists are built after it
+            results.append(
+                sk.sparse_linear(grad_output, values, layout, backend="cuda", transpose=True)
+            )
+    torch.cuda.synchronize()
+    assert torch.equal(*results)
+    assert torch.allclose(results[0], truth, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_refuses_the_first_use_of_a_kernel(backend):
+    """In a process that has loaded no kernel yet; AbsTopK has no layout that would refuse it."""
+    program = f"""
+import torch, sparse_kernels as sk
+x, graph = torch.randn(8, 64, device="cuda"), torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(graph):
+        sk.abs_topk(x, 5, {backend!r})
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "used for the first time while a CUDA graph is captured" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,9 +1,10 @@
-"""The GPU command's own logic, and on a GPU its benchmarks."""
+"""The GPU command: what it runs and when, its rehearsal, and on a GPU its steps."""
 
 from __future__ import annotations
 
 import json
-import shlex
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,26 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
-from benchmarks import activation, cases, devices, gpu, matmul, run
+from benchmarks import cases, report
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import estimate, steps
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
+# What a machine with a GPU may lack: all that the command does not need.
+LACKING = ("matplotlib", "numpy", "optuna", "pytest_xdist", "tabulate", "tqdm", "tyro", "xdist")
 
 
 @NO_GPU
-@pytest.mark.parametrize("main", [matmul.main, activation.main])
-def test_without_a_gpu_it_is_refused_in_one_sentence(main, capsys):
+def test_without_a_gpu_it_is_refused_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main(["--device", "cuda", "--smoke"])
+        gpu.main([])
     assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PyTorch finds no GPU" in line
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["matmul", "activation"])
+def test_other_benchmarks_refuse_a_missing_gpu_too(name, capsys):
+    from benchmarks import activation, matmul
+
     with pytest.raises(SystemExit) as exit_info:
-        gpu.main()
+        {"matmul": matmul, "activation": activation}[name].main(["--device", "cuda", "--smoke"])
     assert exit_info.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert all("PyTorch finds no GPU" in line for line in lines)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PyTorch finds no GPU" in line
 
 
 @pytest.mark.parametrize("size", ["smoke", "default", "full"])
@@ -47,49 +58,255 @@ def test_gpu_cases_are_valid_layouts_and_have_the_headlines(size):
         assert wanted <= {*found, *cases.topk_cases("cuda", size)}
 
 
-def test_the_plan_fits_eight_minutes_and_its_programs_take_its_options(tmp_path):
-    steps = gpu.plan(tmp_path)
-    assert sum(limit_s for _, limit_s, _ in steps) <= 480
-    for name, _, command in steps + gpu.plan(tmp_path, smoke=True):
-        words = shlex.split(command)
-        if "--device" in words:
-            start = words.index("--device")
-            assert words[start - 1] in ("benchmarks.matmul", "benchmarks.activation")
-            options = tyro.cli(matmul.Options, args=words[start:])
-            assert options.check != (options.json == tmp_path / f"{name}.json")
-            assert run.why_not(options) in (None, f"--device: {devices.why_not('cuda')}")
-        for word in words:
-            assert not word.startswith("tests/") or (ROOT / word).is_file()
+def test_the_plan_ends_after_eight_minutes_and_names_what_there_is(tmp_path):
+    plan = gpu.plan(tmp_path)
+    ends = [until_s for until_s, _ in plan]
+    assert ends == sorted(ends)
+    assert ends[-1] <= 480
+    names = [name for _, commands in plan for name in commands]
+    assert len(names) == len(set(names))
+    for _, commands in plan:
+        for words in commands.values():
+            if "benchmarks.gpu.steps" in words:
+                assert words[words.index("benchmarks.gpu.steps") + 1] in steps.STEPS
+            assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+    assert "build" not in gpu.plan(tmp_path, builds=False)[0][1]
+    assert {"matmul", "tune"} <= {
+        name for _, commands in gpu.plan(tmp_path, full=True) for name in commands
+    }
 
 
-def test_a_command_is_logged_judged_and_ended_in_time(tmp_path):
-    log = tmp_path / "log"
+def test_every_goal_is_that_of_a_headline():
+    found = [name for name in steps.GOALS for case in steps.HEADLINES if str(case).startswith(name)]
+    assert sorted(found) == sorted(steps.GOALS)
+    assert len(found) == len(steps.HEADLINES)
 
-    def end(code, limit_s=60.0):
-        words = ["env", "WHERE=here", sys.executable, "-c", code]
-        return gpu.run(shlex.join(words), limit_s, log)
 
-    assert end("import os; print('in', os.environ['WHERE'])") == "passed"
-    assert log.read_text() == "in here\n"
-    assert end("import sys; sys.exit(3)") == "exit status 3"
-    start = time.monotonic()
-    late = end("import time; print('waiting', flush=True); time.sleep(60)", 0.5)
-    assert late == "stopped after 0 s"
-    assert time.monotonic() - start < 30
-    assert gpu.run("no-such-profiler", 1, log) == "no-such-profiler is not installed"
+@pytest.mark.slow
+def test_the_command_needs_no_package_that_a_gpu_machine_lacks():
+    """In a process where they cannot be imported, the command and the tests that it runs load."""
+    program = f"""
+import sys
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {LACKING}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Lacking())
+sys.path[:0] = [{str(ROOT / "tests")!r}]
+import benchmarks.gpu.__main__, benchmarks.gpu.steps
+import {", ".join(Path(name).stem for name in gpu.TESTS)}
+print(*sorted(sys.modules.keys() & set({LACKING})))
+"""
+    # Triton's interpreter needs numpy; a GPU does not.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_estimates_follow_the_counts_and_say_what_they_are():
+    tile = {"tile": (256, 64, 8, 5), "loop": 150}
+    case = next(case for case in steps.HEADLINES if str(case).startswith("8192"))
+    once = estimate.terms_us(case, "forward", tile)
+    twice = estimate.terms_us(case, "forward", {**tile, "loop": 300})
+    # 64 tiles of tokens x 64 block-rows x 14 steps x 8 warps x 150 over 132 x 4 x 1.7 GHz
+    assert once["issue"] == pytest.approx(64 * 64 * 14 * 8 * 150 / (132 * 4 * 1.7e3))
+    assert twice == {**once, "issue": 2 * once["issue"]}
+    # as many bytes as the review of the kernels counted for this case: 3.76 GB with 128 tokens
+    small = estimate.terms_us(case, "forward", {**tile, "tile": (128, 64, 8, 5)})
+    assert small["L2"] * estimate.L2_BYTES_S == pytest.approx(3.76e9 * 1e6, rel=0.01)
+
+    class Tiles:
+        def __getitem__(self, key):
+            return tile
+
+    first, *lines = estimate.lines(Tiles())
+    assert first.startswith("ESTIMATES")
+    assert "nothing here was measured" in first
+    assert [line for line in lines if "1x1" in line and "at least" not in line] == []
+    assert sum("goal" in line for line in lines) == 2 * 5
+
+
+# ---- running commands
+
+
+@pytest.fixture
+def runner(tmp_path):
+    return gpu.Runner(tmp_path, gpu.Record(tmp_path / "gpu.json"), os.environ)
+
+
+def rows(tmp_path):
+    return json.loads((tmp_path / "gpu.json").read_text())["rows"]
+
+
+def test_rows_are_kept_apart_from_the_log_and_failures_are_named(runner, tmp_path):
+    printed = ["words", '{"step": "a", "n": 1}', "{cut", "{}"]
+    code = f"print(*{printed!r}, sep='\\n'); raise SystemExit(3)"
+    commands = {"a": [sys.executable, "-c", code], "b": ["no-such-profiler"], "c": ["true"]}
+    commands["d"] = ["env", "A=1", "no-such-sanitizer", "--tool"]
+    assert runner.group(gpu.FOREVER, commands) == [
+        "exit status 3", "no-such-profiler is not installed", "passed",
+        "no-such-sanitizer is not installed",
+    ]  # fmt: skip
+    found = rows(tmp_path)
+    assert {"step": "a", "n": 1} in found
+    assert [row["ended"] for row in found if row["step"] == "a" and "ended" in row] == [
+        "exit status 3"
+    ]
+    assert (tmp_path / "a.log").read_text().splitlines()[1:] == ["words", "{cut", "{}"]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# Prints a row with the number of a child, then waits.
+WAITS = """
+import json, subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+print(json.dumps({"step": "waits", "child": child.pid}), flush=True)
+time.sleep(600)
+"""
+
+
+def gone(pid):
+    """Whether the process ends within a minute."""
+    for _ in range(600):
+        if not alive(pid):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_is_ended_with_what_it_started(runner, tmp_path):
+    (ended,) = runner.group(8, {"late": [sys.executable, "-c", WAITS]})
+    assert ended.startswith("stopped after ")
+    first, last = rows(tmp_path)
+    assert gone(first["child"])
+    assert last["ended"] == ended
+    assert runner.group(1, {"too-late": ["true"]}) == ["not started: no time was left"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interruption_leaves_the_rows_that_came_before(tmp_path, signal_number):
+    program = f"""
+import sys
+from benchmarks.gpu import __main__ as gpu
+gpu.plan = lambda *_, **__: [(1e6, {{"waits": [sys.executable, "-c", {WAITS!r}]}})]
+sys.exit(gpu.main(["--rehearse", "--out", {str(tmp_path)!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    path, found = tmp_path / "gpu.json", []
+    while not found:
+        time.sleep(0.1)
+        assert process.poll() is None
+        found = rows(tmp_path) if path.exists() else []
+    process.send_signal(signal_number)
+    status = process.wait(timeout=60)
+    content = report.read_json(path)
+    assert not content["complete"]
+    assert content["rows"][0] == found[0]
+    if signal_number == signal.SIGKILL:
+        os.killpg(os.getpgid(found[0]["child"]), signal.SIGKILL)
+    else:
+        assert status == report.INTERRUPTED
+        assert gone(found[0]["child"])
+
+
+def test_the_profilers_table_is_read():
+    printed = """==PROF== Profiling "spmm_kernel": 0%
+{"step": "profile"}
+"ID","Kernel Name","Grid Size","Block Size","Metric Name","Metric Unit","Metric Value"
+"0","spmm_kernel","(132, 1, 1)","(128, 1, 1)","dram__bytes.sum.per_second","Tbyte/s","3.1"
+"""
+    (row,) = steps.read_profile(printed)
+    assert (row["Kernel Name"], row["Metric Value"]) == ("spmm_kernel", "3.1")
+    assert row["step"] == "profile"
+
+
+# ---- the whole of it
+
+SANITIZER = """#!/bin/sh
+[ "$1 $2 $3" = "--error-exitcode 1 --tool" ] || exit 9
+shift 4
+exec "$@"
+"""
+PROFILER = """#!/bin/sh
+[ "$1 $2 $3 $4" = "--profile-from-start off --csv --metrics" ] || exit 9
+shift 5
+"$@" || exit
+echo '"ID","Kernel Name","Metric Name","Metric Value"'
+echo '"0","spmm_kernel","dram__bytes.sum.per_second","3.1"'
+"""
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_step(tmp_path):
+    """On the CPU: emulated and interpreted kernels, and programs in the place of NVIDIA's tools."""
+    for name, script in (("compute-sanitizer", SANITIZER), ("ncu", PROFILER)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = report.read_json(tmp_path / "out" / "gpu.json")
+    assert content["complete"]
+    assert content["machine"]["command"] == "python -m benchmarks.gpu"
+    found = content["rows"]
+    names = {name for _, commands in gpu.plan(tmp_path, rehearse=True) for name in commands}
+    assert {row["step"]: row["ended"] for row in found if "ended" in row} == dict.fromkeys(
+        names, "passed"
+    )
+    found = [row for row in found if "ended" not in row]
+    measured = [row for row in found if row["step"] == "products"]
+    assert {(row["block"], row["product"], row["backend"]) for row in measured} == {
+        (block, product, backend)
+        for product in (*cases.PRODUCTS, "step")
+        for block, backend in (("1x1", "cuda"), ("32x32", "cuda"), ("32x32", "triton"))
+    }
+    assert all(row["correct"] and row["time_ms"] > 0 for row in measured)
+    for row in measured:
+        assert row["over_dense"] == pytest.approx(row["dense_ms"] / row["time_ms"])
+    assert {row["backend"] for row in found if row["step"] == "abs_topk"} >= {"cuda", "triton"}
+    assert {row["step"] for row in found} >= {"check", "compile", "ceilings", "profile", "machine"}
+
+
+def test_a_wrong_kernel_has_no_time_and_fails_the_step(monkeypatch, capsys):
+    bench = steps.Bench(
+        steps.Device(), [cases.Case(5, 8, 8, 2)], cases.TopkCase(2, 8, 2, "float32"), [], True
+    )
+    monkeypatch.setattr(steps, "BACKENDS", ("cpu",))
+    right = steps.baselines.ours
+
+    def wrong(operands, product, backend):
+        call = right(operands, product, backend)
+        return (lambda: call() + 1) if product == "grad_input" else call
+
+    monkeypatch.setattr(steps.baselines, "ours", wrong)
+    monkeypatch.setattr(steps, "connect", lambda rehearse: bench)
+    assert steps.main(["products"]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["correct"] for row in found] == [True, False, True, False]
+    assert ["time_ms" in row for row in found] == [True, False, True, False]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_smoke_on_a_gpu(tmp_path):
-    for module in ("matmul", "activation"):
-        path = tmp_path / f"{module}.json"
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}", "--device", "cuda", "--smoke",
-             "--json", str(path)],
-            cwd=ROOT, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        content = json.loads(path.read_text())
-        assert content["complete"]
-        assert content["machine"]["gpu"]["name"]
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_small_problems_are_right_on_a_gpu(backend):
+    command = [sys.executable, "-m", "benchmarks.gpu.steps", "check", backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["backend"] for row in found} == {backend}
+    assert all(row["correct"] for row in found)

@@ -88,13 +88,39 @@ def package_sources() -> set[str]:
     }
 
 
+def shipped_models() -> set[str]:
+    """The files of the models that come with the package, where they are installed."""
+    folder = ROOT / "python" / "sparse_transformer" / "models"
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(ROOT / "python").as_posix() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "megabytes"),
+    [("python/sparse_transformer/models", "python-small", 10)],
+)
+def test_models_are_small_and_say_what_they_are(folder, name, megabytes):
+    files = [path for path in (ROOT / folder / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
+    assert {path.name for path in files} == {
+        "README.md",
+        "config.json",
+        "meta.json",
+        "metrics.jsonl",
+        "sample.safetensors",
+        "tensors.safetensors",
+        "tokenizer.json",
+    }
+
+
 @pytest.mark.slow
 def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name}
     page = {f"sparse_transformer/circuits/viz/page.{ending}" for ending in ("html", "css", "js")}
-    assert names - info == package_sources() | page | {"sparse_kernels/py.typed", *EXTENSIONS}
+    data = page | shipped_models() | {"sparse_kernels/py.typed"}
+    assert names - info == package_sources() | data | {*EXTENSIONS}
     assert {name.split("/", 1)[1] for name in info} == {
         "METADATA",
         "RECORD",

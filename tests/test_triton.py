@@ -4,9 +4,9 @@ The launchers are reached through the registered ops, which here take float16 on
 public functions are held against dense PyTorch further down.
 """
 
+import mmap
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +20,7 @@ from oracle import (
     layouts,
     random,
     seeds,
+    sparse_product,
     strided,
     to_dense,
     tokens,
@@ -27,7 +28,7 @@ from oracle import (
 from test_abs_topk import KINDS, draw, expected, same_bits
 
 import sparse_kernels as sk
-from sparse_kernels import checks, ops, reference
+from sparse_kernels import checks, ops, reference, testing
 from sparse_kernels import triton as backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -214,7 +215,7 @@ def test_offsets_pass_32_bits(product):
     small = make(layout, 3, torch.float16, 0, exact=True)
     far = []
     for tensor in small[:2]:
-        memory = torch.from_numpy(np.zeros(2**31 + 16, dtype=np.float16))
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 16)), dtype=torch.float16)
         wide = memory.as_strided((3, 16), (2**30, 1))
         far.append(wide.copy_(tensor))
     check(product, (*far, small[2]), layout, exact=True)
@@ -232,6 +233,26 @@ def test_strided_values_and_bias(product):
     ):
         narrow = None if bias is None else bias[:1].expand_as(bias)
         check(product, (x, grad_output, view), layout, narrow, exact=True)
+
+
+@every_product
+@pytest.mark.parametrize("numbers", ["bfloat16", "tf32"])
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take hours")
+def test_products_at_the_size_of_a_model(product, numbers):
+    dtype = torch.float32 if numbers == "tf32" else torch.bfloat16
+    sizes = (2000, 4096, 4096, 416, (32, 32))
+    case = testing.make_problem(0, *sizes, dtype=dtype, bias=False, device=DEVICE)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if numbers == "tf32" else before
+        actual = sparse_product(
+            product, case.x, case.grad_output, case.values, case.layout, None, "triton"
+        )
+        stock = case.torch_dense(product)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    truth = case.reference64(product)
+    assert testing.max_error(actual, truth) <= testing.allowed_error(stock, truth)
 
 
 # ---- the schedule
@@ -412,6 +433,15 @@ def test_float32_is_exact_unless_tf32_is_allowed():
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.fp32_precision = before
     assert configs.numbers(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("block_k", "depth", "steps"),
+    [(64, 416, 32), (64, 128, 64), (64, 32, 32), (64, 16, 64), (64, 48, 64), (16, 48, 16)],
+)
+def test_steps_divide_the_lists_where_they_can(block_k, depth, steps):
+    tile = configs.Tile(128, block_k, 4, 5)
+    assert configs.without_mask(tile, depth) == tile._replace(block_k=steps)
 
 
 def test_a_search_takes_the_fastest_that_fits(monkeypatch):

@@ -121,6 +121,28 @@ def test_tiles_are_copied_ahead_in_16_bytes(report):
     assert bad(report, wrong) == []
 
 
+# Machine instructions of a step of the goals' kernels: what the worse of Triton 3.6 and 3.7 makes.
+LOOPS = {
+    "spmm_kernel own 32 to 32": 121, "spmm_kernel transposed 32 to 32": 148,
+    "spmm_kernel own 64 to 64": 151, "spmm_kernel transposed 64 to 64": 226,
+    "spmm_kernel own 128 to 128": 164, "spmm_kernel transposed 128 to 128": 239,
+    "sddmm_kernel 32 to 32": 216, "sddmm_kernel 64 to 64": 244, "sddmm_kernel 128 to 128": 233,
+}  # fmt: skip
+
+
+def test_loops_of_the_goals_stay_short(tmp_path):
+    made = compile_all("goals", tmp_path)
+    found = {f"{one['kernel']} {one['what']}": one["loop"] for one in made}
+    assert found.keys() == LOOPS.keys()
+    assert {name: n for name, n in found.items() if not 0 < n <= 1.05 * LOOPS[name]} == {}
+
+
+def test_sizes_of_one_are_compiled_too(tmp_path):
+    made = compile_all("ones", tmp_path)
+    assert len(made) == 6
+    assert bad(made, lambda one: one["stack"] != 0 or not one["wgmma"]) == []
+
+
 def test_a_tile_that_is_too_large_is_noticed(tmp_path):
     (made,) = compile_all("spilling", tmp_path)
     assert made["stack"] > 0

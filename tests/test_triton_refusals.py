@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,33 @@ def test_too_many_programs_are_refused(monkeypatch):
     layout = sk.FanInLayout.random(64, 64, 32, (16, 16))
     with pytest.raises(ValueError, match="x has too many rows: 4 programs, the limit is 3"):
         run("forward", *make(layout, 5, torch.float32, 0), layout)
+
+
+def test_a_first_use_while_a_graph_is_captured_is_refused(monkeypatch):
+    from sparse_kernels.triton import launch
+
+    launched = []
+
+    class Kernel:
+        module = None  # as triton has it until the first launch
+
+        def warmup(self, *arguments, grid, **constants):
+            return self
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append((grid, arguments, constants))
+
+    x, kernel = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(3,)), Kernel()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"CUDA graph is captured.*: run the step once before"):
+        launch.launch_kernel(kernel, 7, x, 5, BLOCK=2)
+    assert launched == []
+    kernel.module = object()
+    launch.launch_kernel(kernel, 7, x, 5, BLOCK=2)
+    kernel.module = None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch.launch_kernel(kernel, 7, x, 5, BLOCK=2)
+    assert launched == 2 * [((7,), (x, 5), {"BLOCK": 2})]
 
 
 def test_old_gpus_are_refused(monkeypatch):

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels ahead of time and prints what the compiler made of them, as JSON.
 
 It needs no GPU, but a process that does not interpret: test_triton_compile.py runs it as a program,
-`python tile_report.py table` for every choice of the tile table and `... spilling` for a tile that
-is known to be too large. Each kernel is specialised as its launcher specialises it for aligned,
+`python tile_report.py table` for every choice of the tile table, `... goals` for those that the
+goals of the benchmarks need, `... ones` for sizes that are 1, and `... spilling` for a tile that is
+known to be too large. Each kernel is specialised as its launcher specialises it for aligned,
 row-major tensors.
 """
 
@@ -35,8 +36,21 @@ INSTRUCTIONS = {
 }
 
 
+def longest_loop(sass: str) -> int:
+    """Instructions between the target of a branch and the branch behind it, the most there are."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.MULTILINE)
+    numbers = {int(address, 16): number for number, (address, _) in enumerate(found)}
+    lengths = [0]
+    for number, (_, text) in enumerate(found):
+        if branch := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text.strip()):
+            lengths.append(number + 1 - numbers[int(branch[1], 16)])
+    return max(lengths)
+
+
 def compile_one(case: dict) -> dict:
-    """`case` with registers, stack, shared memory in bytes, and counts of instructions added."""
+    """`case` with registers, stack, shared memory in bytes, and counts of instructions added.
+
+    `loop` counts the machine instructions of its longest loop."""
     kernel = getattr(MODULES[case["module"]], case["kernel"])
     constants = case["constants"]
     signature, values, attributes = {}, {}, {}
@@ -57,7 +71,7 @@ def compile_one(case: dict) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     counts = {
@@ -69,6 +83,7 @@ def compile_one(case: dict) -> dict:
         "registers": int(found[1]),
         "stack": int(found[2]) + int(found[3]),
         "shared": compiled.metadata.shared,
+        "loop": longest_loop(usage),
         **counts,
     }
 
@@ -99,17 +114,20 @@ def make(module, kernel, family, numbers, dtype, tile, what, constants, pointers
     }
 
 
-def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
+def spmm_case(family, numbers, dtype, out, into, transposed, tile, ones=()) -> dict:
+    # The layout's own lists are of any multiple of BLOCK_K here.
+    tile = configs.without_mask(tile, into) if transposed else tile
     constants = {
         "stride_xk": 1,
         "OUT": out,
         "IN": into,
         "TRANSPOSED": transposed,
         "HAS_BIAS": True,
-        "EVEN_K": not transposed or into % tile.block_k == 0,
+        "EVEN_K": not (transposed or ones) or into % tile.block_k == 0,
         "PRECISION": "tf32" if numbers == "tf32" else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
+        **dict.fromkeys(ones, 1),
     }
     if not transposed:
         constants |= {"slots_ptr": None, "offsets_ptr": None, "order_ptr": None}
@@ -117,7 +135,7 @@ def spmm_case(family, numbers, dtype, out, into, transposed, tile) -> dict:
     return make("spmm", "spmm_kernel", family, numbers, dtype, tile, what, constants)
 
 
-def sddmm_case(family, numbers, dtype, out, into, tile) -> dict:
+def sddmm_case(family, numbers, dtype, out, into, tile, ones=()) -> dict:
     constants = {
         "stride_gn": 1,
         "stride_xk": 1,
@@ -126,6 +144,7 @@ def sddmm_case(family, numbers, dtype, out, into, tile) -> dict:
         "PRECISION": "tf32" if numbers == "tf32" else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
+        **dict.fromkeys(ones, 1),
     }
     what, parts = f"{into} to {out}", {"out_ptr": "*fp32"}
     return make("sddmm", "sddmm_kernel", family, numbers, dtype, tile, what, constants, parts)
@@ -163,10 +182,33 @@ def table_cases():
                 yield sddmm_case(family, numbers, dtype, out, into, tile)
         tile = configs.frozen("spmm", family, "half", 32)
         yield spmm_case(family, "half", "float16", 32, 16, False, tile)
+        tile = configs.frozen("spmm", family, "half", 64)
+        yield spmm_case(family, "half", "bfloat16", 64, 32, True, tile)
         tile = configs.frozen("sddmm", family, "half", 32)
         yield sddmm_case(family, "half", "float16", 32, 16, tile)
         for dtype in ("bfloat16", "float32"):
             yield from topk_cases(family, dtype)
+
+
+def goal_cases():
+    """The tiles that the goals of benchmarks/gpu run."""
+    for side in (32, 64, 128):
+        tile = configs.frozen("spmm", "sm_90", "half", side)
+        for transposed in (False, True):
+            yield spmm_case("sm_90", "half", "bfloat16", side, side, transposed, tile)
+        tile = configs.frozen("sddmm", "sm_90", "half", side)
+        yield sddmm_case("sm_90", "half", "bfloat16", side, side, tile)
+
+
+def ones_cases():
+    """Sizes that are 1 become constants of the kernel, which is another kernel then."""
+    for out, into in ((16, 16), (128, 128)):
+        tile = configs.frozen("spmm", "sm_90", "half", out)
+        ones = ("num_tokens", "num_rows", "blocks_per_row")
+        for transposed in (False, True):
+            yield spmm_case("sm_90", "half", "bfloat16", out, into, transposed, tile, ones)
+        tile, ones = configs.frozen("sddmm", "sm_90", "half", out), ("num_groups", *ones)
+        yield sddmm_case("sm_90", "half", "bfloat16", out, into, tile, ones)
 
 
 def spilling_cases():
@@ -174,7 +216,14 @@ def spilling_cases():
     yield spmm_case("sm_80", "ieee", "float32", 128, 128, False, tile)
 
 
+CHOICES = {
+    "table": table_cases,
+    "goals": goal_cases,
+    "ones": ones_cases,
+    "spilling": spilling_cases,
+}
+
 if __name__ == "__main__":
-    cases = list({"table": table_cases, "spilling": spilling_cases}[sys.argv[1]]())
+    cases = list(CHOICES[sys.argv[1]]())
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("fork")) as pool:
         json.dump(list(pool.map(compile_one, cases, chunksize=4)), sys.stdout)

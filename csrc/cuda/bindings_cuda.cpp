@@ -85,6 +85,8 @@ PYBIND11_MODULE(SK_MODULE, module) {
         .def_static("rows", lists_of_rows)
         .def_static("columns", lists_of_columns);
 
+    module.def("driver_version", sk::cuda::driver_version);
+    module.def("runtime_version", sk::cuda::runtime_version);
     module.def("spmm_words", [](const std::string& dtype, const Lists& lists,
                                 int64_t slice_features, int device) {
         return sk::cuda::spmm_words(dtype_from(dtype), lists, slice_features, device);
@@ -122,11 +124,11 @@ PYBIND11_MODULE(SK_MODULE, module) {
     });
     module.def("abs_topk", [](const std::string& dtype, uintptr_t x, int64_t row_stride,
                               int64_t col_stride, uintptr_t y, int64_t rows, int64_t cols,
-                              int64_t k, int64_t staged_bytes, int device, uintptr_t stream) {
+                              int64_t k, int64_t held_bytes, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
         sk::cuda::abs_topk(type, {pointer(x), row_stride, col_stride}, pointer(y), rows, cols, k,
-                           staged_bytes, {device, pointer(stream)});
+                           held_bytes, {device, pointer(stream)});
     });
     module.def("abs_topk_backward",
                [](const std::string& dtype, uintptr_t grad_output, int64_t grad_row_stride,

@@ -10,6 +10,11 @@ namespace cuda {
 
 enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+// The CUDA version that the driver serves, 0 without a driver, and that of the runtime which is
+// linked into this module: 1000 * major + 10 * minor.
+int driver_version();
+int runtime_version();
+
 // Where to launch; the stream is a cudaStream_t of that device.
 struct Queue {
     int device;

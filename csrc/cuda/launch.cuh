@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -72,16 +74,43 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned thr
 }
 #endif
 
+// The driver loads a kernel into a device at its first launch, which it may refuse during the
+// capture of a graph: the capture would end with an error that names neither.
+inline void refuse_first_use_in_capture(const void* kernel, const std::string& what,
+                                        const Queue& queue) {
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> loaded;
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (loaded.count({kernel, queue.device})) return;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &status),
+          "asking whether a graph is captured");
+    if (status != cudaStreamCaptureStatusNone) {
+        throw std::runtime_error(what +
+                                 " is used for the first time while a CUDA graph is captured, when "
+                                 "it cannot be loaded: run the step once before the capture");
+    }
+    loaded.insert({kernel, queue.device});
+}
+
 // Launches a kernel, which `what` describes, on the current device.
 template <class... Parameters, class... Arguments>
 void launch(const std::string& what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             int64_t shared_bytes, const Queue& queue, Arguments&&... arguments) {
+    const int64_t limit = shared_limit(queue.device);
+    if (shared_bytes > limit) {
+        throw std::runtime_error(what + " needs " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory, and a block of threads has at most " +
+                                 std::to_string(limit) + " on device " +
+                                 std::to_string(queue.device));
+    }
+    refuse_first_use_in_capture(reinterpret_cast<const void*>(kernel), what, queue);
     if (shared_bytes > 48 << 10) {
         // It must be asked for; all that there is, always, so that two threads of the host that
         // launch the kernel with different sizes do not take it from each other.
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_limit(queue.device))),
+                                   static_cast<int>(limit)),
               what + ", asking for shared memory,");
     }
     check(launch_kernel(kernel, grid, threads, static_cast<size_t>(shared_bytes),

@@ -96,7 +96,8 @@ def export_model(
     """Writes a model, without the state of its training, into a folder that `load_model` reads.
 
     The bigram table is stored in float16, indices in int16 where they fit; everything else as it
-    is. A sample of the corpus goes with it, from which circuits take their means and snippets.
+    is. With it go a sample of the corpus, from which circuits take their means and snippets, and
+    the last validation.
     Paths of the machine that trained it are left out.
 
     Args:
@@ -126,8 +127,14 @@ def export_model(
     text = tokenizer_of(checkpoints.find(checkpoint)).read_text(encoding="utf-8")
     compact = json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False)
     write_atomically(out / "tokenizer.json", compact)
+    metrics = tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    if measured := [line for line in lines if '"val_loss"' in line]:
+        write_atomically(out / "metrics.jsonl", measured[-1] + "\n")
     # Ids are below 65536, and so are those of uint16 bit by bit.
     save_file({"tokens": rows.to(torch.uint16)}, out / _SAMPLE)
+    # safetensors makes files that nobody else can read.
+    (out / _SAMPLE).chmod((out / "config.json").stat().st_mode)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -52,7 +52,7 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, Tile, Tile, Tile]] = {
         Tile(128, 16, 4, 5), Tile(128, 16, 4, 5), Tile(128, 16, 8, 5), Tile(128, 16, 8, 5),
     ),
     ("spmm", "sm_90", "half"): (
-        Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 4, 5), Tile(128, 64, 8, 5),
+        Tile(128, 64, 4, 5), Tile(256, 32, 8, 5), Tile(256, 64, 8, 5), Tile(256, 64, 8, 5),
     ),
     ("spmm", "sm_90", "tf32"): (
         Tile(128, 32, 4, 5), Tile(128, 32, 8, 5), Tile(128, 32, 4, 5), Tile(128, 32, 8, 5),
@@ -67,7 +67,7 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, Tile, Tile, Tile]] = {
         Tile(128, 16, 4, 3), Tile(128, 16, 4, 3), Tile(128, 16, 8, 3), Tile(128, 16, 8, 3),
     ),
     ("sddmm", "sm_90", "half"): (
-        Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
+        Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(256, 64, 8, 4),
     ),
     ("sddmm", "sm_90", "tf32"): (
         Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 4, 4), Tile(128, 32, 8, 4),
@@ -93,6 +93,15 @@ def frozen(kernel: str, family: str, numbers: str, side: int) -> Tile:
         if (kernel, name, numbers) in TABLE:
             return TABLE[kernel, name, numbers][_SIDES.index(side)]
     raise KeyError((kernel, family, numbers))
+
+
+def without_mask(tile: Tile, depth: int) -> Tile:
+    """The tile with steps that divide lists of `depth` features, if steps of 32 do.
+
+    A step that reaches past the end of its list needs a mask for every load, in all steps.
+    """
+    divides = depth % tile.block_k == 0 or depth % 32 != 0
+    return tile if divides else tile._replace(block_k=32)
 
 
 def numbers(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -52,6 +53,25 @@ def grid(programs: int) -> tuple[int]:
     if programs > _MAX_PROGRAMS:
         raise ValueError(f"x has too many rows: {programs} programs, the limit is {_MAX_PROGRAMS}")
     return (programs,)
+
+
+def launch_kernel(
+    kernel: Any, programs: int, x: Tensor, *arguments: object, **constants: object
+) -> None:
+    """Launches so many programs of a kernel; `x` is its first argument.
+
+    Raises RuntimeError where a CUDA graph is captured and the kernel was never launched before:
+    the driver may refuse to load it then.
+    """
+    sizes = grid(programs)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        compiled = kernel.warmup(x, *arguments, grid=sizes, **constants)
+        if compiled.module is None:
+            raise RuntimeError(
+                "its kernel is used for the first time while a CUDA graph is captured, when it "
+                "cannot be loaded: run the step once before the capture"
+            )
+    kernel[sizes](x, *arguments, **constants)
 
 
 @contextmanager

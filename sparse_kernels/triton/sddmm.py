@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import configs
-from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
+from sparse_kernels.triton.launch import dot, launch_kernel, naming_errors, precision, rounded
 
 # Programs that fill the largest GPUs, and the fewest tokens that are worth a piece of their own.
 _PROGRAMS = 512
@@ -132,7 +132,9 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
 
         def run(tile: configs.Tile) -> None:
             groups = triton.cdiv(layout.fan_in, tile.block_m)
-            sddmm_kernel[grid(groups * layout.block_rows * pieces)](
+            launch_kernel(
+                sddmm_kernel,
+                groups * layout.block_rows * pieces,
                 grad_output,
                 x,
                 parts,
@@ -158,7 +160,8 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         configs.run(run, "sddmm", x, out, (tokens, layout.block, layout.fan_in))
         if pieces > 1:
             size = grad.numel()
-            sum_kernel[grid(triton.cdiv(size, _SUM_BLOCK))](
-                parts, grad, size, pieces, BLOCK=_SUM_BLOCK, num_warps=4
+            programs = triton.cdiv(size, _SUM_BLOCK)
+            launch_kernel(
+                sum_kernel, programs, parts, grad, size, pieces, BLOCK=_SUM_BLOCK, num_warps=4
             )
     return grad

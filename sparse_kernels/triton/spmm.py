@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.triton import configs
-from sparse_kernels.triton.launch import dot, grid, naming_errors, precision, rounded
+from sparse_kernels.triton.launch import dot, launch_kernel, naming_errors, precision, rounded
 
 
 @triton.jit
@@ -134,7 +134,10 @@ def _launch(
             return y
 
         def run(tile: configs.Tile) -> None:
-            spmm_kernel[grid(triton.cdiv(tokens, tile.block_m) * rows)](
+            tile = configs.without_mask(tile, depth)
+            launch_kernel(
+                spmm_kernel,
+                triton.cdiv(tokens, tile.block_m) * rows,
                 x,
                 values,
                 bias,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.triton.launch import grid, naming_errors
+from sparse_kernels.triton.launch import launch_kernel, naming_errors
 
 # Numbers of a row that a program holds in its registers; a longer row is read again at each bit.
 _CHUNK = 16384
@@ -125,7 +125,9 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
         if rows == 0:
             return y
         size, warps = chunk(cols)
-        topk_kernel[grid(rows)](
+        launch_kernel(
+            topk_kernel,
+            rows,
             x,
             y,
             cols,
@@ -149,7 +151,9 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
         if out.numel() == 0:
             return out
         blocks = triton.cdiv(cols, _BACKWARD_BLOCK)
-        topk_backward_kernel[grid(rows * blocks)](
+        launch_kernel(
+            topk_backward_kernel,
+            rows * blocks,
             grad_output,
             y,
             out,

@@ -425,10 +425,14 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 // The emulated device: the shared memory of compute capability 9.0, and few multiprocessors.
-constexpr int kEmulatedShared = 227 << 10;
 constexpr int kEmulatedMultiprocessors = 3;
+inline int emulated_shared() {
+    const char* bytes = std::getenv("SK_EMULATION_SHARED");
+    return bytes ? std::atoi(bytes) : 227 << 10;
+}
 
 inline const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaErrorInvalidDevice  ? "cudaErrorInvalidDevice"
@@ -441,6 +445,17 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                             : "invalid configuration argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+// Tests say with SK_EMULATION_CAPTURE that a graph is captured.
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = std::getenv("SK_EMULATION_CAPTURE") ? cudaStreamCaptureStatusActive
+                                                  : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
@@ -450,7 +465,7 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value =
-        attribute == cudaDevAttrMultiProcessorCount ? kEmulatedMultiprocessors : kEmulatedShared;
+        attribute == cudaDevAttrMultiProcessorCount ? kEmulatedMultiprocessors : emulated_shared();
     return cudaSuccess;
 }
 // The dynamic shared memory that a kernel may be launched with, once it was asked for.
@@ -459,7 +474,7 @@ inline std::map<const void*, int>& allowed_shared() {
     return allowed;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-    if (bytes > kEmulatedShared) return cudaErrorInvalidValue;
+    if (bytes > emulated_shared()) return cudaErrorInvalidValue;
     allowed_shared()[kernel] = bytes;
     return cudaSuccess;
 }

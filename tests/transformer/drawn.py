@@ -8,6 +8,7 @@ import re
 from hypothesis import strategies as st
 
 from sparse_transformer.circuits.circuit import (
+    PARTS,
     Ablated,
     Circuit,
     Control,
@@ -15,6 +16,7 @@ from sparse_transformer.circuits.circuit import (
     Example,
     Node,
     Snippet,
+    Trace,
     Validation,
 )
 
@@ -68,19 +70,27 @@ def quotes() -> Circuit:
     nodes = (
         Node("token:5", "token", '("', channel=5),
         Node("token:6", "token", "('", channel=6),
-        channel("0.mlp.act_in", 12, "read"),
+        channel(
+            "0.mlp.act_in",
+            12,
+            "read",
+            "reads `(\"`, `('`",
+            score=0.99,
+            sources=(('("', 0.81), ("('", 0.78), (" in", -0.2)),
+        ),
         channel("0.mlp.act_in", 45, "read"),
-        channel("0.mlp.post_act", 137, "neuron", "quote detector"),
+        channel("0.mlp.post_act", 137, "neuron", "quote detector", score=0.97),
         channel("0.mlp.post_act", 201, "neuron", "quote type"),
         channel("0.mlp.resid_delta", 31, "write"),
         channel("0.mlp.resid_delta", 77, "write"),
         channel("1.attn.act_in", 31, "read"),
         channel("1.attn.act_in", 77, "read"),
         channel("1.attn.act_in", 3, "read"),
-        channel("1.attn.q", 18, "q", head=1),
+        Node("1.attn.q:mean of 1", "frozen", "q at its mean", "", 1, 1, 1),
         channel("1.attn.k", 20, "k", head=1),
         channel("1.attn.v", 21, "v", head=1),
-        channel("1.attn.resid_delta", 90, "write"),
+        Node("1.attn.head:1", "head", 'looks at `("` (94%)', "", 1, 1, 1),
+        channel("1.attn.resid_delta", 90, "write", promotes=('")',), suppresses=("')", " in")),
         Node("answer:7", "answer", '")', layer=2, channel=7),
         Node("answer:8", "answer", "')", layer=2, channel=8),
     )
@@ -97,11 +107,12 @@ def quotes() -> Circuit:
         Edge("0.mlp.post_act:201", "0.mlp.resid_delta:77", -0.95),
         Edge("0.mlp.resid_delta:31", "1.attn.act_in:31", 1.0, "residual"),
         Edge("0.mlp.resid_delta:77", "1.attn.act_in:77", 1.0, "residual"),
-        Edge("1.attn.act_in:3", "1.attn.q:18", 0.52),
+        Edge("1.attn.act_in:3", "1.attn.k:20", 0.52),
         Edge("1.attn.act_in:31", "1.attn.k:20", 1.63),
         Edge("1.attn.act_in:77", "1.attn.v:21", -1.21),
-        Edge("1.attn.q:18", "1.attn.v:21", 1.0, "attention"),
-        Edge("1.attn.k:20", "1.attn.v:21", 1.0, "attention"),
+        Edge("1.attn.q:mean of 1", "1.attn.head:1", 1.0, "attention"),
+        Edge("1.attn.k:20", "1.attn.head:1", 1.0, "attention"),
+        Edge("1.attn.head:1", "1.attn.v:21", 1.0, "attention"),
         Edge("1.attn.v:21", "1.attn.resid_delta:90", 1.48),
         Edge("1.attn.resid_delta:90", "answer:7", 0.88, "unembedding"),
         Edge("1.attn.resid_delta:90", "answer:8", -0.93, "unembedding"),
@@ -118,14 +129,19 @@ def quotes() -> Circuit:
         activations = {
             node.id: tuple(round(random.Random(f"{node.id}{t}").gauss(0, 0.4), 3) for t in tokens)
             for node in nodes
-            if node.place
+            if node.kind in PARTS
         }
         sign = 1 if double else -1
         activations["0.mlp.post_act:201"] = tuple(3.1 * sign * ("(" in t) for t in tokens)
         activations["0.mlp.post_act:137"] = tuple(2.4 * ("(" in t) for t in tokens)
         right, wrong = ('")', "')") if double else ("')", '")')
         difference = -0.4 if (call, double) == ("\tlog", False) else 4.21
-        examples.append(Example(tokens, right, wrong, double, difference, activations))
+        attention = {"1.attn.head:1": tuple(0.94 if "(" in t else 0.01 for t in tokens)}
+        model = Trace(3.5, activations, attention)
+        alone = {id: tuple(value / 2 for value in values) for id, values in activations.items()}
+        circuit = Trace(difference, alone, attention)
+        note = "the circuit is wrong" if difference < 0 else "the shortest prompts"
+        examples.append(Example(tokens, right, wrong, double, note, model, circuit))
     snippets = {
         node.id: tuple(
             Snippet(("def", " f", "(", "x", "=", '("', " a", '")', "):", "\n    "), 5, peak)
@@ -194,7 +210,11 @@ def large(seed: int = 0, layers: int = 4, width: int = 7) -> Circuit:
                     join(reads, found, 3)
                 for head in range(4):
                     q, k, v = ([n for n in found if n.head == head] for found in qkv)
-                    join(q + k, v, 9, "attention")
+                    id = f"{layer}.attn.head:{head}"
+                    hub = Node(id, "head", "looks at", "", layer, head, head)
+                    nodes[hub.id] = hub
+                    join(q + k, [hub], 9, "attention")
+                    join([hub], v, 1, "attention")
                 middle = qkv[2]
             else:
                 middle = add(f"{layer}.mlp.post_act", "neuron", width)
@@ -217,7 +237,7 @@ def large(seed: int = 0, layers: int = 4, width: int = 7) -> Circuit:
 HOSTILE = (
     "</script><script>document.title='broken'</script>", '"><img src=x onerror=alert(1)>', "<!--",
     "&amp;", "'", "\n", "\t", "  ", "", "\x00\x1f\u2028", "{{circuit}}", "$x^2$", "\\", "漢字",
-    "🙂", "\u202eevil", "]]>", "a\r\nb",
+    "🙂", "\u202eevil", "]]>", "a\r\nb", "`<b>`", "``", "`",
 )  # fmt: skip
 
 
@@ -230,7 +250,15 @@ def hostile() -> Circuit:
         task=HOSTILE[0],
         description=" ".join(HOSTILE),
         model={word: word for word in HOSTILE},
-        nodes=tuple(dataclasses.replace(node, label=next(words)) for node in base.nodes),
+        nodes=tuple(
+            dataclasses.replace(
+                node,
+                label=next(words),
+                sources=tuple((next(words), weight) for _, weight in node.sources),
+                promotes=tuple(next(words) for _ in node.promotes),
+            )
+            for node in base.nodes
+        ),
         validation=dataclasses.replace(
             VALIDATION,
             circuit=VALIDATION.circuit | {word: ablated(0.1, 0.9) for word in HOSTILE},
@@ -244,6 +272,7 @@ def hostile() -> Circuit:
                 tokens=tuple(next(words) for _ in example.tokens),
                 right=next(words),
                 wrong=next(words),
+                note=next(words),
             )
             for example in base.examples
         ),
@@ -259,6 +288,8 @@ def circuits(draw):
         "write": ("attn.resid_delta", "mlp.resid_delta"),
         "q": ("attn.q",),
         "k": ("attn.k",),
+        "head": ("attn.head",),
+        "frozen": ("attn.q", "attn.k"),
         "v": ("attn.v",),
         "neuron": ("mlp.post_act",),
     }
@@ -269,7 +300,11 @@ def circuits(draw):
         if kind in places:
             layer = draw(st.integers(0, 3))
             place = f"{layer}.{draw(st.sampled_from(places[kind]))}"
-            head = draw(st.sampled_from((None, 0, 1))) if kind in "qkv" else None
+            head = (
+                draw(st.sampled_from((None, 0, 1)))
+                if kind in ("q", "k", "v", "head", "frozen")
+                else None
+            )
             node = Node(f"{place}:{number}", kind, label, place, layer, number, head)
         else:
             node = Node(f"{kind}:{number}", kind, label, channel=number)

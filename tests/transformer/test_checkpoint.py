@@ -58,9 +58,12 @@ def test_newest_is_loaded_and_old_ones_go(tmp_path):
         checkpoint.save(tmp_path, 123_456_789, tensors(0), {})
 
 
-def test_nothing_to_load(tmp_path):
+def test_nothing_to_load(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no checkpoint in"):
         checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match=r"no model of that name: there are .*python-small"):
+        checkpoint.load(tmp_path / "missing")
+    monkeypatch.setattr(checkpoint, "MODELS", [])
     with pytest.raises(UserError, match="missing does not exist: name the folder of a training"):
         checkpoint.load(tmp_path / "missing")
 

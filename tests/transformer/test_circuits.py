@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from test_model import SMALL, batch, make
 
 from sparse_transformer import ModelConfig, Transformer, UserError, hooks
-from sparse_transformer.circuits import annotate
 from sparse_transformer.circuits.ablation import (
     answer_logits,
     keep_nodes,
@@ -45,7 +45,7 @@ from sparse_transformer.circuits.prune import (
     threshold_edges,
 )
 from sparse_transformer.circuits.search import search
-from sparse_transformer.circuits.validate import control_tasks, validate, worst_rest
+from sparse_transformer.circuits.validate import _Test, control_tasks, validate, worst_rest
 from sparse_transformer.tasks import Pair, Prompt, collate
 
 LINEARS = ("sparse", "masked_dense", "dense")
@@ -283,6 +283,35 @@ def test_calibration_finds_scale_and_shift_and_never_turns_the_sign():
     )
 
 
+class Answers:
+    """A task whose logit differences are given; nothing is known of prompts for fitting."""
+
+    def __init__(self, diffs, draws):
+        self.test, self.draws, self._diffs = list(range(len(draws))), torch.tensor(draws), diffs
+
+    def logit_diffs(self, pairs, part, ablation):
+        rows = torch.tensor([row for pair in pairs for row in (2 * pair, 2 * pair + 1)])
+        return self._diffs[rows], torch.tensor([True, False]).repeat(len(pairs))
+
+
+@pytest.mark.parametrize("draws", [[0] * 40 + [1] * 40 + [2] * 40, [0] * 120])
+def test_calibration_of_a_draw_is_fitted_on_the_others(draws):
+    """A few wrong answers of a sure model cost what they cost, not all that a scale can make."""
+    diffs = torch.full((240,), 3.0)
+    diffs[::42] = -3.0
+    found = _Test(Answers(diffs, draws), None).measure((None, "mean"))
+    # The entropy of 1 wrong answer in 40.
+    assert found.loss == pytest.approx(
+        -(0.025 * math.log(0.025) + 0.975 * math.log(0.975)), rel=0.3
+    )
+    assert found.accuracy == pytest.approx(0.975)
+    # A draw that is wrong where all others are right does not fit its own scale.
+    first = torch.tensor(draws).repeat_interleave(2) == 0
+    if not first.all():
+        surprised = _Test(Answers(torch.where(first, -3.0, 3.0), draws), None)
+        assert surprised.measure((None, "mean")).draws[0] > 5
+
+
 # --- a planted circuit
 
 V, D = 12, 8
@@ -474,16 +503,6 @@ def test_intervals_hold_the_truth_and_shrink_with_the_prompts(task):
     few = validate(many, circuit, 0.15, pairs=10).circuit["mean"]
     assert truth.high - truth.low < (few.high - few.low) / 2
     assert few.low <= truth.loss <= few.high
-
-
-def test_examples_have_an_activation_for_each_token(task):
-    """In the last MLP as well, of which answers need one position."""
-    texts = [str(token) for token in range(V)]
-    circuit = chosen(task, *PLANTED_NODES)
-    where = [("0.attn.v", 5), ("1.mlp.post_act", 0)]
-    for example in annotate._examples(task, circuit, Calibration(), where, texts):
-        assert {len(found) for found in example.activations.values()} == {len(example.tokens)}
-        assert example.logit_difference > 0
 
 
 # --- controls

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_transformer.circuits import viz
+from sparse_transformer.circuits import viz, words
 from sparse_transformer.circuits.circuit import Circuit, Edge, Node
-from sparse_transformer.circuits.viz import drawing, page, words
+from sparse_transformer.circuits.viz import drawing, page
 from sparse_transformer.circuits.viz.summary import summarize
 from sparse_transformer.errors import UserError
 
@@ -79,18 +79,19 @@ def test_any_circuit_is_drawn(circuit):
     assert {f"e{at}" for at in range(len(circuit.edges))} <= set(elements)
 
 
-def test_rows_follow_the_forward_from_the_bottom_up():
+def test_rows_follow_the_forward_downward():
     circuit = quotes()
     _, rows = drawn(circuit)
     assert rows == [
         ["tokens"], ["MLP reads", "layer 0"], ["neurons", "layer 0"], ["MLP writes", "layer 0"],
-        ["attention reads", "layer 1"], ["q and k", "layer 1"], ["v", "layer 1"],
+        ["attention reads", "layer 1"], ["q and k", "layer 1"], ["looks at", "layer 1"],
+        ["v", "layer 1"],
         ["attention writes", "layer 1"], ["answers"],
     ]  # fmt: skip
     boxes = boxes_of(circuit)
     for edge in circuit.edges:
         # y grows downward.
-        assert boxes[edge.target][3] < boxes[edge.source][1], edge
+        assert boxes[edge.source][3] < boxes[edge.target][1], edge
     middles = {}
     for node in circuit.nodes:
         place = (drawing._row(node), round((boxes[node.id][1] + boxes[node.id][3]) / 2))
@@ -101,13 +102,42 @@ def test_rows_follow_the_forward_from_the_bottom_up():
 def test_heads_are_framed_with_their_channels_alone():
     circuit = quotes()
     root = ElementTree.fromstring(drawing.picture(circuit))
-    (frame,) = [g for g in root.iter(f"{SVG}g") if "head" in g.get("class", "").split()]
+    (frame,) = [g for g in root.iter(f"{SVG}g") if "frame" in g.get("class", "").split()]
     assert texts(frame) == ["head 1"]
     left, top, right, bottom = box_of(frame)
     for node in circuit.nodes:
         box = boxes_of(circuit)[node.id]
         inside = left < box[0] and box[2] < right and top < box[1] and box[3] < bottom
-        assert inside == (node.kind in "qkv")
+        assert inside == (node.kind in ("k", "v", "head", "frozen"))
+
+
+def test_a_frozen_query_is_dashed_and_code_is_code():
+    circuit = quotes()
+    elements, _ = drawn(circuit)
+    element = {node.id: elements[f"n{at}"] for at, node in enumerate(circuit.nodes)}
+    dashed = {
+        id for id, group in element.items() if group.find(f"{SVG}path").get("stroke-dasharray")
+    }
+    assert dashed == {"1.attn.q:mean of 1"}
+    assert texts(element["1.attn.q:mean of 1"]) == ["q at its mean"]
+    fonts = {
+        text.text.strip(): text.get("font-family")
+        for text in element["1.attn.head:1"].iter(f"{SVG}text")
+    }
+    assert fonts == {"looks at": "Helvetica,sans-Serif", '("': "Courier,monospace",
+                     "(94%)": "Helvetica,sans-Serif"}  # fmt: skip
+    assert "score 0.97" in texts(element["0.mlp.post_act:137"])[1]
+
+
+def test_the_story_is_told_layer_by_layer():
+    assert summarize(quotes()).story == (
+        "Layer 0: neuron 137 quote detector.",
+        'Layer 1: head 1 looks at `("` (94%); attention write 90.',
+    )
+    found = page.render(quotes())
+    assert (
+        "<li>Layer 1: head 1 looks at <code>(&quot;</code> (94%); attention write 90.</li>" in found
+    )
 
 
 def test_numbers_are_at_the_edges_that_have_a_weight_unless_there_are_many():
@@ -154,13 +184,12 @@ def test_edges_do_not_cross_where_they_need_not():
 
 def test_names_of_channels_are_said_once():
     """A head's frame has its number, and what is called by its channel has no second line."""
-    named = {"1.attn.q:18": "q 2 of head 1", "1.attn.k:20": "k 4 of head 1", "1.attn.v:21": "type"}
+    named = {"1.attn.k:20": "k 4 of head 1", "1.attn.v:21": "type"}
     nodes = tuple(
         dataclasses.replace(node, label=named.get(node.id, node.label)) for node in quotes().nodes
     )
     elements, _ = drawn(dataclasses.replace(quotes(), nodes=nodes))
     shown = {node.id: texts(elements[f"n{at}"]) for at, node in enumerate(nodes)}
-    assert shown["1.attn.q:18"] == ["q 2"]
     assert shown["1.attn.k:20"] == ["k 4"]
     assert shown["1.attn.v:21"] == ["type", "v 21"]
 
@@ -176,7 +205,7 @@ def test_kinds_that_are_not_known_are_refused():
     edge = dataclasses.replace(circuit.edges[0], kind='"><script>')
     with pytest.raises(ValueError, match=r"kind of the edge token:5 -> .* must be"):
         viz.write_html(dataclasses.replace(circuit, edges=(edge,)), "never.html")
-    node = dataclasses.replace(circuit.nodes[0], kind="head")
+    node = dataclasses.replace(circuit.nodes[0], kind="embedding")
     with pytest.raises(ValueError, match="kind of the node token:5 must be"):
         drawing.picture(dataclasses.replace(circuit, nodes=(node,), edges=()))
 
@@ -269,7 +298,8 @@ def test_json_has_the_validation_and_its_verdicts():
 
 def test_a_file_that_is_no_circuit_is_refused():
     data = json.loads(quotes().to_json())
-    for broken in ([], {**data, "schema": "other"}, {**data, "proof": {"circuit": {"mean": 1}}}):
+    old = {**data, "schema": "sparse_transformer.circuit/2"}
+    for broken in ([], old, {**data, "proof": {"circuit": {"mean": 1}}}):
         with pytest.raises(UserError, match="cannot read the circuit"):
             Circuit.from_json(json.dumps(broken))
 
@@ -384,7 +414,7 @@ def test_svg_has_text_as_text(make, tmp_path):
     shown = texts(ElementTree.parse(path).getroot())
     assert any(text.startswith("Sufficient: ") for text in shown)
     if make is quotes:
-        assert {"quote detector", "neuron 137", "string_closing"} <= set(shown)
+        assert {"quote detector", "neuron 137, score 0.97", "string_closing"} <= set(shown)
     # The same circuit gives the same file.
     assert path.read_bytes() == drawing.render(circuit, "svg", titled=True)
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
+import re
 import shutil
 
 import pytest
 from drawn import HOSTILE, VALIDATION, hostile, large, quotes
 
-from sparse_transformer.circuits import viz
-from sparse_transformer.circuits.viz import words
+from sparse_transformer.circuits import viz, words
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,8 @@ def test_the_page_draws_every_node_and_edge(show, make):
         "all => all.map(one => (one.focus(), document.querySelector('#details h2').textContent))"
     )
     assert sorted(described) == sorted(
-        words.visible(node.label or words.channel(node)) for node in circuit.nodes
+        re.sub("`([^`]+)`", r"\1", words.visible(node.label or words.channel(node)))
+        for node in circuit.nodes
     )
     assert shown.locator("img").count() == 0
 
@@ -113,17 +114,41 @@ def test_hover_lights_the_neighbours_and_opens_the_panel(show):
     ):
         assert wanted in said
     strips = details.locator(".tokens")
-    assert strips.count() == len(circuit.examples) + 3
+    # In the whole model and in the circuit alone.
+    assert strips.count() == 2 * len(circuit.examples) + 3
     opening = strips.nth(0).locator("span").nth(1)
     assert opening.inner_text() == '("'
     assert opening.get_attribute("title") == '("  +3.10'
     assert opening.get_attribute("class") == "positive"
-    assert strips.nth(1).locator("span").nth(1).get_attribute("class") == "negative"
+    assert strips.nth(1).locator("span").nth(1).get_attribute("title") == '("  +1.55'
+    assert strips.nth(2).locator("span").nth(1).get_attribute("class") == "negative"
     assert strips.last.locator(".peak").inner_text() == '("'
-    assert "by −0.40, which is wrong" in said
+    assert 'whole model: ")' in said
+    assert "circuit alone: ') over \") by −0.40, which is wrong" in said
+    assert said.count("the circuit is wrong") == 1
     shown.mouse.move(2, 2)
     assert shown.locator(".lit").count() == 0
     assert panel_name(shown) == "quote type"
+
+
+def test_the_panel_shows_where_a_head_looks_and_what_channels_mean(show):
+    circuit = quotes()
+    shown = show(circuit)
+    node_of(shown, circuit, "1.attn.head:1").hover()
+    assert panel_name(shown) == 'looks at (" (94%)'
+    details = shown.locator("#details")
+    assert "Where it looks from the last token" in details.inner_text()
+    strips = details.locator(".tokens")
+    assert strips.count() == 2 * len(circuit.examples)
+    assert strips.nth(1).locator("span").nth(1).get_attribute("title") == '("  +0.94'
+    node_of(shown, circuit, "0.mlp.act_in:12").hover()
+    assert "0.99 balanced accuracy on held-out text" in details.inner_text()
+    sources = details.locator(".list code").all_text_contents()
+    assert sources == ['(" +0.81', "(' +0.78", "·in −0.20"]
+    node_of(shown, circuit, "1.attn.resid_delta:90").hover()
+    assert details.locator(".list code").all_text_contents() == ['")', "')", "·in"]
+    node_of(shown, circuit, "1.attn.q:mean of 1").hover()
+    assert "at their mean" in details.inner_text()
 
 
 def test_a_click_pins_and_the_lists_lead_on(show):
@@ -155,7 +180,7 @@ def test_all_of_it_with_the_keyboard(show):
         shown.keyboard.press("Tab")
         if focused().startswith('("'):
             break
-    # Both tokens are read by two channels below and one above.
+    # Both tokens are read by two channels of the MLP, one of them by attention too.
     assert focused() == '(", token 5, 0 in, 3 out'
     assert panel_name(shown) == '("'
     outline = "getComputedStyle(document.activeElement.querySelector('path')).strokeWidth"
@@ -166,7 +191,7 @@ def test_all_of_it_with_the_keyboard(show):
     assert focused().startswith("(', token 6")
     seen = []
     for _ in range(12):
-        shown.keyboard.press("ArrowUp")
+        shown.keyboard.press("ArrowDown")
         seen.append(focused().split(",")[0].split(" ")[0])
     assert seen[:4] == ["read", "quote", "write", "read"]
     assert seen[-1] in ('")', "')")
@@ -175,7 +200,7 @@ def test_all_of_it_with_the_keyboard(show):
     shown.keyboard.press("Enter")
     pressed = shown.locator('[aria-pressed="true"]')
     assert pressed.get_attribute("aria-label").startswith('("')
-    shown.keyboard.press("ArrowUp")
+    shown.keyboard.press("ArrowDown")
     assert panel_name(shown) == '("'
     shown.keyboard.press("Escape")
     assert pressed.count() == 0

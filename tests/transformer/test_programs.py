@@ -126,7 +126,8 @@ def mostly_slow(cases, every):
 NUMBERS = ("nan", "inf", "-1", "0", "1e-320", "1e21", str(10**21), str(2**64), "x", "")
 OPTIONS = {
     "train": (
-        "--steps", "--batch-tokens", "--accumulate", "--seed", "--max-rise", "--rank-timeout",
+        "--steps", "--batch-tokens", "--task-pairs", "--accumulate", "--seed", "--max-rise",
+        "--rank-timeout",
         "--keep", "--learning-rate", "--beta1", "--beta2", "--eps", "--weight-decay", "--density",
         "--d-model", "--n-layer", "--context", "--vocab-size", "--d-head", "--n-head", "--d-mlp",
         "--active", "--min-nonzeros", "--positions", "--topology.period", "--topology.seed",
@@ -519,6 +520,9 @@ def test_an_exported_model_is_the_model_and_small(place, models, capsys):
     # Nothing of the machine that trained it.
     stored = [p.read_text() for p in (models / "python-small").rglob("*.json")]
     assert len(stored) == 3
+    measured = (models / "python-small" / "metrics.jsonl").read_text()
+    assert (json.loads(measured)["step"], measured.count("\n")) == (6, 1)
+    assert "val_loss" in json.loads(measured)
     assert not [text for text in stored if str(place) in text]
     assert load_model(models / "python-small" / "step-00000006").tokenizer is not None
     # A folder of that name goes first, whatever is in it.
@@ -535,6 +539,9 @@ def test_an_exported_model_has_a_sample_of_its_corpus(place, models, capsys):
     assert rows.shape[1] == whole.config.context
     assert rows.unique().numel() > 50
     stored = models / "python-small" / "sample.safetensors"
+    assert {path.stat().st_mode & 0o777 for path in stored.parent.glob("*.*")} == {
+        (models / "python-small" / "config.json").stat().st_mode & 0o777
+    }
     assert torch.equal(corpus_sample("python-small", whole), rows)
     other = corpus_sample("python-small", whole, data=[str(place / "corpus" / "run.py")])
     assert not torch.equal(other[:1], rows[:1])
@@ -562,33 +569,6 @@ def test_an_export_is_not_written_over_anything(place, models, capsys):
     given = ["--checkpoint", "python-small", "--out", str(models / "python-small")]
     assert "python-small is not empty: choose another --out" in ask("export", given, capsys)[1]
     assert content(models) == before
-
-
-@pytest.mark.slow
-def test_a_model_in_the_package_is_shipped(tmp_path):
-    """What the wheel would hold, for a model that is dropped into a copy of the checkout."""
-    root = Path(__file__).resolve().parents[2]
-    copied = (
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "sparse_kernels",
-        "python",
-        "csrc",
-    )
-    for name in copied:
-        whole = (root / name).is_dir()
-        (shutil.copytree if whole else shutil.copy)(root / name, tmp_path / name)
-    model = tmp_path / "python/sparse_transformer/models/tiny-model"
-    (model / "step-00000001").mkdir(parents=True)
-    files = ["config.json", "tokenizer.json", "step-00000001/meta.json"]
-    for name in [*files, "step-00000001/tensors.safetensors"]:
-        (model / name).write_text("x")
-    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    built = tmp_path / "built/sparse_transformer/models/tiny-model"
-    assert content(built) == content(model)
 
 
 MISSING = {

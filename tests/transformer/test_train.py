@@ -18,11 +18,13 @@ import pytest
 import torch
 
 import sparse_transformer
-from sparse_transformer import load_model
+from sparse_transformer import load_model, tasks
 from sparse_transformer.cli.train import main, parse
 from sparse_transformer.data import prepare
 from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.presets import PRESETS
+from sparse_transformer.tasks.task import _side
+from sparse_transformer.tasks.task import collate as collate_pairs
 from sparse_transformer.train import checkpoint, loop, metrics
 from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.settings import Settings
@@ -94,6 +96,40 @@ def test_run_leaves_what_it_promises(reference):
     stored = json.loads((reference / "config.json").read_text())
     assert Settings.from_dict(stored).model.d_model == 32
     assert not list(reference.glob(".*temporary*"))
+
+
+def test_answers_of_task_prompts_are_learned(options, tmp_path, monkeypatch):
+    """The same ones after a resume, others at each step, and none that evaluation asks."""
+    asked = []
+
+    def collate(pairs, pad):
+        asked.append([prompt.text for pair in pairs for prompt in (pair.positive, pair.negative)])
+        return collate_pairs(pairs, pad)
+
+    monkeypatch.setattr(tasks, "collate", collate)
+    more = [*options, "--context", "128", "--learning-rate", "0.05"]
+    more += ["--task-pairs", "4", "--tasks", "single_double_quote"]
+    assert run_here([*more, "--steps", "60", "--save-every", "25"], tmp_path / "run") == 0
+    losses = [line["answer_loss"] for line in lines_of(tmp_path / "run")]
+    # From any of 300 tokens to one of two; quotes take longer.
+    assert losses[0] > 4
+    assert sum(losses[-10:]) / 10 < 1
+    assert [len(prompts) for prompts in asked] == [8] * 60
+    assert len({text for prompts in asked for text in prompts}) == 480
+    assert {_side(text) for prompts in asked for text in prompts} == {"train"}
+    before = asked[50:]
+    asked.clear()
+    again = [*more, "--steps", "60", "--resume", "--from-step", "50"]
+    assert run_here(again, tmp_path / "run") == 0
+    assert asked == before
+    assert [line["answer_loss"] for line in lines_of(tmp_path / "run")] == losses
+
+
+def test_task_prompts_that_cannot_be_asked_are_a_sentence(options, tmp_path, capsys):
+    assert run_here([*options, "--task-pairs", "20"], tmp_path / "run") == 2
+    assert "cannot be asked of this tokenizer and context" in capsys.readouterr().err
+    assert run_here([*options, "--tasks", "with_a"], tmp_path / "run") == 2
+    assert "did you mean with_as" in capsys.readouterr().err
 
 
 @pytest.mark.slow

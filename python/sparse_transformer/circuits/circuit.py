@@ -16,14 +16,16 @@ from typing import Any
 
 from sparse_transformer.errors import UserError
 
-SCHEMA = "sparse_transformer.circuit/2"
+SCHEMA = "sparse_transformer.circuit/3"
 
-# What a node is. Tokens, embedding and answers are the ends: they are drawn, and no edge of theirs
-# counts in the size of a circuit.
-KINDS = ("token", "read", "q", "k", "v", "neuron", "write", "answer")
+# The nodes that count in the size of a circuit.
+PARTS = ("read", "q", "k", "v", "neuron", "write")
+# What else is drawn: the ends, the heads whose q and k decide where v is read, and a head's q or k
+# where it is frozen at its mean. No edge of theirs counts.
+KINDS = ("token", *PARTS, "head", "frozen", "answer")
 # What an edge is. "weight" is a nonzero weight between two nodes of a block, the only kind that
-# counts. "residual" joins a write to a later read of the same channel; "attention" a head's q and k
-# to its v; "embedding" a token to a read; "unembedding" a write to an answer.
+# counts. "residual" joins a write to a later read of the same channel; "attention" q and k to their
+# head, and the head to its v; "embedding" a token to a read; "unembedding" a write to an answer.
 EDGE_KINDS = ("weight", "residual", "attention", "embedding", "unembedding")
 
 
@@ -32,16 +34,23 @@ class Node:
     """A neuron, a channel, or one of the ends.
 
     Attributes:
-        id: `place:channel` for what is in a block, such as `0.mlp.post_act:137`; `token:ID` and
+        id: `place:channel` for what is in a block, such as `0.mlp.post_act:137`; `1.attn.head:5`
+            for a head, `1.attn.q:mean of 5` for what is frozen; `token:ID`, `tokens:ID+ID` and
             `answer:ID` for the ends.
         kind: of `KINDS`.
-        label: what a reader may call it.
-        place: its hook point; "" for the ends.
+        label: what a reader may call it: what it does, or its kind and channel.
+        place: its hook point; "" for what has none.
         layer: of the block; -1 for tokens, n_layer for answers.
         channel: in the place, or the token's id.
         head: which attention head a q, k or v channel belongs to.
         mean: the activation over the corpus at which the node is frozen where it is ablated.
         importance: loss of the circuit without this node, minus that of the circuit.
+        score: balanced accuracy with which the label says, on held-out text, where the node is
+            active; None if the label does not say that.
+        sources: of a read: the tokens of the prompts that the embedding has most of in its channel,
+            with their weights.
+        promotes, suppresses: of a write: the tokens whose logits it raises and lowers most where it
+            is positive, through the last norm and the unembedding.
     """
 
     id: str
@@ -53,6 +62,10 @@ class Node:
     head: int | None = None
     mean: float = 0.0
     importance: float | None = None
+    score: float | None = None
+    sources: tuple[tuple[str, float], ...] = ()
+    promotes: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,23 +79,40 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What happens on a prompt.
+
+    Attributes:
+        logit_difference: right over wrong; of a circuit calibrated.
+        activations: by node id, one for each token.
+        attention: by id of the head, the weight of each token as the last one sees it; what is
+            missing to 1 goes to the head's sink.
+    """
+
+    logit_difference: float
+    activations: Mapping[str, tuple[float, ...]]
+    attention: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class Example:
-    """A prompt, token by token, with the activation of each node at each token.
+    """A prompt, token by token, in the whole model and in the circuit.
 
     Attributes:
         tokens: their texts.
         right, wrong: the answers' texts.
         positive: which member of its pair it is.
-        logit_difference: right over wrong, of the circuit, calibrated.
-        activations: by node id, one for each token, in the whole model.
+        note: why it is shown.
+        model, circuit: what happens in each.
     """
 
     tokens: tuple[str, ...]
     right: str
     wrong: str
     positive: bool
-    logit_difference: float
-    activations: Mapping[str, tuple[float, ...]]
+    note: str
+    model: Trace
+    circuit: Trace
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class Ablated:
 
     Attributes:
         loss: binary cross-entropy over the two answers, in nats, after the best scale and shift for
-            other prompts under this ablation; guessing has ln 2 = 0.69.
+            other draws of prompts under this ablation; guessing has ln 2 = 0.69.
         accuracy: share of correct answers, after the same.
         low, high: 95% interval of the loss, by bootstrap over pairs of prompts.
         draws: the loss on each draw of pairs.
@@ -245,7 +275,7 @@ class Circuit:
 
     @property
     def node_count(self) -> int:
-        return sum(node.kind not in ("token", "answer") for node in self.nodes)
+        return sum(node.kind in PARTS for node in self.nodes)
 
     @property
     def edge_count(self) -> int:
@@ -287,7 +317,7 @@ class Circuit:
                 **{name: data[name] for name in names}
                 | {
                     "validation": Validation.from_dict(proof) if proof else None,
-                    "nodes": tuple(Node(**node) for node in data["nodes"]),
+                    "nodes": tuple(_node(node) for node in data["nodes"]),
                     "edges": tuple(Edge(**edge) for edge in data["edges"]),
                     "examples": tuple(_example(example) for example in data["examples"]),
                     "snippets": {
@@ -303,9 +333,22 @@ class Circuit:
             ) from error
 
 
+def _node(data: dict[str, Any]) -> Node:
+    lists = {name: tuple(data[name]) for name in ("promotes", "suppresses")}
+    return Node(**data | lists | {"sources": tuple((text, w) for text, w in data["sources"])})
+
+
 def _example(data: dict[str, Any]) -> Example:
-    activations = {id: tuple(values) for id, values in data["activations"].items()}
-    return Example(**data | {"tokens": tuple(data["tokens"]), "activations": activations})
+    traces = {name: _trace(data[name]) for name in ("model", "circuit")}
+    return Example(**data | {"tokens": tuple(data["tokens"])} | traces)
+
+
+def _trace(data: dict[str, Any]) -> Trace:
+    parts = {
+        name: {id: tuple(values) for id, values in data[name].items()}
+        for name in ("activations", "attention")
+    }
+    return Trace(**data | parts)
 
 
 def _snippet(data: dict[str, Any]) -> Snippet:

@@ -121,15 +121,17 @@ class TaskLoss:
         self.pad = model.config.vocab_size - 1
         self.pruned_under = tuple(pruned_under)
         context = model.config.context
+        # Seeds apart from those of the prompts that a model may have been trained on.
+        unseen = 2**40 + 2 * seed
         self.train = task.pairs(
             tokenizer,
             train_pairs,
             split="train",
-            seed=seed,
+            seed=unseen,
             context=context,
             max_tokens=max_tokens,
         )
-        self.fit = task.pairs(tokenizer, fit_pairs, split="train", seed=seed + 1, context=context)
+        self.fit = task.pairs(tokenizer, fit_pairs, split="train", seed=unseen + 1, context=context)
         seen: dict[str, tuple[int, Pair]] = {}
         for draw in range(test_seeds):
             drawn = task.pairs(

@@ -38,8 +38,8 @@ from sparse_transformer.circuits.validate import control_tasks, validate
 from sparse_transformer.errors import UserError
 
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the target
-# holds on others too.
-_FIT_SHARE = 0.8
+# holds on others too: on `python-small`, 0.8 of it became 1.4 of it there.
+_FIT_SHARE = 0.6
 # Edges are chosen among those of a circuit with this share of the target; their training aims at
 # the second share, as it is measured on the prompts for training.
 _WIDE_SHARE, _EDGE_AIM, _EDGE_RATE = 0.45, 0.8, 1e-1

@@ -1,9 +1,9 @@
 """Validation of a circuit on held-out prompts, and the control tasks.
 
 Sufficient: the circuit alone performs the task, everything else ablated. Necessary: without its
-nodes, and without its edges, the task is lost. Every loss is recalibrated: a scale and shift of the
-logits are fitted on other prompts for that very ablation. Every loss has an interval, and a verdict
-holds only where the whole interval speaks for it.
+nodes, and without its edges, the task is lost. Every loss is recalibrated by cross-fitting: the
+scale and shift of a draw of prompts are fitted for that very ablation on the other draws. Every
+loss has an interval, and a verdict holds only where the whole interval speaks for it.
 
 The controls ask the same search for what it should not find: other answers to the same prompts, the
 two answers swapped, and the task in a model whose weights are permuted.
@@ -148,6 +148,10 @@ class _Test:
         for draw in task.draws.unique():
             first[(task.draws == draw).nonzero().squeeze(1)[:pairs]] = True
         self._draws = task.draws[first]
+        # Calibration of each part is fitted on the others: draws, or halves of the only one.
+        several = len(self._draws.unique()) > 1
+        parts = self._draws if several else torch.arange(len(self._draws)) % 2
+        self._rows = [(parts == part).repeat_interleave(2) for part in parts.unique()]
         self.pairs = [task.test[number] for number in first.nonzero().squeeze(1).tolist()]
         generator = torch.Generator().manual_seed(0)
         count = len(self.pairs)
@@ -157,8 +161,11 @@ class _Test:
         """The mean over parts of the model with their ablation, each recalibrated by itself."""
         losses, correct = torch.zeros(len(self.pairs)), 0.0
         for part, ablation in parts:
-            calibration = calibrate(*self._task.logit_diffs(self._task.fit, part, ablation))
-            diffs = calibration.apply(*self._task.logit_diffs(self.pairs, part, ablation))
+            diffs, positive = self._task.logit_diffs(self.pairs, part, ablation)
+            raw = diffs.clone()
+            for rows in self._rows:
+                calibration = calibrate(raw[~rows], positive[~rows])
+                diffs[rows] = calibration.apply(raw[rows], positive[rows])
             losses += torch.nn.functional.softplus(-diffs).view(-1, 2).mean(1) / len(parts)
             correct += float((diffs > 0).float().mean()) / len(parts)
         means = losses[self._resamples].mean(1)

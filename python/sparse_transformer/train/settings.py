@@ -31,6 +31,11 @@ class TrainConfig:
     """Gradient accumulation steps on each rank; more of them need less memory."""
     data: tuple[Path, ...] = ()
     """Files and folders to train on; by default the standard library of the running Python."""
+    task_pairs: int = 0
+    """Pairs of task prompts of which each step also learns the answers, so that small models solve
+    the tasks; they are not those that evaluation and validation ask."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks of --task-pairs; by default all twenty."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME, or else in
     ~/.cache."""
@@ -67,6 +72,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
         for name in (
@@ -75,6 +81,7 @@ class TrainConfig:
         ):  # fmt: skip
             need_whole(self, name, 1)
         need_whole(self, "sample_tokens", 0)
+        need_whole(self, "task_pairs", 0, 2**16)
         need_whole(self, "seed", 0, 2**63 - 1)
         need_choices(self)
         # A limit that no loss reaches: 1e9. Longer waits overflow the clocks below.

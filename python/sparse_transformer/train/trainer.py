@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer import tasks
 from sparse_transformer.data import Batches, Corpus, check_length, validation_batches
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import stream
@@ -75,6 +77,14 @@ class Trainer:
         )
         self._micro_batch = windows // (here.world * config.accumulate)
         check_length(corpus.validation, context, "validation")
+        if config.task_pairs % here.world:
+            raise UserError(
+                f"--task-pairs {config.task_pairs} cannot be divided among {here.world} ranks: "
+                f"choose a multiple of it"
+            )
+        self._tasks = [tasks.get(name) for name in config.tasks or tasks.TASKS]
+        for task in self._tasks if config.task_pairs else ():
+            task.pairs(corpus.tokenizer, 1, split="train", context=context)  # or say why not
         _check_memory(settings, here, self._micro_batch * context)
         self.step = point.step if point else 0
         self.anneal_steps = config.steps
@@ -140,7 +150,7 @@ class Trainer:
         rate = learning_rate(
             self.step, config.steps, self.settings.optimizer.learning_rate, fraction
         )
-        loss, rms = self._gradients()
+        loss, answer_loss, rms = self._gradients()
         self._watch.look(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -154,6 +164,7 @@ class Trainer:
         self.step += 1
         return {
             "loss": loss,
+            **({"answer_loss": answer_loss} if config.task_pairs else {}),
             "lr": rate,
             "l0": self.l0(),
             "tokens": self.step * config.batch_tokens,
@@ -296,20 +307,23 @@ class Trainer:
         if self.ranks.device.type == "cuda" and "generator.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.cuda"].cpu())
 
-    def _gradients(self) -> tuple[float, float]:
-        """Normalised gradients of this step over all ranks; its mean loss, and their RMS before."""
+    def _gradients(self) -> tuple[float, float, float]:
+        """Normalised gradients of this step over all ranks.
+
+        Returns its mean loss on the corpus and on answers, and the RMS before normalisation.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         while True:
             share = self._backward()
             if not self.settings.train.shard:  # which has averaged them already
                 self.ranks.average_gradients_(parameters)
-            loss = float(self.ranks.sum(share)) / self.ranks.world
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss of step {self.step + 1} is {loss}")
+            loss, answer_loss = (self.ranks.sum(share) / self.ranks.world).tolist()
+            if not math.isfinite(loss + answer_loss):
+                raise Diverged(f"the loss of step {self.step + 1} is {loss + answer_loss}")
             self._scaler.unscale_(self.optimizer)
             rms = normalize_gradients_(parameters, clip_only=self.settings.train.clip_only)
             if math.isfinite(rms):
-                return loss, rms
+                return loss, answer_loss, rms
             scale = self._scaler.get_scale()
             if self._scaler.is_enabled():
                 # Halves it: the same step again.
@@ -318,7 +332,10 @@ class Trainer:
                 raise Diverged(f"the gradients of step {self.step + 1} are not finite")
 
     def _backward(self) -> Tensor:
-        """Adds up the gradients of this rank's share; returns its mean loss, float64."""
+        """Adds up the gradients of this rank's share.
+
+        Returns its mean loss on the corpus and on answers, float64 `(2,)`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         accumulate = self.settings.train.accumulate
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -330,7 +347,7 @@ class Trainer:
             if self.topology.wants_gradients(self.step):
                 # It uses module hooks, which a compiled model does not call.
                 capture, compute = self.topology.capture(), self.model.loss
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
         with capture:
             for part, goal in zip(
@@ -338,9 +355,39 @@ class Trainer:
             ):
                 with self._autocast():
                     loss = compute(part, goal)
-                total += loss.detach().double() / accumulate
+                total[0] += loss.detach().double() / accumulate
                 self._scaler.scale(loss * (1 / accumulate)).backward()
+            if self.settings.train.task_pairs:
+                with self._autocast():
+                    loss = self._answer_loss()
+                total[1] = loss.detach().double()
+                self._scaler.scale(loss).backward()
         return total
+
+    def _answer_loss(self) -> Tensor:
+        """Mean cross-entropy of the right answers to this rank's share of the step's prompts.
+
+        The tasks take turns; the pairs are a pure function of (seed, step, rank, world).
+        """
+        config, here = self.settings.train, self.ranks
+        count = config.task_pairs // here.world
+        number = self.step * here.world + here.rank
+        turns = Counter((number * count + turn) % len(self._tasks) for turn in range(count))
+        pairs = [
+            pair
+            for index, asked in sorted(turns.items())
+            for pair in self._tasks[index].pairs(
+                self.corpus.tokenizer,
+                asked,
+                split="train",
+                # Apart from those of sparse_transformer.tasks and of searches for circuits.
+                seed=config.seed * 2**32 + 2**31 + number,
+                context=self.settings.model.context,
+            )
+        ]
+        batch = tasks.collate(pairs, self.corpus.end_of_text).to(here.device)
+        logits = self.model(batch.tokens, at=batch.last).squeeze(1)
+        return nn.functional.cross_entropy(logits.float(), batch.right)
 
     def _move(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.ranks.device.type == "cpu":

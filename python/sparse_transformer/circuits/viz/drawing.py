@@ -1,7 +1,8 @@
 """The drawing of a circuit, laid out and rendered by Graphviz.
 
-Tokens are along the bottom, answers at the top, and between them a row for each stage of each layer
-that has nodes; the channels of an attention head share a frame. Nodes and edges have the ids `n12`
+Tokens are at the top, answers at the bottom, and between them a row for each stage of each layer
+that has nodes; an attention head is a frame with its q and k, where they make it look, and its v.
+Nodes and edges have the ids `n12`
 and `e34`, by their index in the circuit, and their kind as a class: page.css and page.js see them.
 """
 
@@ -13,29 +14,30 @@ import re
 import textwrap
 from typing import Any
 
+from sparse_transformer.circuits import words
 from sparse_transformer.circuits.circuit import EDGE_KINDS, KINDS, Circuit, Edge, Node
-from sparse_transformer.circuits.viz import words
 from sparse_transformer.circuits.viz.summary import summarize
 
 # With more numbers than this none is written at an edge: the page has them.
 MOST_NUMBERS = 60
 # The colours of page.css on a light background.
 _INK, _SOFT, _LINE, _BAD = "#1b2027", "#5a6472", "#8a94a3", "#b3140f"
-POSITIVE, NEGATIVE, _RESIDUAL = "#1f5fa8", "#b4540a", "#a3abb6"
+POSITIVE, NEGATIVE, _RESIDUAL, _BAND = "#1f5fa8", "#b4540a", "#a3abb6", "#f5f6f8"
 _SANS, _MONO = "Helvetica", "Courier"
 # Stroke of the weakest and of the strongest edge of its kind.
 _STROKES = {
     "weight": (1.0, 4.2),
-    "embedding": (0.8, 2.4),
+    "embedding": (0.6, 1.6),
     "unembedding": (0.8, 2.4),
     "attention": (1.6, 1.6),
     "residual": (1.1, 1.1),
 }
 _STYLES = {"residual": "dashed", "attention": "dotted"}
-# From the tokens up; the rows of a layer in the order of a forward.
+# The rows of a layer in the order of a forward.
 _ROWS = {
     ("attn", "read"): "attention reads",
     ("attn", "qk"): "q and k",
+    ("attn", "head"): "looks at",
     ("attn", "v"): "v",
     ("attn", "write"): "attention writes",
     ("mlp", "read"): "MLP reads",
@@ -47,8 +49,9 @@ _LEGEND = (
     ("blue: positive weight", POSITIVE),
     ("orange: negative weight", NEGATIVE),
     ("dashed: residual stream", _SOFT),
-    ("dotted: q and k decide where v is read", _SOFT),
+    ("dotted: attention", _SOFT),
     ("wide: strong", _SOFT),
+    ("score: balanced accuracy of the name on held-out text", _SOFT),
 )
 
 
@@ -68,7 +71,7 @@ def render(circuit: Circuit, format: str, *, titled: bool) -> bytes:
 
     graph = pygraphviz.AGraph(directed=True, strict=False)
     graph.graph_attr.update(
-        rankdir="BT", newrank="true", outputorder="edgesfirst", nodesep="0.22", ranksep="0.4",
+        rankdir="TB", newrank="true", outputorder="edgesfirst", nodesep="0.22", ranksep="0.4",
         pad="0.2", fontname=_SANS, fontcolor=_SOFT, bgcolor="white" if titled else "transparent",
     )  # fmt: skip
     graph.node_attr.update(
@@ -122,8 +125,8 @@ def _row(node: Node) -> _Row:
     if node.kind in ("token", "answer"):
         return (0 if node.kind == "token" else 2), 0, 0
     part = "mlp" if ".mlp." in node.place else "attn"
-    kind = "qk" if node.kind in ("q", "k") else node.kind
-    part = {"qk": "attn", "v": "attn", "neuron": "mlp"}.get(kind, part)
+    kind = "qk" if node.kind in ("q", "k", "frozen") else node.kind
+    part = {"qk": "attn", "head": "attn", "v": "attn", "neuron": "mlp"}.get(kind, part)
     return 1, node.layer, list(_ROWS).index((part, kind))
 
 
@@ -135,25 +138,27 @@ def _add_nodes(graph: Any, circuit: Circuit, rows: dict[str, _Row]) -> None:
             name, label=_row_name(row), shape="plaintext", style="", fontcolor=_SOFT, fontsize="11",
             **{"class": "row"},
         )  # fmt: skip
-    for below, above in itertools.pairwise(names.values()):
-        graph.add_edge(below, above, style="invis", weight="100")
+    for above, below in itertools.pairwise(names.values()):
+        graph.add_edge(above, below, style="invis", weight="100")
     members: dict[_Row, list[str]] = {}
     heads: dict[tuple[int, int], list[str]] = {}
     for at, node in enumerate(circuit.nodes):
         end = node.kind in ("token", "answer")
         graph.add_node(
             f"n{at}", id=f"n{at}", label=_label(node), fontname=_MONO if end else _SANS,
-            color=_INK if node.kind == "neuron" else _LINE, **{"class": node.kind},
+            color=_INK if node.kind in ("neuron", "head") else _LINE,
+            style="rounded,filled,dashed" if node.kind == "frozen" else "rounded,filled",
+            fillcolor=_BAND if node.kind == "head" else "white", **{"class": node.kind},
         )  # fmt: skip
         members.setdefault(rows[node.id], []).append(f"n{at}")
-        if node.head is not None and node.kind in ("q", "k", "v"):
+        if node.head is not None and node.kind in ("q", "k", "v", "head", "frozen"):
             heads.setdefault((node.layer, node.head), []).append(f"n{at}")
     for row, inside in members.items():
         graph.add_subgraph([names[row], *inside], f"same-{names[row]}", rank="same")
     for (layer, head), inside in heads.items():
         graph.add_subgraph(
             inside, f"cluster_{layer}_{head}", label=f"head {head}", color=_LINE, fontsize="11",
-            style="rounded", margin="10", labeljust="l", labelloc="b", **{"class": "head"},
+            style="rounded", margin="10", labeljust="l", **{"class": "frame"},
         )  # fmt: skip
 
 
@@ -191,12 +196,14 @@ def _row_name(row: _Row) -> str:
 
 
 def _label(node: Node) -> str:
-    """The name of a node, and under a name of its own its channel."""
+    """The name of a node, and under a name of its own its channel and the name's score."""
     name = words.visible(node.label or words.channel(node))
     # The frame has the head's number.
     name = name.removesuffix(f" of head {node.head}")
-    note = "" if name.startswith(f"{node.kind} ") else words.channel(node)
-    lines = [(part, 12, "") for part in _wrap(name, 18, 2)]
+    notes = [] if name.startswith(f"{node.kind} ") else [words.channel(node)]
+    notes += [f"score {node.score:.2f}"] if node.score is not None else []
+    lines = [(part, 12, "") for part in _wrap(name, 20, 3)]
+    note = ", ".join(filter(None, notes))
     return _html([*lines, (note, 10, _SOFT)] if note else lines)
 
 
@@ -204,6 +211,7 @@ def _title(circuit: Circuit) -> str:
     said = summarize(circuit)
     lines = [(part, 20, _INK) for part in _wrap(said.task, 60, 2)]
     lines += [(part, 13, _INK) for part in _wrap(said.description, 90, 4)]
+    lines += [(part, 14, _INK) for one in said.story for part in _wrap(one, 90, 3)]
     lines += [(part, 10, _SOFT) for part in _wrap(said.size, 110, 3) + _wrap(said.model, 110, 4)]
     for verdict in said.verdicts:
         color = _SOFT if verdict.holds else _BAD
@@ -217,12 +225,16 @@ def _wrap(text: str, width: int, lines: int) -> list[str]:
 
 
 def _html(lines: list[tuple[str, int, str]]) -> str:
-    """Lines of text, size and colour as a label; Graphviz reads it like HTML."""
+    """Lines of text, size and colour as a label; Graphviz reads it like HTML.
+
+    What stands between two backquotes is code.
+    """
     left = "" if len(lines) < 3 else ' ALIGN="LEFT"'
     parts = []
     for text, size, color in lines:
         # What no XML can hold becomes a question mark.
         clean = html.escape(re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text))
         shade = f' COLOR="{color}"' if color else ""
+        clean = re.sub("`([^`]+)`", rf'<FONT FACE="{_MONO}">\1</FONT>', clean)
         parts.append(f'<FONT POINT-SIZE="{size}"{shade}>{clean}</FONT><BR{left}/>')
     return f"<{''.join(parts).removesuffix('<BR/>')}>"

@@ -24,9 +24,9 @@
     return [x + width / 2, y + height / 2];
   });
   const sameRow = (a, b) => Math.abs(middle[a][1] - middle[b][1]) < 2;
-  // Reading order: rows upward, each from left to right.
+  // Reading order: rows downward, each from left to right.
   const order = nodes.map((_, index) => index);
-  order.sort((a, b) => (sameRow(a, b) ? middle[a][0] - middle[b][0] : middle[b][1] - middle[a][1]));
+  order.sort((a, b) => (sameRow(a, b) ? middle[a][0] - middle[b][0] : middle[a][1] - middle[b][1]));
 
   // --- words ---
 
@@ -63,12 +63,15 @@
     q: "a query channel of an attention head",
     k: "a key channel of an attention head",
     v: "a value channel of an attention head",
+    head: "where an attention head looks from the last token, as its q and k decide; the share is that of its attention, without the sink, on held-out prompts",
+    frozen: "all channels of its kind in this head, which the circuit has at their mean",
     neuron: "an MLP neuron",
     write: "what a sublayer adds to the residual stream",
     answer: "one of the two answers",
   };
   function whereOf(node) {
-    if (isEnd(node)) return `${node.kind} ${node.channel}`;
+    if (isEnd(node)) return node.id.replace(":", " ");
+    if (node.kind === "head" || node.kind === "frozen") return `head ${node.head}, layer ${node.layer}`;
     let part = node.head === null ? "" : `head ${node.head}, `;
     if (node.kind === "read" || node.kind === "write") part = node.id.includes(".mlp.") ? "MLP, " : "attention, ";
     return `${node.kind} ${node.channel}, ${part}layer ${node.layer}`;
@@ -80,6 +83,10 @@
     made.append(...children);
     return made;
   }
+
+  // What stands between two backquotes is code.
+  const rich = (text) =>
+    text.split(/`([^`]+)`/).map((part, at) => (at % 2 ? element("code", {}, part) : part));
 
   nodes.forEach((node, index) => {
     const shape = shapes[index];
@@ -123,7 +130,7 @@
       const edge = circuit.edges[index];
       const weighted = edge.kind !== "residual" && edge.kind !== "attention";
       const weight = element("span", { class: weighted ? `weight ${sign(edge.weight)}` : "weight" }, weightOf(edge));
-      const button = element("button", { type: "button" }, element("span", {}, nameOf(nodes[other])), weight);
+      const button = element("button", { type: "button" }, element("span", {}, ...rich(nameOf(nodes[other]))), weight);
       button.addEventListener("click", () => go(other));
       box.append(button);
     }
@@ -131,29 +138,43 @@
     return box;
   }
 
+  // What an example or a snippet has for a node, token by token.
+  const valuesOf = (trace, node) => (node.kind === "head" ? trace.attention : trace.activations)[node.id];
+  const RUNS = [["model", "whole model"], ["circuit", "circuit alone"]];
+
   function examples(node, largest) {
-    const parts = [];
-    for (const example of circuit.examples) {
-      const right = example.logit_difference > 0;
-      const difference = element("span", right ? {} : { class: "wrong" }, signed(example.logit_difference));
-      const line = element(
-        "p", { class: "answer-line" },
-        "the circuit prefers ", element("code", {}, visible(example.right)),
-        " to ", element("code", {}, visible(example.wrong)), " by ", difference,
-        right ? "" : element("span", { class: "wrong" }, ", which is wrong"),
-      );
-      const first = example.positive ? "example first" : "example";
-      parts.push(
-        element("div", { class: first }, tokens(example.tokens, example.activations[node.id], largest), line),
-      );
-    }
-    return parts;
+    return circuit.examples.map((example) => {
+      const box = element("div", { class: "example" }, element("p", { class: "note" }, example.note));
+      for (const [run, name] of RUNS) {
+        const { logit_difference: by } = example[run];
+        const difference = element("span", by > 0 ? {} : { class: "wrong" }, signed(by));
+        box.append(
+          element(
+            "p", { class: "answer-line" },
+            `${name}: `, element("code", {}, visible(example.right)), " over ",
+            element("code", {}, visible(example.wrong)), " by ", difference,
+            by > 0 ? "" : element("span", { class: "wrong" }, ", which is wrong"),
+          ),
+        );
+        const values = valuesOf(example[run], node);
+        // Once is enough where there is nothing to colour.
+        if (values || run === "model") box.append(tokens(example.tokens, values, largest));
+      }
+      return box;
+    });
   }
 
   function scaleOf(node) {
-    const own = circuit.examples.map((example) => example.activations[node.id] ?? []);
+    const own = circuit.examples.flatMap((example) => RUNS.map(([run]) => valuesOf(example[run], node) ?? []));
     const found = (circuit.snippets[node.id] ?? []).map((snippet) => snippet.activations);
     return [...own, ...found].flat().reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
+  function list(title, texts) {
+    if (!texts.length) return [];
+    const line = element("p", { class: "list" });
+    texts.forEach((text, at) => line.append(at ? "  " : "", element("code", {}, text)));
+    return [element("h3", {}, title), line];
   }
 
   function fact(list, name, value) {
@@ -163,24 +184,31 @@
   function describe(index) {
     const node = nodes[index];
     const largest = scaleOf(node);
-    const whole = element("div", {}, element("h2", {}, nameOf(node)));
+    const whole = element("div", {}, element("h2", {}, ...rich(nameOf(node))));
     const where = whereOf(node);
     whole.append(element("p", { class: "where" }, pinned === index ? `${where} · kept here` : where));
-    const list = element("dl", {});
-    fact(list, "kind", `${node.kind}: ${MEANING[node.kind]}`);
+    const facts = element("dl", {});
+    fact(facts, "kind", `${node.kind}: ${MEANING[node.kind]}`);
     if (!isEnd(node)) {
-      fact(list, "hook point", node.id);
-      fact(list, "mean", signed(node.mean));
-      if (node.importance !== null) fact(list, "importance", `${signed(node.importance)} loss without it`);
+      fact(facts, node.kind === "head" || node.kind === "frozen" ? "id" : "hook point", node.id);
+      if (node.kind !== "head" && node.kind !== "frozen") fact(facts, "mean", signed(node.mean));
+      if (node.score !== null) fact(facts, "score of its name", `${node.score.toFixed(2)} balanced accuracy on held-out text`);
+      if (node.importance !== null) fact(facts, "importance", `${signed(node.importance)} loss without it`);
     }
-    if (largest) fact(list, "strongest", `${signed(largest).slice(1)}, the darkest colour below`);
-    whole.append(list);
+    if (largest) fact(facts, "strongest", `${signed(largest).slice(1)}, the darkest colour below`);
+    whole.append(facts);
     whole.append(
       element("div", { class: "ends" }, ends(`reads (${arriving[index].length})`, arriving[index]),
         ends(`read by (${leaving[index].length})`, leaving[index])),
     );
+    whole.append(
+      ...list("Written by the embedding of", node.sources.map(([text, weight]) => `${visible(text)} ${signed(weight)}`)),
+      ...list("Raises the logits of", node.promotes.map(visible)),
+      ...list("Lowers the logits of", node.suppresses.map(visible)),
+    );
     if (circuit.examples.length) {
-      whole.append(element("h3", {}, isEnd(node) ? "Prompts" : "Its activations on prompts, in the whole model"));
+      const title = node.kind === "head" ? "Where it looks from the last token" : "Its activations on held-out prompts";
+      whole.append(element("h3", {}, isEnd(node) || node.kind === "frozen" ? "Held-out prompts" : title));
       whole.append(...examples(node, largest));
     }
     const snippets = circuit.snippets[node.id] ?? [];
@@ -281,7 +309,7 @@
     const [x, y] = middle[index];
     const up = key === "ArrowUp" ? 1 : -1;
     const ahead = order.filter((other) => !sameRow(other, index) && up * (y - middle[other][1]) > 0);
-    const closest = up > 0 ? ahead[0] : ahead.at(-1);
+    const closest = up > 0 ? ahead.at(-1) : ahead[0];
     const row = ahead.filter((other) => sameRow(other, closest));
     row.sort((a, b) => Math.abs(middle[a][0] - x) - Math.abs(middle[b][0] - x));
     return row[0] ?? index;

@@ -30,6 +30,7 @@ def render(circuit: Circuit) -> str:
         "style": template("page.css"),
         "script": template("page.js"),
         "description": _escape(said.description),
+        "story": "".join(f"<li>{_code(sentence)}</li>" for sentence in said.story),
         "model": _escape(said.model),
         "size": _escape(said.size),
         "verdicts": "".join(
@@ -51,6 +52,11 @@ def template(name: str) -> str:
 def _escape(text: str) -> str:
     """For an element or an attribute; lone surrogates, which no file can hold, become "?"."""
     return html.escape(text.encode("utf-8", "replace").decode())
+
+
+def _code(text: str) -> str:
+    """Escaped; what stands between two backquotes is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _escape(text))
 
 
 def _embedded(circuit: Circuit) -> str:

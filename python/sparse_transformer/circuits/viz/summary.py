@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparse_transformer.circuits.circuit import CONTROL_RATIO, Ablated, Circuit, Validation
-from sparse_transformer.circuits.viz import words
+from sparse_transformer.circuits import words
+from sparse_transformer.circuits.circuit import (
+    CONTROL_RATIO,
+    PARTS,
+    Ablated,
+    Circuit,
+    Validation,
+)
 
 # How what is ablated is replaced.
 _ABLATIONS = {
@@ -29,6 +35,8 @@ _FACTS = {
     "l0": "L0",
     "edges": "edges of its blocks",
 }
+# Nodes of a kind and a layer that its sentence has, the most important ones.
+_TOLD = 2
 COLUMNS = ("loss", "95% interval", "correct answers")
 
 
@@ -46,6 +54,7 @@ class Summary:
 
     Attributes:
         task, description: of the circuit.
+        story: what each layer does, a sentence each.
         model, size: a line each.
         verdicts: whether it is sufficient, necessary and robust, and what the controls say.
         rows: of the table of losses: name, and a value for each of `COLUMNS`.
@@ -56,6 +65,7 @@ class Summary:
     description: str
     model: str
     size: str
+    story: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     rows: tuple[tuple[str, tuple[str, ...]], ...] = ()
     note: str = ""
@@ -74,6 +84,7 @@ def summarize(circuit: Circuit) -> Summary:
         size=f"{_count(circuit.node_count, 'node')}, {_count(circuit.edge_count, 'edge')} "
         f"({circuit.edges_before} before edges were pruned) · "
         f"target loss {words.fact(circuit.target_loss)}",
+        story=tuple(_story(circuit)),
     )
     found = circuit.validation
     if found is None:
@@ -84,6 +95,32 @@ def summarize(circuit: Circuit) -> Summary:
         rows=tuple(rows(found)),
         note=note(found),
     )
+
+
+def _story(circuit: Circuit) -> Iterator[str]:
+    """For each layer what its neurons detect, where its heads look and which answers it writes."""
+    answering = {edge.source for edge in circuit.edges if edge.kind == "unembedding"}
+    for layer in sorted({node.layer for node in circuit.nodes if node.kind in PARTS}):
+        inside = [node for node in circuit.nodes if node.layer == layer]
+        inside.sort(key=lambda node: -(node.importance or 0))
+        named = [node for node in inside if node.score is not None]
+        heads = {node.channel: node.label for node in inside if node.kind == "head"}
+        values = {node.head: node.label for node in named[::-1] if node.kind == "v"}
+        # Heads by the importance of their values.
+        order = [node.head for node in inside if node.kind == "v" and node.head in heads]
+        order = list(dict.fromkeys(order))[:_TOLD]
+        told = [*(f"{words.channel(n)} {n.label}" for n in named if n.kind == "neuron")][:_TOLD]
+        told += [
+            f"head {head} {heads[head]}" + (f" ({values[head]})" if head in values else "")
+            for head in order
+        ]
+        told += [
+            f"{'the MLP' if '.mlp.' in node.place else 'attention'} {node.label}"
+            for node in inside
+            if node.id in answering
+        ][:_TOLD]
+        if told:
+            yield f"Layer {layer}: {'; '.join(words.line(part) for part in dict.fromkeys(told))}."
 
 
 def note(found: Validation) -> str:
@@ -124,12 +161,12 @@ def _interval(found: Ablated) -> str:
 def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
     """What the intervals say, and the controls."""
     yield _controls(found)
-    alone = f"the circuit alone has a loss of {_interval(found.circuit['mean'])}"
     yield _verdict(
         found.sufficient,
         "Sufficient",
-        f"{alone}, within the target of {words.fact(target)}.",
-        f"{alone}, above the target of {words.fact(target)}.",
+        f"the circuit alone has a loss of {_interval(found.circuit['mean'])}",
+        f"within the target of {words.fact(target)}",
+        f"above the target of {words.fact(target)}",
     )
     lost = " and ".join(
         f"{_interval(found.without[name])} without its {part}"
@@ -138,28 +175,30 @@ def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
     yield _verdict(
         found.necessary,
         "Necessary",
-        f"the model fails, with a loss of {lost}.",
-        f"the model still knows the answer, with a loss of {lost}.",
+        f"the loss of the model is {lost}",
+        "so that it fails",
+        "so that it still knows the answer",
     )
     worst = max(
         (found.circuit[name] for name in ("pair", "random", "adversarial")),
         key=lambda ablated: ablated.high,
     )
-    highest = "the highest loss under counterfactual, random and adversarial ablation is "
     yield _verdict(
         found.robust,
         "Robust",
-        f"{highest}{_interval(worst)}.",
-        f"{highest}{_interval(worst)}, above twice the target.",
+        f"the highest loss under counterfactual, random and adversarial ablation is "
+        f"{_interval(worst)}",
+        f"at most twice the target of {words.fact(target)}",
+        f"above twice the target of {words.fact(target)}",
     )
 
 
-def _verdict(holds: bool | None, name: str, good: str, bad: str) -> Verdict:
+def _verdict(holds: bool | None, name: str, said: str, good: str, bad: str) -> Verdict:
     if holds is None:
-        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {bad}", False)
+        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {said}.", False)
     if holds:
-        return Verdict(f"{name}: {good}", True)
-    return Verdict(f"Not {name.lower()}: {bad}", False)
+        return Verdict(f"{name}: {said}, {good}.", True)
+    return Verdict(f"Not {name.lower()}: {said}, {bad}.", False)
 
 
 def _controls(found: Validation) -> Verdict:

@@ -1,0 +1,1 @@
+"""Builds, checks, measures and profiles the GPU kernels: `python -m benchmarks.gpu`."""

@@ -1,0 +1,112 @@
+"""`python -m benchmarks.gpu --estimate`: what the goals would take on an H200. Nothing is measured.
+
+The Triton kernels of the goals are compiled for sm_90 by tests/tile_report.py, which needs no GPU,
+and the machine instructions of their loops are counted. A time is the largest of four terms:
+
+    issue    instructions of all warps over what the schedulers can issue
+    L2       bytes that the tiles load over the rate of the second-level cache
+    tensor   multiply-adds over the rate of cuBLAS
+    HBM      compulsory bytes over the rate of a large copy
+
+Of the CUDA kernels only the terms that no kernel can avoid are printed. The rates are assumptions;
+`ceilings` of the command measures them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import PRODUCTS, Case, TopkCase
+from benchmarks.gpu.steps import HEADLINES, goal_of
+from benchmarks.roofline import count_work
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ = 132, 4, 1.7e9
+DENSE_FLOPS, HBM_BYTES_S, L2_BYTES_S = 790e12, 4.3e12, 5.5e12
+HALF = 2  # bytes of a bfloat16
+
+
+def compile_tiles() -> dict[tuple[str, str], dict[str, Any]]:
+    """What tile_report.py says of each goal's kernel, by kernel and geometry."""
+    hidden = ("TRITON_INTERPRET", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    command = [sys.executable, str(ROOT / "tests/tile_report.py"), "goals"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return {(made["kernel"], made["what"]): made for made in json.loads(done.stdout)}
+
+
+def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str, float]:
+    """The terms of a product in microseconds; without a tile those that no kernel can avoid."""
+    work = count_work(case, product)
+    terms = {
+        "tensor": work.flops / DENSE_FLOPS,
+        "HBM": (work.read_bytes + work.write_bytes) / HBM_BYTES_S,
+    }
+    if tile is not None:
+        block_m, block_k, warps, _ = tile["tile"]
+        side, rows = case.block[0], case.out_features // case.block[0]
+        if product == "grad_weight":
+            programs = rows * math.ceil(case.fan_in / block_m)
+            steps = programs * math.ceil(case.tokens / block_k)
+        else:
+            # The lists of grad_input are as long on average as those of forward.
+            features = case.in_features if product == "grad_input" else case.out_features
+            depth = case.out_features * case.fan_in / features
+            steps = math.ceil(case.tokens / block_m) * features // side * depth / block_k
+        terms["issue"] = steps * warps * tile["loop"] / (MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ)
+        terms["L2"] = steps * HALF * block_k * (block_m + side) / L2_BYTES_S
+    return {name: seconds * 1e6 for name, seconds in terms.items()}
+
+
+def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
+    """A line for each product of each goal."""
+    yield "ESTIMATES from instruction counts and assumed rates: nothing here was measured."
+    yield (
+        f"Assumed: {MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:g} GHz, cuBLAS "
+        f"{DENSE_FLOPS / 1e12:g} Tflop/s, L2 {L2_BYTES_S / 1e12:g} TB/s, HBM "
+        f"{HBM_BYTES_S / 1e12:g} TB/s."
+    )
+    for case in HEADLINES:
+        if isinstance(case, TopkCase):
+            least = 2 * HALF * case.tokens * case.width / HBM_BYTES_S * 1e6
+            yield f"{case}: at least {least:.0f} us (HBM)"
+            continue
+        dense_us = 2 * case.tokens * case.in_features * case.out_features / DENSE_FLOPS * 1e6
+        step_us, tiled = 0.0, case.block != (1, 1)
+        for product in PRODUCTS:
+            words = "transposed " if product == "grad_input" else "own "
+            words = "" if product == "grad_weight" else words
+            kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
+            key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
+            terms = terms_us(case, product, tiles[key] if tiled else None)
+            limit = max(terms, key=lambda name: terms[name])
+            step_us += terms[limit]
+            over = _over(case, product, dense_us / terms[limit], tiled)
+            yield f"{case} {product}: {_about(tiled)} {terms[limit]:.0f} us ({limit}){over}"
+        over = _over(case, "step", len(PRODUCTS) * dense_us / step_us, tiled)
+        yield f"{case} step: {_about(tiled)} {step_us:.0f} us{over}"
+
+
+def _about(tiled: bool) -> str:
+    return "about" if tiled else "at least"
+
+
+def _over(case: Case, product: str, times: float, tiled: bool) -> str:
+    goal = goal_of(case, product)
+    return f", {'' if tiled else 'at most '}{times:.1f}x cuBLAS" + (
+        f" (goal {goal:g}x)" if goal else ""
+    )
+
+
+def main() -> int:
+    """Prints the estimates."""
+    print(*lines(compile_tiles()), sep="\n")
+    return 0

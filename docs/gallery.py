@@ -1,0 +1,136 @@
+"""Writes the gallery, `docs/gallery/`: `python -m docs.gallery [MODEL=FOLDER ...]`.
+
+There is a page for each circuit `docs/gallery/MODEL/TASK.json`, with its picture, its validation
+and its story, and an index of all. Stories are written by hand in `docs/gallery/stories.txt`, one
+in a line: `MODEL/TASK: TEXT`. `MODEL=FOLDER` first copies the circuits of that model from a folder
+that `sparse_transformer.circuits` wrote.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tabulate import tabulate
+
+from sparse_transformer.circuits.circuit import Circuit, Validation
+from sparse_transformer.circuits.viz import summary, write_html, write_image
+
+GALLERY = Path(__file__).parent / "gallery"
+_INDEX = ("task", "nodes", "edges", "loss alone", "nonsense over task", "what holds")
+_MOST_EDGES = 60
+_VERDICTS = ("sufficient", "necessary", "robust")
+
+
+def copy(model: str, folder: Path) -> None:
+    """Takes the circuits of a model, those left out of which nobody could read the picture."""
+    for path in sorted(folder.glob("*/circuit.json")):
+        if Circuit.from_json(path.read_text(encoding="utf-8")).edge_count <= _MOST_EDGES:
+            (GALLERY / model).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, GALLERY / model / f"{path.parent.name}.json")
+
+
+def circuits() -> dict[str, dict[str, Circuit]]:
+    """The circuits of the gallery, by model and task."""
+    found: dict[str, dict[str, Circuit]] = {}
+    for path in sorted(GALLERY.glob("*/*.json")):
+        tasks = found.setdefault(path.parent.name, {})
+        tasks[path.stem] = Circuit.from_json(path.read_text(encoding="utf-8"))
+    return found
+
+
+def page(model: str, circuit: Circuit, story: str) -> str:
+    """Markdown of a circuit's page."""
+    shown, found = summary.summarize(circuit), validation(circuit)
+    table = [("", *summary.COLUMNS), *((label, *values) for label, values in summary.rows(found))]
+    asked = f"--checkpoint {model} --task {circuit.task} --out out"
+    verdicts = "\n".join(
+        f"- {'holds' if verdict.holds else '**does not hold**'}: {verdict.sentence}"
+        for verdict in shown.verdicts
+    )
+    return f"""# {circuit.task}
+
+{circuit.description} In the model `{model}`: {shown.size}.
+
+{story.strip()}
+
+![The circuit of {circuit.task}]({circuit.task}.svg)
+
+{verdicts}
+
+{tabulate(table, headers="firstrow", tablefmt="github", disable_numparse=True)}
+
+{shown.note}
+
+The circuit [to explore]({circuit.task}.html), and [as data]({circuit.task}.json). To find it again:
+
+    python -m sparse_transformer.circuits {asked}
+"""
+
+
+def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
+    """Markdown of the first page."""
+    parts = [
+        "# Gallery",
+        "Circuits of the models that come with the package. Each was validated on prompts that it "
+        "was not found on, and compared with the controls that the same search gave; "
+        "[Circuits](../circuits.md) has the method.",
+    ]
+    for model, tasks in found.items():
+        rows = [_INDEX, *(_row(model, circuit) for circuit in tasks.values())]
+        parts += [
+            f"## {model}",
+            tabulate(rows, headers="firstrow", tablefmt="github", disable_numparse=True),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(model: str, circuit: Circuit) -> tuple[str, ...]:
+    found = validation(circuit)
+    alone = found.circuit["mean"]
+    ratio = "not reached" if found.ratio is None else f"{found.ratio:.1f}"
+    holds = [name for name in _VERDICTS if getattr(found, name)]
+    holds += ["controls"] * bool(found.passed)
+    return (
+        f"[{circuit.task}]({model}/{circuit.task}.md)",
+        str(circuit.node_count),
+        str(circuit.edge_count),
+        f"{alone.loss:.3f} ({alone.low:.3f} to {alone.high:.3f})",
+        ratio,
+        ", ".join(holds) or "nothing",
+    )
+
+
+def validation(circuit: Circuit) -> Validation:
+    if circuit.validation is None:
+        raise SystemExit(f"{circuit.task} has no validation: find it again")
+    return circuit.validation
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page and its text."""
+    lines = (GALLERY / "stories.txt").read_text(encoding="utf-8").splitlines()
+    stories = dict(line.split(": ", 1) for line in lines if line)
+    found = circuits()
+    yield GALLERY / "index.md", index(found)
+    for model, tasks in found.items():
+        for task, circuit in tasks.items():
+            yield GALLERY / model / f"{task}.md", page(model, circuit, stories[f"{model}/{task}"])
+
+
+def main(arguments: list[str]) -> None:
+    for argument in arguments:
+        model, _, folder = argument.partition("=")
+        copy(model, Path(folder))
+    for path, text in pages():
+        path.write_text(text, encoding="utf-8")
+    for model, tasks in circuits().items():
+        for task, circuit in tasks.items():
+            write_image(circuit, GALLERY / model / f"{task}.svg")
+            write_html(circuit, GALLERY / model / f"{task}.html")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
