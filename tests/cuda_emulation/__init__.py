@@ -81,7 +81,8 @@ def build(name: str, sources: list[Path], flags: list[str]) -> Path:
 
 
 def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
+    # The folder is part of the name: pybind11 returns the first module of a name to all who ask.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
