@@ -204,21 +204,34 @@ def test_products_of_a_row_do_not_depend_on_the_other_rows(dtype, product):
         assert torch.equal(alone, together[some])
 
 
+# Blocks of each kernel, and of unstructured weights every number of inputs that share a sum.
+@pytest.mark.parametrize(
+    ("dtype", "block", "fan_in"),
+    [
+        (torch.float32, (2, 2), 4),
+        *[(dtype, (1, 1), n) for dtype in (torch.bfloat16, torch.float16) for n in (3, 7, 19)],
+    ],
+)
 @every_product
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_bad_element_reaches_only_what_reads_it(product, bad):
+def test_a_bad_element_reaches_only_what_reads_it(product, bad, dtype, block, fan_in):
     generator = torch.Generator().manual_seed(5)
-    layout = sk.FanInLayout.random(24, 20, 4, (2, 2), generator=generator)
-    x, grad_output, values = make(layout, 37, torch.float32, generator)
-    source = grad_output if product == "grad_input" else x
-    source[11, 7] = float(bad)
-    actual = sparse_product(product, x, grad_output, values, layout, None, "cuda")
-    mask, is_bad = to_dense(torch.ones_like(values), layout), (~source.isfinite()).float()
-    if product == "grad_weight":
-        touched = kept(is_bad.sum(0, keepdim=True).expand(24, -1) > 0, layout)
-    else:
-        touched = is_bad @ (mask.t() if product == "forward" else mask) > 0
-    assert torch.equal(~actual.isfinite(), touched)
+    layout = sk.FanInLayout.random(24, 20, fan_in, block, generator=generator)
+    x, grad_output, values = make(layout, 37, dtype, generator)
+    mask = to_dense(torch.ones_like(values), layout).float()
+    for source in {"forward": [x], "grad_input": [grad_output]}.get(product, [x, grad_output]):
+        before = source[11, 7].clone()
+        source[11, 7] = float(bad)
+        actual = sparse_product(product, x, grad_output, values, layout, None, "cuda")
+        is_bad = (~source.isfinite()).float()
+        source[11, 7] = before
+        if product == "grad_weight":
+            reached = is_bad.sum(0) > 0
+            reached = reached.expand(24, -1) if source is x else reached.view(-1, 1).expand(-1, 20)
+            touched = kept(reached, layout)
+        else:
+            touched = is_bad @ (mask.t() if product == "forward" else mask) > 0
+        assert torch.equal(~actual.isfinite(), touched)
 
 
 @every_dtype
