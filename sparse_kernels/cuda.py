@@ -63,8 +63,8 @@ _RUN = 32
 # The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
 _GRAD_WEIGHT_SLICE_FEATURES = 2**20
-# Rows of `abs_topk` up to this size are held in shared memory, if they fit.
-_STAGED_BYTES = 2**20
+# Rows of `abs_topk` up to this size are held in registers, if they fit.
+_HELD_BYTES = 2**20
 
 
 @contextmanager
@@ -285,7 +285,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     _check_row("x", x)
     with _on_device_of(x):
         out = x.new_empty(x.shape)
-        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _STAGED_BYTES)
+        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _HELD_BYTES)
         _extension.abs_topk(_DTYPES[x.dtype], *pointers, *sizes, *_queue(x))
     return out
 

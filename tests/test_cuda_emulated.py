@@ -241,12 +241,12 @@ def test_a_bad_element_reaches_only_what_reads_it(product, bad, dtype, block, fa
     cols=st.integers(1, 300),
     share=st.floats(0, 1),
     how=st.sampled_from(["contiguous", "transposed", "stepped"]),
-    staged=st.booleans(),
+    held=st.booleans(),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_abs_topk_keeps_what_a_stable_sort_keeps(
-    dtype, kind, rows, cols, share, how, staged, order, seed
+    dtype, kind, rows, cols, share, how, held, order, seed
 ):
     x = {
         "contiguous": lambda: draw(kind, rows, cols, dtype, seed),
@@ -256,7 +256,7 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(
     k = max(1, min(cols, round(share * cols)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_order(monkeypatch, order)
-        monkeypatch.setattr(cuda, "_STAGED_BYTES", 2**20 if staged else 0)
+        monkeypatch.setattr(cuda, "_HELD_BYTES", 2**20 if held else 0)
         y = abs_topk(x, k, "cuda")
     assert y.is_contiguous()
     assert same_bits(y, expected(x, k))
@@ -437,7 +437,7 @@ MISTAKES = {
     "a missing barrier": ("sddmm_unstructured.cuh", "__syncthreads();  // nobody", "// nobody"),
     "a wrong fragment": ("sddmm_unstructured.cuh", "place ^ (lane / 16)", "place ^ (lane / 8 % 2)"),
     "a wrong swizzle": ("sddmm_unstructured.cuh", ": tile_base(input, 1)", ": 2u * input"),
-    "one buffer in place of two": ("topk.cu", "            turn ^= kWarps;", ""),
+    "one buffer in place of two": ("topk.cu", "of_lane_ += turn_;  // so", "// so"),
 }
 
 

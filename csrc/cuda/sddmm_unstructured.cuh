@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 4 * kJobs; ++i) {
         if (!owner(i / 4, i % 4, output, at) || is_finite(partial[at])) continue;
         const T* x = static_cast<const T*>(p.x.data) + columns[at] * p.x.col_stride;
-        const T* grad = static_cast<const T*>(p.grad_output.data) + output * p.grad_output.col_stride;
+        const T* grad =
+            static_cast<const T*>(p.grad_output.data) + output * p.grad_output.col_stride;
         float sum = 0;
         for (int64_t token = first_token; token < end_token; ++token) {
             sum += to_float(grad[token * p.grad_output.row_stride]) *

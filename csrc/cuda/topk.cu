@@ -7,6 +7,7 @@
 // register at once. Among equals the lowest index stays; every NaN counts as the same, larger than
 // infinity: "above" is a comparison that is true for NaN, and exact for every other pattern.
 #include <cstring>
+#include <type_traits>
 
 #include "launch.cuh"
 
@@ -30,18 +31,30 @@ struct AbsTopkProblem {
     bool wide;     // rows of x and y can be moved 16 bytes at a time
 };
 
-// What is done to all magnitudes in a register at once. A bound is a bit pattern for each of them.
+// What is done to all magnitudes in a register at once. A bound is a bit pattern for each of them;
+// that of -1 is NaN: all are above.
 template <class Pair>
 struct PackedPair {
     using Bits = uint16_t;
     static constexpr uint32_t kMagnitude = 0x7fff7fffu;
-    using Count = Pair;  // a whole number for each of the two, exact up to 256
+    // Two numbers of which 1 is the last bit: their low bytes count from 0 to 127.
+    using Count = Pair;
+    static __device__ Count zero() {
+        return pair(std::is_same<Pair, __half2>::value ? 0x64006400u : 0x43004300u);
+    }
+    static __device__ int sum(Count count) {
+        uint32_t word;
+        memcpy(&word, &count, sizeof(word));
+        return static_cast<int>(__dp4a(word, 0x00010001u, 0u));
+    }
     static __device__ Pair pair(uint32_t word) {
         Pair value;
         memcpy(&value, &word, sizeof(value));
         return value;
     }
-    static __device__ uint32_t bound(int pattern) { return (pattern & 0xffff) * 0x10001u; }
+    static __device__ uint32_t bound(int pattern) {
+        return static_cast<uint32_t>(pattern) * 0x10001u;
+    }
     static __device__ Count add_above(Count count, const uint4& vector, uint32_t bound) {
         const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
@@ -52,10 +65,6 @@ struct PackedPair {
     }
     static __device__ uint32_t mask_above(uint32_t word, uint32_t bound) {
         return __hgtu2_mask(pair(word), pair(bound));
-    }
-    static __device__ Count zero() { return pair(0); }
-    static __device__ int sum(Count count) {
-        return static_cast<int>(__low2float(count) + __high2float(count));
     }
 };
 struct PackedFloat {
@@ -106,20 +115,31 @@ __device__ void store_entries(Bits* row, int first, int cols, bool wide, const u
     }
 }
 
-// Sums of a count over the block, and over the warps before this one. Consecutive calls must
-// alternate between two `counts`, each of one int per warp: one barrier is then enough.
-struct BlockSum {
-    int all, before;
+// Shows each lane of a warp the number of a warp of the block, its own at the lane of its place.
+class Warps {
+public:
+    // `numbers` is for two of each warp that a block may have: 2 * kWarp.
+    __device__ explicit Warps(int* numbers) : of_lane_(numbers + threadIdx.x % kWarp) {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+        mine_ = lane == warp;
+        if (warp == 0) numbers[lane] = numbers[lane + kWarp] = 0;  // for warps that do not exist
+        __syncthreads();
+    }
+    // 0 in lanes beyond the warps.
+    __device__ int share(int number) {
+        if (mine_) *of_lane_ = number;
+        __syncthreads();
+        number = *of_lane_;
+        of_lane_ += turn_;  // so that the next numbers need no barrier before them
+        turn_ = -turn_;
+        return number;
+    }
+
+private:
+    int* of_lane_;
+    int turn_ = kWarp;
+    bool mine_;
 };
-__device__ BlockSum sum_over_block(int of_warp, int* counts) {
-    const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
-    if (lane == 0) counts[warp] = of_warp;
-    __syncthreads();
-    const int count = lane < static_cast<int>(blockDim.x) / kWarp ? counts[lane] : 0;
-    return {__reduce_add_sync(kAllLanes, count),
-            __reduce_add_sync(kAllLanes, lane < warp ? count : 0)};
-}
 
 __device__ inline uint4 operator&(const uint4& a, const uint4& b) {
     return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w};
@@ -175,8 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProb
         kWarp * kEntries<Bits>;  // entries from a vector of a thread to its next
     [[maybe_unused]] constexpr int kUnrolled = kHeld ? kHeldVectors : 1;  // in pragmas
     SharedMemory shared;
-    int* const counts = shared.take<int>(2 * kWarps);
-    int turn = 0;  // where the next counts are
+    Warps warps(shared.take<int>(2 * kWarp));
     const int k = static_cast<int>(p.k), cols = static_cast<int>(p.cols);
     const int vectors = kHeld ? kHeldVectors : p.vectors;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -196,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProb
             for (int i = 0; i < kHeldVectors; ++i) held[i] = load(i) & Packed::kMagnitude;
         }
 
-        // At least k magnitudes are above `low`: `above_low` of them, `warp_low` in this warp.
-        // Fewer are above `high`. The zeros past the row's end are above -1 alone, behind all
-        // entries.
-        int low = -1, above_low = cols, warp_low = vectors * kStride;
-        int high = p.infinity + 1, above_high = 0, warp_high = 0;
+        // At least k magnitudes are above `low`, `warp_low` of them in this warp; fewer are above
+        // `high`. The zeros past the row's end are above -1 alone, behind all entries.
+        int low = -1, warp_low = vectors * kStride;
+        int high = p.infinity + 1, warp_high = 0;
         int bound = guess, reach = p.reach;
-        while (above_low != k && high - low > 1) {
+        bool searching = k < cols;
+        while (searching) {
             typename Packed::Count above = Packed::zero();
             int count = 0;
 #pragma unroll(kUnrolled)
@@ -214,30 +233,31 @@ __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProb
                 above = Packed::zero();
             }
             count = __reduce_add_sync(kAllLanes, count + Packed::sum(above));
-            const int all = sum_over_block(count, counts + turn).all;
-            turn ^= kWarps;
-            if (all >= k) {
+            const int all = __reduce_add_sync(kAllLanes, warps.share(count));
+            const bool enough = all >= k;
+            if (enough) {
                 low = bound;
-                above_low = all;
                 warp_low = count;
             } else {
                 high = bound;
-                above_high = all;
                 warp_high = count;
             }
             // Farther and farther from the guess, until the threshold is enclosed; then halves.
-            const int half = (high - low) / 2;
+            const int half = static_cast<int>(static_cast<unsigned>(high - low) / 2);
             const int step = reach < half ? reach : half;
-            bound = all >= k ? low + step : high - step;
             reach = 2 * step;
+            bound -= step;
+            if (enough) bound += reach;
+            searching = all != k && step > 0;
         }
         guess = low > 0 ? low : 0;
 
         // What is above `high` stays, and of the ties, which are above `low` only, the first: in
         // this warp all of them, none, or some.
         const int ties = warp_low - warp_high;
-        int stay = k - above_high - sum_over_block(ties, counts + turn).before;
-        turn ^= kWarps;
+        const int high_of_lane = warps.share(warp_high), ties_of_lane = warps.share(ties);
+        const int before = high_of_lane + (lane < warp ? ties_of_lane : 0);
+        int stay = k - __reduce_add_sync(kAllLanes, before);
         const bool all_ties = stay >= ties;
         const auto mask_above_high = [&](const uint4& vector) {
             return high > p.infinity ? uint4{0, 0, 0, 0} : mask_above<Packed>(vector, high);
@@ -304,7 +324,7 @@ void launch_abs_topk(AbsTopkProblem p, int64_t held_bytes, const Queue& queue) {
     launch(describe("abs_topk", p.rows, p.cols),
            held ? abs_topk_kernel<Packed, true> : abs_topk_kernel<Packed, false>,
            static_cast<unsigned>(std::min(p.rows, resident)), static_cast<unsigned>(warps * kWarp),
-           4 * 2 * kWarps, queue, p);
+           4 * 2 * kWarp, queue, p);
 }
 
 template <class Packed>

@@ -334,6 +334,10 @@ inline int __reduce_add_sync(unsigned mask, int value) {
     return std::accumulate(all.begin(), all.end(), 0);
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+    for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+    return c;
+}
 
 inline float __uint_as_float(uint32_t bits) {
     float value;
