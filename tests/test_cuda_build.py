@@ -1,5 +1,6 @@
 """CUDA is built where a GPU is visible or asked for, for every target and without spilling."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -80,8 +81,9 @@ def test_extension_builds_without_spilling(built):
     subprocess.run([sys.executable, "-c", program], cwd=folder / "lib", check=True)
 
 
-def machine_code(folder, source, kernel):
-    """The instructions of a kernel for the GPU of the goals, with their addresses."""
+@functools.cache
+def functions(folder, source):
+    """The machine code of each kernel for the GPU of the goals; the first line names it."""
     triton = pytest.importorskip("triton", reason="it brings cuobjdump")
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     done = subprocess.run(
@@ -91,8 +93,13 @@ def machine_code(folder, source, kernel):
         text=True,
         check=True,
     )
-    functions = re.split(r"\n\s*Function : ", done.stdout)[1:]
-    (code,) = [text for text in functions if re.search(kernel, text.split("\n", 1)[0])]
+    return re.split(r"\n\s*Function : ", done.stdout)[1:]
+
+
+def machine_code(folder, source, kernel):
+    """The instructions of a kernel, with their addresses."""
+    found = functions(folder, source)
+    (code,) = [text for text in found if re.search(kernel, text.split("\n", 1)[0])]
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ +)?(.*?);", code)
     return [(int(address, 16), instruction) for address, instruction in found]
 

@@ -592,10 +592,16 @@ SANITIZED = "SK_SANITIZED_EMULATION" in os.environ
 
 
 def build_broken(folder, sanitize):
-    source = Path(folder) / "broken.cu"
+    source = folder / "broken.cu"
     source.write_text(BROKEN)
     flags = cuda_emulation.SANITIZE if sanitize else []
-    library = ctypes.CDLL(str(cuda_emulation.build("broken", [source], flags)))
+    return cuda_emulation.build("broken", [source], flags)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    path = build_broken(tmp_path_factory.mktemp("broken"), SANITIZED)
+    library = ctypes.CDLL(str(path))
     library.run_neighbour.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
     library.run_overtake.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     for name in ("run_diverge", "run_sizes", "run_unasked", "run_vector"):
@@ -606,11 +612,6 @@ def build_broken(folder, sanitize):
     pointers = [ctypes.c_void_p] * 2
     library.run_compare.argtypes = [ctypes.c_bool, *pointers, ctypes.c_int, *pointers]
     return library
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    return build_broken(tmp_path_factory.mktemp("broken"), SANITIZED)
 
 
 def test_the_emulation_finds_a_missing_barrier(broken, monkeypatch):
@@ -745,14 +746,12 @@ def test_kernels_stay_in_bounds():
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized process")
 def test_the_sanitizer_finds_a_step_outside_shared_memory(tmp_path):
     program = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
-import cuda_emulation, torch, test_cuda_emulated
-broken = test_cuda_emulated.build_broken({str(tmp_path)!r}, True)
-out = torch.empty(cuda_emulation.THREADS)
-broken.run_neighbour(out.data_ptr(), True, 0)
+import ctypes
+run = ctypes.CDLL({str(build_broken(tmp_path, True))!r}).run_neighbour
+out = (ctypes.c_float * {cuda_emulation.THREADS})()
+run(out, ctypes.c_bool(True), 0)
 print("in bounds")
-broken.run_neighbour(out.data_ptr(), True, 1)
+run(out, ctypes.c_bool(True), 1)
 print("not found")
 """
     done = run_sanitized(["-u", "-c", program])  # what is buffered is lost when it aborts

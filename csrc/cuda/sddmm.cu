@@ -165,15 +165,34 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_kernel(const SddmmProblem p
     }
 }
 
-// The sum of the parts, in order; zero if there is none.
+// The sum of a part for an unstructured weight, from nothing but what it multiplies.
+template <class T>
+__device__ float sum_again(const SddmmProblem& p, int64_t part, int64_t weight) {
+    const int64_t column = static_cast<const uint16_t*>(p.lists.columns)[weight];
+    const T* const x = static_cast<const T*>(p.x.data) + column * p.x.col_stride;
+    const T* const grad = static_cast<const T*>(p.grad_output.data) +
+                          weight / p.lists.per_row * p.grad_output.col_stride;
+    float sum = 0.0f;
+    for (int64_t m = part * p.part_tokens; m < (part + 1) * p.part_tokens && m < p.tokens; ++m) {
+        sum += to_float(grad[m * p.grad_output.row_stride]) * to_float(x[m * p.x.row_stride]);
+    }
+    return sum;
+}
+
+// The sum of the parts, in order; zero if there is none. Parts of `part_tokens`, if that is not 0,
+// may be spoilt where they are not finite.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const float* partial, int64_t parts, int64_t elements, T* out) {
+    add_parts_kernel(const SddmmProblem p, int64_t parts, int64_t elements, T* out) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
          i += step) {
         float sum = 0.0f;
-        for (int64_t part = 0; part < parts; ++part) sum += partial[part * elements + i];
+        for (int64_t part = 0; part < parts; ++part) {
+            const float of_part = p.partial[part * elements + i];
+            const bool spoilt = p.part_tokens > 0 && !(of_part - of_part == 0.0f);
+            sum += spoilt ? sum_again<T>(p, part, i) : of_part;
+        }
         out[i] = from_float<T>(sum);
     }
 }
@@ -237,15 +256,18 @@ void choose_kernel(const SddmmProblem& p, int64_t parts, int64_t slice_features,
 }
 
 template <class T>
-void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
+void run(SddmmProblem p, void* grad_values, int64_t parts, int64_t slice_features,
          const Queue& queue) {
-    if (parts > 0) choose_kernel<T>(p, parts, slice_features, queue);
+    if (parts > 0) {
+        choose_kernel<T>(p, parts, slice_features, queue);
+        if (sizeof(T) == 2 && is_unstructured(p.lists))
+            p.part_tokens = unstructured_part_tokens(p.tokens, parts);
+    }
     const int64_t elements = p.lists.blocks * p.lists.out_block * p.lists.in_block;
     const auto grid = static_cast<unsigned>(
         std::min(ceil_div(elements, kThreads), 16 * multiprocessors(queue.device)));
     launch(describe("grad_weight", p.lists, p.tokens) + ", second pass,", add_parts_kernel<T>, grid,
-           kThreads, 0, queue, static_cast<const float*>(p.partial), parts, elements,
-           static_cast<T*>(grad_values));
+           kThreads, 0, queue, p, parts, elements, static_cast<T*>(grad_values));
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 // beyond shared memory are cut into slices: a block sees one, and others' inputs as zeros.
 //
 // Where x is not finite, its products with those zeros spoil the same slot of all outputs of a job:
-// sums that are not finite are computed once more, one by one.
+// the second pass computes sums that are not finite once more.
 #pragma once
 
 #include "launch.cuh"
@@ -55,9 +55,6 @@ inline Jobs jobs_of(const Lists& lists) {
     jobs.slot_splits = ceil_div(lists.per_row, kGathered);
     return jobs;
 }
-
-// False for NaN, too.
-__device__ inline bool is_finite(float value) { return value - value == 0; }
 
 // Distance of a token's dY from that of the next: the gap leads them to different banks.
 __host__ __device__ inline int grad_stride(int outputs) { return outputs + 8; }
@@ -164,41 +161,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     }
 
-    // Where the sum e of a job is stored, the output and its place among the values; false if it is
-    // that of another output's inputs, or of no input of the slice.
-    const auto owner = [&](int i, int e, int64_t& output, int64_t& at) {
-        const int row = lane / 4 + e / 2 * 8, in_job = lane % 4 * 2 + e % 2;
-        const int slot = row % kSlots;
-        output = first_output + i * kJobOutputs + in_job;
-        at = output * per_row + first_slot + slot;
-        return row / kSlots == in_job % kGatherOutputs &&
-               input_of(i * kJobOutputs + in_job, slot) >= 0;
-    };
     float* const partial = p.partial + blockIdx.y * p.lists.blocks;
-    bool finite = true;
-    int64_t output, at;
 #pragma unroll
     for (int i = 0; i < kJobs; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            if (!owner(i, e, output, at)) continue;
-            partial[at] = sums[i][e];
-            finite &= is_finite(sums[i][e]);
+            const int row = lane / 4 + e / 2 * 8, output = lane % 4 * 2 + e % 2;
+            const int slot = row % kSlots;
+            if (row / kSlots != output % kGatherOutputs) continue;  // inputs of another output
+            if (input_of(i * kJobOutputs + output, slot) < 0) continue;
+            partial[(first_output + i * kJobOutputs + output) * per_row + first_slot + slot] =
+                sums[i][e];
         }
-    }
-    if (finite) return;
-#pragma unroll 1
-    for (int i = 0; i < 4 * kJobs; ++i) {
-        if (!owner(i / 4, i % 4, output, at) || is_finite(partial[at])) continue;
-        const T* x = static_cast<const T*>(p.x.data) + columns[at] * p.x.col_stride;
-        const T* grad =
-            static_cast<const T*>(p.grad_output.data) + output * p.grad_output.col_stride;
-        float sum = 0;
-        for (int64_t token = first_token; token < end_token; ++token) {
-            sum += to_float(grad[token * p.grad_output.row_stride]) *
-                   to_float(x[token * p.x.row_stride]);
-        }
-        partial[at] = sum;
     }
 }
 
@@ -215,13 +189,17 @@ inline int64_t unstructured_parts(const Lists& lists, int64_t tokens) {
     return ceil_div(tiles, ceil_div(tiles, std::min(tiles, wanted)));  // none of them is empty
 }
 
+inline int64_t unstructured_part_tokens(int64_t tokens, int64_t parts) {
+    return ceil_div(ceil_div(tokens, kMmaTokens), parts) * kMmaTokens;
+}
+
 template <class T>
 void launch_unstructured(UnstructuredProblem p, int64_t parts, int64_t slice_features,
                          const Queue& queue) {
     const Jobs jobs = jobs_of(p.lists);
     p.split_outputs = jobs.outputs;
     p.output_splits = jobs.output_splits;
-    p.part_tokens = ceil_div(ceil_div(p.tokens, kMmaTokens), parts) * kMmaTokens;
+    p.part_tokens = unstructured_part_tokens(p.tokens, parts);
     const int64_t grad_bytes = kMmaTokens * grad_stride(static_cast<int>(jobs.outputs)) * 2;
     constexpr int64_t kRounding = 16 * 16;  // tile_vectors rounds up, and the zeros
     const int64_t room = (shared_limit(queue.device) - grad_bytes - kRounding) / (2 * kMmaTokens);

@@ -66,15 +66,16 @@ def make(command: list[str], sources: list[Path], name: str) -> Path:
 
 
 def build(name: str, sources: list[Path], flags: list[str]) -> Path:
-    """The path of the library `name` of these sources."""
+    """The path of the library `name` of these sources; flags are not for the bindings."""
     command = [compiler(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-O1"]
-    command += [f"-DSK_MODULE={name}", "-DSK_EMULATION", f"-DSK_THREADS={THREADS}", *flags]
+    command += [f"-DSK_MODULE={name}", "-DSK_EMULATION", f"-DSK_THREADS={THREADS}"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
     command += [f"-I{EMULATION.parent}", f"-I{ROOT / 'csrc/cuda'}"]
     command += [f"-isystem{p}" for p in (sysconfig.get_path("include"), pybind11.get_include())]
     objects = [
-        make([*command, "-c", "-x", "c++", str(source)], included(source), "object.o")
+        make([*command, *more, "-c", "-x", "c++", str(source)], included(source), "object.o")
         for source in sources
+        for more in [[] if source == BINDINGS else flags]
     ]
     link = [compiler(), "-shared", *flags, *map(str, objects)]
     return make(link, objects, f"{name}.so")

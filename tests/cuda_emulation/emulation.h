@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -24,6 +25,7 @@
 #include <tuple>
 #include <vector>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -50,11 +52,29 @@ namespace emulation {
 
 constexpr unsigned kWarpLanes = 32;
 
+// Where a fiber or the scheduler goes on.
+struct Context {
+    ucontext_t start;
+    jmp_buf place;
+    bool started = true;
+};
+// A swapcontext whose system calls are made at the start of a fiber only.
+inline void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)  // it follows swapcontext
+    swapcontext(&from.start, &to.start);
+#else
+    if (_setjmp(from.place)) return;
+    if (to.started) _longjmp(to.place, 1);
+    to.started = true;
+    setcontext(&to.start);
+#endif
+}
+
 // A thread of the block that is running.
 struct Fiber {
     dim3 index;
     unsigned rank;
-    ucontext_t context;
+    Context context;
     std::unique_ptr<char[]> stack;
     size_t pieces = 0;  // of shared memory taken
     enum { kRuns, kAtBarrier, kAtWarp, kDone } state = kRuns;
@@ -69,7 +89,7 @@ struct Block {
     std::vector<std::pair<std::unique_ptr<unsigned char[]>, size_t>> pieces;
     std::vector<Fiber> fibers;
     Fiber* current = nullptr;
-    ucontext_t scheduler;
+    Context scheduler;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
     std::string error;
@@ -92,7 +112,7 @@ inline void to_scheduler(bool for_good = false) {
                                    b.scheduler_stack_size);
 #endif
     (void)for_good;
-    swapcontext(&fiber.context, &b.scheduler);
+    switch_context(fiber.context, b.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, &b.scheduler_stack, &b.scheduler_stack_size);
 #endif
@@ -120,7 +140,7 @@ inline void run(Fiber& fiber) {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
 #endif
-    swapcontext(&b.scheduler, &fiber.context);
+    switch_context(b.scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -158,11 +178,13 @@ inline void run_block(Block& b, const std::vector<unsigned>& order) {
         fiber.state = Fiber::kRuns;
         fiber.warp_turn = false;
         if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
+        ucontext_t& start = fiber.context.start;
+        getcontext(&start);
+        start.uc_stack.ss_sp = fiber.stack.get();
+        start.uc_stack.ss_size = kStackBytes;
+        start.uc_link = nullptr;
+        makecontext(&start, fiber_main, 0);
+        fiber.context.started = false;
     }
     // Warp by warp, and within a warp in the same order. Each runs as far as it gets on its own, so
     // that a warp that no barrier holds back overtakes the others by as much as it can.
@@ -244,7 +266,7 @@ inline void check_alignment(const void* address, size_t size) {
 
 // All lanes of the warp show a value and see those of the others.
 template <class T>
-std::vector<T> exchange(unsigned mask, T value) {
+std::array<T, kWarpLanes> exchange(unsigned mask, T value) {
     static_assert(sizeof(T) <= sizeof(Fiber::exchange[0]), "at most 32 bytes");
     if (mask != 0xffffffffu) throw std::runtime_error("emulation: needs the mask of all lanes");
     Fiber& self = *block()->current;
@@ -252,7 +274,7 @@ std::vector<T> exchange(unsigned mask, T value) {
     self.warp_turn = !turn;
     std::memcpy(self.exchange[turn], &value, sizeof(T));
     wait(Fiber::kAtWarp);
-    std::vector<T> all(kWarpLanes);
+    std::array<T, kWarpLanes> all;
     const unsigned first = self.rank / kWarpLanes * kWarpLanes;
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
         std::memcpy(&all[lane], block()->fibers[first + lane].exchange[turn], sizeof(T));
