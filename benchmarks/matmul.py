@@ -30,8 +30,6 @@ from benchmarks.devices import Device
 from benchmarks.operations import Operation
 from sparse_kernels import backends
 
-# A rival that is this much slower than the fastest of its group cannot be the best one.
-HOPELESS = 2.0
 # Seconds of timing for each operation, and a limit (see `timing.interleave`).
 SECONDS, SMOKE_SECONDS = (0.3, 0.8), (0.01, math.inf)
 
@@ -103,14 +101,14 @@ def time_in_turns(
     rivals, notes = operation.rivals()
     row: dict[str, Any] = dict(notes)
     calls = {"ours": operation.ours, **{name: call for name, (call, _) in rivals.items()}}
-    guesses = {name: timing.estimate_s(call, device.sample_s) for name, call in calls.items()}
     groups: dict[str, list[str]] = {}
     for name, (_, names) in rivals.items():
         for group in names:
             groups.setdefault(group, []).append(name)
+    guesses = timing.estimates_s(calls, groups.values(), device.sample_s)
     contenders = {"ours"}
     for names in groups.values():
-        limit = HOPELESS * min(guesses[name] for name in names)
+        limit = timing.HOPELESS * min(guesses[name] for name in names)
         contenders |= {name for name in names if guesses[name] <= limit}
     timings = timing.interleave(
         {name: call for name, call in calls.items() if name in contenders},

@@ -22,8 +22,10 @@ Sampler = Callable[[Candidate, int], float]
 MIN_SAMPLE_S = 2e-4
 # A candidate that takes longer than this is timed once: nothing around it can matter by much.
 SLOW_S = 1.0
-# The guess for a candidate that takes longer than this is one call, not the better of two.
-LONG_S = 0.15
+# The guess for a candidate that takes longer than this is one warm call, not the better of two.
+LONG_S = 0.05
+# A candidate that is this much slower than the fastest of its group cannot be the best one.
+HOPELESS = 2.0
 MIN_SAMPLES, MAX_SAMPLES = 5, 101
 
 
@@ -53,14 +55,29 @@ def sample_s(call: Candidate, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def estimate_s(call: Candidate, sampler: Sampler = sample_s) -> float:
-    """Warms a candidate up and returns a first guess of its time.
+def estimates_s(
+    candidates: Mapping[str, Candidate],
+    groups: Iterable[Iterable[str]] = (),
+    sampler: Sampler = sample_s,
+) -> dict[str, float]:
+    """Warms the candidates up and returns a first guess of the time of each, in seconds.
 
-    The first call pays for pages, threads, packed copies and lazily built schedules.
+    The first call pays for pages, threads, packed copies and lazily built schedules, so the guess
+    is the best of three, or of two where a call is long. A long first call is the guess itself
+    where it takes `HOPELESS` squared times that of the fastest in every group of the candidate.
     """
-    first = sampler(call, 1)
-    more = 0 if first > SLOW_S else 1 if first > LONG_S else 2
-    return min((sampler(call, 1) for _ in range(more)), default=first)
+    first = {name: sampler(call, 1) for name, call in candidates.items()}
+    hopeful = set(candidates) - {name for group in groups for name in group}
+    for group in map(list, groups):
+        limit = max(LONG_S, HOPELESS**2 * min(first[name] for name in group))
+        hopeful |= {name for name in group if first[name] <= limit}
+
+    def guess(name: str) -> float:
+        more = 0 if first[name] > SLOW_S else 1 if first[name] > LONG_S else 2
+        calls = more if name in hopeful else 0
+        return min((sampler(candidates[name], 1) for _ in range(calls)), default=first[name])
+
+    return {name: guess(name) for name in candidates}
 
 
 def interleave(

@@ -340,10 +340,22 @@ def test_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(timing, "SLOW_S", 0.0)
     calls: list[str] = []
     candidates = {"slow": lambda: calls.append("slow")}
-    estimates = {"slow": timing.estimate_s(candidates["slow"])}
+    estimates = timing.estimates_s(candidates)
     timings = timing.interleave(candidates, estimates=estimates)
     assert calls == ["slow"]
     assert timings["slow"] == timing.Timing(estimates["slow"] * 1e3, 0.0, 1)
+
+
+def test_a_rival_without_hope_is_called_once() -> None:
+    seconds = {"ours": [9.0, 0.5], "best": [0.2, 0.3], "near": [0.7, 0.1], "far": [0.9]}
+    calls = {name: partial(times.pop, 0) for name, times in seconds.items()}
+    found = timing.estimates_s(calls, [["best", "near", "far"]], lambda call, _: call())
+    assert found == {"ours": 9.0, "best": 0.3, "near": 0.1, "far": 0.9}
+    assert seconds["ours"] == [0.5]  # longer than a second: once
+    short = {"best": [1e-3, 1e-3, 1e-4], "cold": [0.04, 5e-4, 4e-4]}
+    calls = {name: partial(times.pop, 0) for name, times in short.items()}
+    found = timing.estimates_s(calls, [["best", "cold"]], lambda call, _: call())
+    assert found == {"best": 1e-4, "cold": 4e-4}
 
 
 def test_summarize_is_median_and_interquartile_range() -> None:

@@ -1,10 +1,10 @@
 """Compiles the Triton kernels ahead of time and prints what the compiler made of them, as JSON.
 
 It needs no GPU, but a process that does not interpret: test_triton_compile.py runs it as a program,
-`python tile_report.py table` for every choice of the tile table, `... goals` for those that the
-goals of the benchmarks need, `... ones` for sizes that are 1, and `... spilling` for a tile that is
-known to be too large. Each kernel is specialised as its launcher specialises it for aligned,
-row-major tensors.
+`python tile_report.py table sm_80 sm_90` for every choice of the tile table for these GPUs,
+`... goals` for those that the goals of the benchmarks need, `... ones` for sizes that are 1, and
+`... spilling` for a tile that is known to be too large. Each kernel is specialised as its launcher
+specialises it for aligned, row-major tensors.
 """
 
 import json
@@ -168,8 +168,8 @@ def topk_cases(family, dtype):
     yield make("sddmm", "sum_kernel", family, "none", dtype, tile, "", {"BLOCK": 1024})
 
 
-def table_cases():
-    for family in configs.FAMILIES:
+def table_cases(*families):
+    for family in families:
         for numbers in ("half", "tf32", "ieee"):
             dtype = "bfloat16" if numbers == "half" else "float32"
             # The tile goes by `out`. The other side changes no shared memory and hardly a register:
@@ -224,6 +224,6 @@ CHOICES = {
 }
 
 if __name__ == "__main__":
-    cases = list(CHOICES[sys.argv[1]]())
+    cases = list(CHOICES[sys.argv[1]](*sys.argv[2:]))
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("fork")) as pool:
         json.dump(list(pool.map(compile_one, cases, chunksize=4)), sys.stdout)

@@ -261,7 +261,7 @@ def _times(bench: Bench, calls: Mapping[str, Candidate]) -> dict[str, Row]:
     sampler = bench.device.sample_s
     found = timing.interleave(
         calls,
-        estimates={name: timing.estimate_s(call, sampler) for name, call in calls.items()},
+        estimates=timing.estimates_s(calls, sampler=sampler),
         budget_s=0.01 if bench.rehearses else SECONDS,
         min_samples=1 if bench.rehearses else MIN_SAMPLES,
         sampler=sampler,

@@ -555,12 +555,13 @@ def test_controls_fail_where_any_answer_can_be_read(task):
 
     Not of all: where the noise has the other sign no positive scale helps.
     """
-    found = find_circuit(task, 0.15, BUDGET, controls=4).validation
+    budget = dataclasses.replace(BUDGET, trials=1, steps=30)
+    found = find_circuit(task, 0.15, budget, controls=3).validation
     assert [control.name for control in found.controls] == [
-        *(f"answers {number}" for number in range(1, 5)), "labels swapped"
+        *(f"answers {number}" for number in range(1, 4)), "labels swapped"
     ]  # fmt: skip
-    assert any(control.reached for control in found.controls[:4])
-    assert not found.controls[4].reached
+    assert any(control.reached for control in found.controls[:3])
+    assert not found.controls[3].reached
     assert found.ratio < 3
     assert found.passed is False
 
