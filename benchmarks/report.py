@@ -42,6 +42,7 @@ VIEWS = {
     "circuits": "benchmarks.experiments.circuits",
     "frontier": "benchmarks.experiments.frontier_results",
     "explained": "benchmarks.experiments.explained",
+    "algorithms": "benchmarks.experiments.algorithms",
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
 

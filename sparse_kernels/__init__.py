@@ -1,6 +1,7 @@
 """Fixed-fan-in block-sparse matmul kernels for PyTorch: time and memory follow the nonzeros."""
 
 from sparse_kernels import transformer_ops
+from sparse_kernels.algorithms import SET, AnnealedRigL, RigL, Static
 from sparse_kernels.backends import explain_backend
 from sparse_kernels.convert import densify_, sparsify_
 from sparse_kernels.layout import FanInLayout
@@ -11,8 +12,12 @@ from sparse_kernels.rewire import rewire_
 from sparse_kernels.topk import abs_topk
 
 __all__ = [
+    "SET",
+    "AnnealedRigL",
     "FanInLayout",
+    "RigL",
     "SparseLinear",
+    "Static",
     "abs_topk",
     "check_ranks",
     "densify_",

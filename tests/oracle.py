@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sparse_kernels as sk
 from sparse_kernels import backends
@@ -198,3 +200,20 @@ def tokens(largest: int = 300) -> st.SearchStrategy[int]:
 
 def seeds() -> st.SearchStrategy[int]:
     return st.integers(0, 2**32)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest memory, in elements, behind any tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.name = 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                elements = leaf.untyped_storage().nbytes() // leaf.element_size()
+                if elements > self.elements:
+                    self.elements, self.name = elements, str(func)
+        return out

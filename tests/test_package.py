@@ -118,8 +118,13 @@ def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name}
-    page = {f"sparse_transformer/circuits/viz/page.{ending}" for ending in ("html", "css", "js")}
-    data = page | shipped_models() | {"sparse_kernels/py.typed"}
+    pages = {
+        f"sparse_transformer/{page}.{ending}"
+        for page in ("browse/browse", "circuits/viz/page")
+        for ending in ("html", "css", "js")
+    }
+    pages.add("sparse_transformer/circuits/viz/common.js")
+    data = pages | shipped_models() | {"sparse_kernels/py.typed"}
     assert names - info == package_sources() | data | {*EXTENSIONS}
     assert {name.split("/", 1)[1] for name in info} == {
         "METADATA",

@@ -69,15 +69,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
 
     The last T of S positions; any device, differentiable to any order, all T x S scores in memory.
     """
+    return attention_pattern(attention_scores(q, k), sinks) @ v
+
+
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """`(B, H, T, d)`, `(B, H, S, d)` to `(B, H, T, S)`, minus infinity for later positions."""
     T, S = q.shape[2], k.shape[2]
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
     if T > 1:
         hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
+    return scores
+
+
+def attention_pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """`(B, H, T, S)` to the same: what is missing to 1 in a row goes to the sink."""
     if sinks is None:
-        return scores.softmax(-1) @ v
+        return scores.softmax(-1)
     sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    return torch.cat([sink, scores], -1).softmax(-1)[..., 1:] @ v
+    return torch.cat([sink, scores], -1).softmax(-1)[..., 1:]
 
 
 class KVCache:

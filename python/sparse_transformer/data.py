@@ -538,7 +538,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in `path`, which takes the end-of-text token's name for ordinary text.
 
     Raises:
-        UserError: the file is missing or is not a tokenizer, or lacks one of `TASK_TOKENS`.
+        UserError: the file is missing or is not a tokenizer.
     """
     problem = f"{path} is missing or not a tokenizer: copy tokenizer.json there"
     try:
@@ -550,10 +550,4 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # the library raises nothing more specific
         raise UserError(problem) from error
     tokenizer.encode_special_tokens = True
-    missing = [token for token in TASK_TOKENS if len(tokenizer.encode(token).ids) != 1]
-    if missing:
-        raise UserError(
-            f"the tokenizer {path} has no single token for {'  '.join(missing)}, which the circuit "
-            f"tasks need: use one that was made by sparse_transformer.data.prepare"
-        )
     return tokenizer

@@ -10,6 +10,12 @@ class UserError(Exception):
     """An error whose text is one sentence that says what to do; programs print it and exit 2."""
 
 
+def one_line(text: object) -> str:
+    """The text of an error without line breaks, cut where it is long."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
 def suggest(name: str, known: Iterable[str], far: str | None = None) -> str:
     """How a sentence about an unknown name ends: with the nearest names, or `far`, or all names."""
     known = list(known)

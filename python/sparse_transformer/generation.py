@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sparse_transformer.attention import KVCache
-from sparse_transformer.data import encode
+from sparse_transformer.data import END_OF_TEXT, encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 
@@ -73,7 +73,8 @@ def stream_text(
 
     Arguments and errors are those of `generate`; `prompts` as for `stream`.
     """
-    tokenizer, end = _tokenizer(model), model.config.vocab_size - 1
+    tokenizer = _tokenizer(model)
+    end = tokenizer.token_to_id(END_OF_TEXT)
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
     waiting: list[list[int]] = [[] for _ in prompts]
@@ -83,7 +84,7 @@ def stream_text(
     ):
         new = [""] * len(prompts)
         for row, token in enumerate(step):
-            ended[row] = ended[row] or token == end
+            ended[row] = ended[row] or (token is not None and token == end)
             if token is not None and not ended[row]:
                 waiting[row].append(token)
                 text = decoders[row].step(tokenizer, token)
@@ -116,8 +117,10 @@ def prompt_tokens(model: Transformer, prompt: str) -> tuple[list[int], int]:
     Raises:
         UserError: it is not UTF-8.
     """
+    tokenizer = _tokenizer(model)
     # After the end of a file begins the next one.
-    ids = encode(_tokenizer(model), prompt) or [model.config.vocab_size - 1]
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids = encode(tokenizer, prompt) or ([] if end is None else [end])
     return ids[-model.config.context :], len(ids)
 
 

@@ -11,8 +11,10 @@ vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -280,7 +282,7 @@ class Transformer(nn.Module):
         dtype: as for `torch.nn.Linear`.
 
     Attributes:
-        tokenizer: None, or that of the run which `load_model` read the model from.
+        tokenizer: None, or that of the folder from which the model was read.
 
     The weights that exist start normal with the variance that keeps every sum as large as the
     released initialisation of the dense matrix does (0.02, divided by sqrt(2 n_layer) where a block
@@ -356,6 +358,84 @@ class Transformer(nn.Module):
                 converted[name] = state[name].to(tensor.dtype)
         model.load_state_dict(converted)
         return model
+
+    # The modules of these three stand above this one and need more packages: they are imported
+    # when they are used.
+
+    @staticmethod
+    def from_pretrained(
+        name_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Transformer:
+        """The model of a folder or of the Hugging Face hub, in evaluation mode and float32.
+
+        It reads what `save_pretrained`, `export_model` and training write, and the formats of
+        `load_released`. Where a folder of that name exists, or a model of that name comes with the
+        package, no network is used; otherwise `owner/name` is downloaded once, to the hub's cache.
+        `model.tokenizer` is that of the folder, or the one on the hub that a checkpoint of
+        sparse_pretrain names; None if there is none.
+
+        Args:
+            name_or_folder: a folder, the name of a model that comes with the package, or
+                `owner/name`.
+            revision: branch, tag or commit on the hub; by default its main branch.
+            token: of the hub; by default that of `hf auth login`.
+            device: where the model goes.
+
+        Raises:
+            UserError: no such folder or model, a hub that cannot be reached, `huggingface_hub` is
+                missing, or a file that is missing, cut short or not of these formats.
+        """
+        hub = import_module("sparse_transformer.hub")
+        model: Transformer = hub.from_pretrained(
+            name_or_folder, revision=revision, token=token, device=device
+        )
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
+        """Writes a folder that `from_pretrained`, `load_model` and all programs read.
+
+        It has the weights in safetensors with their size and hash, `config.json`, `tokenizer.json`
+        if the model has a tokenizer, and a model card. What is read from it is the same bit by bit;
+        half precision becomes float32. The sample of a corpus, which `export_model` adds, is not in
+        it.
+
+        Args:
+            folder: must be new or empty.
+            card: the text of `README.md`; by default one that says how large the model is.
+
+        Raises:
+            UserError: a folder that is not empty or cannot be written, or a model in float64.
+        """
+        import_module("sparse_transformer.run").save_model(self, folder, card)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to `name` on the hub, which is made if need be.
+
+        Args:
+            name: `owner/name`.
+            card: as for `save_pretrained`.
+            private: whether others can see it, where it is made now.
+            token: of the hub; by default that of `hf auth login`.
+
+        Returns:
+            Its address.
+
+        Raises:
+            UserError: `huggingface_hub` is missing, the hub cannot be reached or refuses.
+        """
+        hub = import_module("sparse_transformer.hub")
+        return str(hub.push_to_hub(self, name, card=card, private=private, token=token))
 
     def forward(
         self,

@@ -1,19 +1,19 @@
-"""Checkpoints in the released format: `beeg_config.json` and `final_model.pt`.
+"""Checkpoints that others have published, and writing of the authors' format.
 
-`final_model.pt` is a state dict of dense tensors with zeros, whose rows hold varying numbers of
-nonzeros, since the published top-k is global. Here every row of a reading matrix (every column of a
-writing one) gets the fan of the fullest one; what a fuller fan holds beyond its nonzeros is zeros.
-The model computes the same, to float32 rounding.
+Their weights are dense tensors with zeros, whose rows hold varying numbers of nonzeros, since the
+published top-k is global. Here every row of a reading matrix (every column of a writing one) gets
+the fan of the fullest one; what a fuller fan holds beyond its nonzeros is zeros. The model computes
+the same, to float32 rounding.
 
-The format is that of the public repository openai/circuit_sparsity, `inference/gpt.py`.
+The formats are those of the public repositories openai/circuit_sparsity, `inference/gpt.py`, and
+jacobcd52/sparse_pretrain_public, `src/model.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,7 @@ from torch import Tensor
 import sparse_kernels as sk
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import PLACES, ModelConfig, SparseEmbedding, Transformer
-
-_CONFIG, _WEIGHTS = "beeg_config.json", "final_model.pt"
+from sparse_transformer.published import RELEASE_CONFIG, RELEASE_WEIGHTS, Published, read
 
 # Ours, theirs, and the released dataclass's default, which a file may leave out. Other fields of
 # the file do not change what a forward computes.
@@ -56,11 +55,13 @@ def load_released(
     linear: Literal["sparse", "dense"] = "sparse",
     abs_topk: Literal["kernel", "torch"] | None = None,
 ) -> Transformer:
-    """Reads a released checkpoint into a model with the same logits, to float32 rounding.
+    """Reads a published checkpoint into a model with the same logits, to float32 rounding.
 
     Args:
-        directory: holds `beeg_config.json` and `final_model.pt`. The latter is read by
-            `torch.load(weights_only=True)`, which runs no code of the file.
+        directory: holds `beeg_config.json` and `final_model.pt`, the authors' release; or
+            `config.json` and `model.safetensors`, its copy on Hugging Face; or `config.json` and
+            `pytorch_model.bin` (`sparse_model.bin`), which sparse_pretrain writes. No code of these
+            files runs: pickles are read by `torch.load(weights_only=True)`.
         linear: "sparse", or "dense" for a model that keeps the zeros.
         abs_topk: "kernel", or "torch", which of equal magnitudes keeps those that the released code
             keeps. By default the kernel for float32 weights; those of half precision have many
@@ -70,18 +71,18 @@ def load_released(
         The model in float32 on the CPU; `model.config.fans` has the fans that were found.
 
     Raises:
-        UserError: a file that is missing or not of this format, a weight that is not finite, or a
+        UserError: a file that is missing or not of these formats, a weight that is not finite, or a
             model with parts that `Transformer` has not (LayerNorm, a rectified or sparsified
-            residual stream, an AbsTopK that keeps nothing).
+            residual stream, an AbsTopK before the activation or one that keeps nothing).
     """
     if linear not in ("sparse", "dense"):
         raise UserError(f'linear must be "sparse" or "dense" to load a release, got {linear!r}')
-    folder = Path(directory)
-    config = _config(_read_json(folder / _CONFIG), linear)
-    stored = _read_weights(folder / _WEIGHTS)
+    stored = read(directory)
+    config = _config(stored, linear)
     dense = _rename(stored, config)
     if abs_topk is None:
-        halves = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in stored.values())
+        dtypes = {tensor.dtype for tensor in stored.tensors.values()}
+        halves = bool(dtypes & {torch.float16, torch.bfloat16})
         abs_topk = "torch" if halves else "kernel"
     config = replace(
         config,
@@ -147,76 +148,32 @@ def save_released(model: Transformer, directory: str | os.PathLike[str]) -> None
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / _WEIGHTS, lambda path: torch.save(weights, path))
+        _replace(folder / RELEASE_WEIGHTS, lambda path: torch.save(weights, path))
         text = json.dumps(_released_config(config), indent=2) + "\n"
-        _replace(folder / _CONFIG, lambda path: path.write_text(text))
+        _replace(folder / RELEASE_CONFIG, lambda path: path.write_text(text))
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror or error}): choose another folder"
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text())
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(stored, dict):
-        raise UserError(
-            f"{path} must hold a JSON object, got a {type(stored).__name__}: download it again"
-        )
-    return stored
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    with file:
-        try:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-        # What torch raises for a file that is cut short depends on where it is cut.
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.PickleError) as error:
-            raise UserError(
-                f"{path} is damaged or holds more than tensors, and was not read: download it again"
-            ) from error
-    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UserError(
-            f"{path} must hold a state dict of tensors, and does not: download it again"
-        )
-    return stored
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot read {path} ({error.strerror or error}): "
-        f"name a folder with {_CONFIG} and {_WEIGHTS}"
-    )
-
-
-def _config(stored: Mapping[str, Any], linear: Literal["sparse", "dense"]) -> ModelConfig:
-    stored = {**_DEFAULTS, **stored}
+def _config(source: Published, linear: Literal["sparse", "dense"]) -> ModelConfig:
+    file = source.config_file
+    stored = {**_DEFAULTS, **source.config}
     if "n_mlp" in stored:
         stored["d_mlp"] = stored["n_mlp"]
     for name, needed in (("rms_norm", True), ("residual_activation_type", "identity")):
         if stored[name] != needed:
             raise UserError(
-                f"{_CONFIG} has {name} = {stored[name]!r}, and only {needed!r} is supported: "
-                "choose another release"
+                f"{file} has {name} = {stored[name]!r}, and only {needed!r} is supported: "
+                "choose another model"
             )
-    if stored.get("use_tied_aux_matrix"):
-        raise UserError(
-            f"{_CONFIG} has use_tied_aux_matrix, which is not supported: choose another release"
-        )
     places = tuple(place for place in str(stored["afrac_loctypes"]).split(",") if place)
     unknown = [place for place in places if place not in PLACES]
     if stored["afrac"] is not None and unknown:
         raise UserError(
-            f"{_CONFIG} has AbsTopK at {', '.join(unknown)}, and only {', '.join(PLACES)} are "
-            "supported: choose another release"
+            f"{file} has AbsTopK at {', '.join(unknown)}, and only {', '.join(PLACES)} are "
+            "supported: choose another model"
         )
     try:
         given = {ours: stored[theirs] for ours, theirs, _ in _FIELDS}
@@ -225,14 +182,13 @@ def _config(stored: Mapping[str, Any], linear: Literal["sparse", "dense"]) -> Mo
         given["positions"] = given["positions"] or 0
         config = ModelConfig(linear=linear, **given)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{_CONFIG} does not describe a model ({error}): download it again"
-        ) from error
+        raise UserError(f"{file} does not describe a model ({error}): download it again") from error
     width = min(config.d_model, config.heads * config.d_head, config.neurons)
-    if config.active is not None and config.active_places and int(config.active * width) == 0:
+    least = None if source.keeps_one or not config.active_places else config.active
+    if least is not None and int(least * width) == 0:
         raise UserError(
-            f"{_CONFIG} has an AbsTopK that keeps none of {width} channels (afrac "
-            f"{config.active:g}), which is not supported: choose another release"
+            f"{file} has an AbsTopK that keeps none of {width} channels (afrac {least:g}), which "
+            "is not supported: choose another model"
         )
     return config
 
@@ -285,12 +241,14 @@ def _is_block_matrix(name: str) -> bool:
     return name.endswith((".qkv.weight", ".out.weight", ".up.weight", ".down.weight"))
 
 
-def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def _rename(source: Published, config: ModelConfig) -> dict[str, Tensor]:
     """The dense state of our model, in float32; parts that are zero or not used are left out."""
-    ends = [stored[name] for name in ("transformer.wte.weight", "lm_head.weight") if name in stored]
+    stored, weights = source.tensors, source.weights_file
+    tables = [source.spell(name) for name in ("transformer.wte.weight", "lm_head.weight")]
+    ends = [stored[name] for name in tables if name in stored]
     if config.tied and len(ends) == 2 and not torch.equal(*ends):
         raise UserError(
-            f"{_CONFIG} says tied_unembed, but embedding and unembedding of {_WEIGHTS} differ: "
+            f"{source.config_file} ties embedding and unembedding, and those of {weights} differ: "
             "download both again"
         )
     probe = replace(config, linear="dense", logits_bias=True, added_positions=True)
@@ -302,27 +260,29 @@ def _rename(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
     optional = {"logits_bias"} | (set() if config.positions else {"positions"})
     found: dict[str, Tensor] = {}
     for name, like in wanted.items():
-        theirs = _released_name(name)
+        theirs = source.spell(_released_name(name))
         if theirs not in stored and config.tied and name == "embed.weight":
-            theirs = "lm_head.weight"
+            theirs = tables[1]
         if theirs in stored:
             tensor = stored[theirs].to(torch.float32)
             if not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"{theirs} of {_WEIGHTS} has values that are not finite: download it again"
+                    f"{theirs} of {weights} has values that are not finite: download it again"
                 )
             if name in optional and not bool((tensor != 0).any()):
                 continue
             if tensor.shape != like.shape:
                 raise UserError(
-                    f"{theirs} of {_WEIGHTS} has shape {tuple(tensor.shape)}, and {_CONFIG} asks "
-                    f"for {tuple(like.shape)}: download both again"
+                    f"{theirs} of {weights} has shape {tuple(tensor.shape)}, and "
+                    f"{source.config_file} asks for {tuple(like.shape)}: download both again"
                 )
             found[name] = tensor
         elif name not in optional:
             raise UserError(
-                f"{_WEIGHTS} lacks {theirs}, which {_CONFIG} asks for: download both again"
+                f"{weights} lacks {theirs}, which {source.config_file} asks for: "
+                "download both again"
             )
+    source.refuse_unused({source.spell(_released_name(name)) for name in wanted} | set(tables))
     return found
 
 

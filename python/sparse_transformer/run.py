@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_transformer import data as corpora
 from sparse_transformer.data import load_tokenizer
@@ -42,28 +43,56 @@ def load_run(
         UserError: no such device, a checkpoint that cannot be read, or a tokenizer that is missing
             or does not belong to the model.
     """
+    folder = checkpoints.find(checkpoint)
+    model = load_weights(folder, step, device)
+    return model, give_tokenizer(model, tokenizer_of(folder))
+
+
+def load_weights(
+    folder: Path, step: int | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model of `load_run` without a tokenizer."""
+    place = device_of(device)
+    point = checkpoints.load(folder, step, device=place, prefix="model.")
+    with checkpoints.damage_named(point.path):
+        config = ModelConfig.from_dict(point.meta["settings"]["model"])
+        return checkpoints.model_of(point, config, place).eval()
+
+
+def device_of(name: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
-        place = torch.device(device)
+        place = torch.device(name)
         torch.empty(0, device=place)
         torch.Generator(place)
     # A build without CUDA says so by an AssertionError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"there is no device {str(device)!r}: use --device cpu") from error
+        raise UserError(f"there is no device {str(name)!r}: use --device cpu") from error
     if place.type == "meta":
         raise UserError("the device meta computes nothing: use --device cpu")
-    folder = checkpoints.find(checkpoint)
-    point = checkpoints.load(folder, step, device=place, prefix="model.")
-    with checkpoints.damage_named(point.path):
-        config = ModelConfig.from_dict(point.meta["settings"]["model"])
-        model = checkpoints.model_of(point, config, place).eval()
-    tokenizer = load_tokenizer(tokenizer_of(folder))
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
+    return place
+
+
+def give_tokenizer(model: Transformer, path: Path) -> Tokenizer:
+    """Reads the tokenizer in `path`, and sets `model.tokenizer`.
+
+    Raises:
+        UserError: it is missing or does not belong to the model.
+    """
+    tokenizer = load_tokenizer(path)
+    size, tokens = tokenizer.get_vocab_size(), model.config.vocab_size
+    # Those of others may have gaps.
+    if size > tokens or tokenizer.id_to_token(tokens - 1) is None:
         raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
-            f"{model.config.vocab_size}: copy the tokenizer.json of its run there"
+            f"the tokenizer has {size} tokens and the model {tokens}: copy the tokenizer.json of "
+            "its run there"
         )
     model.tokenizer = tokenizer
-    return model, tokenizer
+    return tokenizer
 
 
 def load_model(
@@ -96,8 +125,8 @@ def export_model(
     """Writes a model, without the state of its training, into a folder that `load_model` reads.
 
     The bigram table is stored in float16, indices in int16 where they fit; everything else as it
-    is. With it go a sample of the corpus, from which circuits take their means and snippets, and
-    the last validation.
+    is. With it go a model card, a sample of the corpus, from which circuits take their means and
+    snippets, and the last validation.
     Paths of the machine that trained it are left out.
 
     Args:
@@ -116,17 +145,13 @@ def export_model(
     model = load_model(checkpoint, step=step)  # which refuses what is damaged
     point = checkpoints.load(checkpoint, step, prefix="model.")
     out = Path(folder)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not _is_new(out):
         raise UserError(f"{out} is not empty: choose another --out")
     rows = corpus_sample(checkpoint, model, data=data)
     settings = point.meta["settings"]
     settings.get("train", {}).update(data=[], cache_dir=None)
     tensors = {name: _smallest(name, tensor) for name, tensor in point.tensors.items()}
-    checkpoints.save(out, point.step, tensors, {"settings": settings, "exported": True})
-    write_atomically(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    text = tokenizer_of(checkpoints.find(checkpoint)).read_text(encoding="utf-8")
-    compact = json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False)
-    write_atomically(out / "tokenizer.json", compact)
+    _write(out, point.step, tensors, settings, model, model_card(model, out.name))
     metrics = tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     if measured := [line for line in lines if '"val_loss"' in line]:
@@ -136,6 +161,55 @@ def export_model(
     # safetensors makes files that nobody else can read.
     (out / _SAMPLE).chmod((out / "config.json").stat().st_mode)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def save_model(model: Transformer, folder: str | os.PathLike[str], card: str | None = None) -> None:
+    """See `Transformer.save_pretrained`."""
+    out = Path(folder)
+    if not _is_new(out):
+        raise UserError(f"{out} is not empty: choose another folder")
+    state = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    if any(tensor.dtype == torch.float64 for tensor in state.values()):
+        raise UserError("a model in float64 would be read in float32: convert it by model.float()")
+    tensors = {name: _smallest(name, tensor, exactly=True) for name, tensor in state.items()}
+    settings = {"preset": "none", "model": asdict(model.config)}
+    _write(out, 0, tensors, settings, model, card or model_card(model, out.name))
+
+
+def model_card(model: Transformer, name: str) -> str:
+    """A README.md for the hub: what the model is, and how it is loaded."""
+    config = model.config
+    sparse = model.sparse_layers().values()
+    weights = sum(layer.weight.numel() for layer in sparse)
+    dense = sum(layer.in_features * layer.out_features for layer in sparse)
+    if not sparse:
+        matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+        weights = sum(int(matrix.count_nonzero()) for matrix in matrices)
+        dense = sum(matrix.numel() for matrix in matrices)
+    return f"""---
+library_name: sparse-kernels
+pipeline_tag: text-generation
+tags:
+- weight-sparse
+- interpretability
+---
+# {name}
+
+A weight-sparse transformer ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)).
+
+| | |
+|---|---|
+| layers, width | {config.n_layer}, {config.d_model} |
+| context, vocabulary | {config.context}, {config.vocab_size} tokens |
+| weights of its matrices | {weights:,} of {dense:,} in a dense model |
+
+```python
+from sparse_transformer import Transformer, generate
+
+model = Transformer.from_pretrained("{name}")
+generate(model, "def main(")
+```
+"""
 
 
 def corpus_sample(
@@ -182,10 +256,33 @@ def corpus_sample(
     return corpora.sample(corpus, model.tokenizer, context, _SAMPLE_ROWS)
 
 
-def _smallest(name: str, tensor: Tensor) -> Tensor:
-    """In the dtype of an exported model."""
+def _is_new(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _write(
+    out: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    settings: dict[str, Any],
+    model: Transformer,
+    card: str,
+) -> None:
+    checkpoints.save(out, step, tensors, {"settings": settings, "exported": True})
+    write_atomically(out / "config.json", json.dumps(settings, indent=1) + "\n")
+    if model.tokenizer is not None:
+        content = json.loads(model.tokenizer.to_str())
+        compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        write_atomically(out / "tokenizer.json", compact)
+    write_atomically(out / "README.md", card)
+
+
+def _smallest(name: str, tensor: Tensor, *, exactly: bool = False) -> Tensor:
+    """In the dtype of an exported model; `exactly` only if the values stay as they are."""
     if name == "model.bigram":
         half = tensor.half()
+        if exactly:
+            return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
         if not half.isfinite().all():
             raise UserError("the bigram table does not fit float16: keep the checkpoint as it is")
         return half

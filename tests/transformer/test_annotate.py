@@ -40,12 +40,7 @@ def corpus(rows=80, T=50, seed=0):
 
 
 def label_of(values, tokens, first=()):
-    states = TEXTS.states(tokens)
-    halves = tuple(
-        labels._Half(tokens[at::2], {name: found[at::2] for name, found in states.items()})
-        for at in (0, 1)
-    )
-    return labels._label(values, halves, TEXTS, first)
+    return labels.label_activations([values], tokens, TEXTS, first)[0]
 
 
 def noisy(values, size=0.1, seed=1):

@@ -1,8 +1,7 @@
 """A whole training step, rewiring included, makes no tensor as large as one of its matrices."""
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from oracle import Largest
 
 from sparse_transformer import ModelConfig, Transformer
 from sparse_transformer.train.masked_dense import project_
@@ -13,23 +12,6 @@ from sparse_transformer.train.topology import Topology, TopologyConfig
 # many. 32 tokens have 32 x 1024 activations at most. The bigram table is dense by design: without.
 D, V, TOKENS = 256, 512, 32
 STEPS = 8
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest memory, in elements, behind any tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements, self.name = 0, None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                elements = leaf.untyped_storage().nbytes() // leaf.element_size()
-                if elements > self.elements:
-                    self.elements, self.name = elements, str(func)
-        return out
 
 
 def watched(linear):

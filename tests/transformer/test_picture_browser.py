@@ -1,9 +1,7 @@
 """The page of a circuit in real headless Chromium; skipped, with a reason, where there is none."""
 
 import dataclasses
-import os
 import re
-import shutil
 
 import pytest
 from drawn import HOSTILE, VALIDATION, hostile, large, quotes
@@ -13,48 +11,16 @@ from sparse_transformer.circuits import viz, words
 pytestmark = pytest.mark.slow
 
 
-def find_chromium():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = [shutil.which(name) for name in names]
-    return next((path for path in (os.environ.get("SPARSE_CHROMIUM"), *found) if path), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium: neither in SPARSE_CHROMIUM nor in PATH")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 @pytest.fixture
-def show(browser, tmp_path):
-    """Opens a circuit's page; at the end there may be no message and no request beside the file."""
-    contexts, messages, requests = [], [], []
+def show(open_page, tmp_path):
+    """Opens a circuit's page."""
 
-    def opened(circuit, width=1360, height=900, **options):
+    def opened(circuit, **options):
         path = tmp_path / "circuit.html"
         viz.write_html(circuit, path)
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, offline=True, **options
-        )
-        contexts.append(context)
-        shown = context.new_page()
-        shown.on("console", lambda message: messages.append(message.text))
-        shown.on("pageerror", lambda error: messages.append(str(error)))
-        shown.on("request", lambda request: requests.append(request.url))
-        shown.goto(path.as_uri())
-        return shown
+        return open_page(path, **options)
 
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not messages
-    assert all(url.startswith(("file:", "data:")) for url in requests), requests
+    return opened
 
 
 def node_of(shown, circuit, id):

@@ -6,8 +6,9 @@ import json
 import plain
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from sparse_transformer import Transformer, UserError, load_released, save_released
+from sparse_transformer import Transformer, UserError, load_released, record, save_released
 
 BASE = {
     "block_size": 24,
@@ -30,6 +31,7 @@ BASE = {
     "dropout": 0.0,
     "tokenizer_name": "tinypython_2k",
 }
+HF, PRETRAIN, BRIDGE = "model.safetensors", "pytorch_model.bin", "sparse_model.bin"
 VARIANTS = {
     "sinks": {},
     "no sinks": {"sink": False},
@@ -95,6 +97,62 @@ def write(folder, variant, seed=0, **changes):
     (folder / "beeg_config.json").write_text(json.dumps(config))
     torch.save(state, folder / "final_model.pt")
     return state
+
+
+def write_copy(folder, variant, **changes):
+    """The same as `write`, as it lies on Hugging Face."""
+    state = write(folder, variant, **changes)
+    config = json.loads((folder / "beeg_config.json").read_text())
+    extra = ("afrac_ste", "afrac_ste_only_non_neurons", "afrac_approx", "rtopk", "mup")
+    extra = dict.fromkeys((*extra, "enable_fp8_linear", "scale_invariance"), False)
+    ranks = dict.fromkeys(("unembed_rank", "bigram_table_rank", "mup_width_multiplier"))
+    config |= {"model_type": "circuitgpt", "architectures": ["CircuitGPTForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config | extra | ranks))
+    save_file({f"circuit_model.{n}": t.clone() for n, t in state.items()}, folder / HF)
+    for name in ("beeg_config.json", "final_model.pt"):
+        (folder / name).unlink()
+
+
+def write_pretrain(folder, variant, *, sparsity=(), model=(), weights=PRETRAIN, **changes):
+    """The same as `write`, as sparse_pretrain uploads it."""
+    state = write(folder, variant, **changes)
+    config = json.loads((folder / "beeg_config.json").read_text())
+    del state["final_logits_bias"]
+    if not (added := bool(state["transformer.wpe.weight"].any())):
+        del state["transformer.wpe.weight"]
+    names = ("n_layer", "d_model", "d_head", "d_mlp", "vocab_size", "dropout")
+    described = {name: config[name] for name in names} | {
+        "n_ctx": config["block_size"],
+        "use_rms_norm": True,
+        "tie_embeddings": config["tied_unembed"],
+        "use_positional_embeddings": added,
+        "use_bigram_table": config["enable_bigram_table"],
+        "use_attention_sinks": config["sink"],
+        "activation": config["activation_type"],
+        "use_bias": config["bias"],
+    }
+    kept = {
+        "enable_weight_sparsity": True,
+        "target_l0_fraction": 0.1,
+        "enable_activation_sparsity": config["afrac"] is not None,
+        "activation_topk_fraction": config["afrac"] or 0.25,
+    }
+    stored = {
+        "model_config": described | dict(model),
+        "sparsity_config": kept | dict(sparsity),
+        "training_config": {"tokenizer_name": "some/tokenizer"},
+    }
+    (folder / "config.json").write_text(json.dumps(stored))
+    spelled = {
+        name.replace("transformer.h.", "blocks.")
+        .replace("transformer.", "")
+        .replace("attn_imp", "attn_fn"): tensor
+        for name, tensor in state.items()
+    }
+    torch.save(spelled, folder / weights)
+    for name in ("beeg_config.json", "final_model.pt"):
+        (folder / name).unlink()
+    return spelled
 
 
 OURS = {
@@ -217,6 +275,90 @@ def test_trained_models_of_every_kind_can_be_written(tmp_path):
         model = Transformer(dataclasses.replace(config, linear=linear))
         save_released(model, tmp_path / linear)
         torch.testing.assert_close(load_released(tmp_path / linear)(tokens), model(tokens))
+
+
+def other_formats():
+    """Names of tests, writers, and what they can express."""
+    for variant in ("sinks", "concatenated positions", "tied", "no bias", "logits bias"):
+        yield pytest.param(write_copy, variant, {}, id=f"Hugging Face, {variant}")
+    for variant in ("sinks", "no sinks", "added positions", "tied", "no bigram", "no AbsTopK"):
+        yield pytest.param(write_pretrain, variant, {}, id=f"sparse_pretrain, {variant}")
+    yield pytest.param(write_pretrain, "sinks", {"weights": BRIDGE}, id="sparse_pretrain, bridges")
+
+
+@pytest.mark.parametrize(("writer", "variant", "options"), list(other_formats()))
+def test_other_published_formats_hold_the_same_model(tmp_path, writer, variant, options):
+    (tmp_path / "release").mkdir()
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "release", variant)
+    writer(tmp_path / "other", variant, **options)
+    release, other = load_released(tmp_path / "release"), load_released(tmp_path / "other")
+    assert other.config == dataclasses.replace(
+        release.config, active_places=other.config.active_places
+    )
+    assert set(other.config.active_places) == set(release.config.active_places)
+    tokens = torch.randint(60, (2, 24))
+    assert torch.equal(other(tokens), release(tokens))
+
+
+def test_sparse_pretrain_keeps_at_least_one_activation(tmp_path):
+    write_pretrain(tmp_path, "sinks", afrac=0.01)
+    model = load_released(tmp_path)
+    seen = record(model, torch.randint(60, (1, 24)))
+    assert (seen["0.attn.act_in"] != 0).sum(-1).unique().tolist() == [1]
+
+
+def test_refusals_of_other_formats(tmp_path):
+    def refused(message):
+        with pytest.raises(UserError, match=message) as caught:
+            load_released(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    def with_config(**changes):
+        stored = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**stored, **changes}))
+
+    write_copy(tmp_path, "sinks")
+    data = (tmp_path / HF).read_bytes()
+    (tmp_path / HF).write_bytes(data[:-10])
+    refused("model.safetensors is damaged .*download it again")
+    (tmp_path / HF).unlink()
+    refused("cannot read .*model.safetensors")
+    (tmp_path / HF).write_bytes(data)
+    with_config(sink=False)
+    refused(
+        r"has circuit_model\.transformer\.h\.0\.attn\.attn_imp\.sink_logit, which .* not ask for"
+    )
+    with_config(sink=True, n_layer=3)
+    refused(r"lacks circuit_model\.transformer\.h\.2\S*, which config.json asks for")
+    with_config(n_layer=2, bigram_table_rank=8)
+    refused("config.json has bigram_table_rank = 8, and only None is supported")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["d_model"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    refused("config.json lacks d_model: download it again")
+    (tmp_path / HF).unlink()
+
+    for changes, message in (
+        ({"sparsity": {"mlp_neuron_pre_activation": True}}, "mlp_neuron_pre_activation = True"),
+        ({"sparsity": {"activation_sparsity_locations": "resid_pre"}}, "AbsTopK at resid_pre"),
+        ({"sparsity": {"new": 1}}, "has new, which is not known here"),
+        ({"model": {"use_flash_attention": False}}, "use_flash_attention = False"),
+        ({"model": {"use_rms_norm": False}}, "rms_norm = False"),
+        ({"model": {"d_head": 0}}, "does not describe a model"),
+    ):
+        write_pretrain(tmp_path, "sinks", **changes)
+        refused(message)
+    write_pretrain(tmp_path, "sinks", sparsity={"activation_topk_anneal_start_fraction": 0.1})
+    load_released(tmp_path)
+    (tmp_path / PRETRAIN).write_bytes((tmp_path / PRETRAIN).read_bytes()[:-500])
+    refused("pytorch_model.bin is damaged")
+    (tmp_path / PRETRAIN).unlink()
+    refused("has neither pytorch_model.bin nor sparse_model.bin: download it again")
+    with_config(model_config={"n_layer": 2})
+    refused("model_config of .* lacks d_model, n_ctx, vocab_size")
+    with_config(model_config=3)
+    refused("does not describe a model")
 
 
 class Harmful:

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sparse_transformer.circuits import words
 from sparse_transformer.circuits.activations import top_snippets
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.circuit import Circuit, Edge, Node
@@ -138,17 +139,7 @@ def _named(node: Node, label: Label) -> Node:
     """The node called by what it does, if the label is good enough."""
     if not label.text:
         return node
-    somewhere = label.text.startswith(("after ", "in ", "inside "))
-    where = label.text if somewhere else f"at {label.text}"
-    names = {
-        "read": f"reads {label.text}",
-        "neuron": f"{'active' if somewhere else 'detects'} {label.text}",
-        "q": f"query {where}",
-        "k": f"key {where}",
-        "v": f"value {where}",
-        "write": f"writes {where}",
-    }
-    return replace(node, label=names[node.kind], score=label.score)
+    return replace(node, label=words.named(node.kind, label.text), score=label.score)
 
 
 def _importance(task: TaskLoss, subgraph: Subgraph, progress: Progress) -> dict[int, float]:

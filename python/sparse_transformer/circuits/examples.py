@@ -93,11 +93,20 @@ def looks_at(
     everywhere = _mass(task, batch, real / real.sum(1, keepdim=True))
     for head, pattern in _forward(task, batch, subgraph, (), heads)[2].items():
         mass = _mass(task, batch, pattern / pattern.sum(1, keepdim=True).clamp_min(1e-9))
-        top = (mass * (mass >= _LIFT * everywhere)).topk(min(_MOST_TOKENS, len(mass)))
-        share = float(top.values.sum())
-        chosen = top.indices[top.values > 0].tolist() if share >= _SHARE else []
-        found[head] = (chosen, share)
+        found[head] = strongest(mass, everywhere)
     return found
+
+
+def strongest(mass: Tensor, everywhere: Tensor) -> tuple[list[int], float]:
+    """The tokens that have most of the attention, if it is not spread over many, and their share.
+
+    Args:
+        mass: `(V,)`, the share of each token.
+        everywhere: `(V,)`, what it were if the head looked everywhere alike.
+    """
+    top = (mass * (mass >= _LIFT * everywhere)).topk(min(_MOST_TOKENS, len(mass)))
+    share = float(top.values.sum())
+    return top.indices[top.values > 0].tolist() if share >= _SHARE else [], share
 
 
 def _mass(task: TaskLoss, batch: Batch, weights: Tensor) -> Tensor:

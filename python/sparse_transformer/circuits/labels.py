@@ -196,12 +196,19 @@ def label_nodes(
         first: tokens that the text of a label names before others, if they are in its set.
     """
     texts = Texts(tokenizer, model.config.vocab_size)
+    return label_activations(record_nodes(model, corpus, nodes), corpus, texts, first)
+
+
+def label_activations(
+    activations: Iterable[Tensor], corpus: Tensor, texts: Texts, first: Collection[int] = ()
+) -> list[Label]:
+    """As `label_nodes`, of activations that were recorded: float like `corpus (rows, T)` each."""
     states = texts.states(corpus)
     halves = tuple(
-        _Half(corpus[at::2], {name: found[at::2] for name, found in states.items()})
+        _Half(corpus[at::2], {name: found[at::2] for name, found in states.items()}, texts)
         for at in (0, 1)
     )
-    return [_label(values, halves, texts, first) for values in record_nodes(model, corpus, nodes)]
+    return [_label(values, halves, first) for values in activations]
 
 
 @torch.no_grad()
@@ -219,7 +226,7 @@ def record_nodes(
             model(rows.to(device), last_only=True)
         for place, channels in places.items():
             parts[place].append(seen[place][..., channels].float().cpu())
-    whole = {place: torch.cat(found).movedim(-1, 0) for place, found in parts.items()}
+    whole = {place: torch.cat(found).movedim(-1, 0).contiguous() for place, found in parts.items()}
     return [whole[place][places[place].index(channel)] for place, channel in nodes]
 
 
@@ -229,12 +236,21 @@ class _Half:
 
     tokens: Tensor
     states: dict[str, Tensor]
+    texts: Texts
+
+    @cached_property
+    def named(self) -> tuple[list[Rule], Tensor]:
+        """The rules that are the same for all nodes, R, and where they say so: `(R, rows T)`."""
+        kinds = self.texts.classes.items()
+        rules = [Rule(name, kind, back) for back in (0, 1) for name, kind in kinds]
+        rules += [Rule(name) for name in self.states]
+        said = [rule.predict(self.tokens, self.states).flatten() for rule in rules]
+        return rules, torch.stack(said).float()
 
 
-def _label(
-    values: Tensor, halves: tuple[_Half, ...], texts: Texts, first: Collection[int]
-) -> Label:
+def _label(values: Tensor, halves: tuple[_Half, ...], first: Collection[int]) -> Label:
     fit, test = halves
+    texts = fit.texts
     parts = values[0::2], values[1::2]
     center = float(parts[0].median())
     far = (parts[0] - center).abs().flatten()
@@ -243,8 +259,7 @@ def _label(
     if min(int(active.sum()), int(true.sum())) < _LEAST_ACTIVE:
         return Label("", None, None, center, reach, None, texts)
     best, rule = 0.0, None
-    for tried in _rules(active, fit, texts):
-        found = _f1(tried.predict(fit.tokens, fit.states), active)
+    for tried, found in _rules(active, fit):
         if found > best + _MARGIN:
             best, rule = found, tried
     if rule is None:
@@ -262,13 +277,13 @@ def _active(values: Tensor, center: float, reach: float) -> Tensor:
     return (values - center).abs() >= reach if reach > 0 else torch.zeros_like(values).bool()
 
 
-def _f1(said: Tensor, true: Tensor) -> float:
-    return 2 * int((said & true).sum()) / max(1, int(said.sum()) + int(true.sum()))
-
-
-def _rules(active: Tensor, half: _Half, texts: Texts) -> Iterator[Rule]:
-    """All that are tried, the simplest first."""
-    size = len(texts.texts)
+def _rules(active: Tensor, half: _Half) -> Iterator[tuple[Rule, float]]:
+    """All that are tried, the simplest first, with their F1."""
+    size, kinds = len(half.texts.texts), len(_CLASSES)
+    rules, said = half.named
+    # Counts are exact in float32.
+    both, total = said @ active.flatten().float(), said.sum(1) + active.sum()
+    named = list(zip(rules, (2 * both.double() / total.clamp_min(1)).tolist(), strict=True))
     for back in (0, 1):
         tokens, there = (half.tokens[:, : half.tokens.shape[1] - back], active[:, back:])
         count = tokens.flatten().bincount(minlength=size)
@@ -278,11 +293,13 @@ def _rules(active: Tensor, half: _Half, texts: Texts) -> Iterator[Rule]:
         f1 = 2 * hits[order].cumsum(0) / (count[order].cumsum(0) + there.sum())
         enough = hits / count.clamp_min(1) > f1.max() / 2
         chosen = (hits * enough).topk(min(_MOST_TOKENS, size)).indices
+        chosen = chosen[(hits * enough)[chosen] > 0]
         members = torch.zeros(size, dtype=torch.bool)
-        members[chosen] = (hits * enough)[chosen] > 0
-        yield Rule(members=members, back=back)
-        yield from (Rule(name, kind, back) for name, kind in texts.classes.items())
-    yield from (Rule(name) for name in half.states)
+        members[chosen] = True
+        found = 2 * int(hits[chosen].sum()) / (int(count[chosen].sum()) + int(active.sum()))
+        yield Rule(members=members, back=back), found
+        yield from named[back * kinds : (back + 1) * kinds]
+    yield from named[2 * kinds :]
 
 
 def _words(rule: Rule, values: Tensor, tokens: Tensor, texts: Texts, first: Collection[int]) -> str:

@@ -11,7 +11,7 @@ _CHANNELS = ("read", "q", "k", "v", "neuron", "write")
 
 
 def visible(text: str) -> str:
-    """A token's text with a sign for whatever could not be seen; page.js has the same function.
+    """A token's text with a sign for whatever could not be seen; common.js has the same function.
 
     Line ends become ⏎, tabs ⇥, spaces at either end ·, other characters that do not print \\uXXXX,
     and no text at all ∅.
@@ -41,7 +41,7 @@ def channel(node: Node) -> str:
 
 
 def signed(value: float) -> str:
-    """A weight: its sign, two decimals or one digit; page.js has the same function."""
+    """A weight: its sign, two decimals or one digit; common.js has the same function."""
     size = abs(value)
     digits = f"{size:.2f}" if size == 0 or 0.005 <= size < 1000 else f"{size:.0e}"
     return ("−" if value < 0 else "+") + digits.replace("e-0", "e-").replace("e+0", "e+")
@@ -58,3 +58,18 @@ def fact(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) >= 1e4 or 0 < abs(value) < 1e-3 else f"{value:.3f}"
     return visible(str(value))
+
+
+def named(kind: str, label: str) -> str:
+    """What a node is called whose activations have this label."""
+    somewhere = label.startswith(("after ", "in ", "inside "))
+    where = label if somewhere else f"at {label}"
+    return {
+        "read": f"reads {label}",
+        "neuron": f"{'active' if somewhere else 'detects'} {label}",
+        "q": f"query {where}",
+        "k": f"key {where}",
+        "v": f"value {where}",
+        "write": f"writes {where}",
+        "residual": f"large {where}",
+    }[kind]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_transformer.errors import UserError, suggest
+from sparse_transformer.errors import UserError, one_line, suggest
 from sparse_transformer.files import new_folder, sha256
 from sparse_transformer.model import ModelConfig, Transformer
 
@@ -207,10 +207,10 @@ def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
         advice = (
             f"use the older one of step {older[-1]} with {option} {older[-1]}"
             if older
-            else "there is no older one, so start a new run in another folder"
+            else "there is no older one, so copy it again, or start a new run in another folder"
         )
         raise UserError(
-            f"the checkpoint {path} cannot be read ({_one_line(reason)}): {advice}"
+            f"the checkpoint {path} cannot be read ({one_line(reason)}): {advice}"
         ) from error
 
 
@@ -313,11 +313,6 @@ def _sync(path: Path) -> None:
 def _remove_temporary(root: Path) -> None:
     for path in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _cannot_write(root: Path, step: int, error: Exception) -> str:

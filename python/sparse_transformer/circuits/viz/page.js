@@ -1,7 +1,5 @@
-"use strict";
-// What moves in the page. Texts of the circuit become text nodes and attributes, never markup.
+// What moves in the page of a circuit; common.js stands before it.
 (() => {
-  const byId = (id) => document.getElementById(id);
   const circuit = JSON.parse(byId("circuit").textContent);
   const picture = byId("picture");
   const scroller = byId("scroller");
@@ -30,30 +28,8 @@
 
   // --- words ---
 
-  // The same as `visible` in words.py.
-  function visible(text) {
-    if (!text) return "∅";
-    const inner = text.replace(/^ +| +$/g, "");
-    const start = text.length - text.replace(/^ +/, "").length;
-    const signs = Array.from(inner, (char) => {
-      if (char === "\n") return "⏎";
-      if (char === "\t") return "⇥";
-      if (char !== " " && /[\p{C}\p{Z}]/u.test(char))
-        return "\\u" + char.codePointAt(0).toString(16).padStart(4, "0");
-      return char;
-    });
-    return "·".repeat(start) + signs.join("") + "·".repeat(text.length - start - inner.length);
-  }
-
-  function signed(value) {
-    const size = Math.abs(value);
-    const usual = size === 0 || (size >= 0.005 && size < 1000);
-    return (value < 0 ? "−" : "+") + (usual ? size.toFixed(2) : size.toExponential(0));
-  }
-
   const weightOf = (edge) =>
     edge.kind === "residual" ? "residual stream" : edge.kind === "attention" ? "attention" : signed(edge.weight);
-  const sign = (value) => (value < 0 ? "negative" : "positive");
   const isEnd = (node) => node.kind === "token" || node.kind === "answer";
   const nameOf = (node) => visible(node.label || (isEnd(node) ? "" : `${node.kind} ${node.channel}`));
 
@@ -77,17 +53,6 @@
     return `${node.kind} ${node.channel}, ${part}layer ${node.layer}`;
   }
 
-  function element(tag, attributes, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  }
-
-  // What stands between two backquotes is code.
-  const rich = (text) =>
-    text.split(/`([^`]+)`/).map((part, at) => (at % 2 ? element("code", {}, part) : part));
-
   nodes.forEach((node, index) => {
     const shape = shapes[index];
     const label = `${nameOf(node)}, ${whereOf(node)}, ${arriving[index].length} in, ${leaving[index].length} out`;
@@ -102,24 +67,6 @@
   });
 
   // --- the panel ---
-
-  function tokens(texts, activations, largest, peak = -1) {
-    const strip = element("div", { class: "tokens" });
-    texts.forEach((text, at) => {
-      const span = element("span", {}, visible(text));
-      const value = activations?.[at];
-      if (value !== undefined) {
-        span.title = `${visible(text)}  ${signed(value)}`;
-        span.className = sign(value);
-        span.style.setProperty("--share", largest ? Math.abs(value) / largest : 0);
-      }
-      if (at === peak) span.classList.add("peak");
-      strip.append(span);
-      // Where a line ended it ends here too.
-      if (text.endsWith("\n")) strip.append("\n");
-    });
-    return strip;
-  }
 
   function ends(title, links) {
     const box = element("div", {}, element("h3", {}, title));
@@ -361,15 +308,5 @@
     }
   }
 
-  const root = document.documentElement;
-  const theme = byId("theme");
-  const isDark = () =>
-    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const nameTheme = () => (theme.textContent = isDark() ? "Light" : "Dark");
-  theme.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    nameTheme();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
-  nameTheme();
+  setUpTheme();
 })();

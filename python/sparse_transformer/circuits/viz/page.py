@@ -1,8 +1,8 @@
 """`circuit.html`: the picture as a page that needs nothing but itself.
 
-The page is page.html with page.css, page.js, the drawing as inline SVG and `circuit.json` filled
-in. Everything that comes from a circuit is escaped here, and page.js writes it as text, never as
-markup.
+The page is page.html with page.css, common.js, page.js, the drawing as inline SVG and
+`circuit.json` filled in. Everything that comes from a circuit is escaped here, and the scripts
+write it as text, never as markup.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 
 from sparse_transformer.circuits.circuit import Circuit
@@ -26,22 +26,22 @@ def render(circuit: Circuit) -> str:
     """
     said = summarize(circuit)
     parts = {
-        "title": _escape(said.task or "circuit"),
+        "title": escape(said.task or "circuit"),
         "style": template("page.css"),
-        "script": template("page.js"),
-        "description": _escape(said.description),
+        "script": template("common.js") + template("page.js"),
+        "description": escape(said.description),
         "story": "".join(f"<li>{_code(sentence)}</li>" for sentence in said.story),
-        "model": _escape(said.model),
-        "size": _escape(said.size),
+        "model": escape(said.model),
+        "size": escape(said.size),
         "verdicts": "".join(
-            f'<li class="{"holds" if verdict.holds else "fails"}">{_escape(verdict.sentence)}</li>'
+            f'<li class="{"holds" if verdict.holds else "fails"}">{escape(verdict.sentence)}</li>'
             for verdict in said.verdicts
         ),
         "picture": picture(circuit),
         "validation": "".join(_table(said)),
-        "circuit": _embedded(circuit),
+        "circuit": embedded(json.loads(circuit.to_json())),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template("page.html"))
+    return fill(template("page.html"), parts)
 
 
 def template(name: str) -> str:
@@ -49,19 +49,23 @@ def template(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
-def _escape(text: str) -> str:
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """The text with each `{{name}}` replaced by the part of that name."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+
+
+def escape(text: str) -> str:
     """For an element or an attribute; lone surrogates, which no file can hold, become "?"."""
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
 def _code(text: str) -> str:
     """Escaped; what stands between two backquotes is code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", _escape(text))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _embedded(circuit: Circuit) -> str:
-    """`circuit.json` on one line, without what could end the element that it stands in."""
-    data = json.loads(circuit.to_json())
+def embedded(data: object) -> str:
+    """JSON on one line, without what could end the element that it stands in."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -71,6 +75,6 @@ def _table(said: Summary) -> Iterator[str]:
     heads = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     yield f'<table><thead><tr><th scope="col">what runs</th>{heads}</tr></thead><tbody>'
     for name, values in said.rows:
-        cells = "".join(f"<td>{_escape(value)}</td>" for value in values)
-        yield f'<tr><th scope="row">{_escape(name)}</th>{cells}</tr>'
-    yield f"</tbody></table><p>{_escape(said.note)}</p>"
+        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        yield f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    yield f"</tbody></table><p>{escape(said.note)}</p>"

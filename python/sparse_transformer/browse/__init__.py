@@ -1,0 +1,1 @@
+"""A whole model as one page to look around in: `python -m sparse_transformer.browse`."""
