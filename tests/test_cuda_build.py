@@ -18,6 +18,9 @@ ARCHS = os.environ.get("SPARSE_KERNELS_CUDA_ARCHS", "8.0;9.0a;10.0")
 TARGETS = [f"sm_{arch.replace('.', '')}" for arch in ARCHS.split(";")]
 # Registers of a multiprocessor, and threads of a block: what a thread may have.
 MAX_REGISTERS = 2**16 // 512
+# Bytes of registers that a kernel may store in local memory on GPUs other than that of the goals,
+# for which it was cut: see docs/backends.md.
+SPILLED = {("sddmm_unstructured_kernel", target): 24 for target in ("sm_80", "sm_100")}
 
 
 @pytest.fixture
@@ -67,10 +70,13 @@ def test_extension_builds_without_spilling(built):
     for target in TARGETS:
         kernels = re.findall(rf"Compiling entry function \S+ for '{target}'", log)
         assert len(kernels) >= len(SOURCES)
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
+    properties = r"entry function '(\S+)' for '(\S+)'\n.*\n\s*(\d+) bytes stack frame"
+    stacks = re.findall(properties, log)
     kernels = re.findall(r"Used (\d+) registers(.*)", log)
-    assert len(spills) == len(kernels) > 0
-    assert set(spills) == {("0", "0", "0")}
+    assert len(stacks) == len(kernels) > 0
+    for name, target, size in stacks:
+        allowed = [most for (one, on), most in SPILLED.items() if one in name and on == target]
+        assert int(size) <= max(allowed, default=0), (name, target, size)
     assert max(int(registers) for registers, _ in kernels) <= MAX_REGISTERS
     # All of it is asked for at launch, where it is held against the device's limit.
     assert not [more for _, more in kernels if "smem" in more]
