@@ -63,8 +63,8 @@ _RUN = 32
 # The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
 _GRAD_WEIGHT_SLICE_FEATURES = 2**20
-# Rows of `abs_topk` up to this size are held in shared memory, if they fit.
-_STAGED_BYTES = 2**20
+# Rows of `abs_topk` up to this size are held in registers, if they fit.
+_HELD_BYTES = 2**20
 
 
 @contextmanager
@@ -261,15 +261,16 @@ def grad_input(
 def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     """`dW = dY^T X` at the kept blocks: (M, N), (M, K), any strides, to `layout.values_shape`.
 
-    Needs working memory of at most 16 float32 for each element of the result. Their number depends
-    only on M, and with it the order of the sums.
+    Needs working memory of at most 16 float32 for each element of the result, for unstructured
+    weights in 16 bits 132. Their number depends only on M and the layout, and with it the order of
+    the sums.
     """
     dtype = _DTYPES[x.dtype]
     with _on_device_of(x):
         out = x.new_empty(layout.values_shape)
-        parts = _extension.sddmm_parts(dtype, x.shape[0])
-        partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         pointed, _ = _scheduled(layout, "rows")
+        parts = _extension.sddmm_parts(dtype, pointed, x.shape[0])
+        partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
         sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
         _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
@@ -284,7 +285,7 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     _check_row("x", x)
     with _on_device_of(x):
         out = x.new_empty(x.shape)
-        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _STAGED_BYTES)
+        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _HELD_BYTES)
         _extension.abs_topk(_DTYPES[x.dtype], *pointers, *sizes, *_queue(x))
     return out
 

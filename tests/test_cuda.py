@@ -106,14 +106,14 @@ def test_products_at_the_size_of_a_model(dtype, product, sizes):
     rows=st.integers(0, 300),
     cols=st.integers(1, 3000),
     share=st.floats(0, 1),
-    staged=st.booleans(),
+    held=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_abs_topk_keeps_what_a_stable_sort_keeps(dtype, kind, rows, cols, share, staged, seed):
+def test_abs_topk_keeps_what_a_stable_sort_keeps(dtype, kind, rows, cols, share, held, seed):
     x = draw(kind, min(rows, 30000 // cols), cols, dtype, seed)
     k = max(1, min(cols, round(share * cols)))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cuda, "_STAGED_BYTES", 2**20 if staged else 0)
+        monkeypatch.setattr(cuda, "_HELD_BYTES", 2**20 if held else 0)
         y = abs_topk(x.cuda(), k, "cuda")
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(y.cpu().view(integer), expected(x, k).view(integer))

@@ -204,21 +204,34 @@ def test_products_of_a_row_do_not_depend_on_the_other_rows(dtype, product):
         assert torch.equal(alone, together[some])
 
 
+# Blocks of each kernel, and of unstructured weights every number of inputs that share a sum.
+@pytest.mark.parametrize(
+    ("dtype", "block", "fan_in"),
+    [
+        (torch.float32, (2, 2), 4),
+        *[(dtype, (1, 1), n) for dtype in (torch.bfloat16, torch.float16) for n in (3, 7, 19)],
+    ],
+)
 @every_product
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_bad_element_reaches_only_what_reads_it(product, bad):
+def test_a_bad_element_reaches_only_what_reads_it(product, bad, dtype, block, fan_in):
     generator = torch.Generator().manual_seed(5)
-    layout = sk.FanInLayout.random(24, 20, 4, (2, 2), generator=generator)
-    x, grad_output, values = make(layout, 37, torch.float32, generator)
-    source = grad_output if product == "grad_input" else x
-    source[11, 7] = float(bad)
-    actual = sparse_product(product, x, grad_output, values, layout, None, "cuda")
-    mask, is_bad = to_dense(torch.ones_like(values), layout), (~source.isfinite()).float()
-    if product == "grad_weight":
-        touched = kept(is_bad.sum(0, keepdim=True).expand(24, -1) > 0, layout)
-    else:
-        touched = is_bad @ (mask.t() if product == "forward" else mask) > 0
-    assert torch.equal(~actual.isfinite(), touched)
+    layout = sk.FanInLayout.random(24, 20, fan_in, block, generator=generator)
+    x, grad_output, values = make(layout, 37, dtype, generator)
+    mask = to_dense(torch.ones_like(values), layout).float()
+    for source in {"forward": [x], "grad_input": [grad_output]}.get(product, [x, grad_output]):
+        before = source[11, 7].clone()
+        source[11, 7] = float(bad)
+        actual = sparse_product(product, x, grad_output, values, layout, None, "cuda")
+        is_bad = (~source.isfinite()).float()
+        source[11, 7] = before
+        if product == "grad_weight":
+            reached = is_bad.sum(0) > 0
+            reached = reached.expand(24, -1) if source is x else reached.view(-1, 1).expand(-1, 20)
+            touched = kept(reached, layout)
+        else:
+            touched = is_bad @ (mask.t() if product == "forward" else mask) > 0
+        assert torch.equal(~actual.isfinite(), touched)
 
 
 @every_dtype
@@ -228,12 +241,12 @@ def test_a_bad_element_reaches_only_what_reads_it(product, bad):
     cols=st.integers(1, 300),
     share=st.floats(0, 1),
     how=st.sampled_from(["contiguous", "transposed", "stepped"]),
-    staged=st.booleans(),
+    held=st.booleans(),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_abs_topk_keeps_what_a_stable_sort_keeps(
-    dtype, kind, rows, cols, share, how, staged, order, seed
+    dtype, kind, rows, cols, share, how, held, order, seed
 ):
     x = {
         "contiguous": lambda: draw(kind, rows, cols, dtype, seed),
@@ -243,10 +256,31 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(
     k = max(1, min(cols, round(share * cols)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_order(monkeypatch, order)
-        monkeypatch.setattr(cuda, "_STAGED_BYTES", 2**20 if staged else 0)
+        monkeypatch.setattr(cuda, "_HELD_BYTES", 2**20 if held else 0)
         y = abs_topk(x, k, "cuda")
     assert y.is_contiguous()
     assert same_bits(y, expected(x, k))
+
+
+@every_dtype
+@pytest.mark.parametrize("fan_in", [1, 2, 3, 4, 5, 8, 9, 16, 17, 40])
+def test_grad_weight_of_every_fan_in(dtype, fan_in, monkeypatch):
+    """More outputs than a block takes, tokens that end within a tile, slices of any size."""
+    generator = torch.Generator().manual_seed(fan_in)
+    layout = sk.FanInLayout.random(271, 48, fan_in, generator=generator)
+    x, grad_output, values = make(layout, 37, dtype, generator, exact=True)
+    for slices in (2**20, 13):
+        use_slices(monkeypatch, slices)
+        check_product("grad_weight", x, grad_output, values, layout, exact=True)
+
+
+@pytest.mark.parametrize(("fan_in", "order"), [(3, ORDERS[0]), (7, ORDERS[1]), (19, ORDERS[2])])
+def test_grad_weight_of_parts_of_several_tiles(fan_in, order, monkeypatch):
+    use_order(monkeypatch, order)
+    generator = torch.Generator().manual_seed(fan_in)
+    layout = sk.FanInLayout.random(90, 48, fan_in, generator=generator)
+    tensors = make(layout, 2199, torch.bfloat16, generator, exact=True)
+    check_product("grad_weight", *tensors, layout, exact=True)
 
 
 @given(st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8]), seeds())
@@ -314,6 +348,17 @@ def test_abs_topk_of_more_rows_than_blocks_in_every_order(dtype, order, monkeypa
     for kind, rows, cols in [("ties", 200, 530), ("normal", 250, 300)]:
         x = draw(kind, rows, cols, dtype, 3)
         assert same_bits(abs_topk(x, 100, "cuda"), expected(x, 100))
+
+
+@every_dtype
+def test_abs_topk_of_rows_unlike_those_before(dtype):
+    """A block's search begins at the threshold of its last row."""
+    x = draw("normal", 250, 72, dtype, 4)
+    scales = 2.0 ** torch.randint(-12, 13, (250, 1), generator=torch.Generator().manual_seed(0))
+    x = (x * scales).to(dtype)
+    x[60::7], x[61::7], x[62::7] = 0, torch.inf, torch.nan
+    for k in (1, 20, 72):
+        assert same_bits(abs_topk(x, k, "cuda"), expected(x, k)), k
 
 
 @every_dtype
@@ -387,9 +432,42 @@ def test_small_blocks_go_to_cuda_and_large_ones_to_triton():
         assert backends.rule_for(problem).order[0] == first
 
 
+# Kernels with a mistake, which the tests of their results must find.
+MISTAKES = {
+    "a missing barrier": ("sddmm_unstructured.cuh", "__syncthreads();  // nobody", "// nobody"),
+    "a wrong fragment": ("sddmm_unstructured.cuh", "place ^ (lane / 16)", "place ^ (lane / 8 % 2)"),
+    "a wrong swizzle": ("sddmm_unstructured.cuh", ": tile_base(input, 1)", ": 2u * input"),
+    "one buffer in place of two": ("topk.cu", "of_lane_ += turn_;  // so", "// so"),
+}
+
+
+@pytest.mark.skipif("SK_SANITIZED_EMULATION" in os.environ, reason="once is enough")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_kernel_is_found(mistake, tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(128, 64, 5, generator=generator)
+    x, grad_output, _ = make(layout, 2200, torch.bfloat16, generator, exact=True)
+    truth = kept(grad_output.double().t() @ x.double(), layout).bfloat16()
+    row = draw("normal", 2, 3001, torch.float32, 3)
+
+    def right_in(order):
+        use_order(monkeypatch, order)
+        try:
+            products = sk.grad_weight(grad_output, x, layout, "cuda")
+            kept_entries = abs_topk(row, 700, "cuda")
+        except RuntimeError:  # threads wait at different barriers
+            return False
+        return torch.equal(products, truth) and same_bits(kept_entries, expected(row, 700))
+
+    assert right_in("forward")
+    with cuda._emulated(cuda_emulation.emulated_with(tmp_path, *MISTAKES[mistake])):
+        assert not all(map(right_in, ORDERS))
+
+
 # The harness itself: it must find the mistakes that it is there to find.
 BROKEN = """
 #include "launch.cuh"
+#include "mma.cuh"
 
 namespace sk { namespace cuda {
 
@@ -423,6 +501,39 @@ __global__ void nothing() {}
 __global__ void nothing_unasked() {}
 __global__ void vector(const char* from) { load_vector(from); }
 
+// 32 rows of 8 elements, as fragments of four matrices and of the same transposed.
+__global__ void matrices(const uint4* from, uint32_t* out) {
+    SharedMemory shared;
+    uint4* const rows = shared.take<uint4>(32);
+    rows[threadIdx.x] = from[threadIdx.x];
+    __syncthreads();
+    uint32_t plain[4], transposed[4];
+    ldmatrix_x4(shared_address(rows + threadIdx.x), plain);
+    ldmatrix_x4_trans(shared_address(rows + threadIdx.x), transposed);
+    for (int i = 0; i < 4; ++i) {
+        out[threadIdx.x * 8 + i] = plain[i];
+        out[threadIdx.x * 8 + 4 + i] = transposed[i];
+    }
+}
+
+template <class T>
+__global__ void product(const uint32_t* a, const uint32_t* b, float* d) {
+    const int lane = threadIdx.x;
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = d[lane * 4 + i];
+    const uint32_t left[4] = {a[lane * 4], a[lane * 4 + 1], a[lane * 4 + 2], a[lane * 4 + 3]};
+    mma_m16n8k16(sums, left, b[lane * 2], b[lane * 2 + 1], T{});
+    for (int i = 0; i < 4; ++i) d[lane * 4 + i] = sums[i];
+}
+
+template <class Pair>
+void compare(const Pair* pairs, Pair bound, int count, uint32_t* masks, Pair* sums) {
+    for (int i = 0; i < count; ++i) {
+        masks[i] = __hgtu2_mask(pairs[i], bound);
+        sums[i] = __hadd2(__hgtu2(pairs[i], bound), pairs[i]);
+    }
+}
+
 }}
 
 #define SK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -433,6 +544,21 @@ SK_EXPORT void run_neighbour(float* out, bool barrier, int reach) {
 }
 SK_EXPORT void run_overtake(float* out, bool barrier) {
     launch("overtake", overtake, 1, kThreads, 16, Queue{}, out, barrier);
+}
+SK_EXPORT void run_matrices(const uint4* from, uint32_t* out) {
+    launch("matrices", matrices, 1, 32, 512, Queue{}, from, out);
+}
+SK_EXPORT void run_product(bool half, const uint32_t* a, const uint32_t* b, float* d) {
+    launch("product", half ? product<Half> : product<Bf16>, 1, 32, 0, Queue{}, a, b, d);
+}
+SK_EXPORT void run_compare(bool half, const void* pairs, const void* bound, int count,
+                           uint32_t* masks, void* sums) {
+    const auto run = [=](auto* first) {
+        using Pair = std::remove_pointer_t<decltype(first)>;
+        compare(static_cast<const Pair*>(pairs), *static_cast<const Pair*>(bound), count, masks,
+                static_cast<Pair*>(sums));
+    };
+    half ? run(static_cast<__half2*>(nullptr)) : run(static_cast<__nv_bfloat162*>(nullptr));
 }
 template <class Run>
 const char* message_of(Run run) {
@@ -466,21 +592,26 @@ SANITIZED = "SK_SANITIZED_EMULATION" in os.environ
 
 
 def build_broken(folder, sanitize):
-    source = Path(folder) / "broken.cu"
+    source = folder / "broken.cu"
     source.write_text(BROKEN)
     flags = cuda_emulation.SANITIZE if sanitize else []
-    library = ctypes.CDLL(str(cuda_emulation.build("broken", [source], flags)))
+    return cuda_emulation.build("broken", [source], flags)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    path = build_broken(tmp_path_factory.mktemp("broken"), SANITIZED)
+    library = ctypes.CDLL(str(path))
     library.run_neighbour.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
     library.run_overtake.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     for name in ("run_diverge", "run_sizes", "run_unasked", "run_vector"):
         getattr(library, name).restype = ctypes.c_char_p
     library.run_vector.argtypes = [ctypes.c_void_p]
+    library.run_matrices.argtypes = [ctypes.c_void_p] * 2
+    library.run_product.argtypes = [ctypes.c_bool, *[ctypes.c_void_p] * 3]
+    pointers = [ctypes.c_void_p] * 2
+    library.run_compare.argtypes = [ctypes.c_bool, *pointers, ctypes.c_int, *pointers]
     return library
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    return build_broken(tmp_path_factory.mktemp("broken"), SANITIZED)
 
 
 def test_the_emulation_finds_a_missing_barrier(broken, monkeypatch):
@@ -531,6 +662,51 @@ def test_the_emulation_refuses_misaligned_vectors(broken):
     assert b"no multiple of 16" in broken.run_vector(vectors.data_ptr() + 8)
 
 
+def fragments(matrices):
+    """Of (..., 8, 8) matrices what each lane holds: (32, ..., 2), as PTX ISA documents it."""
+    return matrices.unflatten(-1, (4, 2)).movedim((-3, -2), (0, 1)).flatten(0, 1).contiguous()
+
+
+def test_the_emulation_loads_matrices_as_documented(broken):
+    rows = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
+    out = torch.empty(32, 8, 2, dtype=torch.int16)
+    broken.run_matrices(rows.data_ptr(), out.data_ptr())
+    assert torch.equal(out[:, :4], fragments(rows))
+    assert torch.equal(out[:, 4:], fragments(rows.mT))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_emulation_multiplies_matrices_as_documented(broken, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b, d = (
+        torch.randint(-8, 9, shape, generator=generator).to(dtype)
+        for shape in ((16, 16), (16, 8), (16, 8))
+    )
+    # The quarters of a in the order of its columns, those of b transposed.
+    left = fragments(torch.stack([a[i : i + 8, j : j + 8] for j in (0, 8) for i in (0, 8)]))
+    right = fragments(b.view(2, 8, 8).mT)
+    sums = fragments(d.float().view(2, 8, 8))
+    half = dtype == torch.float16
+    broken.run_product(half, left.data_ptr(), right.data_ptr(), sums.data_ptr())
+    assert torch.equal(sums, fragments((a.double() @ b.double() + d).float().view(2, 8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_emulation_compares_pairs_as_documented(broken, dtype):
+    """All patterns with bounds of which one is NaN; a comparison with NaN is true."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for bounds in ((1.0, -3.0), (torch.inf, torch.nan), (0.0, 2.0**-14)):
+        bound = torch.tensor(bounds, dtype=dtype)
+        pairs = patterns.view(-1, 1).expand(-1, 2).contiguous()
+        masks, sums = torch.empty_like(pairs), torch.empty_like(pairs)
+        addresses = pairs.data_ptr(), bound.data_ptr()
+        outputs = masks.data_ptr(), sums.data_ptr()
+        broken.run_compare(dtype == torch.float16, *addresses, len(pairs), *outputs)
+        above = ~(pairs <= bound)
+        assert torch.equal(masks.view(torch.int16), -above.to(torch.int16))
+        assert torch.equal(sums.nan_to_num(7), (pairs.float() + above).to(dtype).nan_to_num(7))
+
+
 def run_sanitized(arguments, **more):
     preload = [
         subprocess.run(
@@ -570,14 +746,12 @@ def test_kernels_stay_in_bounds():
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized process")
 def test_the_sanitizer_finds_a_step_outside_shared_memory(tmp_path):
     program = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
-import cuda_emulation, torch, test_cuda_emulated
-broken = test_cuda_emulated.build_broken({str(tmp_path)!r}, True)
-out = torch.empty(cuda_emulation.THREADS)
-broken.run_neighbour(out.data_ptr(), True, 0)
+import ctypes
+run = ctypes.CDLL({str(build_broken(tmp_path, True))!r}).run_neighbour
+out = (ctypes.c_float * {cuda_emulation.THREADS})()
+run(out, ctypes.c_bool(True), 0)
 print("in bounds")
-broken.run_neighbour(out.data_ptr(), True, 1)
+run(out, ctypes.c_bool(True), 1)
 print("not found")
 """
     done = run_sanitized(["-u", "-c", program])  # what is buffered is lost when it aborts

@@ -108,8 +108,8 @@ PYBIND11_MODULE(SK_MODULE, module) {
             sk::cuda::pack_blocks(pointer<const int32_t>(ids), blocks, block_bytes, element_bytes,
                                   pointer(values), pointer(packed), {device, pointer(stream)});
         });
-    module.def("sddmm_parts", [](const std::string& dtype, int64_t tokens) {
-        return sk::cuda::sddmm_parts(dtype_from(dtype), tokens);
+    module.def("sddmm_parts", [](const std::string& dtype, const Lists& lists, int64_t tokens) {
+        return sk::cuda::sddmm_parts(dtype_from(dtype), lists, tokens);
     });
     module.def("sddmm", [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
                            int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x,
@@ -124,11 +124,11 @@ PYBIND11_MODULE(SK_MODULE, module) {
     });
     module.def("abs_topk", [](const std::string& dtype, uintptr_t x, int64_t row_stride,
                               int64_t col_stride, uintptr_t y, int64_t rows, int64_t cols,
-                              int64_t k, int64_t staged_bytes, int device, uintptr_t stream) {
+                              int64_t k, int64_t held_bytes, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
         sk::cuda::abs_topk(type, {pointer(x), row_stride, col_stride}, pointer(y), rows, cols, k,
-                           staged_bytes, {device, pointer(stream)});
+                           held_bytes, {device, pointer(stream)});
     });
     module.def("abs_topk_backward",
                [](const std::string& dtype, uintptr_t grad_output, int64_t grad_row_stride,

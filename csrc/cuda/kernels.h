@@ -63,8 +63,8 @@ void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x
 void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int element_bytes,
                  const void* values, void* packed, const Queue& queue);
 
-// Parts that sddmm cuts the tokens into, which follow from their number alone.
-int64_t sddmm_parts(DType dtype, int64_t tokens);
+// Parts that sddmm cuts the tokens into, which follow from their number and the lists alone.
+int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens);
 
 // grad_values[r, f, a, b] = sum over tokens of grad_output[m, r, a] * x[m, column(r, f), b].
 // `partial` holds a float for each element of each part: working memory.
@@ -73,9 +73,9 @@ void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Op
            const Queue& queue);
 
 // y (rows, cols), contiguous, keeps the k entries of largest magnitude of each row of x. Rows of
-// more than `staged_bytes` are read again at each step instead of held in shared memory.
+// more than `held_bytes` are read again at each step instead of held in registers.
 void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols, int64_t k,
-              int64_t staged_bytes, const Queue& queue);
+              int64_t held_bytes, const Queue& queue);
 
 // grad_input (rows, cols), contiguous, is grad_output where y is not zero, elsewhere zero.
 void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y, void* grad_input,

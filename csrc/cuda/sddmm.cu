@@ -4,8 +4,10 @@
 // neighbouring threads (a group) own the eight vectors of a tile: each holds its tokens of a row of
 // dY in registers and multiplies them with those of eight inputs, then the group adds up the eight
 // sums, and each thread has one. Tokens are cut at fixed places into parts, whose sums a second
-// kernel adds in order: no atomics, the same bits every time.
+// kernel adds in order: no atomics, the same bits every time. Unstructured weights in 16 bits have
+// a kernel of their own, for the first pass.
 #include "launch.cuh"
+#include "sddmm_unstructured.cuh"
 
 namespace sk {
 namespace cuda {
@@ -32,10 +34,6 @@ struct SddmmProblem {
 // A part is at least this many tiles, and there are at most this many parts: they cost memory.
 constexpr int64_t kPartTiles = 8;
 constexpr int64_t kMaxParts = 16;
-
-int64_t tiles_of(DType dtype, int64_t tokens) {
-    return ceil_div(tokens, (dtype == DType::kFloat32 ? 4 : 8) * kVectors);
-}
 
 // Adds up each of eight values over the eight threads of a group; thread i gets the i-th sum.
 __device__ float sum_over_group(float (&values)[kVectors], int lane) {
@@ -167,15 +165,34 @@ __global__ void __launch_bounds__(kThreads, 1) sddmm_kernel(const SddmmProblem p
     }
 }
 
-// The sum of the parts, in order; zero if there is none.
+// The sum of a part for an unstructured weight, from nothing but what it multiplies.
+template <class T>
+__device__ float sum_again(const SddmmProblem& p, int64_t part, int64_t weight) {
+    const int64_t column = static_cast<const uint16_t*>(p.lists.columns)[weight];
+    const T* const x = static_cast<const T*>(p.x.data) + column * p.x.col_stride;
+    const T* const grad = static_cast<const T*>(p.grad_output.data) +
+                          weight / p.lists.per_row * p.grad_output.col_stride;
+    float sum = 0.0f;
+    for (int64_t m = part * p.part_tokens; m < (part + 1) * p.part_tokens && m < p.tokens; ++m) {
+        sum += to_float(grad[m * p.grad_output.row_stride]) * to_float(x[m * p.x.row_stride]);
+    }
+    return sum;
+}
+
+// The sum of the parts, in order; zero if there is none. Parts of `part_tokens`, if that is not 0,
+// may be spoilt where they are not finite.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const float* partial, int64_t parts, int64_t elements, T* out) {
+    add_parts_kernel(const SddmmProblem p, int64_t parts, int64_t elements, T* out) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
          i += step) {
         float sum = 0.0f;
-        for (int64_t part = 0; part < parts; ++part) sum += partial[part * elements + i];
+        for (int64_t part = 0; part < parts; ++part) {
+            const float of_part = p.partial[part * elements + i];
+            const bool spoilt = p.part_tokens > 0 && !(of_part - of_part == 0.0f);
+            sum += spoilt ? sum_again<T>(p, part, i) : of_part;
+        }
         out[i] = from_float<T>(sum);
     }
 }
@@ -220,33 +237,46 @@ void choose_index(const SddmmProblem& p, int64_t parts, int64_t slice_features,
 }
 
 template <class T>
-void run(const SddmmProblem& p, void* grad_values, int64_t parts, int64_t slice_features,
+void choose_kernel(const SddmmProblem& p, int64_t parts, int64_t slice_features,
+                   const Queue& queue) {
+    if constexpr (sizeof(T) == 2) {
+        if (is_unstructured(p.lists)) {
+            return launch_unstructured<T>({p.lists, p.grad_output, p.x, p.partial, p.tokens}, parts,
+                                          slice_features, queue);
+        }
+    }
+    switch (shared_outputs(p.lists.out_block)) {
+        case 4:
+            return choose_index<T, 4>(p, parts, slice_features, queue);
+        case 2:
+            return choose_index<T, 2>(p, parts, slice_features, queue);
+        default:
+            return choose_index<T, 1>(p, parts, slice_features, queue);
+    }
+}
+
+template <class T>
+void run(SddmmProblem p, void* grad_values, int64_t parts, int64_t slice_features,
          const Queue& queue) {
     if (parts > 0) {
-        switch (shared_outputs(p.lists.out_block)) {
-            case 4:
-                choose_index<T, 4>(p, parts, slice_features, queue);
-                break;
-            case 2:
-                choose_index<T, 2>(p, parts, slice_features, queue);
-                break;
-            default:
-                choose_index<T, 1>(p, parts, slice_features, queue);
-        }
+        choose_kernel<T>(p, parts, slice_features, queue);
+        if (sizeof(T) == 2 && is_unstructured(p.lists))
+            p.part_tokens = unstructured_part_tokens(p.tokens, parts);
     }
     const int64_t elements = p.lists.blocks * p.lists.out_block * p.lists.in_block;
     const auto grid = static_cast<unsigned>(
         std::min(ceil_div(elements, kThreads), 16 * multiprocessors(queue.device)));
     launch(describe("grad_weight", p.lists, p.tokens) + ", second pass,", add_parts_kernel<T>, grid,
-           kThreads, 0, queue, static_cast<const float*>(p.partial), parts, elements,
-           static_cast<T*>(grad_values));
+           kThreads, 0, queue, p, parts, elements, static_cast<T*>(grad_values));
 }
 
 }  // namespace
 
-int64_t sddmm_parts(DType dtype, int64_t tokens) {
+int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens) {
     if (tokens == 0) return 0;
-    const int64_t tiles = tiles_of(dtype, tokens);
+    if (dtype != DType::kFloat32 && is_unstructured(lists))
+        return unstructured_parts(lists, tokens);
+    const int64_t tiles = ceil_div(tokens, (dtype == DType::kFloat32 ? 4 : 8) * kVectors);
     // No part may be empty: nobody would set its sums.
     return ceil_div(tiles, ceil_div(tiles, std::min(kMaxParts, ceil_div(tiles, kPartTiles))));
 }
@@ -255,7 +285,7 @@ void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Op
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
            const Queue& queue) {
     const DeviceGuard guard(queue.device);
-    const int64_t parts = sddmm_parts(dtype, tokens);
+    const int64_t parts = sddmm_parts(dtype, lists, tokens);
     const SddmmProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
     switch (dtype) {
         case DType::kFloat32:

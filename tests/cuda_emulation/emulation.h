@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -24,6 +25,7 @@
 #include <tuple>
 #include <vector>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -50,16 +52,34 @@ namespace emulation {
 
 constexpr unsigned kWarpLanes = 32;
 
+// Where a fiber or the scheduler goes on.
+struct Context {
+    ucontext_t start;
+    jmp_buf place;
+    bool started = true;
+};
+// A swapcontext whose system calls are made at the start of a fiber only.
+inline void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)  // it follows swapcontext
+    swapcontext(&from.start, &to.start);
+#else
+    if (_setjmp(from.place)) return;
+    if (to.started) _longjmp(to.place, 1);
+    to.started = true;
+    setcontext(&to.start);
+#endif
+}
+
 // A thread of the block that is running.
 struct Fiber {
     dim3 index;
     unsigned rank;
-    ucontext_t context;
+    Context context;
     std::unique_ptr<char[]> stack;
     size_t pieces = 0;  // of shared memory taken
     enum { kRuns, kAtBarrier, kAtWarp, kDone } state = kRuns;
     bool warp_turn = false;
-    uint64_t exchange[2] = {};  // what it shows to its warp, in alternating turns
+    unsigned char exchange[2][32] = {};  // what it shows to its warp, in alternating turns
 };
 
 struct Block {
@@ -69,7 +89,7 @@ struct Block {
     std::vector<std::pair<std::unique_ptr<unsigned char[]>, size_t>> pieces;
     std::vector<Fiber> fibers;
     Fiber* current = nullptr;
-    ucontext_t scheduler;
+    Context scheduler;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
     std::string error;
@@ -92,7 +112,7 @@ inline void to_scheduler(bool for_good = false) {
                                    b.scheduler_stack_size);
 #endif
     (void)for_good;
-    swapcontext(&fiber.context, &b.scheduler);
+    switch_context(fiber.context, b.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, &b.scheduler_stack, &b.scheduler_stack_size);
 #endif
@@ -120,7 +140,7 @@ inline void run(Fiber& fiber) {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
 #endif
-    swapcontext(&b.scheduler, &fiber.context);
+    switch_context(b.scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -158,11 +178,13 @@ inline void run_block(Block& b, const std::vector<unsigned>& order) {
         fiber.state = Fiber::kRuns;
         fiber.warp_turn = false;
         if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
+        ucontext_t& start = fiber.context.start;
+        getcontext(&start);
+        start.uc_stack.ss_sp = fiber.stack.get();
+        start.uc_stack.ss_size = kStackBytes;
+        start.uc_link = nullptr;
+        makecontext(&start, fiber_main, 0);
+        fiber.context.started = false;
     }
     // Warp by warp, and within a warp in the same order. Each runs as far as it gets on its own, so
     // that a warp that no barrier holds back overtakes the others by as much as it can.
@@ -244,20 +266,56 @@ inline void check_alignment(const void* address, size_t size) {
 
 // All lanes of the warp show a value and see those of the others.
 template <class T>
-std::vector<T> exchange(unsigned mask, T value) {
-    static_assert(sizeof(T) <= sizeof(uint64_t), "at most eight bytes");
+std::array<T, kWarpLanes> exchange(unsigned mask, T value) {
+    static_assert(sizeof(T) <= sizeof(Fiber::exchange[0]), "at most 32 bytes");
     if (mask != 0xffffffffu) throw std::runtime_error("emulation: needs the mask of all lanes");
     Fiber& self = *block()->current;
     const bool turn = self.warp_turn;
     self.warp_turn = !turn;
-    std::memcpy(&self.exchange[turn], &value, sizeof(T));
+    std::memcpy(self.exchange[turn], &value, sizeof(T));
     wait(Fiber::kAtWarp);
-    std::vector<T> all(kWarpLanes);
+    std::array<T, kWarpLanes> all;
     const unsigned first = self.rank / kWarpLanes * kWarpLanes;
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-        std::memcpy(&all[lane], &block()->fibers[first + lane].exchange[turn], sizeof(T));
+        std::memcpy(&all[lane], block()->fibers[first + lane].exchange[turn], sizeof(T));
     }
     return all;
+}
+
+// ldmatrix of kCount matrices: lane 8 i + r says where row r of matrix i lies. Lane 4 g + t gets of
+// each the elements 2 t and 2 t + 1 of row g, or of column g if it is transposed.
+template <size_t kCount>
+void ldmatrix(const unsigned char* row, bool transposed, uint32_t (&matrices)[kCount]) {
+    const auto rows = exchange(0xffffffffu, row);
+    const unsigned lane = block()->current->rank % kWarpLanes, g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < kCount; ++i) {
+        uint16_t pair[2];
+        for (unsigned e = 0; e < 2; ++e) {
+            const unsigned r = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+            check_alignment(rows[8 * i + r], 16);
+            std::memcpy(&pair[e], rows[8 * i + r] + 2 * column, 2);
+        }
+        matrices[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+    }
+}
+
+// mma.m16n8k16 with sums in fp32; `number` widens an element.
+template <class Number>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Number number) {
+    struct Operands {
+        uint32_t a[4], b[2];
+    };
+    const auto all = exchange(0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const unsigned lane = block()->current->rank % kWarpLanes;
+    for (unsigned e = 0; e < 4; ++e) {
+        const unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            const unsigned holder = k % 8 / 2, half = k % 2 * 16;
+            const uint32_t left = all[row % 8 * 4 + holder].a[row / 8 + k / 8 * 2] >> half;
+            const uint32_t right = all[column * 4 + holder].b[k / 8] >> half;
+            d[e] += number(static_cast<uint16_t>(left)) * number(static_cast<uint16_t>(right));
+        }
+    }
 }
 
 }  // namespace emulation
@@ -287,7 +345,21 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
     }
     return bits;
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+    const unsigned lane = emulation::block()->current->rank % emulation::kWarpLanes;
+    const unsigned from = lane - static_cast<unsigned>(distance);
+    return emulation::exchange(mask, value)[from < lane ? from : lane];
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+    const auto all = emulation::exchange(mask, value);
+    return std::accumulate(all.begin(), all.end(), 0);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+    for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+    return c;
+}
 
 inline float __uint_as_float(uint32_t bits) {
     float value;
@@ -324,6 +396,50 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     const uint32_t bits = __float_as_uint(value);
     if (std::isnan(value)) return {0x7fff};
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// Two numbers in a register, and what is done to both at once.
+struct __half2 {
+    __half x, y;
+};
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+namespace emulation {
+inline float number(__half half) { return __half2float(half); }
+inline float number(__nv_bfloat16 value) {
+    return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+inline void round_to(float value, __half& to) { to = __float2half_rn(value); }
+inline void round_to(float value, __nv_bfloat16& to) { to = __float2bfloat16_rn(value); }
+}  // namespace emulation
+template <class Pair>
+float __low2float(Pair pair) {
+    return emulation::number(pair.x);
+}
+template <class Pair>
+float __high2float(Pair pair) {
+    return emulation::number(pair.y);
+}
+template <class Pair>
+Pair __hadd2(Pair a, Pair b) {
+    emulation::round_to(__low2float(a) + __low2float(b), a.x);
+    emulation::round_to(__high2float(a) + __high2float(b), a.y);
+    return a;
+}
+// Greater, or one of the two is NaN: all bits of a half, or none.
+template <class Pair>
+unsigned __hgtu2_mask(Pair a, Pair b) {
+    const bool low = !(__low2float(a) <= __low2float(b));
+    const bool high = !(__high2float(a) <= __high2float(b));
+    return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+}
+template <class Pair>
+Pair __hgtu2(Pair a, Pair b) {
+    const unsigned mask = __hgtu2_mask(a, b);
+    emulation::round_to(mask & 1u ? 1.0f : 0.0f, a.x);
+    emulation::round_to(mask >> 16 ? 1.0f : 0.0f, a.y);
+    return a;
 }
 
 using cudaStream_t = void*;

@@ -1,0 +1,68 @@
+// The matrix instructions of a warp for elements of 16 bits, under PTX's names and with its
+// fragments: lane 4 g + t of a warp holds of an operand's 8 x 8 matrices the elements 2 t and
+// 2 t + 1 of row g, in one register each.
+#pragma once
+
+#include "tile.cuh"
+
+namespace sk {
+namespace cuda {
+
+#ifndef SK_EMULATION
+// An address of shared memory in one register; bytes can be added to it.
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Loads four matrices, whose row r of matrix i lies at the `row` of lane 8 i + r.
+__device__ inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(row)
+                 : "memory");
+}
+// The same, with each of the matrices transposed.
+__device__ inline void ldmatrix_x4_trans(SharedAddress row, uint32_t (&matrices)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+#define SK_MMA(type)                                                                    \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+// d (16 x 8) += a (16 x 16) b (16 x 8). The matrices of a are the upper left, lower left, upper
+// right and lower right; those of b, transposed, the upper and the lower; d[0] and d[1] are the
+// upper matrix's, d[2] and d[3] the lower's.
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    Bf16) {
+    SK_MMA("bf16");
+}
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    Half) {
+    SK_MMA("f16");
+}
+#undef SK_MMA
+#else
+using SharedAddress = const unsigned char*;
+inline SharedAddress shared_address(const void* pointer) {
+    return static_cast<SharedAddress>(pointer);
+}
+inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
+    emulation::ldmatrix(row, false, matrices);
+}
+inline void ldmatrix_x4_trans(SharedAddress row, uint32_t (&matrices)[4]) {
+    emulation::ldmatrix(row, true, matrices);
+}
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+    emulation::mma_m16n8k16(d, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); });
+}
+#endif
+
+}  // namespace cuda
+}  // namespace sk

@@ -1,0 +1,222 @@
+// dW of unstructured weights in 16 bits, by matrix instructions.
+//
+// A block of threads keeps all inputs of 16 tokens in shared memory, feature-major, and the dY of
+// its outputs, token-major. A job is 8 neighbouring outputs and up to 16 slots of each, that is
+// inputs that they keep. It gathers their rows of the tile, 16 at a time (a gather), multiplies
+// these with the dY of the outputs that read them, and with zeros for the other outputs: so that
+// all gathers of a job add to the same 16 x 8 sums, one for each slot and output. A warp keeps
+// the sums of its jobs in registers over all tokens of a part, which no other block shares. Inputs
+// beyond shared memory are cut into slices: a block sees one, and others' inputs as zeros.
+//
+// Where x is not finite, its products with those zeros spoil the same slot of all outputs of a job:
+// the second pass computes sums that are not finite once more.
+#pragma once
+
+#include "launch.cuh"
+#include "mma.cuh"
+
+namespace sk {
+namespace cuda {
+
+constexpr int kJobOutputs = 8;
+constexpr int kGathered = 16;   // rows of a gather, and slots of a job at most
+constexpr int kMmaTokens = 16;  // of a tile
+
+struct UnstructuredProblem {
+    Lists lists;
+    Operand grad_output;
+    Operand x;
+    float* partial;
+    int64_t tokens;
+    int64_t part_tokens = 0;                 // a multiple of the tile
+    int64_t split_outputs = 0;               // outputs of a block
+    int64_t output_splits = 0;               // blocks that share the outputs for the same slots
+    int slice_cols = 0;                      // inputs of a slice
+    bool wide_x = false, wide_grad = false;  // 16 bytes can be read at a time
+};
+
+// How the products of a layout are cut.
+struct Jobs {
+    int gathers;      // of a job: 2, 4 or 8
+    int of_warp;      // as many as there are registers for, an even number
+    int64_t outputs;  // of a block
+    int64_t output_splits, slot_splits;
+};
+__host__ __device__ constexpr int jobs_of_warp(int gathers) {
+    return gathers == 2 ? 12 : gathers == 4 ? 8 : 6;
+}
+inline Jobs jobs_of(const Lists& lists) {
+    Jobs jobs{};
+    jobs.gathers = 2;
+    while (jobs.gathers < 8 && lists.per_row > 2 * jobs.gathers) jobs.gathers *= 2;
+    jobs.of_warp = jobs_of_warp(jobs.gathers);
+    jobs.outputs = int64_t{kThreads / kWarp} * jobs.of_warp * kJobOutputs;
+    jobs.output_splits = ceil_div(lists.rows, jobs.outputs);
+    jobs.slot_splits = ceil_div(lists.per_row, kGathered);
+    return jobs;
+}
+
+// Distance of a token's dY from that of the next: the gap leads them to different banks.
+__host__ __device__ inline int grad_stride(int outputs) { return outputs + 8; }
+
+// The dY of `outputs` outputs and a tile of tokens, token-major; what is not there is zero.
+template <class T>
+__device__ void load_grads(T* grads, const T* first, const Operand& operand, int outputs,
+                           int64_t there, int64_t tokens, bool wide) {
+    const int stride = grad_stride(outputs);
+    const int width = wide ? kTokens<T> : 1;
+    for (int i = threadIdx.x; i < kMmaTokens * outputs / width; i += blockDim.x) {
+        const int token = i / (outputs / width), output = i % (outputs / width) * width;
+        const T* const from = first + token * operand.row_stride + output * operand.col_stride;
+        const bool valid = token < tokens && output < there;
+        if (wide) {
+            store_vector(grads + token * stride + output,
+                         valid ? load_vector(from) : uint4{0, 0, 0, 0});
+        } else {
+            grads[token * stride + output] = valid ? *from : T{0};
+        }
+    }
+}
+
+template <class T, int kGathers>
+__global__ void __launch_bounds__(kThreads, 1)
+    sddmm_unstructured_kernel(const UnstructuredProblem p) {
+    constexpr int kJobs = jobs_of_warp(kGathers);
+    constexpr int kSlots = 2 * kGathers;                    // of an output in a job
+    constexpr int kGatherOutputs = kJobOutputs / kGathers;  // that a gather serves
+    const int64_t rows = p.lists.rows, per_row = p.lists.per_row;
+    const int outputs = static_cast<int>(p.split_outputs);
+    const unsigned zeros = tile_vectors(p.slice_cols, 1);  // the place of eight vectors of them
+    SharedMemory shared;
+    uint4* const inputs = shared.take<uint4>(zeros + 8);
+    T* const grads = shared.take<T>(kMmaTokens * grad_stride(outputs));
+
+    const uint16_t* const columns = static_cast<const uint16_t*>(p.lists.columns);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t split_output = blockIdx.x % p.output_splits * p.split_outputs;
+    const int64_t first_output = split_output + warp * kJobs * kJobOutputs;
+    const int64_t first_slot = blockIdx.x / p.output_splits * kGathered;
+    const int64_t first_token = blockIdx.y * p.part_tokens;
+    const int64_t end_token =
+        first_token + p.part_tokens < p.tokens ? first_token + p.part_tokens : p.tokens;
+    const int tiles = static_cast<int>((end_token - first_token + kMmaTokens - 1) / kMmaTokens);
+    const int64_t first_col = int64_t{blockIdx.z} * p.slice_cols;
+    const int cols = p.lists.cols - first_col < p.slice_cols
+                         ? static_cast<int>(p.lists.cols - first_col)
+                         : p.slice_cols;
+    // Where a slot of an output of this warp reads in the slice; -1 if nowhere.
+    const auto input_of = [&](int output, int slot) -> int {
+        if (first_output + output >= rows || first_slot + slot >= per_row) return -1;
+        const int64_t at = (first_output + output) * per_row + first_slot + slot;
+        const int64_t input = columns[at] - first_col;
+        return input < cols ? static_cast<int>(input) : -1;
+    };
+
+    // Lanes l and l + 16 give row l of each gather, 8 tokens each.
+    SharedAddress gathered[kJobs][kGathers];
+    uint32_t readers[kGathers];  // all bits where the lane holds dY of an output of the gather
+#pragma unroll
+    for (int a = 0; a < kGathers; ++a) {
+        readers[a] = lane / 4 / kGatherOutputs == a ? ~0u : 0u;
+#pragma unroll
+        for (int i = 0; i < kJobs; ++i) {
+            const int row = a * kGathered + lane % kGathered;
+            const int input = input_of(i * kJobOutputs + row / kSlots, row % kSlots);
+            const unsigned place = input < 0 ? zeros : tile_base(input, 1);
+            gathered[i][a] = shared_address(inputs + (place ^ (lane / 16)));
+        }
+    }
+    // Lane l gives token l % 16 of the dY of two jobs, its lower half the first's.
+    const SharedAddress grad_row = shared_address(grads + lane % kMmaTokens * grad_stride(outputs) +
+                                                  (warp * kJobs + lane / kMmaTokens) * kJobOutputs);
+    if (threadIdx.x < 8) inputs[zeros + threadIdx.x] = {0, 0, 0, 0};
+
+    float sums[kJobs][4] = {};
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int64_t token = first_token + tile * kMmaTokens;
+        __syncthreads();  // nobody reads the tile before any more
+        load_tile(
+            inputs, 1,
+            static_cast<const T*>(p.x.data) + token * p.x.row_stride + first_col * p.x.col_stride,
+            p.x.row_stride, p.x.col_stride, p.tokens - token, cols, p.wide_x);
+        load_grads(grads,
+                   static_cast<const T*>(p.grad_output.data) + token * p.grad_output.row_stride +
+                       split_output * p.grad_output.col_stride,
+                   p.grad_output, outputs, rows - split_output, p.tokens - token, p.wide_grad);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kJobs; i += 2) {
+            uint32_t grad[4];  // 16 tokens x 8 outputs of two jobs
+            ldmatrix_x4_trans(grad_row + i * kJobOutputs * static_cast<int>(sizeof(T)), grad);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int a = 0; a < kGathers; ++a) {
+                    uint32_t input[4];  // 16 inputs x 16 tokens
+                    ldmatrix_x4(gathered[i + j][a], input);
+                    mma_m16n8k16(sums[i + j], input, grad[2 * j] & readers[a],
+                                 grad[2 * j + 1] & readers[a], T{});
+                }
+            }
+        }
+    }
+
+    float* const partial = p.partial + blockIdx.y * p.lists.blocks;
+#pragma unroll
+    for (int i = 0; i < kJobs; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = lane / 4 + e / 2 * 8, output = lane % 4 * 2 + e % 2;
+            const int slot = row % kSlots;
+            if (row / kSlots != output % kGatherOutputs) continue;  // inputs of another output
+            if (input_of(i * kJobOutputs + output, slot) < 0) continue;
+            partial[(first_output + i * kJobOutputs + output) * per_row + first_slot + slot] =
+                sums[i][e];
+        }
+    }
+}
+
+inline bool is_unstructured(const Lists& lists) {
+    return lists.out_block == 1 && lists.in_block == 1 && lists.narrow;
+}
+
+// As many parts as fill the multiprocessors of an H200, whatever the GPU: the same sums on all.
+inline int64_t unstructured_parts(const Lists& lists, int64_t tokens) {
+    constexpr int64_t kBlocks = 132;
+    const Jobs jobs = jobs_of(lists);
+    const int64_t tiles = ceil_div(tokens, kMmaTokens);
+    const int64_t wanted = std::max<int64_t>(1, kBlocks / (jobs.output_splits * jobs.slot_splits));
+    return ceil_div(tiles, ceil_div(tiles, std::min(tiles, wanted)));  // none of them is empty
+}
+
+inline int64_t unstructured_part_tokens(int64_t tokens, int64_t parts) {
+    return ceil_div(ceil_div(tokens, kMmaTokens), parts) * kMmaTokens;
+}
+
+template <class T>
+void launch_unstructured(UnstructuredProblem p, int64_t parts, int64_t slice_features,
+                         const Queue& queue) {
+    const Jobs jobs = jobs_of(p.lists);
+    p.split_outputs = jobs.outputs;
+    p.output_splits = jobs.output_splits;
+    p.part_tokens = unstructured_part_tokens(p.tokens, parts);
+    const int64_t grad_bytes = kMmaTokens * grad_stride(static_cast<int>(jobs.outputs)) * 2;
+    constexpr int64_t kRounding = 16 * 16;  // tile_vectors rounds up, and the zeros
+    const int64_t room = (shared_limit(queue.device) - grad_bytes - kRounding) / (2 * kMmaTokens);
+    const int64_t slices = ceil_div(p.lists.cols, std::min(slice_features, room / 8 * 8));
+    const int64_t slice_cols = ceil_div(ceil_div(p.lists.cols, slices), 8) * 8;  // wide loads
+    p.slice_cols = static_cast<int>(std::min({p.lists.cols, slice_cols, slice_features}));
+    p.wide_x = wide_loads(p.x, p.lists.cols, p.slice_cols, 2);
+    p.wide_grad = wide_loads(p.grad_output, p.lists.rows, jobs.outputs, 2);
+    const int64_t bytes = 16 * (tile_vectors(p.slice_cols, 1) + 8) + grad_bytes;
+    const dim3 grid(static_cast<unsigned>(jobs.output_splits * jobs.slot_splits),
+                    static_cast<unsigned>(parts),
+                    static_cast<unsigned>(ceil_div(p.lists.cols, p.slice_cols)));
+    const auto kernel = jobs.gathers == 2   ? sddmm_unstructured_kernel<T, 2>
+                        : jobs.gathers == 4 ? sddmm_unstructured_kernel<T, 4>
+                                            : sddmm_unstructured_kernel<T, 8>;
+    launch(describe("grad_weight", p.lists, p.tokens), kernel, grid, kThreads, bytes, queue, p);
+}
+
+}  // namespace cuda
+}  // namespace sk
