@@ -130,6 +130,7 @@ def test_wheel_holds_exactly_the_package(wheel):
         "METADATA",
         "RECORD",
         "WHEEL",
+        "entry_points.txt",
         "licenses/LICENSE",
         "top_level.txt",
     }
