@@ -108,7 +108,7 @@ MATMUL_CASES: dict[tuple[str, str], list[Case]] = {
         *combine([33], [(64, 128, 16)], ((16, 1), (16, 16))),
         *combine([TOKENS], [(64, 48, 4)]),
     ],
-    # In about a minute: the headlines in float32, one in bfloat16, one that shares no index list,
+    # In a minute or two: the headlines in float32, one in bfloat16, one that shares no index list,
     # one where dense wins, one token.
     ("cpu", "default"): [
         *combine([TOKENS], _LAYERS),

@@ -1,9 +1,9 @@
 """Writes the gallery, `docs/gallery/`: `python -m docs.gallery [MODEL=FOLDER ...]`.
 
 There is a page for each circuit `docs/gallery/MODEL/TASK.json`, with its picture, its validation
-and its story, and an index of all. Stories are written by hand in `docs/gallery/stories.txt`, one
-in a line: `MODEL/TASK: TEXT`. `MODEL=FOLDER` first copies the circuits of that model from a folder
-that `sparse_transformer.circuits` wrote.
+and its story, and an index of all; `docs/hooks.py` makes the pages to explore. Stories are written
+by hand in `docs/gallery/stories.txt`, one in a line: `MODEL/TASK: TEXT`. `MODEL=FOLDER` first
+copies the circuits of that model from a folder that `sparse_transformer.circuits` wrote.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from sparse_transformer.circuits.circuit import Circuit, Validation
-from sparse_transformer.circuits.viz import summary, write_html, write_image
+from sparse_transformer.circuits.viz import summary, write_image
 
 GALLERY = Path(__file__).parent / "gallery"
 _INDEX = ("task", "nodes", "edges", "loss alone", "nonsense over task", "what holds")
@@ -129,7 +129,6 @@ def main(arguments: list[str]) -> None:
     for model, tasks in circuits().items():
         for task, circuit in tasks.items():
             write_image(circuit, GALLERY / model / f"{task}.svg")
-            write_html(circuit, GALLERY / model / f"{task}.html")
 
 
 if __name__ == "__main__":
