@@ -1,4 +1,4 @@
-"""MkDocs hook: publishes the plots of `benchmarks/results/` and the page of each gallery circuit."""
+"""MkDocs hook: publishes the plots of `benchmarks/results/` and the pages of the gallery."""
 
 from __future__ import annotations
 
