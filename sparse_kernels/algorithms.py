@@ -81,7 +81,7 @@ class Static:
         layers = self.layers.items() if self.due else ()
         for layer, layout in [(layer, self._choose(name, layer)) for name, layer in layers]:
             rewire_(layer, self.optimizer, layout)
-        self.load_state_dict({"steps": self.steps + 1})
+        self._begin(self.steps + 1)
         return bool(layers)
 
     def state_dict(self) -> dict[str, int]:
@@ -90,7 +90,10 @@ class Static:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues where `state` was saved, with the model and the optimizer of then."""
-        self.steps = state["steps"]
+        self._begin(state["steps"])
+
+    def _begin(self, step: int) -> None:
+        self.steps = step
 
     def _choose(self, name: str, layer: SparseLinear) -> FanInLayout:
         layout, width = layer.layout, self._width(name, layer.layout)
@@ -152,8 +155,8 @@ class RigL(Static):
     def share(self) -> float:
         return self.drop / 2 * (1 + math.cos(math.pi * min(self.steps / self.until, 1.0)))
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        super().load_state_dict(state)
+    def _begin(self, step: int) -> None:
+        super()._begin(step)
         for handle in self._handles:
             handle.remove()
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sparse_transformer.attention import attention_pattern, attention_scores
+from sparse_transformer.data import END_OF_TEXT
 from sparse_transformer.errors import UserError
 from sparse_transformer.functional import RMS_EPS
 from sparse_transformer.model import Transformer
@@ -63,10 +64,9 @@ def to_transformer_lens(model: Transformer) -> Any:
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, SparseTransformerAdapter)
     tokenizer = None
     if model.tokenizer is not None:
-        end = model.tokenizer.id_to_token(config.vocab_size - 1)
         # No bos_token: TransformerLens would look for the tokenizer on the hub to add it.
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=model.tokenizer, eos_token=end, pad_token=end
+            tokenizer_object=model.tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
         )
     bridge = build_bridge_from_module(
         _Named(copy.deepcopy(model)),

@@ -18,6 +18,7 @@ from sparse_transformer.data import load_tokenizer
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
 from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.program import printable
 from sparse_transformer.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _write(
         content = json.loads(model.tokenizer.to_str())
         compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         write_atomically(out / "tokenizer.json", compact)
-    write_atomically(out / "README.md", card.encode(errors="replace").decode())
+    write_atomically(out / "README.md", printable(card))
 
 
 def _smallest(name: str, tensor: Tensor, *, exactly: bool = False) -> Tensor:

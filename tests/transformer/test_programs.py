@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import sparse_transformer
 from sparse_transformer import UserError, load_model
+from sparse_transformer.browse import __main__ as browse
 from sparse_transformer.circuits import __main__ as circuits
 from sparse_transformer.cli import evaluate, export, generate, steer, tasks, train
 from sparse_transformer.run import corpus_sample
@@ -39,6 +40,7 @@ PROGRAMS = {
     "tasks": tasks.main,
     "export": export.main,
     "circuits": circuits.main,
+    "browse": browse.main,
 }
 
 
@@ -74,6 +76,7 @@ def arguments_of(program, **changed):
             "--checkpoint": "run", "--out": "circuits", "--task": "for_while",
             "--cache-dir": "cache",
         },
+        "browse": {"--checkpoint": "run", "--out": "run.html", "--cache-dir": "cache"},
     }[program]  # fmt: skip
     given = {**given, **changed}
     return [part for option in given.items() for part in option if part]
@@ -142,6 +145,7 @@ OPTIONS = {
     "tasks": ("--pairs", "--seed"),
     "export": ("--step",),
     "circuits": ("--target", "--solved", "--seed", "--step", "--task"),
+    "browse": ("--step",),
 }  # fmt: skip
 # Asked for more than a moment's work, a program does it.
 LONG = {("generate", "--tokens"), ("generate", "--batch"), ("tasks", "--pairs")}
@@ -170,7 +174,7 @@ def check_value(place, tmp_path, monkeypatch, capsys, program, option, value):
     else:
         if program == "tasks":
             changed["--out"] = str(tmp_path / "solved")
-        if program in ("circuits", "export"):
+        if program in ("circuits", "export", "browse"):
             changed["--out"] = str(tmp_path / "out")
         del changed[option]
         given = arguments_of(program, **changed)
@@ -183,7 +187,7 @@ def test_values(place, tmp_path, monkeypatch, capsys, program, option, value):
     check_value(place, tmp_path, monkeypatch, capsys, program, option, value)
 
 
-READERS = ("train", "generate", "evaluate", "steer", "circuits", "export")
+READERS = ("train", "generate", "evaluate", "steer", "circuits", "export", "browse")
 PATHS = {
     "absent": lambda folder: "absent",
     "a file": lambda folder: str(file_in(folder, "file", b"x\n")),
@@ -222,7 +226,7 @@ def test_paths(place, tmp_path, monkeypatch, capsys, program, kind):
 
 
 UNWRITABLE = [kind for kind in PATHS if kind not in ("absent", "empty")]
-WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export"]
+WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export", "browse"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +255,7 @@ ASKED = [
     ("generate", "--prompt"), ("steer", "--prompt"), ("steer", "--task"), ("steer", "--patch"),
     ("steer", "--answers"), ("steer", "--set"), ("steer", "--means"), ("evaluate", "--tasks"),
     ("tasks", ""), ("circuits", "--task"), ("train", "--preset"), ("train", "--data"),
+    ("browse", "--prompt"),
 ]  # fmt: skip
 
 
@@ -269,7 +274,8 @@ def test_texts(place, tmp_path, monkeypatch, capsys, program, option, number):
         status, _ = ask(program, given, capsys)
         assert (tmp_path / "new").exists() == (status == 0)
     else:
-        changed = {"--out": str(tmp_path / "out")} if program in ("tasks", "circuits") else {}
+        writes = program in ("tasks", "circuits", "browse")
+        changed = {"--out": str(tmp_path / "out")} if writes else {}
         given = arguments_of(program, **changed)
         if option:
             given = [*given, option, text, *([text] if option == "--answers" else [])]

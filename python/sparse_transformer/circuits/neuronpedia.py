@@ -73,8 +73,11 @@ def to_neuronpedia(
         least_share: links below this share of the strongest into the same node are left out.
 
     Raises:
-        UserError: a circuit of another model, or without an example where there is no prompt.
+        UserError: a circuit of another model, or without an example where there is no prompt; a
+            share outside [0, 1].
     """
+    if not 0 <= least_share <= 1:
+        raise UserError(f"least_share must be in [0, 1], got {least_share}")
     if prompt is None:
         if not circuit.examples:
             raise UserError("the circuit has no example: give a prompt")
