@@ -81,7 +81,7 @@ class Static:
         layers = self.layers.items() if self.due else ()
         for layer, layout in [(layer, self._choose(name, layer)) for name, layer in layers]:
             rewire_(layer, self.optimizer, layout)
-        self._begin(self.steps + 1)
+        self.load_state_dict({"steps": self.steps + 1})
         return bool(layers)
 
     def state_dict(self) -> dict[str, int]:
@@ -90,10 +90,7 @@ class Static:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues where `state` was saved, with the model and the optimizer of then."""
-        self._begin(state["steps"])
-
-    def _begin(self, step: int) -> None:
-        self.steps = step
+        self.steps = state["steps"]
 
     def _choose(self, name: str, layer: SparseLinear) -> FanInLayout:
         layout, width = layer.layout, self._width(name, layer.layout)
@@ -155,8 +152,8 @@ class RigL(Static):
     def share(self) -> float:
         return self.drop / 2 * (1 + math.cos(math.pi * min(self.steps / self.until, 1.0)))
 
-    def _begin(self, step: int) -> None:
-        super()._begin(step)
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        super().load_state_dict(state)
         for handle in self._handles:
             handle.remove()
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
