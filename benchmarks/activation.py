@@ -1,24 +1,19 @@
-"""Times abs_topk: `python -m benchmarks.matmul --operation abs_topk` by another name."""
+"""Times abs_topk against torch.topk + scatter, with the options of `benchmarks.matmul`."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from benchmarks import matmul, run
 
-
-@dataclass(frozen=True)
-class Options(matmul.Options):
-    """Options of the command line."""
-
-    operation: Literal["abs_topk"] = "abs_topk"
-    """What is measured."""
-
-
-BENCHMARK = replace(matmul.BENCHMARK, name="activation", description=__doc__, options=Options)
+BENCHMARK = run.Benchmark(
+    name="activation",
+    description=__doc__,
+    cases=partial(matmul.choose, "activation"),
+    measure=matmul.measure,
+    options=matmul.Options,
+)
 main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":

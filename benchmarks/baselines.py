@@ -69,13 +69,13 @@ class Operands:
         """The seeded operands of a case; the activations are drawn on the device."""
         dtype = DTYPES[case.dtype]
         sizes = (case.in_features, case.out_features, case.fan_in, case.block, dtype)
-        problem = make_problem(0, 1, *sizes, bias=False, device=device)
+        drawn = make_problem(0, 1, *sizes, bias=False, device=device)
         generator = torch.Generator(device).manual_seed(0)
         x, grad = (
             torch.randn(case.tokens, features, generator=generator, device=device).to(dtype)
             for features in (case.in_features, case.out_features)
         )
-        problem = replace(problem, x=x, grad_output=grad)
+        problem = replace(drawn, x=x, grad_output=grad)
         pattern = replace(problem, values=torch.ones_like(problem.values))
         return cls(case, problem, problem.dense_weight(), pattern.dense_weight())
 
@@ -167,26 +167,35 @@ def has_bf16_dense() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def dense_rivals(operands: Operands, product: str) -> tuple[Rivals, dict[str, str]]:
-    """Masked dense and every dense way there is, and a note about what is left out.
+def rivals(
+    operands: Operands, product: str, ours: Candidate | None
+) -> tuple[Rivals, dict[str, str]]:
+    """Masked dense, every dense way there is and sparse ways, and why some are left out.
 
-    What is left out since it would take seconds can never be the best dense.
+    Sparse results are compared with that of ours; without ours no rival is sparse or compiled. What
+    is left out since it would take seconds can never be the best dense.
     """
     case, on_gpu = operands.case, operands.weight.is_cuda
     is_small = case.tokens * case.in_features * case.out_features <= BF16_LOOP_MAX
     has_bf16 = on_gpu or is_small or has_bf16_dense()
     found: Rivals = {}
-    if case.dtype != "bfloat16" or has_bf16:
+    notes: dict[str, str] = {}
+    if has_bf16 or case.dtype != "bfloat16":
         masked = masked_dense(operands, product)
         found["masked dense"] = masked, ["masked_dense"]
-        if on_gpu and case in HEADLINES:
+        if ours is not None and on_gpu and case in HEADLINES:
             compiled = torch.compile(masked, fullgraph=True, dynamic=False)
             found["compiled masked"] = compiled, ["compiled_masked"]
+    if not has_bf16:
+        note = "torch's bfloat16 dense product is not timed: it takes seconds on this processor"
+        notes["bf16_dense_note"] = note
     stock = f"{'cuBLAS' if on_gpu else 'torch'} {SHORT_NAMES[case.dtype]}"
     for name, call in _dense_ways(operands, product, bf16=has_bf16):
         found[name] = call, ["best_dense", *(["dense"] if name == stock else [])]
-    note = "torch's bfloat16 dense product is not timed: it takes seconds on this processor"
-    return found, {} if has_bf16 else {"bf16_dense_note": note}
+    if ours is None:
+        return found, notes
+    sparse, more = sparse_rivals(operands, product, ours)
+    return found | sparse, notes | more
 
 
 def _dense_ways(operands: Operands, product: str, *, bf16: bool) -> Ways:
@@ -211,13 +220,6 @@ def _dense_ways(operands: Operands, product: str, *, bf16: bool) -> Ways:
                 yield "torch via bf16", with_precision(fp32, "medium")
 
 
-def rivals(operands: Operands, product: str, ours: Candidate) -> tuple[Rivals, dict[str, str]]:
-    """Masked dense, dense and sparse ways to compute the product, and why some are missing."""
-    dense, notes = dense_rivals(operands, product)
-    sparse, more = sparse_rivals(operands, product, ours)
-    return dense | sparse, notes | more
-
-
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -240,7 +242,7 @@ def sparse_rivals(
         return {}, {"sparse_note": f"sparse peers have no {case.dtype}"}
     if not on_gpu and 2.0 * case.tokens * case.out_features * case.fan_in > MAX_FLOPS:
         return {}, {"sparse_note": "a sparse peer would take many seconds"}
-    expected = _expected(operands, product, ours)
+    expected = _values(ours(), operands)
     scale = float(expected.abs().max()) or 1.0
     found: Rivals = {}
     problems = []
@@ -262,18 +264,12 @@ def sparse_rivals(
     return found, {"sparse_note": "; ".join(problems)} if problems else {}
 
 
-def _expected(operands: Operands, product: str, ours: Candidate) -> Tensor:
-    result = ours()
-    assert isinstance(result, Tensor)
-    if product != "grad_weight":
-        return result
-    # Values in the order of CSR.
-    return sk.to_dense(result, operands.problem.layout)[operands.mask.bool()]
-
-
 def _values(result: object, operands: Operands) -> Tensor:
+    """A result as a tensor, that of grad_weight as the kept values in the order of CSR."""
     if not isinstance(result, Tensor):
         return torch.as_tensor(result)
+    if result.shape == operands.problem.values.shape:
+        return sk.to_dense(result, operands.problem.layout)[operands.mask.bool()]
     if result.layout == torch.sparse_bsr:
         return result.to_dense()[operands.mask.bool()]
     return result.values() if result.layout == torch.sparse_csr else result
@@ -288,24 +284,24 @@ def _sides(operands: Operands, product: str) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(1)
 def _csr(operands: Operands, is_transposed: bool) -> Tensor:
-    matrix, pattern = operands.weight, operands.mask
-    if is_transposed:
-        matrix, pattern = matrix.t(), pattern.t()
-    rows, columns = pattern.nonzero().unbind(1)
-    crow = torch.bincount(rows, minlength=len(matrix)).cumsum(0)
-    crow = torch.cat([crow.new_zeros(1), crow])
+    matrix, mask = (t.t() if is_transposed else t for t in (operands.weight, operands.mask))
+    csr = mask.to_sparse_csr()
     # MKL multiplies with 32-bit indices; given 64-bit ones torch converts them at every call.
-    return torch.sparse_csr_tensor(crow.int(), columns.int(), matrix[rows, columns], matrix.shape)
+    indices = csr.crow_indices().int(), csr.col_indices().int()
+    return torch.sparse_csr_tensor(*indices, matrix[mask.bool()], matrix.shape)
+
+
+def _sampled(operands: Operands, pattern: Tensor) -> Candidate:
+    """grad_weight at the places of a matrix: autograd has no rule for CSR weights."""
+    x, left = operands.problem.x, operands.problem.grad_output.t().contiguous()
+    return lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)
 
 
 def _torch_csr(operands: Operands, product: str) -> Ways:
-    """`sampled_addmm` is the gradient of the weight: autograd has no rule for CSR weights."""
     if not operands.mask.is_cuda and not torch.backends.mkl.is_available():
         return
     if product == "grad_weight":
-        pattern, x = _csr(operands, False), operands.problem.x
-        left = operands.problem.grad_output.t().contiguous()
-        yield "torch CSR", lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)
+        yield "torch CSR", _sampled(operands, _csr(operands, False))
         return
     _, activations = _sides(operands, product)
     matrix, feature_major = _csr(operands, product != "forward"), activations.t().contiguous()
@@ -318,9 +314,7 @@ def _torch_bsr(operands: Operands, product: str) -> Ways:
     if block not in BSR_BLOCKS:
         return
     if product == "grad_weight":
-        pattern, x = operands.mask.to_sparse_bsr(block), operands.problem.x
-        left = operands.problem.grad_output.t().contiguous()
-        yield "torch BSR", lambda: torch.sparse.sampled_addmm(pattern, left, x, beta=0.0)
+        yield "torch BSR", _sampled(operands, operands.mask.to_sparse_bsr(block))
         return
     dense, activations = _sides(operands, product)
     matrix = dense.contiguous().to_sparse_bsr(block)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
+from benchmarks import baselines, timing
 from benchmarks.baselines import Accuracy, Operands, Rivals
-from benchmarks.cases import DTYPES, Case, TopkCase
+from benchmarks.cases import DTYPES, HEADLINES, PRODUCTS, AnyCase, Case, TopkCase
+from benchmarks.devices import Device
 from benchmarks.roofline import Work, count_work
 from benchmarks.timing import Candidate
-from sparse_kernels import abs_topk, backends, reference
+from sparse_kernels import abs_topk, reference
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds of timing for an operation, and the samples that it has: see `timing.interleave`."""
+
+    budget_s: float = 0.3
+    limit_s: float = 0.8
+    min_samples: int = timing.MIN_SAMPLES
+
+
+SMOKE = Limits(0.01, math.inf)
 
 
 @dataclass(frozen=True)
@@ -22,31 +39,42 @@ class Operation:
     """One call that is measured, and what it is compared with."""
 
     product: str  # its name in the rows
-    backend: str
-    ours: Candidate
-    check: Callable[[], Accuracy]  # compares the result with the truth
+    ours: dict[str, Candidate]  # by backend
+    check: Callable[[Candidate], Accuracy]  # compares a call's result with the truth
     work: Work  # for the bound
     rivals: Callable[[], tuple[Rivals, dict[str, str]]]  # and notes about what is missing
 
 
-def products(case: Case, device: str, backend: str | None) -> Iterator[Operation]:
-    """The three products of a layer, over the same operands. Without a backend sk chooses one."""
-    operands = Operands.draw(case, device)
+def of(
+    case: AnyCase, device: str, backends: Sequence[str], *, dense_only: bool = False
+) -> Iterator[Operation]:
+    """The operations of a case; `dense_only` leaves out rivals that are sparse or compiled."""
+    if isinstance(case, TopkCase):
+        yield from _forward_and_backward(case, device, backends)
+    else:
+        yield from _products(case, device, backends, dense_only)
 
-    for problem in case.problems(device):
-        name, product = backends.choose(problem, backend), problem.product
-        ours = baselines.ours(operands, product, name)
+
+def _products(
+    case: Case, device: str, backends: Sequence[str], dense_only: bool
+) -> Iterator[Operation]:
+    """The three products of a layer, over the same operands."""
+    operands = Operands.draw(case, device)
+    for product in PRODUCTS:
+        ours = {name: baselines.ours(operands, product, name) for name in backends}
+        expected = None if dense_only else next(iter(ours.values()))
         yield Operation(
             product=product,
-            backend=name,
             ours=ours,
-            check=partial(baselines.check, operands, product, ours),
+            check=partial(baselines.check, operands, product),
             work=count_work(case, product, operands.used_in_features),
-            rivals=partial(baselines.rivals, operands, product, ours),
+            rivals=partial(baselines.rivals, operands, product, expected),
         )
 
 
-def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> Iterator[Operation]:
+def _forward_and_backward(
+    case: TopkCase, device: str, backends: Sequence[str]
+) -> Iterator[Operation]:
     """abs_topk against what users write in PyTorch, whose backward is autograd's.
 
     Every element of the result is compared with the specification, or its gradient.
@@ -58,9 +86,8 @@ def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> It
         )
         for _ in range(2)
     )
-    name = backends.choose(case.problems(device)[0], backend)
-    ways = {
-        "ours": partial(abs_topk, k=case.k, backend=name),
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        **{name: partial(abs_topk, k=case.k, backend=name) for name in backends},
         "sorted": partial(_torch_abs_topk, k=case.k, is_sorted=True),
         "unsorted": partial(_torch_abs_topk, k=case.k, is_sorted=False),
     }
@@ -72,8 +99,8 @@ def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> It
         return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
 
     kept = reference.abs_topk(x, case.k)
-    forward = {way: partial(call, x) for way, call in ways.items()}
-    backward = {way: partial(gradient, y) for way, y in results.items()}
+    forward: dict[str, Candidate] = {way: partial(call, x) for way, call in ways.items()}
+    backward: dict[str, Candidate] = {way: partial(gradient, y) for way, y in results.items()}
     for product, calls, truth, read in (
         ("abs_topk forward", forward, kept, x.nbytes),
         ("abs_topk backward", backward, reference.abs_topk_backward(grad, kept), 2 * x.nbytes),
@@ -81,9 +108,8 @@ def forward_and_backward(case: TopkCase, device: str, backend: str | None) -> It
         rivals: Rivals = {way: (calls[way], ["torch"]) for way in ("sorted", "unsorted")}
         yield Operation(
             product=product,
-            backend=name,
-            ours=calls["ours"],
-            check=partial(_count_different, calls["ours"], truth),
+            ours={name: calls[name] for name in backends},
+            check=partial(_count_different, truth),
             # Forward reads x and writes y; backward reads dY and Y and writes dX.
             work=Work(flops=0, operand_bytes=0, read_bytes=read, write_bytes=x.nbytes),
             rivals=partial(tuple[Rivals, dict[str, str]], (rivals, {})),
@@ -95,8 +121,109 @@ def _torch_abs_topk(x: Tensor, k: int, *, is_sorted: bool) -> Tensor:
     return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))
 
 
-def _count_different(call: Candidate, truth: Tensor) -> Accuracy:
+def _count_different(truth: Tensor, call: Candidate) -> Accuracy:
     result = call()
     assert isinstance(result, Tensor)
     different = int((result != truth).sum())
     return Accuracy(different, 0.0, different == 0, "every element")
+
+
+@torch.no_grad()
+def measure(
+    case: AnyCase,
+    device: Device,
+    backends: Sequence[str],
+    limits: Limits | None,
+    *,
+    dense_only: bool = False,
+) -> Iterator[Row]:
+    """The rows of a case: each operation on each backend, then for each backend their sum.
+
+    All backends take turns with the rivals. A result that is wrong has no times, and without
+    `limits` none has.
+    """
+    found: dict[str, list[Row]] = {name: [] for name in backends}
+    for operation in of(case, device.name, backends, dense_only=dense_only):
+        rows = {name: _check(case, operation, name, device) for name in backends}
+        right = {name: call for name, call in operation.ours.items() if rows[name]["correct"]}
+        if right and limits is not None:
+            times, columns = time_in_turns(right, operation, device, limits)
+            for name, row in times.items():
+                rows[name] |= columns | row
+        for name, row in rows.items():
+            found[name].append(row)
+            yield row
+    for products in found.values():
+        yield sum_rows(products)
+
+
+def _check(case: AnyCase, operation: Operation, backend: str, device: Device) -> Row:
+    row = {"device": device.name, **case.columns, "product": operation.product}
+    row |= {"backend": backend, "threads": torch.get_num_threads()}
+    row |= asdict(operation.check(operation.ours[backend])) | {"headline": case in HEADLINES}
+    if device.peaks is not None:
+        terms = device.peaks.bound_ms(operation.work, case.dtype)
+        limit = max(terms, key=lambda term: terms[term])
+        row |= {"bound_ms": terms[limit], "bound_limit": limit}
+    return row
+
+
+def time_in_turns(
+    ours: Mapping[str, Candidate], operation: Operation, device: Device, limits: Limits
+) -> tuple[dict[str, Row], Row]:
+    """The columns of each call of ours, and those of the rivals, which are of the same turns."""
+    rivals, notes = operation.rivals()
+    calls = {**ours, **{name: call for name, (call, _) in rivals.items()}}
+    groups: dict[str, list[str]] = {}
+    for name, (_, names) in rivals.items():
+        for group in names:
+            groups.setdefault(group, []).append(name)
+    guesses = timing.estimates_s(calls, groups.values(), device.sample_s)
+    contenders = set(ours)
+    for names in groups.values():
+        limit = timing.HOPELESS * min(guesses[name] for name in names)
+        contenders |= {name for name in names if guesses[name] <= limit}
+    timings = timing.interleave(
+        {name: call for name, call in calls.items() if name in contenders},
+        estimates=guesses,
+        budget_s=limits.budget_s,
+        # One sample of the slowest may take longer than everything else: its estimate counts.
+        limit_s=max([limits.limit_s, *(2 * guesses[name] for name in ours)]),
+        min_samples=limits.min_samples,
+        sampler=device.sample_s,
+    )
+    row: Row = dict(notes)
+    for group, names in groups.items():
+        best = min(contenders & set(names), key=lambda name: timings[name].time_ms)
+        row |= {f"{group}_ms": timings[best].time_ms, f"{group}_kind": best}
+    columns = {name: asdict(found) for name, found in timings.items()}
+    times = {name: {**columns.pop(name), "timed": device.clock} for name in ours}
+    return times, row | {"baselines": columns}
+
+
+def sum_rows(rows: Sequence[Mapping[str, Any]]) -> Row:
+    """The `step` row: times and bounds added up, spreads as independent, errors the largest.
+
+    It has a column only where every operation has it.
+    """
+    combine: dict[str, Callable[[list[Any]], object]] = {
+        "spread_ms": lambda values: math.hypot(*values),
+        "error": max,
+        "torch_error": max,
+        "samples": min,
+        "correct": min,
+    }
+    step: Row = {}
+    for name, first in rows[0].items():
+        if not all(name in row for row in rows) or name == "baselines":
+            continue
+        values = [row[name] for row in rows]
+        if name in combine:
+            step[name] = combine[name](values)
+        elif name.endswith("_ms"):
+            step[name] = sum(values)
+        elif isinstance(first, str):
+            step[name] = " + ".join(dict.fromkeys(values))
+        else:
+            step[name] = first
+    return step | {"product": "step"}

@@ -18,22 +18,20 @@ others. The exit status is 1 if any failed, or if the kernels of a goal were wro
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks import devices, report
+from benchmarks import devices, report, tables
 from benchmarks.gpu import estimate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,6 +42,7 @@ TESTS = [
 ]
 WORKERS = 10
 FOREVER = 1e6
+MAX_LINE_BYTES = 2**20
 
 # The seconds after the start at which steps that run side by side end, and their commands by name.
 Group = tuple[float, dict[str, list[str]]]
@@ -52,59 +51,54 @@ Group = tuple[float, dict[str, list[str]]]
 def plan(
     out: Path, *, rehearse: bool = False, builds: bool = True, full: bool = False
 ) -> list[Group]:
-    """What is run, in this order."""
+    """What is run, in this order. A rehearsal builds nothing: its steps make the emulation."""
     python = [sys.executable]
     step = [*python, "-m", "benchmarks.gpu.steps", *(["--rehearse"] if rehearse else [])]
-    build = [*step, "build"] if rehearse else [*python, "setup.py", "build_ext", "--inplace"]
+    build = {"build": [*python, "setup.py", "build_ext", "--inplace"]}
     # Each tensor gets memory of its own, so that the sanitizer sees an access outside of one.
     sanitize = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
     sanitize += ["--error-exitcode", "1", "--tool"]
     test = [*python, "-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"]
     test += ["-m", "gpu"]
     workers = 1 if rehearse else WORKERS
+    tools = ("memcheck", "racecheck")
+    shards = [f"SPARSE_KERNELS_TEST_SHARD={n}/{workers}" for n in range(workers)]
     compilations = {f"compile-{n}": [*step, "compile", str(n)] for n in range(workers)}
     groups: list[Group] = [
-        (120, {"build": build} if builds else {}),
+        (120, build if builds and not rehearse else {}),
         (135, {"machine": [*step, "machine"]}),
         (170, {"check-cuda": [*step, "check", "cuda"], **compilations}),
         (200, {"ceilings": [*step, "ceilings"]}),
         (290, {"products": [*step, "products"]}),
         (315, {"abs_topk": [*step, "abs_topk"]}),
         (340, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
-        (
-            390,
-            {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in ("memcheck", "racecheck")},
-        ),
+        (390, {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in tools}),
         (430, {"profile": [*step, "profile"]}),
-        (
-            480,
-            {
-                f"tests-{n}": ["env", f"SPARSE_KERNELS_TEST_SHARD={n}/{workers}", *test, *TESTS]
-                for n in range(workers)
-            },
-        ),
+        (480, {f"tests-{n}": ["env", shard, *test, *TESTS] for n, shard in enumerate(shards)}),
     ]
     if full:
-        matmul = [*python, "-m", "benchmarks.matmul", "--device", "cuda"]
-        every = [*matmul, "--full", "--json"]
-        tune = ["env", "SPARSE_KERNELS_TRITON_TUNE=1", *matmul, "--backend", "triton"]
+        options = ["--device", "cuda", "--full", "--json"]
+        tune = ["env", "SPARSE_KERNELS_TRITON_TUNE=1", *python, "-m", "benchmarks.matmul"]
         groups += [
-            (FOREVER, {"matmul": [*every, str(out / "matmul.json")]}),
-            (FOREVER, {"topk": [*every, str(out / "topk.json"), "--operation", "abs_topk"]}),
-            (FOREVER, {"tune": tune}),
+            (FOREVER, {name: [*python, "-m", f"benchmarks.{name}", *options, f"{out}/{name}.json"]})
+            for name in ("matmul", "activation")
         ]
+        groups.append((FOREVER, {"tune": [*tune, *options[:2], "--backend", "triton"]}))
     return groups
 
 
 @dataclass
 class Record:
-    """The result file, which is complete JSON after every row."""
+    """The folder of results, and its gpu.json, which is complete JSON after every row."""
 
-    path: Path
+    out: Path
     machine: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def path(self) -> Path:
+        return self.out / "gpu.json"
 
     @property
     def elapsed_s(self) -> float:
@@ -112,13 +106,12 @@ class Record:
 
     def add(self, row: dict[str, Any]) -> None:
         """Writes the file with this row, and prints the row."""
-        with self._lock:
-            if "machine" in row:
-                self.machine = row["machine"]
-            else:
-                self.rows.append(row)
-                print(f"{self.elapsed_s:6.1f} s  {describe(row)}", flush=True)
-            self.save(complete=False)
+        if "machine" in row:
+            self.machine = row["machine"]
+        else:
+            self.rows.append(row)
+            print(f"{self.elapsed_s:6.1f} s  {describe(row)}", flush=True)
+        self.save(complete=False)
 
     def save(self, *, complete: bool) -> None:
         report.write_json(self.path, self.machine, self.rows, complete=complete)
@@ -126,114 +119,73 @@ class Record:
 
 def describe(row: Mapping[str, Any]) -> str:
     """A row in a line."""
-    words = [str(row["step"])]
-    if "K" in row:
-        words.append(f"{row['K']}->{row['N']} fan-in {row['fan_in']} {row['block']} {row['dtype']}")
-    words += [
-        str(row[name]) for name in ("what", "product", "backend", "launched") if row.get(name)
-    ]
-    if row.get("correct") is False:
-        words.append("WRONG")
-    if "time_ms" in row:
-        words.append(f"{row['time_ms'] * 1e3:.1f} us")
-    for name in (name for name in row if name.startswith("over_")):
-        goal = f" (goal {row['goal']:g}x)" if row.get("goal") else ""
-        words.append(f"{row[name]:.2f}x {name.removeprefix('over_')}{goal}")
-    known = ("gbs", "seconds", "ended", "why_not", "note", "Kernel Name", "Metric Name")
-    words += [f"{name}: {row[name]}" for name in (*known, "Metric Value") if row.get(name)]
-    return ", ".join(words)
+    if "correct" not in row:
+        known = {name: value for name, value in row.items() if isinstance(value, (str, int, float))}
+        return ", ".join(f"{name} {value}" for name, value in known.items())
+    goal = f" (goal {row['goal']:g} times)" if row.get("goal") else ""
+    return f"{row['step']}: {row['backend']} {row['product']} {tables.lines([row])}{goal}"
 
 
-class Runner:
-    """Runs commands as processes of their own, which it can end."""
-
-    def __init__(self, out: Path, record: Record, environment: Mapping[str, str]) -> None:
-        self.out, self.record, self.environment = out, record, dict(environment)
-        self._running: set[subprocess.Popen[str]] = set()
-
-    def group(self, until_s: float, commands: Mapping[str, Sequence[str]]) -> list[str]:
-        """Runs the commands side by side until they end or their time does; how they ended."""
-        with ThreadPoolExecutor(max(1, len(commands))) as pool:
-            limit_s = until_s - self.record.elapsed_s
-            found = [pool.submit(self.run, n, words, limit_s) for n, words in commands.items()]
-            try:
-                return [future.result() for future in found]
-            except BaseException:
-                for process in list(self._running):
-                    end(process)
-                raise
-
-    def run(self, name: str, words: Sequence[str], limit_s: float) -> str:
-        """Runs a command, and adds the rows that it prints and one about how it ended."""
-        start = time.monotonic()
-        with (self.out / f"{name}.log").open("w") as log:
-            print(f"$ {shlex.join(words)}", file=log, flush=True)
-            ended = self._run(words, limit_s, log)
-        seconds = round(time.monotonic() - start, 1)
-        self.record.add({"step": name, "ended": ended, "seconds": seconds})
-        return ended
-
-    def _run(self, words: Sequence[str], limit_s: float, log: TextIO) -> str:
-        if limit_s <= 0:
-            return "not started: no time was left"
+async def run(name: str, words: Sequence[str], until_s: float, record: Record) -> str:
+    """Runs a command until it ends or its time does; adds its rows, and one about how it ended."""
+    before = record.elapsed_s
+    with (record.out / f"{name}.log").open("w") as log:
+        print(f"$ {shlex.join(words)}", file=log, flush=True)
         try:
-            process = subprocess.Popen(
-                words, cwd=ROOT, env=self.environment, text=True, start_new_session=True,
-                stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+            ended = await _run(words, until_s - before, log, record)
         except FileNotFoundError:
-            return f"{words[0]} is not installed"
-        self._running.add(process)
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            end(process)
-
-        timer = threading.Timer(min(limit_s, FOREVER), stop)
-        timer.start()
-        try:
-            with process:
-                assert process.stdout is not None
-                for row in rows_of(process.stdout, log):
-                    self.record.add(row)
-        finally:
-            timer.cancel()
-            self._running.discard(process)
-        status = process.returncode
-        if late.is_set():
-            return f"stopped after {limit_s:.0f} s"
-        # `env` says so for the program that it runs.
-        missing = f"{words[2]} is not installed" if status == 127 and words[0] == "env" else None
-        return missing or (f"exit status {status}" if status else "passed")
+            ended = f"{words[0]} is not installed"
+    seconds = round(record.elapsed_s - before, 1)
+    record.add({"step": name, "ended": ended, "seconds": seconds})
+    return ended
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+async def _run(words: Sequence[str], limit_s: float, log: TextIO, record: Record) -> str:
+    if limit_s <= 0:
+        return "not started: no time was left"
+    process = await asyncio.create_subprocess_exec(
+        *words, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True,
+        limit=MAX_LINE_BYTES,
+    )  # fmt: skip
+
+    async def follow() -> int:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if row := row_of(line):
+                record.add(row)
+            else:
+                print(line.decode(errors="replace"), end="", file=log, flush=True)
+        return await process.wait()
+
+    try:
+        status = await asyncio.wait_for(follow(), limit_s)
+    except asyncio.TimeoutError:
+        return f"stopped after {limit_s:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        await process.wait()
+    # `env` says so for the program that it runs.
+    missing = f"{words[2]} is not installed" if status == 127 and words[0] == "env" else None
+    return missing or (f"exit status {status}" if status else "passed")
 
 
-def rows_of(lines: Iterable[str], log: TextIO) -> Iterator[dict[str, Any]]:
-    """The lines that are rows; the others go to the log."""
-    for line in lines:
-        try:
-            row = json.loads(line) if line.startswith("{") else None
-        except ValueError:  # cut off
-            row = None
-        if row is None or not row.keys() & {"step", "machine"}:
-            log.write(line)
-            log.flush()
-        else:
-            yield row
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The row that a line is, if it is one."""
+    try:
+        row = json.loads(line) if line.startswith(b"{") else {}
+    except ValueError:  # cut off
+        return None
+    return row if row.keys() & {"step", "machine"} else None
 
 
-def environment(out: Path, *, rehearse: bool) -> dict[str, str]:
-    """That of the steps: one cache of compiled Triton kernels, deterministic cuBLAS."""
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    found["TRITON_CACHE_DIR"] = str(out / "triton-cache")
-    found.pop("SPARSE_KERNELS_CUDA", None)  # it is built for the GPU that is visible
-    return found | ({"TRITON_INTERPRET": "1"} if rehearse else {})
+async def run_all(groups: Sequence[Group], record: Record) -> list[str]:
+    """Runs the groups one after the other; how their commands ended."""
+    endings: list[str] = []
+    for until_s, commands in groups:
+        running = (run(name, words, until_s, record) for name, words in commands.items())
+        endings += await asyncio.gather(*running)
+    return endings
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -253,23 +205,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.estimate:
         return estimate.main()
-    if not options.rehearse and (reason := devices.why_not("cuda")):
+    rehearse = options.rehearse
+    if not rehearse and (reason := devices.why_not("cuda")):
         report.refuse(PROGRAM, f"this needs a GPU: {reason}")
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    record = Record(out / "gpu.json")
+    record = Record(out)
     record.save(complete=False)
-    runner = Runner(out, record, environment(out, rehearse=options.rehearse))
+    # One cache of compiled Triton kernels, deterministic cuBLAS.
+    os.environ |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    os.environ |= {"TRITON_CACHE_DIR": f"{out}/triton-cache"}
+    os.environ.pop("SPARSE_KERNELS_CUDA", None)  # it is built for the GPU that is visible
+    groups = plan(out, rehearse=rehearse, builds=not options.no_build, full=options.full)
+    if rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+        # A rehearsal on a slow machine shows what runs, not how fast.
+        groups = [(FOREVER, commands) for _, commands in groups]
     # Ended by `timeout` or a scheduler, it ends what it started, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    endings = []
     try:
-        for until_s, commands in plan(
-            out, rehearse=options.rehearse, builds=not options.no_build, full=options.full
-        ):
-            # A rehearsal on a slow machine shows what runs, not how fast.
-            limit_s = FOREVER if options.rehearse else until_s
-            endings += runner.group(limit_s, commands)
+        endings = asyncio.run(run_all(groups, record))
     except KeyboardInterrupt:
         print(f"interrupted; {len(record.rows)} rows are in {record.path}")
         return report.INTERRUPTED

@@ -23,8 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import PRODUCTS, Case, TopkCase
-from benchmarks.gpu.steps import HEADLINES, goal_of
+from benchmarks.cases import GOALS, PRODUCTS, Case, TopkCase, goal_of
 from benchmarks.roofline import count_work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,36 +73,26 @@ def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         f"{DENSE_FLOPS / 1e12:g} Tflop/s, L2 {L2_BYTES_S / 1e12:g} TB/s, HBM "
         f"{HBM_BYTES_S / 1e12:g} TB/s."
     )
-    for case in HEADLINES:
+    for case in GOALS:
         if isinstance(case, TopkCase):
             least = 2 * HALF * case.tokens * case.width / HBM_BYTES_S * 1e6
             yield f"{case}: at least {least:.0f} us (HBM)"
             continue
         dense_us = 2 * case.tokens * case.in_features * case.out_features / DENSE_FLOPS * 1e6
-        step_us, tiled = 0.0, case.block != (1, 1)
+        is_tiled, step_us = case.block != (1, 1), 0.0
+        about, most = ("about", "") if is_tiled else ("at least", "at most ")
         for product in PRODUCTS:
-            words = "transposed " if product == "grad_input" else "own "
-            words = "" if product == "grad_weight" else words
+            words = {"forward": "own ", "grad_input": "transposed "}.get(product, "")
             kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
             key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
-            terms = terms_us(case, product, tiles[key] if tiled else None)
+            terms = terms_us(case, product, tiles[key] if is_tiled else None)
             limit = max(terms, key=lambda name: terms[name])
             step_us += terms[limit]
-            over = _over(case, product, dense_us / terms[limit], tiled)
-            yield f"{case} {product}: {_about(tiled)} {terms[limit]:.0f} us ({limit}){over}"
-        over = _over(case, "step", len(PRODUCTS) * dense_us / step_us, tiled)
-        yield f"{case} step: {_about(tiled)} {step_us:.0f} us{over}"
-
-
-def _about(tiled: bool) -> str:
-    return "about" if tiled else "at least"
-
-
-def _over(case: Case, product: str, times: float, tiled: bool) -> str:
-    goal = goal_of(case, product)
-    return f", {'' if tiled else 'at most '}{times:.1f}x cuBLAS" + (
-        f" (goal {goal:g}x)" if goal else ""
-    )
+            goal = f" (goal {wanted:g}x)" if (wanted := goal_of(case, product)) else ""
+            over = f"{most}{dense_us / terms[limit]:.1f}x cuBLAS{goal}"
+            yield f"{case} {product}: {about} {terms[limit]:.0f} us ({limit}), {over}"
+        over = f"{most}{len(PRODUCTS) * dense_us / step_us:.1f}x cuBLAS"
+        yield f"{case} step: {about} {step_us:.0f} us, {over} (goal {goal_of(case, 'step'):g}x)"
 
 
 def main() -> int:
