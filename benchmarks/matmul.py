@@ -1,6 +1,6 @@
 """Times the sparse operations against dense, other sparse libraries and the roofline bound.
 
-    python -m benchmarks.matmul                      the most telling cases, in a minute or two
+    python -m benchmarks.matmul                      the most telling cases, in a minute
     python -m benchmarks.matmul --full               every case, in minutes
     python -m benchmarks.matmul --smoke              tiny shapes, in seconds
     python -m benchmarks.matmul --case 2048-8192     the cases whose name contains this
@@ -105,21 +105,11 @@ def time_in_turns(
     for name, (_, names) in rivals.items():
         for group in names:
             groups.setdefault(group, []).append(name)
-    guesses = timing.estimates_s(calls, groups.values(), device.sample_s)
-    contenders = {"ours"}
-    for names in groups.values():
-        limit = timing.HOPELESS * min(guesses[name] for name in names)
-        contenders |= {name for name in names if guesses[name] <= limit}
     timings = timing.interleave(
-        {name: call for name, call in calls.items() if name in contenders},
-        estimates=guesses,
-        budget_s=seconds[0],
-        # One sample of the slowest may take longer than everything else: its estimate counts.
-        limit_s=max(seconds[1], 2 * guesses["ours"]),
-        sampler=device.sample_s,
+        calls, groups.values(), budget_s=seconds[0], limit_s=seconds[1], sampler=device.sample_s
     )
     for group, names in groups.items():
-        best = min(contenders & set(names), key=lambda name: timings[name].time_ms)
+        best = min(names, key=lambda name: timings[name].time_ms)
         row |= {f"{group}_ms": timings[best].time_ms, f"{group}_kind": best}
     columns = {name: asdict(found) for name, found in timings.items()}
     ours = columns.pop("ours")

@@ -261,7 +261,6 @@ def _times(bench: Bench, calls: Mapping[str, Candidate]) -> dict[str, Row]:
     sampler = bench.device.sample_s
     found = timing.interleave(
         calls,
-        estimates=timing.estimates_s(calls, sampler=sampler),
         budget_s=0.01 if bench.rehearses else SECONDS,
         min_samples=1 if bench.rehearses else MIN_SAMPLES,
         sampler=sampler,
