@@ -1,6 +1,6 @@
 """Times the sparse products against dense, other sparse libraries and the roofline bound.
 
-    python -m benchmarks.matmul                      the most telling cases, in a minute or two
+    python -m benchmarks.matmul                      the most telling cases, in a minute
     python -m benchmarks.matmul --full               every case, in minutes
     python -m benchmarks.matmul --smoke              tiny shapes, in seconds
     python -m benchmarks.matmul --case 2048-8192     the cases whose name contains this

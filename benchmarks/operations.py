@@ -178,23 +178,10 @@ def time_in_turns(
     for name, (_, names) in rivals.items():
         for group in names:
             groups.setdefault(group, []).append(name)
-    guesses = timing.estimates_s(calls, groups.values(), device.sample_s)
-    contenders = set(ours)
-    for names in groups.values():
-        limit = timing.HOPELESS * min(guesses[name] for name in names)
-        contenders |= {name for name in names if guesses[name] <= limit}
-    timings = timing.interleave(
-        {name: call for name, call in calls.items() if name in contenders},
-        estimates=guesses,
-        budget_s=limits.budget_s,
-        # One sample of the slowest may take longer than everything else: its estimate counts.
-        limit_s=max([limits.limit_s, *(2 * guesses[name] for name in ours)]),
-        min_samples=limits.min_samples,
-        sampler=device.sample_s,
-    )
+    timings = timing.interleave(calls, groups.values(), **vars(limits), sampler=device.sample_s)
     row: Row = dict(notes)
     for group, names in groups.items():
-        best = min(contenders & set(names), key=lambda name: timings[name].time_ms)
+        best = min(names, key=lambda name: timings[name].time_ms)
         row |= {f"{group}_ms": timings[best].time_ms, f"{group}_kind": best}
     columns = {name: asdict(found) for name, found in timings.items()}
     times = {name: {**columns.pop(name), "timed": device.clock} for name in ours}

@@ -35,7 +35,7 @@ TILE_VECTORS = (1, 2, 4, 8, 16)
 L1_SIZE_UNKNOWN = 48 * 1024
 # 16 KB a thread lie in every L1 data cache; 160 KB in every second-level cache and in no L1.
 L1_BYTES, L2_BYTES = 16 * 1024, 160 * 1024
-SIZES = tuple(2**20 * 4**i for i in range(5))  # 1 MB to 256 MB, all threads together
+SIZES = tuple(2**20 * 4**i for i in range(4))  # 1 MB to 64 MB, all threads together
 SMOKE_SIZES = (2**20, 2**24)
 # Times that each rate is measured, in buffers of its own: another process may disturb one, and the
 # rate depends on where in memory a buffer happens to lie.

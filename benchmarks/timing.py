@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 Candidate = Callable[[], object]
@@ -20,9 +20,7 @@ Sampler = Callable[[Candidate, int], float]
 
 # A sample lasts at least this long: 1000 times what two readings of the clock take.
 MIN_SAMPLE_S = 2e-4
-# A candidate that takes longer than this is timed once: nothing around it can matter by much.
-SLOW_S = 1.0
-# The guess for a candidate that takes longer than this is one warm call, not the better of two.
+# A first call longer than this is not repeated before the turns.
 LONG_S = 0.05
 # A candidate that is this much slower than the fastest of its group cannot be the best one.
 HOPELESS = 2.0
@@ -55,75 +53,73 @@ def sample_s(call: Candidate, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def estimates_s(
-    candidates: Mapping[str, Candidate],
-    groups: Iterable[Iterable[str]] = (),
-    sampler: Sampler = sample_s,
-) -> dict[str, float]:
-    """Warms the candidates up and returns a first guess of the time of each, in seconds.
-
-    The first call pays for pages, threads, packed copies and lazily built schedules, so the guess
-    is the best of three, or of two where a call is long. A long first call is the guess itself
-    where it takes `HOPELESS` squared times that of the fastest in every group of the candidate.
-    """
-    first = {name: sampler(call, 1) for name, call in candidates.items()}
-    hopeful = set(candidates) - {name for group in groups for name in group}
-    for group in map(list, groups):
-        limit = max(LONG_S, HOPELESS**2 * min(first[name] for name in group))
-        hopeful |= {name for name in group if first[name] <= limit}
-
-    def guess(name: str) -> float:
-        more = 0 if first[name] > SLOW_S else 1 if first[name] > LONG_S else 2
-        calls = more if name in hopeful else 0
-        return min((sampler(candidates[name], 1) for _ in range(calls)), default=first[name])
-
-    return {name: guess(name) for name in candidates}
-
-
 def interleave(
     candidates: Mapping[str, Candidate],
+    groups: Iterable[Collection[str]] = (),
     *,
-    estimates: Mapping[str, float],
     budget_s: float = 0.5,
     limit_s: float = math.inf,
     min_samples: int = MIN_SAMPLES,
     sampler: Sampler = sample_s,
 ) -> dict[str, Timing]:
-    """Times the candidates, which are warm, in turns and returns the Timing of each.
+    """Times the candidates in turns and returns the Timing of each.
+
+    The first calls pay for pages, threads, packed copies and lazily built schedules, so they are no
+    samples. They say how many calls make a sample; where they are short, the best of three does.
 
     Args:
         candidates: name -> the call to time.
-        estimates: name -> what `estimate_s` said.
+        groups: names among which only the fastest matters. One that takes `HOPELESS` times as long
+            as the fastest of each of its groups sits out from then on, after the first call already
+            if that takes `HOPELESS` squared times as long; it keeps what was measured.
         budget_s: after about this long no further round starts, but every candidate gets at
-            least `min_samples`, at most 101; one that takes more than a second keeps its estimate.
-            A slow candidate sits out once it has used up an equal share of the time.
+            least `min_samples`, at most 101. A slow candidate sits out once it has used up an equal
+            share of the time.
         limit_s: after this long each has at least one sample, and no further round starts.
         min_samples: see `budget_s`.
         sampler: takes one sample; by default with the processor's clock.
     """
-    slow = {name for name in candidates if estimates[name] > SLOW_S}
-    samples = {name: [estimates[name]] if name in slow else [] for name in candidates}
+    groups = list(groups)
+    guesses = {name: sampler(call, 1) for name, call in candidates.items()}
+    hopeless = _hopeless(guesses, groups, HOPELESS**2)
+    for name in guesses:
+        if guesses[name] <= LONG_S:
+            guesses[name] = min(guesses[name], *(sampler(candidates[name], 1) for _ in range(2)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
     share_s = budget_s / max(1, len(candidates))
 
     def needs_more(name: str) -> bool:
-        return name not in slow and (len(samples[name]) < min_samples or spent[name] <= share_s)
+        is_short_of = len(samples[name]) < min_samples or spent[name] <= share_s
+        return name not in hopeless and is_short_of
 
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(MAX_SAMPLES):
-            is_late = sum(spent.values()) >= limit_s and all(samples.values())
-            turn = [] if is_late else [name for name in candidates if needs_more(name)]
-            if not turn:
-                break
+            turn = [name for name in candidates if needs_more(name)]
             for name in turn:
-                calls = max(1, math.ceil(MIN_SAMPLE_S / max(estimates[name], 1e-9)))
+                calls = max(1, math.ceil(MIN_SAMPLE_S / max(guesses[name], 1e-9)))
                 seconds = sampler(candidates[name], calls)
                 samples[name].append(seconds)
                 spent[name] += seconds * calls
+            latest = {name: min(samples[name], default=guesses[name]) for name in candidates}
+            hopeless |= _hopeless(latest, groups, HOPELESS)
+            if not turn or sum(spent.values()) >= limit_s:
+                break
     finally:
         if collects:
             gc.enable()
-    return {name: summarize(values) for name, values in samples.items()}
+    return {name: summarize(values or [guesses[name]]) for name, values in samples.items()}
+
+
+def _hopeless(
+    seconds: Mapping[str, float], groups: Iterable[Collection[str]], times: float
+) -> set[str]:
+    """Those that take more than `times` as long as the fastest of each of their groups."""
+    limits: dict[str, float] = {}
+    for group in groups:
+        fastest = min(seconds[name] for name in group)
+        limits |= {name: max(limits.get(name, 0.0), times * fastest) for name in group}
+    return {name for name, limit in limits.items() if seconds[name] > limit}

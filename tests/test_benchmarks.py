@@ -317,45 +317,45 @@ def test_candidates_take_turns_until_the_limit() -> None:
 
     def call(name: str) -> float:
         order.append(name)
-        return 1e-3
+        return 0.1
 
     calls = {name: partial(call, name) for name in "ab"}
-    estimates = dict.fromkeys(calls, 1e-3)
 
     def interleave(**limits: float) -> list[timing.Timing]:
-        found = timing.interleave(
-            calls, estimates=estimates, sampler=lambda call, _: call(), **limits
-        )
-        return list(found.values())
+        order.clear()
+        return list(timing.interleave(calls, sampler=lambda call, _: call(), **limits).values())
 
     found = interleave(budget_s=0.0)
-    assert order == ["a", "b"] * timing.MIN_SAMPLES
+    assert order == ["a", "b"] * (1 + timing.MIN_SAMPLES)  # the first calls are no samples
     assert [t.samples for t in found] == [timing.MIN_SAMPLES] * 2
-    order.clear()
     interleave(limit_s=0.0)
-    assert order == ["a", "b"]
+    assert order == ["a", "b"] * 2
 
 
-def test_slow_candidates_keep_their_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SLOW_S", 0.0)
-    calls: list[str] = []
-    candidates = {"slow": lambda: calls.append("slow")}
-    estimates = timing.estimates_s(candidates)
-    timings = timing.interleave(candidates, estimates=estimates)
-    assert calls == ["slow"]
-    assert timings["slow"] == timing.Timing(estimates["slow"] * 1e3, 0.0, 1)
-
-
-def test_a_rival_without_hope_is_called_once() -> None:
-    seconds = {"ours": [9.0, 0.5], "best": [0.2, 0.3], "near": [0.7, 0.1], "far": [0.9]}
+def test_a_rival_without_hope_sits_out() -> None:
+    seconds = {
+        "ours": [9.0, 0.5, 0.5],
+        "best": [0.2, 0.3, 0.3],
+        "near": [0.7, 0.5, 0.4],  # a slow first call
+        "far": [0.7, 0.7],  # out after one sample
+        "hopeless": [0.9],
+        "short": [0.04, 1e-3, 2e-3, 1.0, 1.0],
+    }
     calls = {name: partial(times.pop, 0) for name, times in seconds.items()}
-    found = timing.estimates_s(calls, [["best", "near", "far"]], lambda call, _: call())
-    assert found == {"ours": 9.0, "best": 0.3, "near": 0.1, "far": 0.9}
-    assert seconds["ours"] == [0.5]  # longer than a second: once
-    short = {"best": [1e-3, 1e-3, 1e-4], "cold": [0.04, 5e-4, 4e-4]}
-    calls = {name: partial(times.pop, 0) for name, times in short.items()}
-    found = timing.estimates_s(calls, [["best", "cold"]], lambda call, _: call())
-    assert found == {"best": 1e-4, "cold": 4e-4}
+    group = ["best", "near", "far", "hopeless"]
+    found = timing.interleave(
+        calls, [group], budget_s=0.0, min_samples=2, sampler=lambda call, _: call()
+    )
+    assert not any(seconds.values())
+    times = {name: (t.time_ms, t.samples) for name, t in found.items()}
+    assert times == {
+        "ours": (500, 2),
+        "best": (300, 2),
+        "near": (450, 2),
+        "far": (700, 1),
+        "hopeless": (900, 1),
+        "short": (1000, 2),
+    }
 
 
 def test_summarize_is_median_and_interquartile_range() -> None:

@@ -81,14 +81,10 @@ def measure_group(
         if job.failure is None
         for name, call in job.calls.items()
     }
-    # The first call pays for pages, optimizer state and lazily built schedules. It does not count
-    # as a sample, however slow the case is.
-    first_s = {name: timing.sample_s(call) for name, call in calls.items()}
     timings = timing.interleave(
         calls,
         budget_s=SMOKE_BUDGET_S if options.smoke else BUDGET_S,
         limit_s=LIMIT_S,
-        estimates={name: min(s, timing.SLOW_S) for name, s in first_s.items()},
     )
     return [
         describe(jobs[case], timings) | {"part": group.name, "peak_mb": peaks.get(case)}
