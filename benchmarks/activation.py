@@ -7,14 +7,13 @@ from functools import partial
 
 from benchmarks import matmul, run
 
-BENCHMARK = run.Benchmark(
+main = run.Benchmark(
     name="activation",
     description=__doc__,
     cases=partial(matmul.choose, "activation"),
     measure=matmul.measure,
     options=matmul.Options,
 )
-main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from sparse_kernels.backends import PRODUCTS as PRODUCTS
 from sparse_kernels.layout import Problem
 
-PRODUCTS = ("forward", "grad_input", "grad_weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_DTYPES = ("float32", "bfloat16")
 TOKENS, GPU_TOKENS = 2048, 16384
@@ -41,9 +41,8 @@ class Case:
     @property
     def columns(self) -> dict[str, Any]:
         sizes: dict[str, Any] = {"M": self.tokens, "K": self.in_features, "N": self.out_features}
-        sizes |= {"fan_in": self.fan_in}
         block, density = f"{self.block[0]}x{self.block[1]}", self.fan_in / self.in_features
-        return sizes | {"block": block, "dtype": self.dtype, "density": density}
+        return sizes | dict(fan_in=self.fan_in, block=block, dtype=self.dtype, density=density)
 
     def problems(self, device: str) -> list[Problem]:
         sizes = (self.out_features, self.in_features, self.fan_in, self.block)
@@ -166,15 +165,14 @@ def matmul_cases(device: str, size: str) -> list[Case]:
 
 def topk_cases(device: str, size: str) -> list[TopkCase]:
     """The cases of `benchmarks.activation`: on a GPU, by default, the headline alone."""
-    many = TOKENS if device == "cpu" else GPU_TOKENS
-    tokens, widths = (33, (64, 300)) if size == "smoke" else (many, (1024, 2048, 4096, 8192, 16384))
-    dtypes = CPU_DTYPES if device == "cpu" else tuple(DTYPES)
-    cases = [
-        TopkCase(tokens, width, width // share, dtype)
-        for dtype, share, width in product(dtypes, (4, 16), widths)
-    ]
-    is_short = (device, size) == ("cuda", "default")
-    return [case for case in cases if case in HEADLINES] if is_short else cases
+    on_gpu = device == "cuda"
+    if on_gpu and size == "default":
+        return [case for case in GOALS if isinstance(case, TopkCase)]
+    tokens, widths = GPU_TOKENS if on_gpu else TOKENS, (1024, 2048, 4096, 8192, 16384)
+    if size == "smoke":
+        tokens, widths = 33, (64, 300)
+    every = product(DTYPES if on_gpu else CPU_DTYPES, (4, 16), widths)
+    return [TopkCase(tokens, width, width // share, dtype) for dtype, share, width in every]
 
 
 # The cases of a benchmark by its name, for a device and a size.

@@ -32,9 +32,7 @@ FLUSH_MIN_BYTES = 256 * 2**20
 # Half a millisecond at 2 GHz: longer than the processor needs to queue a call.
 SLEEP_CYCLES = 1_000_000
 # Sizes of the dense product and the copy that the peaks are measured with.
-SIZE, SMOKE_SIZE = 8192, 512
-COPY_BYTES, SMOKE_COPY_BYTES = 2**30, 2**24
-RUNS = 10
+SIZE, COPY_BYTES, RUNS = 8192, 2**30, 10
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = (
     "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
@@ -129,21 +127,20 @@ class Gpu(Device):
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device="cuda")
 
     def prepare(self, *, smoke: bool) -> list[str]:
-        size = SMOKE_SIZE if smoke else SIZE
+        def best_s(call: Candidate) -> float:
+            call()
+            return min(self.sample_s(call) for _ in range(RUNS))
+
         tflops = {}
         for name in (*DTYPES, "tf32"):
-            sides = torch.randn(2, size, size, device="cuda").to(DTYPES.get(name, torch.float32))
+            sides = torch.randn(2, SIZE, SIZE, device="cuda").to(DTYPES.get(name, torch.float32))
             product = partial(torch.mm, *sides)
             call = baselines.with_precision(product, "high" if name == "tf32" else "highest")
-            tflops[name] = 2 * size**3 / self._best_s(call) * 1e-12
-        source = torch.randn((SMOKE_COPY_BYTES if smoke else COPY_BYTES) // 4, device="cuda")
-        seconds = self._best_s(partial(torch.empty_like(source).copy_, source))
+            tflops[name] = 2 * SIZE**3 / best_s(call) * 1e-12
+        source = torch.randn(COPY_BYTES // 4, device="cuda")
+        seconds = best_s(partial(torch.empty_like(source).copy_, source))
         self.peaks = GpuPeaks(tflops, 2 * source.nbytes / seconds * 1e-9)
         return []
-
-    def _best_s(self, call: Candidate) -> float:
-        call()
-        return min(self.sample_s(call) for _ in range(RUNS))
 
     def describe(self, command: Sequence[str]) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties()

@@ -69,7 +69,7 @@ def measure(case: AnyCase, options: Options, device: Device) -> list[dict[str, A
     return list(operations.measure(case, device, [backend], None if options.check else limits))
 
 
-BENCHMARK = run.Benchmark(
+main = run.Benchmark(
     name="matmul",
     description=__doc__,
     cases=partial(choose, "matmul"),
@@ -77,7 +77,6 @@ BENCHMARK = run.Benchmark(
     options=Options,
     missing=lambda options: baselines.missing_peers(),
 )
-main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

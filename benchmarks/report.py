@@ -72,12 +72,8 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that these files are from, with "-dirty" if files differ.
-
-    Outside git the environment variable BENCHMARK_COMMIT, or None.
-    """
-    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return found or os.environ.get("BENCHMARK_COMMIT")
+    """The commit that these files are from, with "-dirty" if files differ; None outside git."""
+    return output_of("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from benchmarks.cases import DTYPES, Case
 from benchmarks.report import output_of
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "bench" / "peaks.cpp"
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+FLAGS = ("-ffp-contract=fast", "-fPIC")
 # The vectors are as wide as the kernels' own.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2")
 ISA_FLAGS = {
@@ -192,14 +192,20 @@ def _load(isa: str) -> ctypes.CDLL | str:
     compiler = next(filter(None, map(shutil.which, filter(None, wanted))), None)
     if compiler is None:
         return "no bound: install a C++ compiler (or set CXX) to measure the peaks of this machine"
+    # Without OpenMP the kernels run on one thread, and so do their peaks.
+    for openmp in (["-fopenmp"], []):
+        library = load(compiler, SOURCE, *FLAGS, *ISA_FLAGS.get(isa, ()), *openmp)
+        if not isinstance(library, str):
+            return library
+    return f"no bound: {compiler} cannot compile csrc/bench/peaks.cpp ({library})"
+
+
+def load(compiler: str, source: Path, *flags: str) -> ctypes.CDLL | str:
+    """A source file as a library, or the first line of what the compiler has against it."""
     with tempfile.TemporaryDirectory() as folder:
-        library = os.path.join(folder, "peaks.so")
-        # Without OpenMP the kernels run on one thread, and so do their peaks.
-        for openmp in (["-fopenmp"], []):
-            flags = [*FLAGS, *ISA_FLAGS.get(isa, ()), *openmp]
-            command = [compiler, *flags, str(SOURCE), "-o", library]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                return ctypes.CDLL(library)
-    reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-    return f"no bound: {compiler} cannot compile csrc/bench/peaks.cpp ({reason})"
+        library = os.path.join(folder, "library.so")
+        command = [compiler, "-std=c++17", "-O3", "-shared", *flags, str(source), "-o", library]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return ctypes.CDLL(library)
+    return (done.stderr.strip().splitlines() or ["no message"])[0]

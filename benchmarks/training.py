@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 from benchmarks import run
 from benchmarks.devices import Device
 from benchmarks.transformer import measure
-from benchmarks.transformer.check import check
-from benchmarks.transformer.jobs import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group, Training
+from benchmarks.transformer.jobs import LARGE_MODEL, MODEL, SMOKE_MODEL, Case, Group
 
 # How many times the L0, or the width, of the model.
 L0_TIMES, SMOKE_L0_TIMES = tuple(2.0**n for n in range(-4, 3)), (0.5, 1.0, 2.0)
@@ -39,12 +37,12 @@ class Options(run.Options):
     """What to measure."""
 
 
-def plan(options: Options, _: Device | None = None) -> list[Group]:
+def plan(options: Options, _: Device) -> list[Group]:
     smoke, on_gpu = options.smoke, options.device != "cpu"
     model = SMOKE_MODEL if smoke else LARGE_MODEL if on_gpu else MODEL
     base = Case(model, "sparse", batch=2 if smoke else GPU_BATCH if on_gpu else 8)
     both, kernels = ("sparse", "masked_dense"), ("masked_dense_kernel", "dense")
-    bf16_dense = () if measure.why_no_bf16_dense(options) else ("masked_dense_abs_topk", *kernels)
+    bf16_dense = ("masked_dense_abs_topk", *kernels) if measure.has_bf16_dense(options) else ()
     variants = (
         (base, ("sparse", "masked_dense", *kernels)),
         (replace(base, dtype="bfloat16"), ("sparse", *bf16_dense)),
@@ -80,22 +78,14 @@ def _scaled(case: Case, blocks: float, embeddings: float, **changes: Any) -> Cas
     return replace(case, model=model)
 
 
-def make(case: Case, device: str) -> Training:
-    job = Training(case, device)
-    if case.variant == "sparse":
-        job.verdict = check(job.model)
-    return job
-
-
-BENCHMARK = run.Benchmark(
+main = run.Benchmark(
     name="training",
     description=__doc__,
     cases=plan,
-    measure=lambda group, options, device: measure.measure_group(group, options, make),
+    measure=measure.measure_group,
     options=Options,
     missing=measure.missing,
 )
-main = partial(run.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -275,11 +275,9 @@ def kept(options: Options) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = report.read_json(options.json)["rows"]
     except ValueError as error:
-        report.refuse(BENCHMARK.program, f"--json: {error}")
+        report.refuse(main.program, f"--json: {error}")
     if not all({"settings", "curve", "val_loss"} <= row.keys() for row in rows):
-        report.refuse(
-            BENCHMARK.program, f"--json: {options.json} is the result of another benchmark"
-        )
+        report.refuse(main.program, f"--json: {options.json} is the result of another benchmark")
     return [row | {"correct": row["failure"] is None} for row in rows]
 
 
@@ -288,7 +286,7 @@ def plan(options: Options, _: Device) -> list[Run]:
     suites = ["smoke"] if options.smoke else options.suite or ["main"]
     if unknown := set(suites) - set(SUITES):
         names = ", ".join(SUITES)
-        report.refuse(BENCHMARK.program, f"--suite must be one of {names}; got {min(unknown)}")
+        report.refuse(main.program, f"--suite must be one of {names}; got {min(unknown)}")
     done = [Run(**row["settings"]) for row in kept(options)]
     wanted: list[Run] = []
     for run in (run for name in suites for run in SUITES[name]):
@@ -298,7 +296,7 @@ def plan(options: Options, _: Device) -> list[Run]:
     return wanted
 
 
-BENCHMARK = runner.Benchmark(
+main = runner.Benchmark(
     name="experiments.quality",
     description=__doc__,
     cases=plan,
@@ -306,7 +304,6 @@ BENCHMARK = runner.Benchmark(
     options=Options,
     kept=kept,
 )
-main = functools.partial(runner.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import csv
 import json
 import os
 import shlex
@@ -39,6 +40,11 @@ PROGRAM = "python -m benchmarks.gpu"
 # The tests that run on a GPU; others need packages that a machine with a GPU may lack.
 TESTS = [
     f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_refusals", "gpu_benchmarks")
+]
+PROFILER = ["ncu", "--profile-from-start", "off", "--csv", "--metrics"]
+PROFILER += [
+    "gpu__time_duration.sum,sm__inst_executed.avg.per_cycle_active,lts__t_bytes.sum.per_second,"
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,dram__bytes.sum.per_second"
 ]
 WORKERS = 10
 FOREVER = 1e6
@@ -73,7 +79,7 @@ def plan(
         (315, {"abs_topk": [*step, "abs_topk"]}),
         (340, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
         (390, {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in tools}),
-        (430, {"profile": [*step, "profile"]}),
+        (430, {"profile": [*PROFILER, *step, "launch"]}),
         (480, {f"tests-{n}": ["env", shard, *test, *TESTS] for n, shard in enumerate(shards)}),
     ]
     if full:
@@ -120,8 +126,7 @@ class Record:
 def describe(row: Mapping[str, Any]) -> str:
     """A row in a line."""
     if "correct" not in row:
-        known = {name: value for name, value in row.items() if isinstance(value, (str, int, float))}
-        return ", ".join(f"{name} {value}" for name, value in known.items())
+        return ", ".join(f"{name} {value}" for name, value in row.items() if name != "baselines")
     goal = f" (goal {row['goal']:g} times)" if row.get("goal") else ""
     return f"{row['step']}: {row['backend']} {row['product']} {tables.lines([row])}{goal}"
 
@@ -151,10 +156,10 @@ async def _run(words: Sequence[str], limit_s: float, log: TextIO, record: Record
     async def follow() -> int:
         assert process.stdout is not None
         async for line in process.stdout:
-            if row := row_of(line):
+            if row := row_of(line.decode(errors="replace")):
                 record.add(row)
             else:
-                print(line.decode(errors="replace"), end="", file=log, flush=True)
+                log.write(line.decode(errors="replace"))
         return await process.wait()
 
     try:
@@ -170,10 +175,12 @@ async def _run(words: Sequence[str], limit_s: float, log: TextIO, record: Record
     return missing or (f"exit status {status}" if status else "passed")
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """The row that a line is, if it is one."""
+def row_of(line: str) -> dict[str, Any] | None:
+    """The row that a line is, if it is one: JSON, or a line of the profiler's table."""
+    if line.startswith('"'):
+        return {"step": "profile", "ncu": next(csv.reader([line]))}
     try:
-        row = json.loads(line) if line.startswith(b"{") else {}
+        row = json.loads(line) if line.startswith("{") else {}
     except ValueError:  # cut off
         return None
     return row if row.keys() & {"step", "machine"} else None

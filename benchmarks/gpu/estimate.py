@@ -3,10 +3,10 @@
 The Triton kernels of the goals are compiled for sm_90 by tests/tile_report.py, which needs no GPU,
 and the machine instructions of their loops are counted. A time is the largest of four terms:
 
-    issue    instructions of all warps over what the schedulers can issue
-    L2       bytes that the tiles load over the rate of the second-level cache
-    tensor   multiply-adds over the rate of cuBLAS
-    HBM      compulsory bytes over the rate of a large copy
+    issue      instructions of all warps over what the schedulers can issue
+    L2         bytes that the tiles load over the rate of the second-level cache
+    compute    multiply-adds over the rate of cuBLAS
+    memory     compulsory bytes over the rate of a large copy
 
 Of the CUDA kernels only the terms that no kernel can avoid are printed. The rates are assumptions;
 `ceilings` of the command measures them.
@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import GOALS, PRODUCTS, Case, TopkCase, goal_of
-from benchmarks.roofline import count_work
+from benchmarks.roofline import GpuPeaks, Work, count_work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ = 132, 4, 1.7e9
-DENSE_FLOPS, HBM_BYTES_S, L2_BYTES_S = 790e12, 4.3e12, 5.5e12
-HALF = 2  # bytes of a bfloat16
+PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
 
 
 def compile_tiles() -> dict[tuple[str, str], dict[str, Any]]:
@@ -44,11 +43,8 @@ def compile_tiles() -> dict[tuple[str, str], dict[str, Any]]:
 
 def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str, float]:
     """The terms of a product in microseconds; without a tile those that no kernel can avoid."""
-    work = count_work(case, product)
-    terms = {
-        "tensor": work.flops / DENSE_FLOPS,
-        "HBM": (work.read_bytes + work.write_bytes) / HBM_BYTES_S,
-    }
+    bound = PEAKS.bound_ms(count_work(case, product), case.dtype)
+    terms = {name: ms * 1e-3 for name, ms in bound.items()}
     if tile is not None:
         block_m, block_k, warps, _ = tile["tile"]
         side, rows = case.block[0], case.out_features // case.block[0]
@@ -61,24 +57,26 @@ def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str,
             depth = case.out_features * case.fan_in / features
             steps = math.ceil(case.tokens / block_m) * features // side * depth / block_k
         terms["issue"] = steps * warps * tile["loop"] / (MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ)
-        terms["L2"] = steps * HALF * block_k * (block_m + side) / L2_BYTES_S
+        terms["L2"] = steps * 2 * block_k * (block_m + side) / L2_BYTES_S
     return {name: seconds * 1e6 for name, seconds in terms.items()}
 
 
 def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
     """A line for each product of each goal."""
     yield "ESTIMATES from instruction counts and assumed rates: nothing here was measured."
+    dense_flops = PEAKS.dense_tflops["bfloat16"] * 1e12
     yield (
         f"Assumed: {MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:g} GHz, cuBLAS "
-        f"{DENSE_FLOPS / 1e12:g} Tflop/s, L2 {L2_BYTES_S / 1e12:g} TB/s, HBM "
-        f"{HBM_BYTES_S / 1e12:g} TB/s."
+        f"{dense_flops / 1e12:g} Tflop/s, L2 {L2_BYTES_S / 1e12:g} TB/s, memory "
+        f"{PEAKS.copy_gbs / 1e3:g} TB/s."
     )
     for case in GOALS:
         if isinstance(case, TopkCase):
-            least = 2 * HALF * case.tokens * case.width / HBM_BYTES_S * 1e6
-            yield f"{case}: at least {least:.0f} us (HBM)"
+            values = case.tokens * case.width * 2  # bytes
+            least_ms = PEAKS.bound_ms(Work(0, 0, values, values), case.dtype)["memory"]
+            yield f"{case}: at least {least_ms * 1e3:.0f} us (memory)"
             continue
-        dense_us = 2 * case.tokens * case.in_features * case.out_features / DENSE_FLOPS * 1e6
+        dense_us = 2 * case.tokens * case.in_features * case.out_features / dense_flops * 1e6
         is_tiled, step_us = case.block != (1, 1), 0.0
         about, most = ("about", "") if is_tiled else ("at least", "at most ")
         for product in PRODUCTS:

@@ -10,14 +10,11 @@ and the CUDA kernels emulated. It needs nothing beyond what builds and runs the 
 from __future__ import annotations
 
 import contextlib
-import csv
 import ctypes
 import json
 import math
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, operations, report
+from benchmarks import cases, operations, report, roofline
 from benchmarks.cases import GOALS, AnyCase, Case, TopkCase
 from benchmarks.devices import Device, Gpu
 from benchmarks.operations import Limits, Row
@@ -41,13 +38,6 @@ LIMITS, REHEARSAL = Limits(0.6, math.inf, 20), Limits(0.01, math.inf, 1)
 L2_BYTES = 20 * 10**6
 # What is launched for the profiler: the number of a goal, and one of its operations.
 PROFILED = ((0, "forward"), (0, "grad_weight"), (2, "forward"), (4, "forward"), (-1, "forward"))
-METRICS = (
-    "gpu__time_duration.sum",
-    "sm__inst_executed.avg.per_cycle_active",
-    "lts__t_bytes.sum.per_second",
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
-    "dram__bytes.sum.per_second",
-)
 
 
 @dataclass(frozen=True)
@@ -152,16 +142,13 @@ def _l2_read() -> Row:
     if (nvcc := shutil.which("nvcc")) is None:
         return {"note": "nvcc was not found"}
     major, minor = torch.cuda.get_device_capability()
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/peaks.so"
-        flags = ["-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
-        command = [nvcc, *flags, str(ROOT / "csrc/bench/peaks.cu"), "-o", library]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return {"note": f"nvcc failed: {done.stderr.strip()[-300:]}"}
-        function = ctypes.CDLL(library).l2_read_gbs
-        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_double
-        return {"gbs": function(L2_BYTES)}
+    flags = (f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC")
+    library = roofline.load(nvcc, ROOT / "csrc/bench/peaks.cu", *flags)
+    if isinstance(library, str):
+        return {"note": f"nvcc failed: {library}"}
+    library.l2_read_gbs.argtypes = [ctypes.c_size_t]
+    library.l2_read_gbs.restype = ctypes.c_double
+    return {"gbs": library.l2_read_gbs(L2_BYTES)}
 
 
 def goals(bench: Bench, kind: type[AnyCase]) -> Rows:
@@ -191,28 +178,6 @@ def launch(bench: Bench) -> Rows:
                 yield {"launched": f"{case} {product} {name}"}
 
 
-def profile(bench: Bench) -> Rows:
-    """The profiler's metrics of each kernel of `launch`."""
-    command = ["ncu", "--profile-from-start", "off", "--csv", "--metrics", ",".join(METRICS)]
-    command += [sys.executable, "-m", "benchmarks.gpu.steps", "launch"]
-    command += ["--rehearse"] if bench.rehearses else []
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        raise SystemExit("ncu is not installed") from None
-    yield from read_profile(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"ncu ended with exit status {done.returncode}: {done.stdout[-2000:]}")
-
-
-def read_profile(printed: str) -> Rows:
-    """The rows of ncu's table, which stands among other lines."""
-    table = [line for line in printed.splitlines() if line.startswith('"')]
-    for row in csv.DictReader(table):
-        names = ("Kernel Name", "Grid Size", "Block Size", *(n for n in row if "Metric" in n))
-        yield {name: row.get(name) for name in names}
-
-
 STEPS: dict[str, Callable[..., Rows]] = {
     "machine": machine,
     "check": check,
@@ -221,7 +186,6 @@ STEPS: dict[str, Callable[..., Rows]] = {
     "products": partial(goals, kind=Case),
     "abs_topk": partial(goals, kind=TopkCase),
     "launch": launch,
-    "profile": profile,
 }
 
 

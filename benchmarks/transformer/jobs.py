@@ -6,6 +6,7 @@ Weights, connections and tokens are random: a step takes as long whatever their 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
+from benchmarks.cases import DTYPES
 from benchmarks.timing import Candidate
-from benchmarks.transformer.check import Verdict
+from benchmarks.transformer.check import Verdict, check, densified
 from sparse_transformer import KVCache
 from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.train.masked_dense import project_
@@ -64,7 +66,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+        return DTYPES[self.dtype]
 
     def __str__(self) -> str:
         name = f"{self.phase} {self.variant} {self.dtype} d_model={self.model.d_model}"
@@ -219,3 +221,28 @@ def make_job(case: Case, device: str) -> Job:
     if case.phase == "train":
         return Training(case, device)
     return Inference(case, device, make_model(case, device, case.torch_dtype))
+
+
+def checked_job(case: Case, device: str) -> Job:
+    """The job of a case, with the verdict on its model if that is sparse."""
+    if case.phase == "train":
+        job: Job = Training(case, device)
+        job.verdict = check(job.model) if case.variant == "sparse" else Verdict()
+    else:
+        model, verdict = _shared(replace(case, phase="prefill", batch=1), device)
+        job = Inference(case, device, model)
+        job.verdict = verdict
+    return job
+
+
+@functools.cache
+def _shared(case: Case, device: str) -> tuple[Transformer, Verdict]:
+    """The model of all phases and batches, and if it is sparse the verdict on it in float32."""
+    exact = replace(case, variant="sparse", dtype="float32")
+    if case == exact:
+        model = make_model(case, device)
+        return model, check(model, gradients=False)
+    sparse, verdict = _shared(exact, device)
+    masked = case.variant == "masked_dense_kernel"
+    model = densified(sparse) if masked else make_model(case, device)
+    return model.to(case.torch_dtype), verdict if case.variant == "sparse" else Verdict()

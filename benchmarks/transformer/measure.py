@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,10 @@ import torch
 from torch.autograd.profiler import profile
 
 from benchmarks import baselines, report, timing
+from benchmarks.devices import Device
 from benchmarks.run import Options
 from benchmarks.timing import Candidate, Timing
-from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, make_job
+from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, checked_job, make_job
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
 from sparse_transformer.train.topology import TopologyConfig
@@ -49,43 +50,36 @@ _WORDS = {
 }  # fmt: skip
 
 
-def why_no_bf16_dense(options: Options) -> str | None:
-    """A sentence if dense bfloat16 models take minutes a step on this processor, else None."""
-    if options.smoke or options.device != "cpu" or baselines.has_bf16_dense():
-        return None
-    return "dense bfloat16 is left out: this processor has no instructions for it"
+def has_bf16_dense(options: Options) -> bool:
+    """Whether dense bfloat16 models are measured: some processors take minutes for a step."""
+    return options.smoke or options.device != "cpu" or baselines.has_bf16_dense()
 
 
 def missing(options: Options) -> list[str]:
     """Sentences about what is not measured. Ends the program if our kernels are not there."""
     if options.device == "cpu" and not cpu.isas():
         report.refuse("benchmarks", "the C++ extension is missing: build it with `pip install .`")
-    reason = why_no_bf16_dense(options)
-    return [] if reason is None else [reason]
+    sentence = "dense bfloat16 is left out: this processor has no instructions for it"
+    return [] if has_bf16_dense(options) else [sentence]
 
 
 @torch.enable_grad()
-def measure_group(
-    group: Group, options: Options, make: Callable[[Case, str], Job]
-) -> list[dict[str, Any]]:
-    """The rows of a group. `make` makes the job of a case on a device, and checks it."""
+def measure_group(group: Group, options: Options, device: Device) -> list[dict[str, Any]]:
+    """The rows of a group."""
 
     def each(doing: str, cases: Sequence[Case]) -> Any:
         return report.progress(cases, desc=f"{doing} of {group}", leave=False)
 
-    peaks = {case: measure_peak_mb(case, options.device) for case in each("memory", group.memory)}
-    jobs = {case: make(case, options.device) for case in each("check", group.cases)}
+    peaks = {case: measure_peak_mb(case, device.name) for case in each("memory", group.memory)}
+    jobs = {case: checked_job(case, device.name) for case in each("check", group.cases)}
     calls = {
         f"{name} {case}": call
         for case, job in jobs.items()
         if job.failure is None
         for name, call in job.calls.items()
     }
-    timings = timing.interleave(
-        calls,
-        budget_s=SMOKE_BUDGET_S if options.smoke else BUDGET_S,
-        limit_s=LIMIT_S,
-    )
+    budget_s = SMOKE_BUDGET_S if options.smoke else BUDGET_S
+    timings = timing.interleave(calls, budget_s=budget_s, limit_s=LIMIT_S)
     return [
         describe(jobs[case], timings) | {"part": group.name, "peak_mb": peaks.get(case)}
         for case in each("parts", group.cases)

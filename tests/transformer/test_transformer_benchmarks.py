@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, inference, report, run, training
+from benchmarks import baselines, devices, inference, report, run, training
 from benchmarks.timing import Timing
 from benchmarks.transformer import check, measure, results
-from benchmarks.transformer.jobs import MODEL, Case, Training, make_model
+from benchmarks.transformer.jobs import MODEL, SMOKE_MODEL, Case, Job, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
 from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
 
+CPU = devices.Device()
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = (
     "variant", "d_model", "n_layer", "density", "tokens", "step_ms", "tokens_per_s", "parts_ms",
@@ -153,7 +154,7 @@ def test_bad_options_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(measure, "measure_group", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(measure, "checked_job", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
         training.main(words)
     assert stopped.value.code == 2
@@ -186,14 +187,15 @@ def test_wrong_result_prints_fail_and_no_speed(
 def test_interruption_keeps_the_finished_groups(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    measure_group = measure.measure_group
+    checked_job = measure.checked_job
 
-    def interrupt(group: Any, *rest: Any) -> Any:
-        if group.name == "width":
+    def interrupt(case: Case, device: str) -> Job:
+        if case.model.d_model < SMOKE_MODEL.d_model:  # of the last group, the widths
             raise KeyboardInterrupt
-        return measure_group(replace(group, memory=()), *rest)
+        return checked_job(case, device)
 
-    monkeypatch.setattr(measure, "measure_group", interrupt)
+    monkeypatch.setattr(measure, "checked_job", interrupt)
+    monkeypatch.setattr(measure, "measure_peak_mb", lambda *_: None)
     path = tmp_path / "rows.json"
     assert training.main(["--smoke", "--part", "all", "--json", str(path)]) == report.INTERRUPTED
     content = json.loads(path.read_text())
@@ -208,13 +210,13 @@ def test_dense_bf16_that_is_too_slow_is_left_out_with_a_sentence(
     monkeypatch.setattr(baselines, "has_bf16_dense", lambda: False)
     (sentence,) = measure.missing(options)
     assert sentence.startswith("dense bfloat16 is left out")
-    for groups in (training.plan(options), inference.plan(run.Options())):
+    for groups in (training.plan(options, CPU), inference.plan(run.Options(), CPU)):
         cases = [case for group in groups for case in (*group.cases, *group.memory)]
         assert {case.variant for case in cases if case.dtype == "bfloat16"} == {"sparse"}
-    assert len(training.plan(options)[0].cases) == 7
+    assert len(training.plan(options, CPU)[0].cases) == 7
     monkeypatch.setattr(baselines, "has_bf16_dense", lambda: True)
     assert measure.missing(options) == []
-    assert len(training.plan(options)[0].cases) == 10
+    assert len(training.plan(options, CPU)[0].cases) == 10
 
 
 def test_check_sees_a_wrong_gradient() -> None:
@@ -317,7 +319,7 @@ def test_default_cases_have_every_variant_and_the_widths_one_l0(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(baselines, "has_bf16_dense", lambda: True)
-    groups = {g.name: g.cases for g in training.plan(training.Options(part="all"))}
+    groups = {g.name: g.cases for g in training.plan(training.Options(part="all"), CPU)}
     sparser = replace(MODEL, density=1 / 256)
     for variant in ("sparse", "masked_dense", "masked_dense_kernel", "dense"):
         assert Case(MODEL, variant) in groups["default"]
@@ -331,7 +333,7 @@ def test_default_cases_have_every_variant_and_the_widths_one_l0(
     wide = [case.model for case in groups["width"]]
     assert len({round(model.d_model**2 * model.density) for model in wide}) == 1
     assert {model.d_model for model in wide} == {256, 512, 1024, 2048}
-    (only,) = training.plan(training.Options())
+    (only,) = training.plan(training.Options(), CPU)
     assert only.cases == groups["default"]
     assert all(case.batch * case.length == 2048 for case in only.cases)
 
