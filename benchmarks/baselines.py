@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ class Operands:
         return int(self.problem.layout.indices.unique().numel()) * self.case.block[1]
 
 
-def ours(operands: Operands, product: str, backend: str) -> Candidate:
+def ours(operands: Operands, product: str, backend: str) -> Callable[[], Tensor]:
     """The product as users call it (without autograd's bookkeeping), schedules built already."""
     problem = operands.problem
     x, grad, values, layout = problem.x, problem.grad_output, problem.values, problem.layout
@@ -372,16 +372,14 @@ class Accuracy:
     checked: str
 
 
-def check(operands: Operands, product: str, call: Candidate) -> Accuracy:
-    """Compares the call that is going to be timed with float64, beside torch's dense product.
+def check(operands: Operands, product: str, result: Tensor) -> Accuracy:
+    """Compares a result with float64, beside torch's dense product.
 
     The verdict is that of the tests: at most twice torch's error in the same dtype, plus one
     rounding. Only some rows of the result are compared, each of them whole: tokens, or for
     `grad_weight` output features, spread evenly from the first to the last.
     """
     problem, case = operands.problem, operands.case
-    result = call()
-    assert isinstance(result, Tensor)
     if product == "grad_weight":
         block_out = case.block[0]
         rows = _spread(problem.layout.block_rows, max(1, CHECKED_ROWS // block_out))

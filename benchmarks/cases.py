@@ -41,8 +41,9 @@ class Case:
     @property
     def columns(self) -> dict[str, Any]:
         sizes: dict[str, Any] = {"M": self.tokens, "K": self.in_features, "N": self.out_features}
+        sizes |= {"fan_in": self.fan_in}
         block, density = f"{self.block[0]}x{self.block[1]}", self.fan_in / self.in_features
-        return sizes | dict(fan_in=self.fan_in, block=block, dtype=self.dtype, density=density)
+        return sizes | {"block": block, "dtype": self.dtype, "density": density}
 
     def problems(self, device: str) -> list[Problem]:
         sizes = (self.out_features, self.in_features, self.fan_in, self.block)
@@ -168,9 +169,8 @@ def topk_cases(device: str, size: str) -> list[TopkCase]:
     on_gpu = device == "cuda"
     if on_gpu and size == "default":
         return [case for case in GOALS if isinstance(case, TopkCase)]
-    tokens, widths = GPU_TOKENS if on_gpu else TOKENS, (1024, 2048, 4096, 8192, 16384)
-    if size == "smoke":
-        tokens, widths = 33, (64, 300)
+    tokens = 33 if size == "smoke" else GPU_TOKENS if on_gpu else TOKENS
+    widths = [64, 300] if size == "smoke" else [1024, 2048, 4096, 8192, 16384]
     every = product(DTYPES if on_gpu else CPU_DTYPES, (4, 16), widths)
     return [TopkCase(tokens, width, width // share, dtype) for dtype, share, width in every]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -128,7 +127,7 @@ def test_estimates_follow_the_counts_and_say_what_they_are():
 
 
 def run_group(tmp_path, until_s, commands):
-    return asyncio.run(gpu.run_all([(until_s, commands)], gpu.Record(tmp_path)))
+    return gpu.run(until_s, commands, gpu.Record(tmp_path))
 
 
 def rows(tmp_path):
@@ -139,18 +138,18 @@ def test_rows_are_kept_apart_from_the_log_and_failures_are_named(tmp_path):
     printed = ["words", '{"step": "a", "n": 1}', "{cut", "{}", '"0","spmm","3.1"']
     code = f"print(*{printed!r}, sep='\\n'); raise SystemExit(3)"
     commands = {"a": [sys.executable, "-c", code], "b": ["no-such-profiler"], "c": ["true"]}
-    commands["d"] = ["env", "A=1", "no-such-sanitizer", "--tool"]
+    commands["d"] = ["A=1", "no-such-sanitizer", "--tool"]
     assert run_group(tmp_path, gpu.FOREVER, commands) == [
         "exit status 3", "no-such-profiler is not installed", "passed",
         "no-such-sanitizer is not installed",
     ]  # fmt: skip
     found = rows(tmp_path)
     assert {"step": "a", "n": 1} in found
-    assert {"step": "profile", "ncu": ["0", "spmm", "3.1"]} in found  # a line of ncu's table
+    assert {"step": "a", "ncu": ["0", "spmm", "3.1"]} in found  # a line of ncu's table
     assert [row["ended"] for row in found if row["step"] == "a" and "ended" in row] == [
         "exit status 3"
     ]
-    assert (tmp_path / "a.log").read_text().splitlines()[1:] == ["words", "{cut", "{}"]
+    assert (tmp_path / "a.log").read_text().splitlines()[1:] == printed
 
 
 def alive(pid):
@@ -186,7 +185,7 @@ def test_a_step_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     assert gone(first["child"])
     assert last["ended"] == ended
     late = run_group(tmp_path, 0, {"too-late": ["true"]})
-    assert late == ["not started: no time was left"]
+    assert late == ["not started"]
 
 
 @pytest.mark.slow
@@ -266,7 +265,7 @@ def test_the_rehearsal_runs_every_step(tmp_path):
 
 
 def test_a_wrong_kernel_has_no_time_and_fails_the_step(monkeypatch, capsys):
-    bench = steps.Bench(steps.Device(), [cases.Case(5, 8, 8, 2)], [], rehearses=True)
+    bench = steps.Bench(steps.Device(), [cases.Case(5, 8, 8, 2)], [], steps.Limits(0.01))
     monkeypatch.setattr(steps, "BACKENDS", ("cpu",))
     right = baselines.ours
 

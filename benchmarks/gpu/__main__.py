@@ -11,26 +11,26 @@ no network. --full also needs the packages of the other benchmarks.
 
 Each step ends at the latest so many seconds after the start as `plan` says, and a step that ends
 early leaves its time to those that follow. Each row is in the result file (OUT/gpu.json) as soon as
-it is known; what a step prints beside rows is in OUT/STEP.log. A step that fails does not stop the
-others. The exit status is 1 if any failed, or if the kernels of a goal were wrong.
+it is known; all that a step prints is in OUT/STEP.log. A step that fails does not stop the others.
+The exit status is 1 if any failed, or if the kernels of a goal were wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import csv
 import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from benchmarks import devices, report, tables
 from benchmarks.gpu import estimate
@@ -48,7 +48,7 @@ PROFILER += [
 ]
 WORKERS = 10
 FOREVER = 1e6
-MAX_LINE_BYTES = 2**20
+POLL_S = 0.1
 
 # The seconds after the start at which steps that run side by side end, and their commands by name.
 Group = tuple[float, dict[str, list[str]]]
@@ -62,7 +62,7 @@ def plan(
     step = [*python, "-m", "benchmarks.gpu.steps", *(["--rehearse"] if rehearse else [])]
     build = {"build": [*python, "setup.py", "build_ext", "--inplace"]}
     # Each tensor gets memory of its own, so that the sanitizer sees an access outside of one.
-    sanitize = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
+    sanitize = ["PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
     sanitize += ["--error-exitcode", "1", "--tool"]
     test = [*python, "-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"]
     test += ["-m", "gpu"]
@@ -80,11 +80,11 @@ def plan(
         (340, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
         (390, {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in tools}),
         (430, {"profile": [*PROFILER, *step, "launch"]}),
-        (480, {f"tests-{n}": ["env", shard, *test, *TESTS] for n, shard in enumerate(shards)}),
+        (480, {f"tests-{n}": [shard, *test, *TESTS] for n, shard in enumerate(shards)}),
     ]
     if full:
         options = ["--device", "cuda", "--full", "--json"]
-        tune = ["env", "SPARSE_KERNELS_TRITON_TUNE=1", *python, "-m", "benchmarks.matmul"]
+        tune = ["SPARSE_KERNELS_TRITON_TUNE=1", *python, "-m", "benchmarks.matmul"]
         groups += [
             (FOREVER, {name: [*python, "-m", f"benchmarks.{name}", *options, f"{out}/{name}.json"]})
             for name in ("matmul", "activation")
@@ -131,67 +131,68 @@ def describe(row: Mapping[str, Any]) -> str:
     return f"{row['step']}: {row['backend']} {row['product']} {tables.lines([row])}{goal}"
 
 
-async def run(name: str, words: Sequence[str], until_s: float, record: Record) -> str:
-    """Runs a command until it ends or its time does; adds its rows, and one about how it ended."""
-    before = record.elapsed_s
-    with (record.out / f"{name}.log").open("w") as log:
-        print(f"$ {shlex.join(words)}", file=log, flush=True)
-        try:
-            ended = await _run(words, until_s - before, log, record)
-        except FileNotFoundError:
-            ended = f"{words[0]} is not installed"
-    seconds = round(record.elapsed_s - before, 1)
-    record.add({"step": name, "ended": ended, "seconds": seconds})
-    return ended
+class Command:
+    """A process that can be ended with those that it starts; it prints into OUT/NAME.log."""
 
+    def __init__(self, name: str, words: Sequence[str], out: Path) -> None:
+        self.name, self.words, self.start = name, words, time.monotonic()
+        path = out / f"{name}.log"
+        with path.open("w") as log:
+            print(f"$ {shlex.join(words)}", file=log, flush=True)
+            # `env` sets the variables before the program, and has a status for a missing one.
+            self._process = subprocess.Popen(
+                ["env", *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+        self._log, self._incomplete = path.open(errors="replace"), ""
 
-async def _run(words: Sequence[str], limit_s: float, log: TextIO, record: Record) -> str:
-    if limit_s <= 0:
-        return "not started: no time was left"
-    process = await asyncio.create_subprocess_exec(
-        *words, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True,
-        limit=MAX_LINE_BYTES,
-    )  # fmt: skip
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that it printed since the last call: JSON, and the profiler's table."""
+        *lines, self._incomplete = (self._incomplete + self._log.read()).split("\n")
+        for line in lines:
+            if line.startswith('{"step"'):
+                yield json.loads(line)
+            elif line.startswith('"'):
+                yield {"step": self.name, "ncu": next(csv.reader([line]))}
 
-    async def follow() -> int:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            if row := row_of(line.decode(errors="replace")):
-                record.add(row)
-            else:
-                log.write(line.decode(errors="replace"))
-        return await process.wait()
+    def ended(self) -> str | None:
+        """How it ended, or None."""
+        status = self._process.poll()
+        if status == 127:
+            return f"{next(word for word in self.words if '=' not in word)} is not installed"
+        return None if status is None else f"exit status {status}" if status else "passed"
 
-    try:
-        status = await asyncio.wait_for(follow(), limit_s)
-    except asyncio.TimeoutError:
-        return f"stopped after {limit_s:.0f} s"
-    finally:
+    def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        await process.wait()
-    # `env` says so for the program that it runs.
-    missing = f"{words[2]} is not installed" if status == 127 and words[0] == "env" else None
-    return missing or (f"exit status {status}" if status else "passed")
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
 
 
-def row_of(line: str) -> dict[str, Any] | None:
-    """The row that a line is, if it is one: JSON, or a line of the profiler's table."""
-    if line.startswith('"'):
-        return {"step": "profile", "ncu": next(csv.reader([line]))}
+def run(until_s: float, commands: Mapping[str, Sequence[str]], record: Record) -> list[str]:
+    """Runs commands side by side until they end or their time does; how they ended."""
+    limit_s, endings = until_s - record.elapsed_s, []
+    if limit_s <= 0:
+        for name in commands:
+            record.add({"step": name, "ended": "not started: no time was left"})
+        return ["not started"] * len(commands)
+    running = [Command(name, words, record.out) for name, words in commands.items()]
     try:
-        row = json.loads(line) if line.startswith("{") else {}
-    except ValueError:  # cut off
-        return None
-    return row if row.keys() & {"step", "machine"} else None
-
-
-async def run_all(groups: Sequence[Group], record: Record) -> list[str]:
-    """Runs the groups one after the other; how their commands ended."""
-    endings: list[str] = []
-    for until_s, commands in groups:
-        running = (run(name, words, until_s, record) for name, words in commands.items())
-        endings += await asyncio.gather(*running)
+        while running:
+            time.sleep(POLL_S)
+            is_late = record.elapsed_s > until_s
+            for command in list(running):
+                ended = command.ended() or (f"stopped after {limit_s:.0f} s" if is_late else None)
+                for row in command.rows():
+                    record.add(row)
+                if ended:
+                    command.end()
+                    running.remove(command)
+                    endings.append(ended)
+                    seconds = round(time.monotonic() - command.start, 1)
+                    record.add({"step": command.name, "ended": ended, "seconds": seconds})
+    finally:
+        for command in running:
+            command.end()
     return endings
 
 
@@ -230,8 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = [(FOREVER, commands) for _, commands in groups]
     # Ended by `timeout` or a scheduler, it ends what it started, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    endings: list[str] = []
     try:
-        endings = asyncio.run(run_all(groups, record))
+        for until_s, commands in groups:
+            endings += run(until_s, commands, record)
     except KeyboardInterrupt:
         print(f"interrupted; {len(record.rows)} rows are in {record.path}")
         return report.INTERRUPTED

@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 Rows = Iterator[Row]
 
 BACKENDS = ("cuda", "triton")
-LIMITS, REHEARSAL = Limits(0.6, math.inf, 20), Limits(0.01, math.inf, 1)
 # The working set whose reading from the second-level cache is timed.
 L2_BYTES = 20 * 10**6
 # What is launched for the profiler: the number of a goal, and one of its operations.
@@ -42,30 +41,28 @@ PROFILED = ((0, "forward"), (0, "grad_weight"), (2, "forward"), (4, "forward"), 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the steps run, and with what."""
+    """Where the steps run, and with what: a GPU, or in a rehearsal the CPU in its place."""
 
     device: Device
     cases: list[AnyCase]  # those of the goals
     small: list[AnyCase]  # odd sizes, for checks
-    rehearses: bool
+    limits: Limits
 
     @property
-    def limits(self) -> Limits:
-        return REHEARSAL if self.rehearses else LIMITS
+    def on_gpu(self) -> bool:
+        return self.device.name == "cuda"
 
     def able(self, case: AnyCase) -> list[str]:
-        """The backends that can run it, the one that users get first."""
+        """The backends that can run all products of a case."""
         problems = case.problems(self.device.name)
-        found = [
+        return [
             name
             for name in BACKENDS
             if all(backends.why_not(name, problem) is None for problem in problems)
         ]
-        first = found[0] if self.rehearses else backends.choose(problems[0])
-        return sorted(found, key=lambda name: name != first)
 
     def synchronize(self) -> None:
-        if not self.rehearses:
+        if self.on_gpu:
             torch.cuda.synchronize()
 
 
@@ -77,9 +74,9 @@ def connect(*, rehearse: bool) -> Bench:
             Case(9, 64, 64, 32, (32, 32), "bfloat16"),
             TopkCase(3, 64, 16, "bfloat16"),
         ]
-        return Bench(Device(), tiny, tiny, rehearses=True)
+        return Bench(Device(), tiny, tiny, Limits(0.01, math.inf, 1))
     small = [case for choose in cases.CASES.values() for case in choose("cuda", "smoke")]
-    return Bench(Gpu(), list(GOALS), small, rehearses=False)
+    return Bench(Gpu(), list(GOALS), small, Limits(0.6, math.inf, 20))
 
 
 def machine(bench: Bench) -> Rows:
@@ -127,7 +124,7 @@ def compile_one(bench: Bench, number: str) -> Rows:
 def ceilings(bench: Bench) -> Rows:
     """The rates on which every estimate hangs."""
     device = bench.device
-    if not bench.rehearses:
+    if bench.on_gpu:
         yield {"what": "L2 read", **_l2_read()}
         device.prepare(smoke=False)
         yield {"what": "peaks at 8192", **vars(device.peaks)}
@@ -153,7 +150,7 @@ def _l2_read() -> Row:
 
 def goals(bench: Bench, kind: type[AnyCase]) -> Rows:
     """The cases of a kind: each backend checked, and timed in turns with the stock operation."""
-    if not bench.rehearses:
+    if bench.on_gpu:
         bench.device.prepare(smoke=False)
     for case in bench.cases:
         if isinstance(case, kind):
@@ -164,10 +161,11 @@ def goals(bench: Bench, kind: type[AnyCase]) -> Rows:
 
 def launch(bench: Bench) -> Rows:
     """What the profiler runs: it looks only between start and stop."""
-    profiled = contextlib.nullcontext if bench.rehearses else torch.cuda.profiler.profile
+    profiled = torch.cuda.profiler.profile if bench.on_gpu else contextlib.nullcontext
     for number, product in PROFILED:
         case = bench.cases[min(number, len(bench.cases) - 1)]
-        name = bench.able(case)[0]
+        able, problem = bench.able(case), case.problems(bench.device.name)[0]
+        name = backends.choose(problem) if bench.on_gpu else able[0]
         for operation in operations.of(case, bench.device.name, [name], dense_only=True):
             if operation.product.endswith(product):
                 operation.ours[name]()
