@@ -17,12 +17,14 @@ from benchmarks import (
     matmul,
     report,
     roofline,
+    run,
     tables,
     timing,
 )
 from sparse_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -232,17 +234,20 @@ def test_activation_rows_compare_with_torch(tmp_path: Path) -> None:
         (["--backend", "triton"], "the backend triton cannot run here"),
         (["--threads", "0"], "--threads: it must be at least 1, got 0"),
         (["--backend", "abacus"], "--backend: it must be one of"),
+        pytest.param(["--device", "cuda"], "PyTorch finds no GPU", marks=NO_GPU),
     ],
 )
+@pytest.mark.parametrize("program", [matmul.main, activation.main])
 def test_bad_options_are_refused_in_one_sentence(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    program: run.Benchmark, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        matmul.main(words)
+        program(words)
     assert exit_info.value.code == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"{program.program}: ")
 
 
 def test_a_setting_is_put_back_and_gpu_bound_by_hand() -> None:
@@ -367,9 +372,10 @@ def test_results_that_cannot_be_drawn_or_written_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, plot = ROOT / "benchmarks" / "results", tmp_path / "plot.png"
-    report.main(results / "matmul-cpu-zen5.json", plot=plot)
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    plot.unlink()
+    for name in ("matmul", "training"):
+        report.main(results / f"{name}-cpu-zen5.json", plot=plot)
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        plot.unlink()
     for name, sentence in {
         "activation-cpu-zen5": "there is nothing to draw",
         "inference-cpu-zen5": "there is nothing to draw",

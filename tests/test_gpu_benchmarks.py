@@ -32,18 +32,6 @@ def test_without_a_gpu_it_is_refused_in_one_sentence(capsys):
     assert "PyTorch finds no GPU" in line
 
 
-@NO_GPU
-@pytest.mark.parametrize("name", ["matmul", "activation"])
-def test_other_benchmarks_refuse_a_missing_gpu_too(name, capsys):
-    from benchmarks import activation, matmul
-
-    with pytest.raises(SystemExit) as exit_info:
-        {"matmul": matmul, "activation": activation}[name].main(["--device", "cuda", "--smoke"])
-    assert exit_info.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "PyTorch finds no GPU" in line
-
-
 @pytest.mark.parametrize("size", ["smoke", "default", "full"])
 def test_gpu_cases_are_valid_layouts_and_have_the_headlines(size):
     found = cases.matmul_cases("cuda", size)
