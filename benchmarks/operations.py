@@ -195,23 +195,17 @@ def sum_rows(rows: Sequence[Mapping[str, Any]]) -> Row:
     """
     combine: dict[str, Callable[[list[Any]], object]] = {
         "spread_ms": lambda values: math.hypot(*values),
-        "error": max,
-        "torch_error": max,
-        "samples": min,
-        "correct": min,
-        "same_bits": min,
+        **dict.fromkeys(("error", "torch_error"), max),
+        **dict.fromkeys(("samples", "correct", "same_bits"), min),
     }
     step: Row = {}
     for name, first in rows[0].items():
-        if not all(name in row for row in rows) or name == "baselines":
-            continue
-        values = [row[name] for row in rows]
-        if name in combine:
-            step[name] = combine[name](values)
-        elif name.endswith("_ms"):
-            step[name] = sum(values)
-        elif isinstance(first, str):
-            step[name] = " + ".join(dict.fromkeys(values))
-        else:
-            step[name] = first
+        if name != "baselines" and all(name in row for row in rows):
+            values = [row[name] for row in rows]
+            if name in combine:
+                step[name] = combine[name](values)
+            elif name.endswith("_ms"):
+                step[name] = sum(values)
+            else:
+                step[name] = " + ".join(dict.fromkeys(values)) if isinstance(first, str) else first
     return step | {"product": "step"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
+from sparse_kernels import reference
 from sparse_transformer import KVCache, SparseEmbedding, Transformer
 
 # Enough to exercise every operator of the model, few enough for float64.
@@ -32,13 +33,14 @@ def densified(model: Transformer) -> Transformer:
     dense = Transformer(replace(model.config, linear="masked_dense"), device=device)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, layer in model.sparse_layers().items():
-        state[f"{name}.weight"] = _dense_weight(layer, layer.weight.detach())
+        matrix = sk.to_dense(layer.weight.detach(), layer.layout)
+        state[f"{name}.weight"] = _turned(layer, matrix)
     dense.load_state_dict(state)
     return dense
 
 
-def _dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
-    matrix = sk.to_dense(values, layer.layout)
+def _turned(layer: sk.SparseLinear, matrix: Tensor) -> Tensor:
+    """From the matrix of the layer's layout to that of the dense layer, or back."""
     # The layout of an embedding is that of its table, as nn.Embedding has it.
     is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
     return matrix.t() if is_transposed else matrix
@@ -93,8 +95,7 @@ def compare_gradients(model: Transformer, dense: Transformer) -> str | None:
             return f"{name} has no gradient"
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            got = _dense_weight(layer, got)
-            want = want * _dense_weight(layer, torch.ones_like(layer.weight))
+            want = reference.gather(_turned(layer, want), layer.layout)
         if not float((got - want).abs().max()) <= _EXACT * max(float(want.abs().max()), 1e-30):
             return f"the gradient of {name} in float64 is not that of masked dense"
     return None
