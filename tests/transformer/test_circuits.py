@@ -488,6 +488,16 @@ def test_the_adversary_finds_the_part_that_turns_the_answer():
     assert found.robust is False
 
 
+@pytest.mark.slow
+def test_a_circuit_pruned_under_the_mixture_withstands_the_adversary():
+    """That of the mean alone does not, see above."""
+    task = with_paths(8.0, -16.0, 16.0).under(*PRUNED_UNDER["mixture"])
+    found = find_circuit(task, 0.15, dataclasses.replace(BUDGET, trials=1), controls=0)
+    assert found.validation.sufficient
+    assert found.validation.robust
+    assert task.size(found.subgraph) < len(task.edges.source) / 4
+
+
 def test_a_verdict_needs_the_whole_interval(task):
     circuit = chosen(task, *PLANTED_NODES)
     alone = validate(task, circuit, 0.15, pairs=8).circuit["mean"]

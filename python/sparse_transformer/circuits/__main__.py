@@ -75,7 +75,8 @@ class CircuitConfig:
     0 for none."""
     ablation: tuple[Literal["mean", "mixture"], ...] = ("mean",)
     """What masks are trained and pruned under: the mean, as published, or a mixture of the mean,
-    the pair's other prompt and random parts of the rest; both for two circuits."""
+    the pair's other prompt, random parts of the rest and those that hurt most; both for two
+    circuits."""
     solved: float = SOLVED_ACCURACY
     """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)

@@ -24,12 +24,14 @@ from sparse_transformer.circuits.ablation import (
 )
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import EdgeGradients
-from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.objective import ROBUST_FACTOR, Subgraph, TaskLoss, logit_diff
 
 # Smoothing of the training loss that the price follows, and the largest change of the price in a
 # step.
 _SMOOTHING = 0.2
 _PRICE_RATE = 0.05
+# How fast the estimate of what hurts follows the gradients.
+_HARM_SMOOTHING = 0.2
 # Learning rate of the scale and shift of the logits.
 _SCALE_RATE = 1e-2
 
@@ -121,8 +123,10 @@ class EdgeMasks:
         self.task, self._keep = task, keep
         self.between = task.edges.between(keep)
         self.count = int(self.between.sum())
-        # Gradients in edges are known where the rest has constants.
-        self.ablations = tuple(name for name in task.pruned_under if name != "pair")
+        # Gradients in edges are known where the rest has constants, not those in nodes.
+        self.ablations = tuple(
+            name for name in task.pruned_under if name not in ("pair", "adversarial")
+        )
 
     @contextmanager
     def applied(
@@ -154,7 +158,9 @@ def train_mask(
 ) -> Tensor:
     """A mask, float `(count,)` in [-1, 1]; what has a value above 0 is kept.
 
-    Step by step the rest is ablated in the next of `masked.ablations`.
+    Step by step the rest is ablated in the next of `masked.ablations`. In "adversarial" a random
+    share of those nodes is not ablated which, by the gradients of the steps before, would then
+    raise the loss.
 
     Args:
         masked: what has a mask.
@@ -174,6 +180,7 @@ def train_mask(
     progress = progress or Progress()
     smooth = 0.0
     nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
+    harm = torch.zeros(masked.count)
     for step in range(config.steps):
         progress.advance(step / config.steps)
         batch = next(batches)
@@ -181,6 +188,8 @@ def train_mask(
         live = None
         if ablation == "random":
             live = task.with_random_rest(nothing, seed + step).keep
+        elif ablation == "adversarial":
+            live = task.with_random_rest(nothing, seed + step).keep & (harm > 0) & (mask <= 0)
         rest = task.baseline(batch, ablation)
         with masked.applied(mask.clone(), config.temperature, rest, live) as gradient:
             diffs = logit_diff(task.model, batch)
@@ -190,7 +199,12 @@ def train_mask(
             loss.backward()
             now = float(loss.detach())
             smooth += (_SMOOTHING if step else 1.0) * (now - smooth)
-            grad = gradient(price.after(now))
+            cost = price.after(now if ablation == "mean" else now / ROBUST_FACTOR)
+            grad = gradient(cost)
+        if "adversarial" in masked.ablations:
+            effect = grad - cost * sigmoid_slope(mask, config.temperature)
+            seen = torch.ones_like(harm) if live is None else (~live).float()
+            harm += _HARM_SMOOTHING * seen * (effect / (effect.norm() + 1e-9) - harm)
         assert scale.grad is not None
         grad *= min(1.0, config.clip / (float(grad.norm()) + 1e-6))
         steer.step(grad, 1 - step / config.steps)

@@ -33,10 +33,13 @@ _LEAST_SCALE = 1e-3
 _PROBE_STRIDE = 2
 # What the rest of a model has in place of its activations: the mean over the corpus; zero; its
 # activations in another prompt of about this length; or in the other prompt of the pair. In
-# "random" a random part of the rest has its mean. Other prompts are aligned at the last token.
-ABLATIONS = ("mean", "zero", "resample", "pair", "random")
-# Under which of them a circuit is pruned: under all of these it must reach the target.
-PRUNED_UNDER = {"mean": ("mean",), "mixture": ("mean", "pair", "random")}
+# "random" a random part of the rest has its mean, in "adversarial" the part that hurts most. Other
+# prompts are aligned at the last token.
+ABLATIONS = ("mean", "zero", "resample", "pair", "random", "adversarial")
+# Under which of them a circuit is pruned: it must reach the target under the mean, a multiple of it
+# under the others.
+PRUNED_UNDER = {"mean": ("mean",), "mixture": ("mean", "pair", "random", "adversarial")}
+ROBUST_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class TaskLoss:
         pruned_under: ablations under all of which a part must perform the task while it is pruned.
 
     Attributes:
+        adversaries: bool `(total,)` each: under adversarial ablation these are not ablated, one
+            after another. None are known to begin with.
         test: the test pairs of all draws, one draw after another; no prompt is in two of them.
 
     Raises:
@@ -120,6 +125,7 @@ class TaskLoss:
         self.nodes, self.edges = Nodes.of(model.config), Edges.of(model)
         self.pad = model.config.vocab_size - 1
         self.pruned_under = tuple(pruned_under)
+        self.adversaries: tuple[Tensor, ...] = ()
         context = model.config.context
         # Seeds apart from those of the prompts that a model may have been trained on.
         unseen = 2**40 + 2 * seed
@@ -181,7 +187,7 @@ class TaskLoss:
 
     def baseline(self, batch: Batch, ablation: str = "mean") -> Baseline:
         """What is ablated has these activations in the prompts of `batch`."""
-        if ablation in ("mean", "random"):
+        if ablation in ("mean", "random", "adversarial"):
             return self.means
         if ablation == "zero":
             return {name: torch.zeros_like(mean) for name, mean in self.means.items()}
@@ -204,12 +210,18 @@ class TaskLoss:
     def calibrated_loss(self, subgraph: Subgraph, pairs: Sequence[Pair] | None = None) -> float:
         """Loss on `pairs`, by default those for fitting, after calibration on them.
 
-        It is the largest of those under the ablations of `pruned_under`.
+        It is the largest of those under the ablations of `pruned_under`, each but the mean divided
+        by `ROBUST_FACTOR`.
         """
         losses = []
         for ablation in self.pruned_under:
-            found = self.logit_diffs(self.fit if pairs is None else pairs, subgraph, ablation)
-            losses.append(score(*found, calibrate(*found)).loss)
+            parts, allowed = [subgraph], 1.0 if ablation == "mean" else ROBUST_FACTOR
+            if ablation == "adversarial":
+                parts = [replace(subgraph, keep=subgraph.keep | live) for live in self.adversaries]
+                ablation = "mean"
+            for part in parts:
+                found = self.logit_diffs(self.fit if pairs is None else pairs, part, ablation)
+                losses.append(score(*found, calibrate(*found)).loss / allowed)
         return max(losses)
 
     def probe(self) -> list[Pair]:
@@ -251,6 +263,12 @@ class TaskLoss:
         """The same, pruned under other ablations."""
         made = copy.copy(self)
         made.pruned_under = ablations
+        return made
+
+    def against(self, live: Tensor) -> TaskLoss:
+        """The same with one more adversary."""
+        made = copy.copy(self)
+        made.adversaries = (*self.adversaries, live)
         return made
 
     def with_model(self, model: Transformer, means: Baseline) -> TaskLoss:

@@ -19,6 +19,7 @@ from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Control, Validation
 from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, NodeMasks, train_mask
 from sparse_transformer.circuits.objective import (
+    ROBUST_FACTOR,
     Calibration,
     Subgraph,
     TaskLoss,
@@ -34,7 +35,7 @@ from sparse_transformer.circuits.prune import (
     threshold_edges,
 )
 from sparse_transformer.circuits.search import Candidate, search
-from sparse_transformer.circuits.validate import control_tasks, validate
+from sparse_transformer.circuits.validate import control_tasks, validate, worst_rest
 from sparse_transformer.errors import UserError
 
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the target
@@ -52,6 +53,8 @@ _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
 # Validation takes about as long as so many passes over its prompts; steps of a mask that are timed.
 _PASSES, _TIMED = 40, 3
+# Adversaries that a circuit gets nodes against, one after another.
+_HARDENINGS = 4
 # The share of the time that validation may take, but for the least number of pairs of each draw.
 _VALIDATION, _LEAST_PAIRS = 0.25, 16
 
@@ -223,6 +226,9 @@ def _find(
         candidates, complete = search(
             task, target, budget, key=key, journal=journal, seed=seed, progress=progress
         )
+    if "adversarial" in task.pruned_under:
+        task, candidates[0] = _hardened(task, candidates[0], target, progress)
+        del candidates[1:]
     best = candidates[0]
     sizes = {"cut": Size(best.nodes.nodes, best.nodes.edges)}
     if best.nodes.loss > target:
@@ -240,9 +246,37 @@ def _find(
         sizes["nodes"] = size_of(task, subgraph)
         if edges:
             subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
+        if not _withstands(task, subgraph, target):
+            subgraph = Subgraph(best.nodes.keep)
+        if edges:
             sizes["edges"] = size_of(task, subgraph)
         complete = complete and progress.left >= 0
     return Pruned(subgraph, best, sizes, task.calibrated_loss(subgraph), complete)
+
+
+def _hardened(
+    task: TaskLoss, candidate: Candidate, target: float, progress: Progress
+) -> tuple[TaskLoss, Candidate]:
+    """The candidate with as many nodes of its order as it needs against the adversaries found.
+
+    Returns the task with these adversaries, too.
+    """
+    for _ in range(_HARDENINGS):
+        if progress.left < 0 or _withstands(task, Subgraph(candidate.nodes.keep), target):
+            break
+        keep = candidate.nodes.keep
+        task = task.against(worst_rest(task, Subgraph(keep)).keep & ~keep)
+        order = NodeOrder(task, candidate.order.order, candidate.order.chosen)
+        candidate = replace(candidate, nodes=order.threshold(target, progress), order=order)
+    return task, candidate
+
+
+def _withstands(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
+    """Whether the worst part of the rest that is found leaves the loss within its limit."""
+    if "adversarial" not in task.pruned_under:
+        return True
+    worst = worst_rest(task, subgraph)
+    return task.under("mean").calibrated_loss(worst) <= ROBUST_FACTOR * target
 
 
 def prune_edges(

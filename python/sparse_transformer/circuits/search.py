@@ -97,7 +97,7 @@ def search(
     while (done := _done(study)) < budget.trials and (not done or progress.left > 0):
         with progress.part(done / budget.trials, (done + 1) / budget.trials):
             trial = study.ask()
-            config = _suggest(trial, budget, target)
+            config = _suggest(trial, task, budget, target)
             try:
                 # Trial numbers continue after an interruption, and so do the batches.
                 mask = train_mask(
@@ -145,9 +145,9 @@ class _Watch:
             raise optuna.TrialPruned
 
 
-def _suggest(trial: Trial, budget: Budget, target: float) -> MaskConfig:
+def _suggest(trial: Trial, task: TaskLoss, budget: Budget, target: float) -> MaskConfig:
     return MaskConfig(
-        steps=budget.steps,
+        steps=budget.steps * len(task.pruned_under),
         pairs=budget.pairs,
         price=trial.suggest_float("price", 1e-4, 1e-1, log=True),
         aim=target if trial.suggest_categorical("follow", [False, True]) else None,

@@ -21,12 +21,10 @@ from torch import Tensor
 from sparse_transformer.circuits.activations import mean_activations
 from sparse_transformer.circuits.circuit import Ablated, Validation
 from sparse_transformer.circuits.edge_attribution import node_effects
-from sparse_transformer.circuits.objective import Subgraph, TaskLoss, calibrate
+from sparse_transformer.circuits.objective import ROBUST_FACTOR, Subgraph, TaskLoss, calibrate
 
 # Without the circuit the loss must be at least this; ln 2 = 0.69 is what guessing has.
 NECESSARY_LOSS = 0.6
-# Under counterfactual, random and adversarial ablation the loss may be this multiple of the target.
-ROBUST_FACTOR = 2.0
 _ROBUST = ("pair", "random", "adversarial")
 # Random parts of the rest, and resamples of an interval of 95%.
 _RANDOM_DRAWS, _RESAMPLES = 4, 2000
