@@ -135,11 +135,15 @@ LOOPS = {
 }  # fmt: skip
 
 
-def test_loops_of_the_goals_stay_short(tmp_path):
-    made = compile_all(tmp_path, "goals")
-    found = {f"{one['kernel']} {one['what']}": one["loop"] for one in made}
-    assert found.keys() == LOOPS.keys()
-    assert {name: n for name, n in found.items() if not 0 < n <= 1.05 * LOOPS[name]} == {}
+@pytest.mark.skipif("sm_90" not in FAMILIES, reason="the loops are those of sm_90")
+def test_loops_of_the_goals_stay_short(report):
+    found = {
+        f"{one['kernel']} {one['what']}": one["loop"]
+        for one in report
+        if (one["capability"], one["dtype"], one["numbers"]) == (90, "bfloat16", "half")
+    }
+    assert found.keys() >= LOOPS.keys()
+    assert {name: found[name] for name, n in LOOPS.items() if not 0 < found[name] <= 1.05 * n} == {}
 
 
 def test_sizes_of_one_are_compiled_too(tmp_path):

@@ -173,8 +173,9 @@ def table_cases(*families):
         for numbers in ("half", "tf32", "ieee"):
             dtype = "bfloat16" if numbers == "half" else "float32"
             # The tile goes by `out`. The other side changes no shared memory and hardly a register:
-            # its ends alternate.
-            for out, into in ((16, 128), (32, 16), (64, 128), (128, 16)):
+            # it is that of the goals, or its ends alternate.
+            others = (32, 64, 128) if numbers == "half" else (16, 128, 16)
+            for out, into in zip((16, 32, 64, 128), (128, *others), strict=True):
                 tile = configs.frozen("spmm", family, numbers, out)
                 for transposed in (False, True):
                     yield spmm_case(family, numbers, dtype, out, into, transposed, tile)

@@ -8,7 +8,7 @@ solves a task, a circuit for the task may do no more than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -34,8 +34,9 @@ def accuracies(
     train_pairs: int = TRAIN_PAIRS,
     test_pairs: int = TEST_PAIRS,
     seed: int = 0,
+    kinds: Iterable[str] = FEATURES,
 ) -> dict[str, float]:
-    """The share of test prompts that is answered rightly, by `FEATURES`.
+    """The share of test prompts that is answered rightly, by these kinds of `FEATURES`.
 
     Raises:
         UserError: the task cannot be asked of this tokenizer.
@@ -43,7 +44,7 @@ def accuracies(
     train = task.pairs(tokenizer, train_pairs, split="train", seed=seed)
     test = task.pairs(tokenizer, test_pairs, split="test", seed=seed)
     size = tokenizer.get_vocab_size()
-    return {name: _accuracy(train, test, last, size) for name, last in FEATURES.items()}
+    return {name: _accuracy(train, test, FEATURES[name], size) for name in kinds}
 
 
 def rows(tasks: Mapping[str, Task], tokenizer: Tokenizer) -> Iterator[list[str]]:
