@@ -80,6 +80,9 @@ __device__ inline Half from_float<Half>(float value) {
 template <class T>
 constexpr int kTokens = 16 / static_cast<int>(sizeof(T));
 
+// load_matrices (mma.cuh) loads multiples of that many features.
+constexpr int kMatrixFeatures = 64;
+
 // The tokens of a vector, widened.
 __device__ inline void unpack(const uint4& vector, float (&out)[4], float) {
     const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
