@@ -41,6 +41,9 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -371,6 +374,12 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
     return c;
+}
+
+template <class T>
+void __stcs(T* to, T value) {
+    emulation::check_alignment(to, sizeof(T));
+    *to = value;
 }
 
 inline float __uint_as_float(uint32_t bits) {
