@@ -160,6 +160,25 @@ def test_grad_weight_multiplies_matrices(built, dtype, gathers, jobs):
     assert len(inner) <= 18.4 * jobs * gathers * 256 / 1024
 
 
+@pytest.mark.slow
+@needs_sm_90a
+@pytest.mark.parametrize("dtype", ["Bf16", "Half"])
+@pytest.mark.parametrize(
+    ("log_vectors", "gathers", "limit"), [(0, 1, 130), (1, 2, 136), (2, 4, 198)]
+)
+def test_unstructured_products_multiply_matrices(built, dtype, log_vectors, gathers, limit):
+    """Four blocks of words, which are 128 weights, and the results of three octets in between."""
+    addressed = machine_code(built[1], "spmm.cu", rf"gather_kernel.*{dtype}ELi{log_vectors}E")
+    code = [text for _, text in addressed]
+    places = [i for i, text in enumerate(code) if text.startswith(("LDSM", "HMMA"))]
+    inner = code[places[0] : places[-1] + 1]
+    assert count(inner, "LDSM") == 4 * gathers
+    assert count(inner, "HMMA") == 4 * max(gathers, 2)
+    assert count(inner, "BAR", "FFMA") == count(code, "LDL", "STL", "CALL") == 0
+    assert len(inner) <= limit
+    assert len(innermost_loop(addressed, "STSM")) <= 34
+
+
 GPU = 'case "$1" in -L) echo "GPU 0: H200";; *) echo 9.0; echo 8.6;; esac'
 # It lists its architectures, and otherwise compiles whatever it is given.
 NVCC = 'case "$1" in --list-gpu-code) echo sm_80 sm_86 sm_90 sm_100;; *) echo code;; esac'

@@ -274,6 +274,20 @@ def test_grad_weight_of_every_fan_in(dtype, fan_in, monkeypatch):
         check_product("grad_weight", x, grad_output, values, layout, exact=True)
 
 
+@every_dtype
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+@pytest.mark.parametrize("fan_in", [1, 3, 4, 8, 17])
+def test_unstructured_products_of_every_fan_in(dtype, product, fan_in):
+    """Tiles of every size, full and not, loaded by matrices and not; lists of any length."""
+    generator = torch.Generator().manual_seed(fan_in)
+    for rows, columns in ((192, 192), (271, 75)):
+        layout = skewed(rows, columns, fan_in, (1, 1), generator)
+        for count in (5, 13, 64, 70):
+            tensors = make(layout, count, dtype, generator, exact=True)
+            bias = bias_for(product, layout, dtype, generator, exact=True)
+            check_product(product, *tensors, layout, bias, exact=True)
+
+
 @pytest.mark.parametrize(("fan_in", "order"), [(3, ORDERS[0]), (7, ORDERS[1]), (19, ORDERS[2])])
 def test_grad_weight_of_parts_of_several_tiles(fan_in, order, monkeypatch):
     use_order(monkeypatch, order)
@@ -437,6 +451,7 @@ MISTAKES = {
     "a missing barrier": ("sddmm_unstructured.cuh", "__syncthreads();  // nobody", "// nobody"),
     "a wrong fragment": ("sddmm_unstructured.cuh", "place ^ (lane / 16)", "place ^ (lane / 8 % 2)"),
     "a wrong swizzle": ("sddmm_unstructured.cuh", ": tile_base(input, 1)", ": 2u * input"),
+    "a wrong slot": ("spmm_unstructured.cuh", "lane % 8 + lane / 16 * 8", "lane % 16"),
     "one buffer in place of two": ("topk.cu", "of_lane_ += turn_;  // so", "// so"),
 }
 
@@ -446,18 +461,21 @@ MISTAKES = {
 def test_a_mistake_in_a_kernel_is_found(mistake, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     layout = sk.FanInLayout.random(128, 64, 5, generator=generator)
-    x, grad_output, _ = make(layout, 2200, torch.bfloat16, generator, exact=True)
+    x, grad_output, values = make(layout, 2200, torch.bfloat16, generator, exact=True)
     truth = kept(grad_output.double().t() @ x.double(), layout).bfloat16()
+    results = (x[:40].double() @ to_dense(values, layout).double().t()).bfloat16()
     row = draw("normal", 2, 3001, torch.float32, 3)
 
     def right_in(order):
         use_order(monkeypatch, order)
         try:
             products = sk.grad_weight(grad_output, x, layout, "cuda")
+            outputs = sk.sparse_linear(x[:40], values, layout, backend="cuda")
             kept_entries = abs_topk(row, 700, "cuda")
         except RuntimeError:  # threads wait at different barriers
             return False
-        return torch.equal(products, truth) and same_bits(kept_entries, expected(row, 700))
+        right = torch.equal(products, truth) and torch.equal(outputs, results)
+        return right and same_bits(kept_entries, expected(row, 700))
 
     assert right_in("forward")
     with cuda._emulated(cuda_emulation.emulated_with(tmp_path, *MISTAKES[mistake])):

@@ -15,6 +15,10 @@ __device__ inline SharedAddress shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline void store_shared(SharedAddress to, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 // Loads four matrices, whose row r of matrix i lies at the `row` of lane 8 i + r.
 __device__ inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -47,7 +51,7 @@ __device__ inline void stmatrix_x4_trans(SharedAddress row, const uint32_t (&mat
                      : "=r"(pair)
                      : "r"(matrices[i]));
         const SharedAddress to = __shfl_sync(kAllLanes, row, 8 * i + lane / 4) + lane % 4 * 4;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+        store_shared(to, pair);
     }
 #endif
 }
@@ -74,6 +78,10 @@ using SharedAddress = const unsigned char*;
 inline SharedAddress shared_address(const void* pointer) {
     return static_cast<SharedAddress>(pointer);
 }
+inline void store_shared(SharedAddress to, uint32_t value) {
+    emulation::check_alignment(to, sizeof(value));
+    std::memcpy(const_cast<unsigned char*>(to), &value, sizeof(value));
+}
 inline void ldmatrix_x4(SharedAddress row, uint32_t (&matrices)[4]) {
     emulation::ldmatrix(row, false, matrices);
 }
@@ -88,6 +96,13 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     emulation::mma_m16n8k16(d, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); });
 }
 #endif
+
+// The same value. Since it comes from another lane, the compiler keeps it in a register where it
+// would compute it anew at each use.
+template <class T>
+__device__ T kept(T value) {
+    return __shfl_sync(kAllLanes, value, threadIdx.x % kWarp);
+}
 
 // What load_tile does with `wide`, by matrices, for a multiple of kMatrixFeatures features of
 // tokens that all exist: one load and one store serve 8 tokens of 32 features.

@@ -437,7 +437,7 @@ void choose_shared(const char* product, const SpmmProblem& p, int64_t slice_feat
         if (gathers(p.lists, slice_features, queue.device)) {
             return launch_gather<T>(
                 product,
-                {p.lists, p.x, p.values, p.bias, static_cast<uint4*>(p.words), p.out, p.tokens, 0},
+                {p.lists, p.x, p.values, p.bias, static_cast<uint4*>(p.words), p.out, p.tokens},
                 queue);
         }
     } else if (uses_words(p.lists, slice_features, queue.device)) {

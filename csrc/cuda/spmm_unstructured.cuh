@@ -35,21 +35,20 @@ struct GatherProblem {
     uint4* words;
     void* out;
     int64_t tokens;
-    int64_t blocks;  // of words
+    int64_t blocks = 0;        // of words
+    int64_t octet_blocks = 0;  // of each octet, where the lists have no octets
     int log_vectors = 0;
     bool wide_x = false, wide_out = false;
 };
 
 inline int64_t octets_of(const Lists& lists) { return ceil_div(lists.rows, kOctet); }
 inline int64_t word_blocks(const Lists& lists) {
-    return lists.octets ? lists.octet_blocks
-                        : octets_of(lists) * ceil_div(std::max<int64_t>(lists.per_row, 1), kSlots);
+    return lists.octets ? lists.octet_blocks : octets_of(lists) * ceil_div(lists.per_row, kSlots);
 }
 
 // The first block of words of an octet.
 __device__ inline int64_t first_block(const GatherProblem& p, int64_t octet) {
-    return p.lists.octets ? p.lists.octets[octet]
-                          : octet * ((p.lists.per_row + kSlots - 1) / kSlots);
+    return p.lists.octets ? p.lists.octets[octet] : octet * p.octet_blocks;
 }
 
 // In the places of an octet's last block, which are addresses in the tile.
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
          block < p.blocks + kWordsAhead; block += warps) {
         const int64_t octet = block >= p.blocks ? (lists.rows + kOctet - 1) / kOctet
                               : lists.octets    ? lists.block_octets[block]
-                                                : block / first_block(p, 1);
+                                                : block / p.octet_blocks;
         const int64_t row = octet * kOctet + output;
         int64_t entry = (block - first_block(p, octet)) * kSlots + slot, end = 0;
         if (row < lists.rows) {
@@ -104,22 +103,28 @@ struct BlockWords {
 };
 
 // sums[m] of 8 outputs and the m-th 16 tokens += a block of words. A lane gives rows of the vector
-// that `turn` says, in bytes; in a tile of 8 tokens, which fill half of a product, it says the
-// step.
+// that `turn` says, in bytes. In a tile of 8 tokens it says the step: one load serves both, and the
+// lower halves of the sums mean nothing.
 template <int kLogVectors, int kSums, class T>
 __device__ void multiply_block(const BlockWords& now, SharedAddress tile, unsigned turn,
                                float (&sums)[kSums][4], T) {
-    const uint32_t weights[4] = {now.weights.x, now.weights.y, now.weights.z, now.weights.w};
-    const uint32_t places[2] = {now.places.x & ~kLast, now.places.y};
-    uint32_t both[4] = {};
-    if (kLogVectors == 0) ldmatrix_x4_trans(tile + (turn ? places[1] : places[0]), both);
+    const uint4& weights = now.weights;
+    const unsigned places[2] = {now.places.x & ~kLast, now.places.y};
+    uint32_t inputs[4];
+    if constexpr (kLogVectors == 0) {
+        ldmatrix_x4_trans(tile + (turn ? places[1] : places[0]), inputs);
+        mma_m16n8k16(sums[0], inputs, weights.x, weights.y, T{});
+        inputs[0] = inputs[1], inputs[2] = inputs[3];
+        mma_m16n8k16(sums[0], inputs, weights.z, weights.w, T{});
+    } else {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+        for (int step = 0; step < 2; ++step) {
 #pragma unroll
-        for (int m = 0; m < kSums; ++m) {
-            uint32_t inputs[4] = {both[2 * step], 0, both[2 * step + 1], 0};
-            if (kLogVectors > 0) ldmatrix_x4_trans(tile + (places[step] ^ turn ^ m << 5), inputs);
-            mma_m16n8k16(sums[m], inputs, weights[2 * step], weights[2 * step + 1], T{});
+            for (int m = 0; m < kSums; ++m) {
+                ldmatrix_x4_trans(tile + (places[step] ^ turn ^ m << 5), inputs);
+                mma_m16n8k16(sums[m], inputs, step ? weights.z : weights.x,
+                             step ? weights.w : weights.y, T{});
+            }
         }
     }
 }
@@ -229,14 +234,14 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const GatherProblem
     // Lane 4 g + t has a weight where slot 2 g of output g is 2 t or 2 t + 8.
     const int g = lane / 4, t = lane % 4;
     const int weight = kPlaceVectors + (t == g % 4 ? g : kOctet);
-    // Lane l gives row l % 8 of matrix l / 8: of its slots and vector, or of its step and slots.
-    const int slot = kLogVectors == 0 ? lane % 16 : lane % 8 + lane / 16 * 8;
-    const unsigned turn = (kLogVectors == 0 ? lane / 16 : lane / 8 % 2) << 4;
+    // Lane l gives row l % 8 of matrix l / 8.
+    const int slot = lane % 8 + lane / 16 * 8;
+    const unsigned turn = kept(lane / 8 % 2 << 4);
     const SharedAddress tile_address = shared_address(tile);
-    T* const staged = stage + g * kStageStride + t * 2;
+    const SharedAddress staged = kept(shared_address(stage + g * kStageStride + t * 2));
     const T* const leaving = stage + lane / kRunOctets * kStageStride + lane % kRunOctets * kOctet;
-    T* const out = static_cast<T*>(p.out) + (first_token + lane / kRunOctets) * rows +
-                   lane % kRunOctets * kOctet;
+    T* const out = static_cast<T*>(p.out) +
+                   kept((first_token + lane / kRunOctets) * rows + lane % kRunOctets * kOctet);
     const int tokens = static_cast<int>(
         p.tokens - first_token < kTileTokens ? p.tokens - first_token : kTileTokens);
 
@@ -265,12 +270,11 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const GatherProblem
                     for (int m = 0; m < kSums; ++m) sums[m][e] += bias, sums[m][2 + e] += bias;
                 }
             }
-            T* const to = staged + done % (2 * kRunOctets) * kOctet;
+            const SharedAddress to = staged + done % (2 * kRunOctets) * kOctet * sizeof(T);
 #pragma unroll
             for (int token = 0; token < kTileTokens; token += 8) {
                 const float* const of = sums[token / 16] + token / 8 % 2 * 2;
-                *reinterpret_cast<uint32_t*>(to + token * kStageStride) =
-                    pack_pair(of[0], of[1], T{});
+                store_shared(to + token * kStageStride * sizeof(T), pack_pair(of[0], of[1], T{}));
             }
 #pragma unroll
             for (int m = 0; m < kSums; ++m) sums[m][0] = sums[m][1] = sums[m][2] = sums[m][3] = 0;
@@ -310,6 +314,7 @@ template <class T>
 void launch_gather(const char* product, GatherProblem p, const Queue& queue) {
     const std::string what = describe(product, p.lists, p.tokens);
     p.blocks = word_blocks(p.lists);
+    p.octet_blocks = ceil_div(p.lists.per_row, kSlots);
     p.log_vectors = 2;
     while (p.log_vectors > 0 &&
            (gather_bytes(p.lists, p.log_vectors) > shared_limit(queue.device) ||
