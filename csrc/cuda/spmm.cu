@@ -11,7 +11,8 @@
 //
 // Lists of different lengths have an order, the longest first: it permutes runs of 32 units and,
 // where a unit is a single output, the units within a run, so that the groups of a warp have lists
-// of like lengths. A unit is kShared neighbouring outputs of a block-row.
+// of like lengths. A unit is kShared neighbouring outputs of a block-row. Unstructured weights in
+// 16 bits whose inputs need no slices have a kernel of their own.
 #include <type_traits>
 
 #include "launch.cuh"
@@ -389,8 +390,7 @@ void launch_spmm(const char* product, SpmmProblem p, int64_t slice_features, con
     };
     p.log_vectors = p.slices > 1 ? 0 : 3;
     while (p.log_vectors > 0 &&
-           (bytes(p.log_vectors) > limit || kTokens<T> << (p.log_vectors - 1) >= p.tokens ||
-            places(p.log_vectors) > 1 << 16)) {
+           (bytes(p.log_vectors) > limit || kTokens<T> << (p.log_vectors - 1) >= p.tokens)) {
         --p.log_vectors;
     }
     const auto in_bytes = static_cast<int>(sizeof(T));

@@ -167,6 +167,11 @@ __device__ bool are_finite(const uint4& vector) {
              0x80008000u);
 }
 
+// Which of 8 tokens a lane takes to memory: eight neighbouring lanes read from different banks.
+__device__ inline int leaving_token(int lane) {
+    return lane / kRunOctets % 2 * 4 + lane / (2 * kRunOctets);
+}
+
 // A warp writes the results of a run, `outputs` of a token from `row` on for each lane, from its
 // stage to `out`: those of the tokens that exist.
 template <class T, int kTileTokens>
@@ -176,7 +181,7 @@ __device__ void store_octets(const GatherProblem& p, const uint4* tile, const T*
     if (outputs <= 0) return;
 #pragma unroll
     for (int i = 0; i < kTileTokens; i += kWarp / kRunOctets) {
-        const int token = i + threadIdx.x % kWarp / kRunOctets;
+        const int token = i + leaving_token(threadIdx.x % kWarp);
         if (token >= tokens) break;
         const uint4 vector = load_vector(from);
         if (p.wide_out) __stcs(reinterpret_cast<uint4*>(out), vector);
@@ -239,9 +244,10 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const GatherProblem
     const unsigned turn = kept(lane / 8 % 2 << 4);
     const SharedAddress tile_address = shared_address(tile);
     const SharedAddress staged = kept(shared_address(stage + g * kStageStride + t * 2));
-    const T* const leaving = stage + lane / kRunOctets * kStageStride + lane % kRunOctets * kOctet;
+    const T* const leaving =
+        stage + leaving_token(lane) * kStageStride + lane % kRunOctets * kOctet;
     T* const out = static_cast<T*>(p.out) +
-                   kept((first_token + lane / kRunOctets) * rows + lane % kRunOctets * kOctet);
+                   kept((first_token + leaving_token(lane)) * rows + lane % kRunOctets * kOctet);
     const int tokens = static_cast<int>(
         p.tokens - first_token < kTileTokens ? p.tokens - first_token : kTileTokens);
 
