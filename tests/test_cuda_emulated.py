@@ -282,7 +282,7 @@ def test_unstructured_products_of_every_fan_in(dtype, product, fan_in):
     generator = torch.Generator().manual_seed(fan_in)
     for rows, columns in ((192, 192), (271, 75)):
         layout = skewed(rows, columns, fan_in, (1, 1), generator)
-        for count in (5, 13, 64, 70):
+        for count in (3, 8, 16, 70):
             tensors = make(layout, count, dtype, generator, exact=True)
             bias = bias_for(product, layout, dtype, generator, exact=True)
             check_product(product, *tensors, layout, bias, exact=True)
