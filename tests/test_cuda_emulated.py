@@ -267,9 +267,9 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(
 def test_grad_weight_of_every_fan_in(dtype, fan_in, monkeypatch):
     """More outputs than a block takes, tokens that end within a tile, slices of any size."""
     generator = torch.Generator().manual_seed(fan_in)
-    layout = sk.FanInLayout.random(271, 192, fan_in, generator=generator)
+    layout = sk.FanInLayout.random(271, 128, fan_in, generator=generator)
     x, grad_output, values = make(layout, 37, dtype, generator, exact=True)
-    for slices in (2**20, 64, 13):
+    for slices in (64, 13):
         use_slices(monkeypatch, slices)
         check_product("grad_weight", x, grad_output, values, layout, exact=True)
 
