@@ -143,8 +143,9 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
     """What the kernels need beside the lists.
 
     For "columns": the stored block of each entry, the order of the units (see `_order`), and for
-    1 x 1 blocks the start of each list in that order, in groups of 4 entries; int32. For both: the
-    column indices as unsigned 16-bit integers, if these are wide enough.
+    1 x 1 blocks the start of each list in that order, in groups of 4 entries, the first block of
+    words of each eight lists (as many as the longest has groups), and the eight of each block;
+    int32. For both: the column indices as unsigned 16-bit integers, if these are wide enough.
     """
     parts = []
     columns, count = layout.indices.flatten(), layout.block_cols
@@ -157,6 +158,11 @@ def build_schedule(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...
         if layout.block == (1, 1):
             fours = ((lengths + 3) // 4)[parts[-1]].cumsum(0)
             parts.append(torch.nn.functional.pad(fours, (1, 0)).to(torch.int32))
+            eights = torch.nn.functional.pad(lengths, (0, -len(lengths) % 8)).view(-1, 8)
+            blocks = ((eights.amax(1) + 3) // 4).clamp(min=1)
+            octets = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+            parts.append(torch.nn.functional.pad(blocks.cumsum(0), (1, 0)).to(torch.int32))
+            parts.append(octets.repeat_interleave(blocks))
     if _is_narrow(count):
         # The upper half of the unsigned numbers has the bits of negative ones.
         parts.append((columns - (columns >= 2**15).int() * 2**16).to(torch.int16))
@@ -176,8 +182,9 @@ def _scheduled(
     if not transposed:
         return _extension.Lists.rows(*geometry, *columns), tensors
     offsets, (ids, order) = layout.transposed.offsets, tensors[:2]
-    starts = tensors[2].data_ptr() if layout.block == (1, 1) else 0
-    pointers = ids.data_ptr(), order.data_ptr(), starts
+    words = tensors[2:5] if layout.block == (1, 1) else ()
+    addresses = [part.data_ptr() for part in words] or [0, 0, 0]
+    pointers = ids.data_ptr(), order.data_ptr(), *addresses, words[-1].numel() if words else 0
     return _extension.Lists.columns(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
 
 
@@ -253,7 +260,8 @@ def grad_input(
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
 
-    Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices.
+    Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices; in 16 bits
+    8.5 bytes for each weight of eight neighbouring lists that are as long as their longest.
     """
     return _spmm("grad_input", grad_output, values, layout, bias)
 

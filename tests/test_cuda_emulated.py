@@ -267,11 +267,25 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(
 def test_grad_weight_of_every_fan_in(dtype, fan_in, monkeypatch):
     """More outputs than a block takes, tokens that end within a tile, slices of any size."""
     generator = torch.Generator().manual_seed(fan_in)
-    layout = sk.FanInLayout.random(271, 48, fan_in, generator=generator)
+    layout = sk.FanInLayout.random(271, 128, fan_in, generator=generator)
     x, grad_output, values = make(layout, 37, dtype, generator, exact=True)
-    for slices in (2**20, 13):
+    for slices in (64, 13):
         use_slices(monkeypatch, slices)
         check_product("grad_weight", x, grad_output, values, layout, exact=True)
+
+
+@every_dtype
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+@pytest.mark.parametrize("fan_in", [1, 3, 4, 8, 17])
+def test_unstructured_products_of_every_fan_in(dtype, product, fan_in):
+    """Tiles of every size, full and not, loaded by matrices and not; lists of any length."""
+    generator = torch.Generator().manual_seed(fan_in)
+    for rows, columns in ((192, 192), (271, 75)):
+        layout = skewed(rows, columns, fan_in, (1, 1), generator)
+        for count in (3, 8, 16, 70):
+            tensors = make(layout, count, dtype, generator, exact=True)
+            bias = bias_for(product, layout, dtype, generator, exact=True)
+            check_product(product, *tensors, layout, bias, exact=True)
 
 
 @pytest.mark.parametrize(("fan_in", "order"), [(3, ORDERS[0]), (7, ORDERS[1]), (19, ORDERS[2])])
@@ -437,6 +451,7 @@ MISTAKES = {
     "a missing barrier": ("sddmm_unstructured.cuh", "__syncthreads();  // nobody", "// nobody"),
     "a wrong fragment": ("sddmm_unstructured.cuh", "place ^ (lane / 16)", "place ^ (lane / 8 % 2)"),
     "a wrong swizzle": ("sddmm_unstructured.cuh", ": tile_base(input, 1)", ": 2u * input"),
+    "a wrong slot": ("spmm_unstructured.cuh", "lane % 8 + lane / 16 * 8", "lane % 16"),
     "one buffer in place of two": ("topk.cu", "of_lane_ += turn_;  // so", "// so"),
 }
 
@@ -446,18 +461,21 @@ MISTAKES = {
 def test_a_mistake_in_a_kernel_is_found(mistake, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     layout = sk.FanInLayout.random(128, 64, 5, generator=generator)
-    x, grad_output, _ = make(layout, 2200, torch.bfloat16, generator, exact=True)
+    x, grad_output, values = make(layout, 2200, torch.bfloat16, generator, exact=True)
     truth = kept(grad_output.double().t() @ x.double(), layout).bfloat16()
+    results = (x[:40].double() @ to_dense(values, layout).double().t()).bfloat16()
     row = draw("normal", 2, 3001, torch.float32, 3)
 
     def right_in(order):
         use_order(monkeypatch, order)
         try:
             products = sk.grad_weight(grad_output, x, layout, "cuda")
+            outputs = sk.sparse_linear(x[:40], values, layout, backend="cuda")
             kept_entries = abs_topk(row, 700, "cuda")
         except RuntimeError:  # threads wait at different barriers
             return False
-        return torch.equal(products, truth) and same_bits(kept_entries, expected(row, 700))
+        right = torch.equal(products, truth) and torch.equal(outputs, results)
+        return right and same_bits(kept_entries, expected(row, 700))
 
     assert right_in("forward")
     with cuda._emulated(cuda_emulation.emulated_with(tmp_path, *MISTAKES[mistake])):
@@ -501,8 +519,9 @@ __global__ void nothing() {}
 __global__ void nothing_unasked() {}
 __global__ void vector(const char* from) { load_vector(from); }
 
-// 32 rows of 8 elements, as fragments of four matrices and of the same transposed.
-__global__ void matrices(const uint4* from, uint32_t* out) {
+// 32 rows of 8 elements, as fragments of four matrices and of the same transposed; the first are
+// stored, transposed.
+__global__ void matrices(const uint4* from, uint32_t* out, uint4* stored) {
     SharedMemory shared;
     uint4* const rows = shared.take<uint4>(32);
     rows[threadIdx.x] = from[threadIdx.x];
@@ -514,6 +533,8 @@ __global__ void matrices(const uint4* from, uint32_t* out) {
         out[threadIdx.x * 8 + i] = plain[i];
         out[threadIdx.x * 8 + 4 + i] = transposed[i];
     }
+    stmatrix_x4_trans(shared_address(rows + threadIdx.x), plain);
+    stored[threadIdx.x] = rows[threadIdx.x];
 }
 
 template <class T>
@@ -545,8 +566,8 @@ SK_EXPORT void run_neighbour(float* out, bool barrier, int reach) {
 SK_EXPORT void run_overtake(float* out, bool barrier) {
     launch("overtake", overtake, 1, kThreads, 16, Queue{}, out, barrier);
 }
-SK_EXPORT void run_matrices(const uint4* from, uint32_t* out) {
-    launch("matrices", matrices, 1, 32, 512, Queue{}, from, out);
+SK_EXPORT void run_matrices(const uint4* from, uint32_t* out, uint4* stored) {
+    launch("matrices", matrices, 1, 32, 512, Queue{}, from, out, stored);
 }
 SK_EXPORT void run_product(bool half, const uint32_t* a, const uint32_t* b, float* d) {
     launch("product", half ? product<Half> : product<Bf16>, 1, 32, 0, Queue{}, a, b, d);
@@ -607,7 +628,7 @@ def broken(tmp_path_factory):
     for name in ("run_diverge", "run_sizes", "run_unasked", "run_vector"):
         getattr(library, name).restype = ctypes.c_char_p
     library.run_vector.argtypes = [ctypes.c_void_p]
-    library.run_matrices.argtypes = [ctypes.c_void_p] * 2
+    library.run_matrices.argtypes = [ctypes.c_void_p] * 3
     library.run_product.argtypes = [ctypes.c_bool, *[ctypes.c_void_p] * 3]
     pointers = [ctypes.c_void_p] * 2
     library.run_compare.argtypes = [ctypes.c_bool, *pointers, ctypes.c_int, *pointers]
@@ -667,10 +688,11 @@ def fragments(matrices):
     return matrices.unflatten(-1, (4, 2)).movedim((-3, -2), (0, 1)).flatten(0, 1).contiguous()
 
 
-def test_the_emulation_loads_matrices_as_documented(broken):
+def test_the_emulation_moves_matrices_as_documented(broken):
     rows = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
-    out = torch.empty(32, 8, 2, dtype=torch.int16)
-    broken.run_matrices(rows.data_ptr(), out.data_ptr())
+    out, stored = torch.empty(32, 8, 2, dtype=torch.int16), torch.empty_like(rows)
+    broken.run_matrices(rows.data_ptr(), out.data_ptr(), stored.data_ptr())
+    assert torch.equal(stored, rows.mT)
     assert torch.equal(out[:, :4], fragments(rows))
     assert torch.equal(out[:, 4:], fragments(rows.mT))
 

@@ -54,8 +54,8 @@ Lists lists_of_rows(int64_t rows, int64_t per_row, int64_t cols, int32_t block_o
 // Outputs of each input: the transposed lists.
 Lists lists_of_columns(int64_t rows, int64_t per_row, int64_t cols, int32_t block_out,
                        int32_t block_in, uintptr_t offsets, uintptr_t source_rows, bool narrow,
-                       uintptr_t wide_source_rows, uintptr_t ids, uintptr_t order,
-                       uintptr_t starts) {
+                       uintptr_t wide_source_rows, uintptr_t ids, uintptr_t order, uintptr_t starts,
+                       uintptr_t octets, uintptr_t block_octets, int64_t octet_blocks) {
     Lists lists{};
     lists.rows = cols;
     lists.cols = rows;
@@ -67,6 +67,9 @@ Lists lists_of_columns(int64_t rows, int64_t per_row, int64_t cols, int32_t bloc
     lists.ids = pointer<const int32_t>(ids);
     lists.order = pointer<const int32_t>(order);
     lists.starts = pointer<const int32_t>(starts);
+    lists.octets = pointer<const int32_t>(octets);
+    lists.block_octets = pointer<const int32_t>(block_octets);
+    lists.octet_blocks = octet_blocks;
     lists.out_block = block_in;
     lists.in_block = block_out;
     lists.out_stride = 1;

@@ -42,10 +42,14 @@ struct Lists {
     const int32_t* ids;           // (blocks) the stored block of each, or null: in that order
     const int32_t* order;         // (units) in which units are taken (see spmm.cu), or null
     const int32_t* starts;        // (rows + 1) offsets in that order, in fours, rounded up, or null
-    int32_t out_block;            // outputs of a block, in the direction of this product
-    int32_t in_block;             // inputs of a block
-    int32_t out_stride;           // distance in the stored block between neighbouring outputs ...
-    int32_t in_stride;            // ... and neighbouring inputs
+    const int32_t* octets;        // (rows / 8 + 1, rounded up) first block of words (see
+                                  // spmm_unstructured.cuh) of each eight rows, or null
+    const int32_t* block_octets;  // (octet_blocks) the eight rows of each of them, or null
+    int64_t octet_blocks;
+    int32_t out_block;   // outputs of a block, in the direction of this product
+    int32_t in_block;    // inputs of a block
+    int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;   // ... and neighbouring inputs
 };
 
 // Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm

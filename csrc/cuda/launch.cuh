@@ -133,6 +133,11 @@ inline bool wide_loads(const Operand& x, int64_t features, int64_t slice_feature
            is_multiple(slice_features) && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
+// Whether load_matrices may load all of these features.
+inline bool loads_matrices(const Operand& x, int64_t features) {
+    return wide_loads(x, features, features, 2) && features % kMatrixFeatures == 0;
+}
+
 inline std::string describe(const char* product, const Lists& lists, int64_t tokens) {
     return std::string("the kernel of ") + product + " (" + std::to_string(tokens) + " tokens, " +
            std::to_string(lists.cols * lists.in_block) + " inputs, " +

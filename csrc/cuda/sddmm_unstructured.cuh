@@ -32,7 +32,7 @@ struct UnstructuredProblem {
     int64_t split_outputs = 0;               // outputs of a block
     int64_t output_splits = 0;               // blocks that share the outputs for the same slots
     int slice_cols = 0;                      // inputs of a slice
-    bool wide_x = false, wide_grad = false;  // 16 bytes can be read at a time
+    bool wide_x = false, wide_grad = false;  // load_matrices; 16 bytes can be read at a time
 };
 
 // How the products of a layout are cut.
@@ -61,19 +61,23 @@ __host__ __device__ inline int grad_stride(int outputs) { return outputs + 8; }
 
 // The dY of `outputs` outputs and a tile of tokens, token-major; what is not there is zero.
 template <class T>
-__device__ void load_grads(T* grads, const T* first, const Operand& operand, int outputs,
-                           int64_t there, int64_t tokens, bool wide) {
-    const int stride = grad_stride(outputs);
+__device__ void load_grads(T* grads, const T* first, const Operand& operand, int outputs, int there,
+                           int64_t tokens, bool wide) {
     const int width = wide ? kTokens<T> : 1;
-    for (int i = threadIdx.x; i < kMmaTokens * outputs / width; i += blockDim.x) {
-        const int token = i / (outputs / width), output = i % (outputs / width) * width;
-        const T* const from = first + token * operand.row_stride + output * operand.col_stride;
-        const bool valid = token < tokens && output < there;
-        if (wide) {
-            store_vector(grads + token * stride + output,
-                         valid ? load_vector(from) : uint4{0, 0, 0, 0});
-        } else {
-            grads[token * stride + output] = valid ? *from : T{0};
+    for (int token = threadIdx.x / kWarp; token < kMmaTokens; token += blockDim.x / kWarp) {
+        const int outputs_there = token < tokens ? there : 0;
+        int output = threadIdx.x % kWarp * width;
+        const T* from = first + token * operand.row_stride + output * operand.col_stride;
+        T* to = grads + token * grad_stride(outputs) + output;
+        for (; output < outputs; output += kWarp * width) {
+            const bool valid = output < outputs_there;
+            if (wide) {
+                store_vector(to, valid ? load_vector(from) : uint4{0, 0, 0, 0});
+            } else {
+                *to = valid ? *from : T{0};
+            }
+            from += kWarp * width * operand.col_stride;
+            to += kWarp * width;
         }
     }
 }
@@ -135,14 +139,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int tile = 0; tile < tiles; ++tile) {
         const int64_t token = first_token + tile * kMmaTokens;
         __syncthreads();  // nobody reads the tile before any more
-        load_tile(
-            inputs, 1,
-            static_cast<const T*>(p.x.data) + token * p.x.row_stride + first_col * p.x.col_stride,
-            p.x.row_stride, p.x.col_stride, p.tokens - token, cols, p.wide_x);
+        const T* const x =
+            static_cast<const T*>(p.x.data) + token * p.x.row_stride + first_col * p.x.col_stride;
+        if (p.wide_x && p.tokens - token >= kMmaTokens) {
+            load_matrices<1>(inputs, x, p.x.row_stride, cols);
+        } else {
+            load_tile(inputs, 1, x, p.x.row_stride, p.x.col_stride, p.tokens - token, cols, false);
+        }
         load_grads(grads,
                    static_cast<const T*>(p.grad_output.data) + token * p.grad_output.row_stride +
                        split_output * p.grad_output.col_stride,
-                   p.grad_output, outputs, rows - split_output, p.tokens - token, p.wide_grad);
+                   p.grad_output, outputs, static_cast<int>(rows - split_output), p.tokens - token,
+                   p.wide_grad);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kJobs; i += 2) {
@@ -203,10 +211,11 @@ void launch_unstructured(UnstructuredProblem p, int64_t parts, int64_t slice_fea
     const int64_t grad_bytes = kMmaTokens * grad_stride(static_cast<int>(jobs.outputs)) * 2;
     constexpr int64_t kRounding = 16 * 16;  // tile_vectors rounds up, and the zeros
     const int64_t room = (shared_limit(queue.device) - grad_bytes - kRounding) / (2 * kMmaTokens);
-    const int64_t slices = ceil_div(p.lists.cols, std::min(slice_features, room / 8 * 8));
-    const int64_t slice_cols = ceil_div(ceil_div(p.lists.cols, slices), 8) * 8;  // wide loads
+    constexpr int64_t kWide = kMatrixFeatures;
+    const int64_t slices = ceil_div(p.lists.cols, std::min(slice_features, room / kWide * kWide));
+    const int64_t slice_cols = ceil_div(ceil_div(p.lists.cols, slices), kWide) * kWide;
     p.slice_cols = static_cast<int>(std::min({p.lists.cols, slice_cols, slice_features}));
-    p.wide_x = wide_loads(p.x, p.lists.cols, p.slice_cols, 2);
+    p.wide_x = loads_matrices(p.x, p.lists.cols) && p.slice_cols % kMatrixFeatures == 0;
     p.wide_grad = wide_loads(p.grad_output, p.lists.rows, jobs.outputs, 2);
     const int64_t bytes = 16 * (tile_vectors(p.slice_cols, 1) + 8) + grad_bytes;
     const dim3 grid(static_cast<unsigned>(jobs.output_splits * jobs.slot_splits),

@@ -11,10 +11,12 @@
 //
 // Lists of different lengths have an order, the longest first: it permutes runs of 32 units and,
 // where a unit is a single output, the units within a run, so that the groups of a warp have lists
-// of like lengths. A unit is kShared neighbouring outputs of a block-row.
+// of like lengths. A unit is kShared neighbouring outputs of a block-row. Unstructured weights in
+// 16 bits whose inputs need no slices have a kernel of their own.
 #include <type_traits>
 
 #include "launch.cuh"
+#include "spmm_unstructured.cuh"
 
 namespace sk {
 namespace cuda {
@@ -25,19 +27,15 @@ namespace {
 constexpr int kStretch = 64;
 constexpr int kWarps = kThreads / kWarp;
 
-// Unstructured weights that need no slices are read from words that hold a weight and the place of
-// its input in the tile, made anew for each product: one load serves several weights, and nothing
-// is left to compute for each. Rows begin at multiples of this many words, and are filled up with
-// zero weights of a place that holds zeros.
+// Unstructured weights in 32 bits that need no slices are read from words that hold a weight and
+// the place of its input in the tile, made anew for each product: one load serves several weights,
+// and nothing is left to compute for each. Rows begin at multiples of this many words, and are
+// filled up with zero weights of a place that holds zeros.
 constexpr int kWordsAtOnce = 4;
 
-template <class T>
-struct Word {  // its lower half is the place
-    uint32_t bits;
-};
-template <>
-struct alignas(8) Word<float> {
-    uint32_t place, weight;
+struct alignas(8) Word {
+    uint32_t place;
+    float weight;
 };
 
 struct SpmmProblem {
@@ -99,25 +97,9 @@ __device__ void multiply(float weight, const uint4& vector, float (&acc)[1][kTok
 }
 
 // kWordsAtOnce words, and what they say.
-template <class T>
 struct Words {
-    uint4 vector;
-    __device__ void load(const Word<T>* from) { vector = load_vector(from); }
-    __device__ void add(const uint4* tile, unsigned lane, float (&acc)[1][kTokens<T>]) const {
-        const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-        uint4 inputs[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) inputs[i] = tile[(words[i] & 0xffffu) ^ lane];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            multiply<T>(to_float(T{static_cast<uint16_t>(words[i] >> 16)}), inputs[i], acc);
-        }
-    }
-};
-template <>
-struct Words<float> {
     uint4 first, second;
-    __device__ void load(const Word<float>* from) {
+    __device__ void load(const Word* from) {
         first = load_vector(from);
         second = load_vector(from + 2);
     }
@@ -133,14 +115,12 @@ struct Words<float> {
 
 // Where the words of the unit at a place of the order lie, and how many, a multiple of
 // kWordsAtOnce.
-template <class T>
 struct WordRange {
-    Word<T>* begin;
+    Word* begin;
     int count;
 };
-template <class T>
-__device__ WordRange<T> words_at(const SpmmProblem& p, int64_t at) {
-    Word<T>* const words = static_cast<Word<T>*>(p.words);
+__device__ inline WordRange words_at(const SpmmProblem& p, int64_t at) {
+    Word* const words = static_cast<Word*>(p.words);
     if (p.lists.starts) {
         const int begin = p.lists.starts[at], end = p.lists.starts[at + 1];
         return {words + int64_t{begin} * kWordsAtOnce, (end - begin) * kWordsAtOnce};
@@ -149,56 +129,40 @@ __device__ WordRange<T> words_at(const SpmmProblem& p, int64_t at) {
     return {words + at * count, count};
 }
 
-__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
-template <class T>
-__device__ uint32_t bits_of(T value) {
-    return value.bits;
-}
-__device__ inline Word<float> make_word(unsigned place, uint32_t weight, float) {
-    return {place, weight};
-}
-template <class T>
-__device__ Word<T> make_word(unsigned place, uint32_t weight, T) {
-    return {place | weight << 16};
-}
-
 // Writes all words; eight threads take a row.
-template <class T>
 __global__ void __launch_bounds__(kThreads) words_kernel(const SpmmProblem p, unsigned zero_place) {
     constexpr int kPerRow = 8;
     const Lists& lists = p.lists;
-    const T* const values = static_cast<const T*>(p.values);
+    const float* const values = static_cast<const float*>(p.values);
     const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kPerRow);
     for (int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kPerRow;
          at < lists.rows; at += step) {
         const int64_t row = lists.order ? lists.order[at] : at;
         const int64_t begin = lists.offsets ? lists.offsets[row] : row * lists.per_row;
         const int64_t end = lists.offsets ? lists.offsets[row + 1] : begin + lists.per_row;
-        const WordRange<T> range = words_at<T>(p, at);
+        const WordRange range = words_at(p, at);
         for (int i = threadIdx.x % kPerRow; i < range.count; i += kPerRow) {
             const int64_t entry = begin + i;
-            unsigned place = zero_place;
-            uint32_t weight = 0;
+            Word word{zero_place, 0.0f};
             if (entry < end) {
-                place = tile_base(lists.wide_columns[entry], p.log_vectors);
-                weight = bits_of(values[lists.ids ? lists.ids[entry] : entry]);
+                word.place = tile_base(lists.wide_columns[entry], p.log_vectors);
+                word.weight = values[lists.ids ? lists.ids[entry] : entry];
             }
-            range.begin[i] = make_word(place, weight, T{});
+            range.begin[i] = word;
         }
     }
 }
 
 // total += the products of a unit's words; `next` are those of the unit after it. `ahead` are words
 // that are loaded before they are needed: of this unit at the beginning, of the next in the end.
-template <class T>
-__device__ void add_words(const WordRange<T>& range, const WordRange<T>& next, Words<T>& ahead,
-                          const uint4* tile, unsigned vector, float (&total)[1][kTokens<T>]) {
-    const Word<T>* words = range.begin;
-    float acc[1][kTokens<T>] = {};
+__device__ inline void add_words(const WordRange& range, const WordRange& next, Words& ahead,
+                                 const uint4* tile, unsigned vector, float (&total)[1][4]) {
+    const Word* words = range.begin;
+    float acc[1][4] = {};
     for (int left = range.count; left > 0; left -= kStretch) {
         const int count = left < kStretch ? left : kStretch;
         for (int i = 0; i < count; i += kWordsAtOnce) {
-            const Words<T> now = ahead;
+            const Words now = ahead;
             words += kWordsAtOnce;
             if (i + kWordsAtOnce < left) ahead.load(words);
             now.add(tile, vector, acc);
@@ -319,10 +283,10 @@ __global__ void __launch_bounds__(kThreads, 1) spmm_kernel(const SpmmProblem p) 
         const int64_t first = (turn + threadIdx.x / kWarp) << log_units;
         const int64_t last = idle ? first : first + run < units ? first + run : units;
         int64_t at = first + (lane >> log_vectors);
-        WordRange<T> range{nullptr, 0};
-        Words<T> ahead;
+        WordRange range{nullptr, 0};
+        Words ahead;
         if constexpr (kWords) {
-            if (at < last) range = words_at<T>(p, at);
+            if (at < last) range = words_at(p, at);
             if (range.count > 0) ahead.load(range.begin);
         }
         for (int local = 0; local < run; local += groups, at += groups) {
@@ -336,8 +300,8 @@ __global__ void __launch_bounds__(kThreads, 1) spmm_kernel(const SpmmProblem p) 
                 for (int t = 0; t < kTokens<T>; ++t) total[a][t] = start;
             }
             if constexpr (kWords) {
-                WordRange<T> next{nullptr, 0};
-                if (at + groups < last) next = words_at<T>(p, at + groups);
+                WordRange next{nullptr, 0};
+                if (at + groups < last) next = words_at(p, at + groups);
                 add_words(range, next, ahead, tile, vector, total);
                 range = next;
             } else {
@@ -404,10 +368,9 @@ int64_t slice_cols(const Lists& lists, int64_t slice_features, int device) {
 }
 
 // Whether words serve: single weights, inputs in one slice, lists that say where words begin.
-template <class T>
 bool uses_words(const Lists& lists, int64_t slice_features, int device) {
     return lists.out_block == 1 && lists.in_block == 1 && (lists.per_row || lists.starts) &&
-           lists.cols < 1 << 15 && slice_cols<T, 1>(lists, slice_features, device) == lists.cols;
+           slice_cols<float, 1>(lists, slice_features, device) == lists.cols;
 }
 
 template <class T, class Index, int kShared, int kInBlock>
@@ -427,8 +390,7 @@ void launch_spmm(const char* product, SpmmProblem p, int64_t slice_features, con
     };
     p.log_vectors = p.slices > 1 ? 0 : 3;
     while (p.log_vectors > 0 &&
-           (bytes(p.log_vectors) > limit || kTokens<T> << (p.log_vectors - 1) >= p.tokens ||
-            places(p.log_vectors) > 1 << 16)) {
+           (bytes(p.log_vectors) > limit || kTokens<T> << (p.log_vectors - 1) >= p.tokens)) {
         --p.log_vectors;
     }
     const auto in_bytes = static_cast<int>(sizeof(T));
@@ -448,7 +410,7 @@ void launch_spmm(const char* product, SpmmProblem p, int64_t slice_features, con
     if constexpr (kWords) {
         const auto blocks = static_cast<unsigned>(
             std::min(ceil_div(p.lists.rows, kThreads / 8), 16 * multiprocessors(queue.device)));
-        launch(what + ", its words,", words_kernel<T>, blocks, kThreads, 0, queue, p,
+        launch(what + ", its words,", words_kernel, blocks, kThreads, 0, queue, p,
                static_cast<unsigned>(places(p.log_vectors) - 8));
     }
     launch(what, spmm_kernel<T, Index, kShared, kInBlock>, grid, kThreads, bytes(p.log_vectors),
@@ -471,8 +433,15 @@ void choose_index(const char* product, const SpmmProblem& p, int64_t slice_featu
 template <class T>
 void choose_shared(const char* product, const SpmmProblem& p, int64_t slice_features,
                    const Queue& queue) {
-    if (uses_words<T>(p.lists, slice_features, queue.device)) {
-        return launch_spmm<T, void, 1, 1>(product, p, slice_features, queue);
+    if constexpr (sizeof(T) == 2) {
+        if (gathers(p.lists, slice_features, queue.device)) {
+            return launch_gather<T>(
+                product,
+                {p.lists, p.x, p.values, p.bias, static_cast<uint4*>(p.words), p.out, p.tokens},
+                queue);
+        }
+    } else if (uses_words(p.lists, slice_features, queue.device)) {
+        return launch_spmm<float, void, 1, 1>(product, p, slice_features, queue);
     }
     switch (shared_outputs(p.lists.out_block)) {
         case 4:
@@ -499,10 +468,10 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int64_t spmm_words(DType dtype, const Lists& lists, int64_t slice_features, int device) {
-    const bool used = dtype == DType::kFloat32    ? uses_words<float>(lists, slice_features, device)
-                      : dtype == DType::kBfloat16 ? uses_words<Bf16>(lists, slice_features, device)
-                                                  : uses_words<Half>(lists, slice_features, device);
-    if (!used) return 0;
+    if (dtype != DType::kFloat32) {
+        return gathers(lists, slice_features, device) ? gather_words(lists) * 4 : 0;
+    }
+    if (!uses_words(lists, slice_features, device)) return 0;
     if (lists.starts) return lists.blocks + (kWordsAtOnce - 1) * lists.rows;
     return lists.rows * (ceil_div(lists.per_row, kWordsAtOnce) * kWordsAtOnce);
 }

@@ -76,9 +76,29 @@ __device__ inline Half from_float<Half>(float value) {
     return {__half_as_ushort(__float2half_rn(value))};
 }
 
+// Two numbers, rounded, the first in the lower half.
+#ifndef SK_EMULATION
+__device__ inline uint32_t pack_pair(float low, float high, Bf16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t pack_pair(float low, float high, Half) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+#else
+template <class T>
+uint32_t pack_pair(float low, float high, T) {
+    return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+#endif
+
 // Tokens in a vector of 16 bytes, what a thread reads from shared memory at once.
 template <class T>
 constexpr int kTokens = 16 / static_cast<int>(sizeof(T));
+
+// load_matrices (mma.cuh) loads multiples of that many features.
+constexpr int kMatrixFeatures = 64;
 
 // The tokens of a vector, widened.
 __device__ inline void unpack(const uint4& vector, float (&out)[4], float) {

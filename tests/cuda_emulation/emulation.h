@@ -41,6 +41,9 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -299,6 +302,18 @@ void ldmatrix(const unsigned char* row, bool transposed, uint32_t (&matrices)[kC
     }
 }
 
+// stmatrix of four matrices, transposed: the inverse of a transposed ldmatrix.
+inline void stmatrix_trans(const unsigned char* row, const uint32_t (&matrices)[4]) {
+    check_alignment(row, 16);
+    const auto all = exchange(
+        0xffffffffu, std::array<uint32_t, 4>{matrices[0], matrices[1], matrices[2], matrices[3]});
+    const unsigned lane = block()->current->rank % kWarpLanes, i = lane / 8, r = lane % 8;
+    for (unsigned column = 0; column < 8; ++column) {
+        const auto bits = static_cast<uint16_t>(all[4 * column + r / 2][i] >> r % 2 * 16);
+        std::memcpy(const_cast<unsigned char*>(row) + 2 * column, &bits, 2);
+    }
+}
+
 // mma.m16n8k16 with sums in fp32; `number` widens an element.
 template <class Number>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Number number) {
@@ -359,6 +374,12 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
     return c;
+}
+
+template <class T>
+void __stcs(T* to, T value) {
+    emulation::check_alignment(to, sizeof(T));
+    *to = value;
 }
 
 inline float __uint_as_float(uint32_t bits) {
