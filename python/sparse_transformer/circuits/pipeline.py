@@ -227,8 +227,11 @@ def _find(
             task, target, budget, key=key, journal=journal, seed=seed, progress=progress
         )
     if "adversarial" in task.pruned_under:
-        task, candidates[0] = _hardened(task, candidates[0], target, progress)
-        del candidates[1:]
+        hardened = [_hardened(task, candidate, target, progress) for candidate in candidates]
+        task, best = min(
+            hardened, key=lambda entry: (entry[1].nodes.loss > target, entry[1].nodes.edges)
+        )
+        candidates = [best]
     best = candidates[0]
     sizes = {"cut": Size(best.nodes.nodes, best.nodes.edges)}
     if best.nodes.loss > target:
