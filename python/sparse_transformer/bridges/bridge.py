@@ -2,13 +2,15 @@
 
 At each site, the residual stream before a sublayer, an encoder maps the dense model's stream to the
 sparse one's and a decoder maps it back, both affine. Site `2 l` is before attention of layer `l`,
-site `2 l + 1` before its MLP. Unlike in the paper both models are trained already and stay as they
-are: only the maps are fitted.
+site `2 l + 1` before its MLP. Unlike in the paper the sparse model is not trained with them: both
+models stay as they are.
+
+Shapes: R rows of T tokens; streams are `(R, T, width)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,22 +22,32 @@ from sparse_transformer.model import Transformer
 
 # Rows of a forward without gradients, and those of a step.
 _ROWS, _STEP_ROWS = 64, 32
-# Of the mean variance of a channel: what keeps dead ones from blowing up.
+# Of a channel's mean square, so that those that are always zero get no weight.
 _RIDGE = 1e-4
 
 
 class Bridge(nn.Module):
-    """`encoders[site]` and `decoders[site]`, `(..., D)` to `(..., S)` and back."""
+    """`encoders[site]` and `decoders[site]`; `maps` are both."""
 
     def __init__(self, sites: int, dense: int, sparse: int) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(nn.Linear(dense, sparse) for _ in range(sites))
         self.decoders = nn.ModuleList(nn.Linear(sparse, dense) for _ in range(sites))
 
+    @property
+    def maps(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """What reads the dense model's streams, and what reads the sparse one's."""
+        return self.encoders, self.decoders
+
+
+def site_name(site: int) -> str:
+    """The sublayer that reads the stream there."""
+    return f"{site // 2}.{('attn', 'mlp')[site % 2]}"
+
 
 @contextmanager
 def recorded(model: Transformer) -> Iterator[list[Tensor]]:
-    """Yields a list to which each forward inside the block appends the stream at every site."""
+    """Yields a list to which a forward inside the block appends the stream at every site."""
     streams: list[Tensor] = []
     with ExitStack() as stack:
         for block in model.blocks:
@@ -47,7 +59,7 @@ def recorded(model: Transformer) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def replaced(model: Transformer, site: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block the stream `(B, T, width)` at `site` becomes `change(stream)`."""
+    """Inside the block the stream at `site` becomes `change(stream)`."""
     block = model.blocks[site // 2]
     if site % 2 == 0:
         handle = block.register_forward_pre_hook(lambda _, given: (change(given[0]), *given[1:]))
@@ -59,9 +71,41 @@ def replaced(model: Transformer, site: int, change: Callable[[Tensor], Tensor]) 
         yield
 
 
-def site_name(site: int) -> str:
-    """The sublayer that reads the stream there."""
-    return f"{site // 2}.{('attn', 'mlp')[site % 2]}"
+def losses(
+    bridge: Bridge,
+    dense: Transformer,
+    sparse: Transformer,
+    tokens: Tensor,
+    keep: Tensor,
+    sites: Iterable[int],
+) -> tuple[Tensor, Tensor]:
+    """NMSE at all sites `(2, sites)` and KL at the given ones; of the encoders, of the decoders.
+
+    NMSE is the mean squared error over the variance of what is to be predicted. KL is from the
+    dense model's next tokens to those of a hybrid: the sparse model which gets the encoded dense
+    stream at a site, and the dense model which gets the decoded sparse stream.
+
+    Args:
+        bridge, dense, sparse: only the bridge gets gradients.
+        tokens: int64 `(R, T)`.
+        keep: bool `(R, T)`; the others, at the ends of rows, are padding.
+        sites: where KL is computed.
+    """
+    with recorded(dense) as of_dense, recorded(sparse) as of_sparse, torch.no_grad():
+        wanted = dense(tokens)[keep].log_softmax(-1)
+        sparse(tokens, last_only=True)
+    streams, hybrids = (of_dense, of_sparse), (sparse, dense)
+    nmse, kl = [], []
+    for way, maps in enumerate(bridge.maps):
+        crossed = [linear(stream) for linear, stream in zip(maps, streams[way], strict=True)]
+        for found, target in zip(crossed, streams[1 - way], strict=True):
+            error = (found - target)[keep].square().sum(-1).mean()
+            nmse.append(error / target[keep].var(0).sum())
+        for site in sites:
+            with replaced(hybrids[way], site, lambda _, new=crossed[site]: new):
+                found = hybrids[way](tokens)[keep].log_softmax(-1)
+            kl.append(kl_div(found, wanted, reduction="batchmean", log_target=True))
+    return torch.stack(nmse).view(2, -1), torch.stack(kl).view(2, -1)
 
 
 def fit(
@@ -74,86 +118,36 @@ def fit(
     learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> Bridge:
-    """Least squares, then `steps` steps of Adam on NMSE and both KLs.
-
-    NMSE is the squared error over the stream's variance, the mean over sites, encoders and decoders
-    together. The KLs are from the dense model's next tokens to those of a hybrid: the sparse model
-    from a random site on, which gets the encoded dense stream there, and the reverse.
+    """Least squares, then Adam on the mean NMSE and both KLs at a random site.
 
     Args:
-        dense, sparse: with the same tokens and number of layers; they need no gradients.
-        tokens: int64 `(R, T)`.
-        keep: bool `(R, T)`; what comes after the last of a row is padding.
+        dense, sparse: with the same tokens and number of layers.
+        tokens, keep: as for `losses`.
         steps: of Adam.
         learning_rate: it falls linearly to zero.
         seed: draws rows and sites.
     """
     bridge = Bridge(2 * len(dense.blocks), dense.config.d_model, sparse.config.d_model)
-    seen = [_streams(model, tokens, keep) for model in (dense, sparse)]
-    spread = []
-    for maps, (sources, targets) in _directions(bridge, *seen):
-        for linear, source, target in zip(maps, sources, targets, strict=True):
+    streams = [_streams(model, tokens, keep) for model in (dense, sparse)]
+    for way, maps in enumerate(bridge.maps):
+        for linear, source, target in zip(maps, streams[way], streams[1 - way], strict=True):
             _least_squares(linear, source, target)
-            spread.append(target.var(0).sum())
-    del seen
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(bridge.parameters(), learning_rate)
     for step in trange(steps, desc="bridge", disable=None, leave=False):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         rows = torch.randint(len(tokens), (_STEP_ROWS,), generator=generator)
-        chosen, kept = tokens[rows], keep[rows]
-        with recorded(dense) as of_dense, recorded(sparse) as of_sparse, torch.no_grad():
-            wanted = dense(chosen)[kept].log_softmax(-1)
-            sparse(chosen, last_only=True)
-        loss, scales = torch.zeros(()), iter(spread)
-        for maps, (sources, targets) in _directions(bridge, of_dense, of_sparse):
-            for linear, source, target in zip(maps, sources, targets, strict=True):
-                error = (linear(source[kept]) - target[kept]).square().sum(-1).mean()
-                loss = loss + error / next(scales) / len(spread)
-            site = int(torch.randint(len(sources), (), generator=generator))
-            hybrid = sparse if maps is bridge.encoders else dense
-            crossed = maps[site](sources[site])
-            with replaced(hybrid, site, lambda _, crossed=crossed: crossed):
-                found = hybrid(chosen)[kept].log_softmax(-1)
-            loss = loss + kl_div(found, wanted, reduction="batchmean", log_target=True)
+        site = int(torch.randint(len(bridge.encoders), (), generator=generator))
+        nmse, kl = losses(bridge, dense, sparse, tokens[rows], keep[rows], [site])
         optimizer.zero_grad()
-        loss.backward()
+        (nmse.mean() + kl.sum()).backward()
         optimizer.step()
     return bridge.requires_grad_(False)
 
 
 @torch.no_grad()
-def quality(
-    bridge: Bridge, dense: Transformer, sparse: Transformer, tokens: Tensor, keep: Tensor
-) -> dict[str, list[float]]:
-    """At each site, of both directions: `nmse_*`, and `kl_*` of the hybrid from the dense model."""
-    with recorded(dense) as of_dense, recorded(sparse) as of_sparse:
-        wanted = dense(tokens)[keep].log_softmax(-1)
-        sparse(tokens, last_only=True)
-    found: dict[str, list[float]] = {}
-    for maps, (sources, targets) in _directions(bridge, of_dense, of_sparse):
-        name, hybrid = ("encoder", sparse) if maps is bridge.encoders else ("decoder", dense)
-        for site, linear in enumerate(maps):
-            crossed, target = linear(sources[site]), targets[site][keep]
-            with replaced(hybrid, site, lambda _, crossed=crossed: crossed):
-                other = hybrid(tokens)[keep].log_softmax(-1)
-            error = (crossed[keep] - target).square().sum(-1).mean() / target.var(0).sum()
-            kl = kl_div(other, wanted, reduction="batchmean", log_target=True)
-            found.setdefault(f"nmse_{name}", []).append(float(error))
-            found.setdefault(f"kl_{name}", []).append(float(kl))
-    return found
-
-
-def _directions(
-    bridge: Bridge, dense: list[Tensor], sparse: list[Tensor]
-) -> tuple[tuple[nn.ModuleList, tuple[list[Tensor], list[Tensor]]], ...]:
-    """Maps, what they read and what they should give."""
-    return (bridge.encoders, (dense, sparse)), (bridge.decoders, (sparse, dense))
-
-
-@torch.no_grad()
 def _streams(model: Transformer, tokens: Tensor, keep: Tensor) -> list[Tensor]:
-    """At each site the kept tokens, `(tokens, width)`."""
+    """At each site those of the kept tokens, `(tokens, width)`."""
     found: list[list[Tensor]] = []
     for rows, kept in zip(tokens.split(_ROWS), keep.split(_ROWS), strict=True):
         with recorded(model) as streams:

@@ -10,6 +10,7 @@ Shapes: P pairs of prompts; S and D channels of the sparse and the dense stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,9 @@ from sparse_transformer.evaluation import Interval, share
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch
 
-STRENGTHS = (1.0, 2.0, 3.0)
+_STRENGTHS = (1.0, 2.0, 3.0)
 # Draws of other channels.
-_DRAWS = 5
+_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Edit:
 
     Attributes:
         values: of the edit, `(1, S)`.
-        elsewhere: `(draws, S)`, the same numbers in other channels that vary from prompt to prompt.
+        elsewhere: the same numbers in other channels, which also vary: `(draws, S)`.
     """
 
     values: Tensor
@@ -40,11 +41,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Steering:
-    """A site, a strength, and changes of the dense stream there, all of one norm.
+    """Changes of the dense stream at a site, `(n, D)` each and all of one norm.
 
-    Attributes:
-        changes: `(n, D)` each, of the edit and of its two controls: the numbers in other channels,
-            and the edits of other tasks.
+    They are those of the edit and of two controls: its numbers in other channels, and the edits of
+    other tasks.
     """
 
     site: int
@@ -52,7 +52,7 @@ class Steering:
     changes: dict[str, Tensor]
 
 
-def find(sparse: Transformer, batch: Batch, site: int, channels: int, seed: int = 0) -> Edit:
+def find(sparse: Transformer, batch: Batch, site: int, channels: int) -> Edit:
     """The mean difference of positive and negative prompts, in the channels that matter most.
 
     Those are the ones with the largest products of the difference and the mean derivative of the
@@ -66,17 +66,14 @@ def find(sparse: Transformer, batch: Batch, site: int, channels: int, seed: int 
     none = torch.zeros_like(stream, requires_grad=True)
     (slope,) = torch.autograd.grad((margins(sparse, batch, site, none) * side).sum(), none)
     chosen = (slope.mean(0) * difference).topk(channels).indices
-    values = torch.zeros_like(difference)
-    values[chosen] = difference[chosen]
-    moving = stream.std(0) > 0
-    moving[chosen] = False
-    generator = torch.Generator().manual_seed(seed)
-    elsewhere = torch.zeros(_DRAWS, len(values))
-    for row in elsewhere:
-        # At least one, where nothing else moves.
-        weights = moving + 1e-9
-        row[torch.multinomial(weights, channels, generator=generator)] = difference[chosen]
-    return Edit(values[None], elsewhere)
+    values = torch.zeros(1 + _DRAWS, len(difference))
+    values[0, chosen] = difference[chosen]
+    weight = (stream.std(0) > 0).float()
+    weight[chosen] = 0
+    generator = torch.Generator().manual_seed(0)
+    for row in values[1:]:
+        row[torch.multinomial(weight, channels, generator=generator)] = difference[chosen]
+    return Edit(values[:1], values[1:])
 
 
 def margins(model: Transformer, batch: Batch, site: int, change: Tensor) -> Tensor:
@@ -123,7 +120,7 @@ def choose(
     bridge: Bridge,
     batch: Batch,
     edits: dict[int, Edit],
-    others: list[dict[int, Edit]],
+    others: Sequence[dict[int, Edit]],
 ) -> Steering:
     """The site and strength that flip most answers of the dense model beyond either control.
 
@@ -132,20 +129,19 @@ def choose(
         edits: of the task, by site.
         others: of the other tasks.
     """
-    best, gain = None, -torch.inf
+    tried = []
     for site, edit in edits.items():
         decoder = bridge.decoders[site].get_parameter("weight").T  # (S, D)
-        change = edit.values @ decoder
-        controls = {
-            "other channels": edit.elsewhere @ decoder,
-            "other tasks": torch.cat([other[site].values for other in others]) @ decoder,
+        values = {
+            "edit": edit.values,
+            "other channels": edit.elsewhere,
+            "other tasks": torch.cat([other[site].values for other in others]),
         }
-        changes = {"edit": change}
-        for name, control in controls.items():
-            changes[name] = control * (change.norm() / control.norm(dim=1, keepdim=True))
-        for strength in STRENGTHS:
+        norm = (edit.values @ decoder).norm()
+        changes = {
+            name: norm * torch.nn.functional.normalize(v @ decoder) for name, v in values.items()
+        }
+        for strength in _STRENGTHS:
             own, *rest = (flips(dense, batch, site, c, strength).value for c in changes.values())
-            if own - max(rest) > gain:
-                best, gain = Steering(site, strength, changes), own - max(rest)
-    assert best is not None
-    return best
+            tried.append((own - max(rest), Steering(site, strength, changes)))
+    return max(tried, key=lambda each: each[0])[1]
