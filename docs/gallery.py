@@ -91,7 +91,7 @@ def bridges(report: Mapping[str, Any], story: str) -> str:
 
 {story.strip()}
 
-Answers of the dense model that flip, on held-out prompts, and in the last column of the sparse model:
+Held-out answers of the dense model that flip, and in the last column of the sparse model:
 
 {table}
 

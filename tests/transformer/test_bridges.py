@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sparse_transformer import ModelConfig, Transformer, load_model, tasks
+from sparse_transformer import ModelConfig, Transformer, UserError, load_model, tasks
 from sparse_transformer.bridges import __main__ as program
 from sparse_transformer.bridges import bridge, steering
 from sparse_transformer.run import corpus_sample
@@ -80,8 +80,8 @@ def test_training_brings_hybrids_closer_and_padding_does_not_count(tokens):
     keep = torch.arange(12) < torch.arange(40)[:, None] % 9 + 4
     other = torch.where(keep, tokens, 7)
     first, second, padded = (
-        bridge.fit(dense, sparse, rows, keep, steps=steps, learning_rate=3e-3)
-        for rows, steps in ((tokens, 0), (tokens, 40), (other, 40))
+        bridge.fit(dense, sparse, rows, keep, steps=steps, learning_rate=1e-2)
+        for rows, steps in ((tokens, 0), (tokens, 15), (other, 15))
     )
     before, after = (
         bridge.losses(maps, dense, sparse, tokens, keep, range(4))[1] for maps in (first, second)
@@ -107,31 +107,31 @@ def test_edits_steer_and_controls_do_not(small):
     for maps in (*same.encoders, *same.decoders):
         torch.nn.init.eye_(maps.weight)
     same.requires_grad_(False)
-    names = ("bracket_counting", "lambda_func")
-    edits = {
-        name: {3: steering.find(small, asked(small, name, "train", 16), 3, 8)} for name in names
+    name, other = "bracket_counting", "lambda_func"
+    train, test = (asked(small, name, split, 12) for split in ("train", "test"))
+    edit = steering.find(small, train, 3, 8)
+    control = steering.find(small, asked(small, other, "train", 12), 3, 8)
+    found = steering.choose(small, same, train, {3: edit}, [{3: control}])
+    torch.testing.assert_close(found.changes["edit"], edit.values)
+    assert edit.values.count_nonzero() == 8
+    assert not edit.elsewhere[:, edit.values[0] != 0].any()
+    for change in found.changes.values():
+        torch.testing.assert_close(change.norm(dim=1), edit.values.norm().expand(len(change)))
+    shares = {
+        kind: steering.flips(small, test, 3, change, found.strength).value
+        for kind, change in found.changes.items()
     }
-    for name, other in (names, names[::-1]):
-        train, test = (asked(small, name, split, 16) for split in ("train", "test"))
-        found = steering.choose(small, same, train, edits[name], [edits[other]])
-        values = edits[name][3].values
-        torch.testing.assert_close(found.changes["edit"], values)
-        assert values.count_nonzero() == 8
-        assert not (edits[name][3].elsewhere[:, values[0] != 0]).any()
-        for change in found.changes.values():
-            torch.testing.assert_close(change.norm(dim=1), values.norm().expand(len(change)))
-        shares = {
-            kind: steering.flips(small, test, 3, change, found.strength).value
-            for kind, change in found.changes.items()
-        }
-        assert shares["edit"] > 0.8
-        assert shares["other channels"] < 0.2
+    assert shares["edit"] > 0.8
+    assert max(shares["other channels"], shares["other tasks"]) < 0.2
+    wrong = tasks.Batch(test.tokens, test.last, test.wrong, test.right, test.positive)
+    with pytest.raises(UserError, match="no pair of prompts right"):
+        steering.flips(small, wrong, 3, edit.values, 1.0)
 
 
 def test_the_program_reports_what_it_found(small, tmp_path, monkeypatch, capsys):
-    rows = corpus_sample("python-small", small)[:8]
+    rows = corpus_sample("python-small", small)[:4]
     monkeypatch.setattr(program, "corpus_sample", lambda *_, **__: rows)
-    given = "--checkpoint python-small --dense python-small --steps 1 --pairs 4 --train-pairs 8"
+    given = "--checkpoint python-small --dense python-small --steps 1 --pairs 2 --train-pairs 2"
     arguments = [*given.split(), "--tokens", "48", "--json", str(tmp_path / "found.json")]
     assert program.main(arguments) == 0
     report = json.loads((tmp_path / "found.json").read_text())

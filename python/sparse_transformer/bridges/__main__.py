@@ -84,9 +84,10 @@ def run(config: BridgesConfig, out: TextIO) -> None:
         ("--tokens", T, 2, min(contexts)),
     ):
         program.need_whole(option, value, least, most)
+    splits: dict[tasks.Split, int] = {"train": config.train_pairs, "test": config.pairs}
     asked: dict[str, list[tasks.Batch]] = {}
     for task in chosen:
-        for split, count in (("train", config.train_pairs), ("test", config.pairs)):
+        for split, count in splits.items():
             pairs = task.pairs(tokenizer, count, split=split, context=T)
             batch = tasks.collate(pairs, sparse.config.vocab_size - 1)
             asked.setdefault(task.name, []).append(batch)

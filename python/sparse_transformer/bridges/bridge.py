@@ -102,10 +102,16 @@ def losses(
             error = (found - target)[keep].square().sum(-1).mean()
             nmse.append(error / target[keep].var(0).sum())
         for site in sites:
-            with replaced(hybrids[way], site, lambda _, new=crossed[site]: new):
-                found = hybrids[way](tokens)[keep].log_softmax(-1)
-            kl.append(kl_div(found, wanted, reduction="batchmean", log_target=True))
+            kl.append(_hybrid_kl(hybrids[way], site, crossed[site], tokens, keep, wanted))
     return torch.stack(nmse).view(2, -1), torch.stack(kl).view(2, -1)
+
+
+def _hybrid_kl(
+    model: Transformer, site: int, stream: Tensor, tokens: Tensor, keep: Tensor, wanted: Tensor
+) -> Tensor:
+    with replaced(model, site, lambda _: stream):
+        found = model(tokens)[keep].log_softmax(-1)
+    return kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def fit(
@@ -157,7 +163,7 @@ def _streams(model: Transformer, tokens: Tensor, keep: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _least_squares(linear: nn.Linear, source: Tensor, target: Tensor) -> None:
+def _least_squares(linear: nn.Module, source: Tensor, target: Tensor) -> None:
     """Sets `linear` to the ridge regression of `target (n, out)` on `source (n, in)`."""
     x, y = source.double(), target.double()
     centre, level = x.mean(0), y.mean(0)
@@ -165,5 +171,5 @@ def _least_squares(linear: nn.Linear, source: Tensor, target: Tensor) -> None:
     gram = x.T @ x
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weight = torch.linalg.solve(gram, x.T @ (y - level))  # (in, out)
-    linear.weight.copy_(weight.T)
-    linear.bias.copy_(level - centre @ weight)
+    linear.get_parameter("weight").copy_(weight.T)
+    linear.get_parameter("bias").copy_(level - centre @ weight)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_transformer.bridges.bridge import Bridge, recorded, replaced
+from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import Interval, share
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch
@@ -68,7 +69,8 @@ def find(sparse: Transformer, batch: Batch, site: int, channels: int) -> Edit:
     chosen = (slope.mean(0) * difference).topk(channels).indices
     values = torch.zeros(1 + _DRAWS, len(difference))
     values[0, chosen] = difference[chosen]
-    weight = (stream.std(0) > 0).float()
+    # Channels that do not vary are taken where no others are left.
+    weight = (stream.std(0) > 0) + 1e-6
     weight[chosen] = 0
     generator = torch.Generator().manual_seed(0)
     for row in values[1:]:
@@ -102,17 +104,22 @@ def flips(
 ) -> Interval:
     """The share of answers that flip, of all changes together, with an interval over the pairs.
 
-    Only pairs of which the model answers both prompts rightly without a change are counted.
+    Only pairs of which the model answers both prompts right without a change are counted.
 
     Args:
         changes: `(n, width)`; each is made by itself, times `strength`: subtracted in positive
             prompts, added in negative ones.
+
+    Raises:
+        UserError: there are no such pairs.
     """
     against = torch.where(batch.positive, -strength, strength)[:, None]
-    right = margins(model, batch, site, 0 * against * changes[0]) > 0
+    right = (margins(model, batch, site, 0 * against * changes[0]) > 0).view(-1, 2).all(1)
+    if not right.any():
+        raise UserError("a model answers no pair of prompts right: choose --tasks that both solve")
     flipped = [margins(model, batch, site, against * change) < 0 for change in changes]
     shares = torch.stack(flipped).double().mean(0).view(-1, 2).mean(1)  # (P,)
-    return share(shares[right.view(-1, 2).all(1)])
+    return share(shares[right])
 
 
 def choose(
