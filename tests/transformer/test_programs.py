@@ -79,7 +79,9 @@ def arguments_of(program, **changed):
             "--cache-dir": "cache",
         },
         # Of which it cannot be asked.
-        "bridges": {"--checkpoint": "run", "--dense": "run", "--cache-dir": "cache"},
+        "bridges": {
+            "--checkpoint": "run", "--dense": "run", "--cache-dir": "cache", "--tokens": "16",
+        },
         "browse": {"--checkpoint": "run", "--out": "run.html", "--cache-dir": "cache"},
     }[program]  # fmt: skip
     given = {**given, **changed}
