@@ -80,8 +80,8 @@ def test_training_brings_hybrids_closer_and_padding_does_not_count(tokens):
     keep = torch.arange(12) < torch.arange(40)[:, None] % 9 + 4
     other = torch.where(keep, tokens, 7)
     first, second, padded = (
-        bridge.fit(dense, sparse, rows, keep, steps=steps, learning_rate=1e-2)
-        for rows, steps in ((tokens, 0), (tokens, 15), (other, 15))
+        bridge.fit(dense, sparse, rows, keep, steps=steps, learning_rate=3e-3)
+        for rows, steps in ((tokens, 0), (tokens, 40), (other, 40))
     )
     before, after = (
         bridge.losses(maps, dense, sparse, tokens, keep, range(4))[1] for maps in (first, second)
