@@ -1,17 +1,20 @@
 """Writes the gallery, `docs/gallery/`: `python -m docs.gallery [MODEL=FOLDER ...]`.
 
 There is a page for each circuit `docs/gallery/MODEL/TASK.json`, with its picture, its validation
-and its story, and an index of all; `docs/hooks.py` makes the pages to explore. Stories are written
+and its story, one for the bridge `docs/gallery/bridges.json`, and an index of all; `docs/hooks.py`
+makes the pages to explore. Stories are written
 by hand in `docs/gallery/stories.txt`, one in a line: `MODEL/TASK: TEXT`. `MODEL=FOLDER` first
 copies the circuits of that model from a folder that `sparse_transformer.circuits` wrote.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -70,13 +73,40 @@ The circuit [to explore]({circuit.task}.html), and [as data]({circuit.task}.json
 """
 
 
+def bridges(report: Mapping[str, Any], story: str) -> str:
+    """Markdown of the bridge's page."""
+    rows = []
+    for task, result in report["tasks"].items():
+        shares = [
+            f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+            for share in result["flipped"].values()
+        ]
+        channels = ", ".join(f"{key} ({value:+.2f})" for key, value in result["channels"].items())
+        rows.append(
+            (task, f"{result['strength']:g} x [{channels}] before {result['site']}", *shares)
+        )
+        kinds = list(result["flipped"])
+    table = tabulate(rows, ("task", "edit", *kinds), "github", disable_numparse=True)
+    return f"""# Bridges
+
+{story.strip()}
+
+Held-out answers of the dense model that flip, and in the last column of the sparse model:
+
+{table}
+
+[As data](bridges.json), with how exact the bridge is at each site.
+"""
+
+
 def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
     """Markdown of the first page."""
     parts = [
         "# Gallery",
         "Circuits of the models that come with the package. Each was validated on prompts that it "
         "was not found on, and compared with the controls that the same search gave; "
-        "[Circuits](../circuits.md) has the method.",
+        "[Circuits](../circuits.md) has the method. Edits in one of them also steer a dense model: "
+        "[bridges](bridges.md).",
     ]
     for model, tasks in found.items():
         rows = [_INDEX, *(_row(model, circuit) for circuit in tasks.values())]
@@ -115,6 +145,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     stories = dict(line.split(": ", 1) for line in lines if line)
     found = circuits()
     yield GALLERY / "index.md", index(found)
+    report = json.loads((GALLERY / "bridges.json").read_text(encoding="utf-8"))
+    yield GALLERY / "bridges.md", bridges(report, stories["bridges"])
     for model, tasks in found.items():
         for task, circuit in tasks.items():
             yield GALLERY / model / f"{task}.md", page(model, circuit, stories[f"{model}/{task}"])

@@ -104,14 +104,14 @@ def score(margins: Tensor) -> Score:
     mean, spread = float(losses.mean()), float(losses.std())
     half = _Z * spread / math.sqrt(P)
     return Score(
-        accuracy=_share(right.mean(1)),
-        pair_accuracy=_share(right.prod(1)),
+        accuracy=share(right.mean(1)),
+        pair_accuracy=share(right.prod(1)),
         loss=Interval(mean, max(0.0, mean - half), mean + half),
         pairs=P,
     )
 
 
-def _share(shares: Tensor) -> Interval:
+def share(shares: Tensor) -> Interval:
     """The mean of `shares`, `(P,)` of independent values in [0, 1], with Wilson's interval.
 
     Wilson's is that of independent yes-or-no draws. How many of these P shares are worth follows

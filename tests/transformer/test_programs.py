@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import sparse_transformer
 from sparse_transformer import UserError, load_model
+from sparse_transformer.bridges import __main__ as bridges
 from sparse_transformer.browse import __main__ as browse
 from sparse_transformer.circuits import __main__ as circuits
 from sparse_transformer.cli import evaluate, export, generate, steer, tasks, train
@@ -40,6 +41,7 @@ PROGRAMS = {
     "tasks": tasks.main,
     "export": export.main,
     "circuits": circuits.main,
+    "bridges": bridges.main,
     "browse": browse.main,
 }
 
@@ -76,10 +78,18 @@ def arguments_of(program, **changed):
             "--checkpoint": "run", "--out": "circuits", "--task": "for_while",
             "--cache-dir": "cache",
         },
+        # Of which it cannot be asked.
+        "bridges": {
+            "--checkpoint": "run", "--dense": "run", "--cache-dir": "cache", "--tokens": "16",
+        },
         "browse": {"--checkpoint": "run", "--out": "run.html", "--cache-dir": "cache"},
     }[program]  # fmt: skip
     given = {**given, **changed}
     return [part for option in given.items() for part in option if part]
+
+
+# What the small run cannot be asked.
+REFUSED = ("circuits", "bridges")
 
 
 def ask(program, arguments, capsys):
@@ -115,7 +125,7 @@ def test_arguments_are_good_by_themselves(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     for program in PROGRAMS:
         status, error = ask(program, arguments_of(program), capsys)
-        assert status == (2 if program == "circuits" else 0), error
+        assert status == (2 if program in REFUSED else 0), error
 
 
 def mostly_slow(cases, every):
@@ -145,6 +155,9 @@ OPTIONS = {
     "tasks": ("--pairs", "--seed"),
     "export": ("--step",),
     "circuits": ("--target", "--solved", "--seed", "--step", "--task"),
+    "bridges": (
+        "--channels", "--steps", "--pairs", "--train-pairs", "--tokens", "--step", "--tasks",
+    ),
     "browse": ("--step",),
 }  # fmt: skip
 # Asked for more than a moment's work, a program does it.
@@ -187,7 +200,9 @@ def test_values(place, tmp_path, monkeypatch, capsys, program, option, value):
     check_value(place, tmp_path, monkeypatch, capsys, program, option, value)
 
 
-READERS = ("train", "generate", "evaluate", "steer", "circuits", "export", "browse")
+READERS = (
+    "train", "generate", "evaluate", "steer", "circuits", "export", "bridges", "browse",
+)  # fmt: skip
 PATHS = {
     "absent": lambda folder: "absent",
     "a file": lambda folder: str(file_in(folder, "file", b"x\n")),
@@ -226,7 +241,7 @@ def test_paths(place, tmp_path, monkeypatch, capsys, program, kind):
 
 
 UNWRITABLE = [kind for kind in PATHS if kind not in ("absent", "empty")]
-WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export", "browse"]
+WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export", "bridges", "browse"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +250,7 @@ WRITERS = ["train", "tasks", "evaluate", "steer", "circuits", "export", "browse"
 def test_paths_to_write(place, tmp_path, monkeypatch, capsys, program, kind):
     monkeypatch.chdir(place)
     path = PATHS[kind](tmp_path)
-    option = "--json" if program in ("evaluate", "steer") else "--out"
+    option = "--json" if program in ("evaluate", "steer", "bridges") else "--out"
     if kind == "not UTF-8":
         path = str(tmp_path / path)
     if program == "train":
@@ -255,7 +270,7 @@ ASKED = [
     ("generate", "--prompt"), ("steer", "--prompt"), ("steer", "--task"), ("steer", "--patch"),
     ("steer", "--answers"), ("steer", "--set"), ("steer", "--means"), ("evaluate", "--tasks"),
     ("tasks", ""), ("circuits", "--task"), ("train", "--preset"), ("train", "--data"),
-    ("browse", "--prompt"),
+    ("browse", "--prompt"), ("bridges", "--tasks"),
 ]  # fmt: skip
 
 
@@ -492,11 +507,13 @@ def models(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("program", [name for name in READERS if name != "train"])
 def test_programs_know_models_by_name(place, models, capsys, program):
     changed = {"--cache-dir": str(place / "cache")} if program == "circuits" else {}
+    if program == "bridges":
+        changed["--dense"] = "python-small"
     arguments = arguments_of(program, **{"--checkpoint": "python-small"}, **changed)
     status, error = ask(program, arguments, capsys)
     # It is found, and too small.
     refused = "the task for_while cannot be asked of this tokenizer" in error
-    assert refused if program == "circuits" else status == 0, error
+    assert refused if program in REFUSED else status == 0, error
     drop(place, models, "javascript")
     capsys.readouterr()
     arguments[arguments.index("python-small")] = "python-smal"

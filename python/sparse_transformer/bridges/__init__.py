@@ -1,0 +1,1 @@
+"""Linear maps between the residual streams of a dense and a sparse model, and edits across them."""
