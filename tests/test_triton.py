@@ -35,7 +35,6 @@ from sparse_kernels import triton as backend
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.language.core import is_builtin
-from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from sparse_kernels.triton import configs, sddmm, topk
@@ -51,9 +50,11 @@ def _half_precision_without_a_gpu(monkeypatch):
     monkeypatch.setitem(checks.DTYPES, "cpu", checks.DTYPES["cuda"])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=DEVICE == "cpu")
 def _replaced_once(monkeypatch):
     """The interpreter replaces what a module has at each call of a function; once is enough."""
+    from triton.runtime import interpreter  # needs numpy
+
     replace = interpreter._patch_builtin
 
     def replace_once(module, *arguments):
