@@ -65,7 +65,7 @@ def interleave(
     """Times the candidates in turns and returns the Timing of each.
 
     The first calls pay for pages, threads, packed copies and lazily built schedules, so they are no
-    samples. They say how many calls make a sample; where they are short, the best of three does.
+    samples. They say how many calls make a sample; where one is short, the best of three does.
 
     Args:
         candidates: name -> the call to time.
@@ -90,8 +90,8 @@ def interleave(
     share_s = budget_s / max(1, len(candidates))
 
     def needs_more(name: str) -> bool:
-        is_short_of = len(samples[name]) < min_samples or spent[name] <= share_s
-        return name not in hopeless and is_short_of
+        has_enough = len(samples[name]) >= min_samples and spent[name] > share_s
+        return not (name in hopeless or has_enough)
 
     collects = gc.isenabled()
     gc.collect()

@@ -86,7 +86,7 @@ def bridges(report: Mapping[str, Any], story: str) -> str:
             (task, f"{result['strength']:g} x [{channels}] before {result['site']}", *shares)
         )
         kinds = list(result["flipped"])
-    table = tabulate(rows, ("task", "edit", *kinds), "github", disable_numparse=True)
+    table = tabulate(rows, ("task", "what is added", *kinds), "github", disable_numparse=True)
     return f"""# Bridges
 
 {story.strip()}

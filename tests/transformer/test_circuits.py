@@ -647,6 +647,20 @@ def test_every_node_that_is_found_lies_on_a_path(task):
 # --- search
 
 
+def test_masks_under_several_ablations_have_more_steps_but_no_more_time(task, monkeypatch):
+    asked = []
+
+    def within(budget, seconds, step):
+        asked.append(budget.steps)
+        return dataclasses.replace(budget, trials=1, steps=7)
+
+    monkeypatch.setattr(Budget, "within", within)
+    for ablations in PRUNED_UNDER.values():
+        found = find_circuit(task.under(*ablations), 0.15, BUDGET, edges=False, controls=0)
+        assert found.config.steps == 7
+    assert asked == [BUDGET.steps, 2 * BUDGET.steps]
+
+
 def test_what_is_left_of_the_time_decides_how_much_is_done(task, monkeypatch):
     """The steps are far too many for the time; the search ends in time, with a valid circuit."""
     clock = Clock(monkeypatch)

@@ -21,7 +21,7 @@ from sparse_transformer.run import corpus_sample, load_run
 
 # Every so many windows one is held out.
 _HELD_OUT = 16
-_TASKS = ("for_while", "lambda_func")
+_TASKS = ("single_double_quote", "lambda_func")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sparse_transformer.evaluation import Interval, share
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch
 
-_STRENGTHS = (1.0, 2.0, 3.0)
+_STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Draws of other channels.
 _DRAWS = 4
 

@@ -33,11 +33,10 @@ _LEAST_SCALE = 1e-3
 _PROBE_STRIDE = 2
 # What the rest of a model has in place of its activations: the mean over the corpus; zero; its
 # activations in another prompt of about this length; or in the other prompt of the pair. In
-# "random" a random part of the rest has its mean, in "adversarial" the part that hurts most. Other
-# prompts are aligned at the last token.
-ABLATIONS = ("mean", "zero", "resample", "pair", "random", "adversarial")
+# "random" a random part of the rest has its mean. Other prompts are aligned at the last token.
+ABLATIONS = ("mean", "zero", "resample", "pair", "random")
 # Under which of them a circuit is pruned: it must reach the target under the mean, a multiple of it
-# under the others.
+# under the others. In "adversarial" all but the part that hurts most has its mean.
 PRUNED_UNDER = {"mean": ("mean",), "mixture": ("mean", "pair", "random", "adversarial")}
 ROBUST_FACTOR = 2.0
 

@@ -55,6 +55,8 @@ _SEARCHES, _CURVE, _MASKS = 0.9, 0.95, 0.6
 _PASSES, _TIMED = 40, 3
 # Adversaries that a circuit gets nodes against, one after another.
 _HARDENINGS = 4
+# A mask under several ablations is trained this many times as long.
+_MIXED_STEPS = 2
 # The share of the time that validation may take, but for the least number of pairs of each draw.
 _VALIDATION, _LEAST_PAIRS = 0.25, 16
 
@@ -171,6 +173,8 @@ def find_circuit(
     began = time.monotonic()
     train_mask(NodeMasks(task), timed, seed=seed)
     step = (time.monotonic() - began) / _TIMED
+    if len(task.pruned_under) > 1:
+        budget = replace(budget, steps=_MIXED_STEPS * budget.steps)
     budget = budget.within(_MASKS * share * (progress.left - progress.reserved), step)
     fit_target = _FIT_SHARE * target
 
@@ -249,7 +253,7 @@ def _find(
         sizes["nodes"] = size_of(task, subgraph)
         if edges:
             subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
-        if not _withstands(task, subgraph, target):
+        if _adversary(task, subgraph, target) is not None:
             subgraph = Subgraph(best.nodes.keep)
         if edges:
             sizes["edges"] = size_of(task, subgraph)
@@ -265,21 +269,23 @@ def _hardened(
     Returns the task with these adversaries, too.
     """
     for _ in range(_HARDENINGS):
-        if progress.left < 0 or _withstands(task, Subgraph(candidate.nodes.keep), target):
+        adversary = _adversary(task, Subgraph(candidate.nodes.keep), target)
+        if adversary is None or progress.left < 0:
             break
-        keep = candidate.nodes.keep
-        task = task.against(worst_rest(task, Subgraph(keep)).keep & ~keep)
+        task = task.against(adversary)
         order = NodeOrder(task, candidate.order.order, candidate.order.chosen)
         candidate = replace(candidate, nodes=order.threshold(target, progress), order=order)
     return task, candidate
 
 
-def _withstands(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
-    """Whether the worst part of the rest that is found leaves the loss within its limit."""
+def _adversary(task: TaskLoss, subgraph: Subgraph, target: float) -> Tensor | None:
+    """bool `(total,)`: a part of the rest that takes the loss above its limit; None: none found."""
     if "adversarial" not in task.pruned_under:
-        return True
+        return None
     worst = worst_rest(task, subgraph)
-    return task.under("mean").calibrated_loss(worst) <= ROBUST_FACTOR * target
+    if task.under("mean").calibrated_loss(worst) <= ROBUST_FACTOR * target:
+        return None
+    return worst.keep & ~subgraph.keep
 
 
 def prune_edges(

@@ -40,8 +40,6 @@ class Candidate:
     config: MaskConfig
 
 
-# A mask under several ablations is trained this many times as long.
-_MIXED_STEPS = 2
 # Shares of a trial's steps after which it may be ended.
 _CHECKS = (0.5, 0.75)
 # To begin with. The published starting values (price 1e-4, learning rate 3e-3) suit far longer
@@ -99,7 +97,7 @@ def search(
     while (done := _done(study)) < budget.trials and (not done or progress.left > 0):
         with progress.part(done / budget.trials, (done + 1) / budget.trials):
             trial = study.ask()
-            config = _suggest(trial, task, budget, target)
+            config = _suggest(trial, budget, target)
             try:
                 # Trial numbers continue after an interruption, and so do the batches.
                 mask = train_mask(
@@ -147,9 +145,9 @@ class _Watch:
             raise optuna.TrialPruned
 
 
-def _suggest(trial: Trial, task: TaskLoss, budget: Budget, target: float) -> MaskConfig:
+def _suggest(trial: Trial, budget: Budget, target: float) -> MaskConfig:
     return MaskConfig(
-        steps=budget.steps if task.pruned_under == ("mean",) else _MIXED_STEPS * budget.steps,
+        steps=budget.steps,
         pairs=budget.pairs,
         price=trial.suggest_float("price", 1e-4, 1e-1, log=True),
         aim=target if trial.suggest_categorical("follow", [False, True]) else None,

@@ -29,7 +29,7 @@ from sparse_transformer.errors import UserError, one_line, suggest
 from sparse_transformer.files import new_folder, sha256
 from sparse_transformer.model import ModelConfig, Transformer
 
-# Where models are found by their names: in the package, and in a checkout beside `python/`.
+# Where models are found by their names: in the package, then in a checkout beside `python/`.
 MODELS = [
     Path(__file__).parents[1] / "models",
     Path(__file__).parents[3] / "models",
@@ -77,8 +77,9 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
 
 def models() -> dict[str, Path]:
     """The folders of the models that come with the package, or lie in its checkout, by name."""
-    folders = (folder for root in MODELS if root.is_dir() for folder in root.iterdir())
-    return {folder.name: folder for folder in sorted(folders) if steps(folder)}
+    roots = [root for root in reversed(MODELS) if root.is_dir()]
+    folders = (folder for root in roots for folder in sorted(root.iterdir()))
+    return {folder.name: folder for folder in folders if steps(folder)}
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
