@@ -261,7 +261,7 @@ class FanInLayout:
         """Kept elements over all elements: `fan_in / in_features`."""
         return self.fan_in / self.in_features
 
-    @property
+    @cached_property
     def values_shape(self) -> tuple[int, int, int, int]:
         """The shape that `values` must have: `(R, F, block_out, block_in)`."""
         return (self.indices.shape[0], self.indices.shape[1], *self.block)
@@ -324,7 +324,7 @@ class FanInLayout:
         if indices.dtype != torch.int32 or indices.shape != self.indices.shape:
             return False
         if indices.is_cpu and self.indices.is_cpu:
-            return checksum(indices) == self.checksum
+            return self.checksum == checksum(indices)
         return indices.device == self.device and torch.equal(indices, self.indices)
 
     def __copy__(self) -> FanInLayout:

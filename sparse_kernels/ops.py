@@ -367,7 +367,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
-    """Whether a call may skip the dispatcher: no mode is active, and the tensors are ordinary.
+    """Whether a call may skip the dispatcher: no mode is active, and strided tensors are ordinary.
 
     The dispatcher takes longer than the product of one token.
     """
@@ -381,7 +381,6 @@ def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in _PLAIN
-            or tensor.layout is not torch.strided
             or tensor.is_neg()
             or tensor._is_zerotensor()
         ):

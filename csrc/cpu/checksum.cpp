@@ -3,7 +3,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define SK_CHECKSUM_AVX2 1
+#define SK_CHECKSUM_X86 1
 #endif
 
 namespace sk {
@@ -47,8 +47,14 @@ __attribute__((always_inline)) inline uint64_t sums_of_sums(const uint32_t* entr
     return hash;
 }
 
-#ifdef SK_CHECKSUM_AVX2
+#ifdef SK_CHECKSUM_X86
 __attribute__((target("avx2"))) uint64_t checksum_avx2(const uint32_t* entries, int64_t count) {
+    return sums_of_sums(entries, count);
+}
+
+// Rotates in one instruction.
+__attribute__((target("avx2,avx512f,avx512vl"))) uint64_t checksum_avx512vl(const uint32_t* entries,
+                                                                            int64_t count) {
     return sums_of_sums(entries, count);
 }
 #endif
@@ -56,8 +62,10 @@ __attribute__((target("avx2"))) uint64_t checksum_avx2(const uint32_t* entries, 
 }  // namespace
 
 uint64_t checksum(const uint32_t* entries, int64_t count) {
-#ifdef SK_CHECKSUM_AVX2
+#ifdef SK_CHECKSUM_X86
+    static const bool has_avx512vl = __builtin_cpu_supports("avx512vl");
     static const bool has_avx2 = __builtin_cpu_supports("avx2");
+    if (has_avx512vl) return checksum_avx512vl(entries, count);
     if (has_avx2) return checksum_avx2(entries, count);
 #endif
     return sums_of_sums(entries, count);
