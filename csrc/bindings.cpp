@@ -192,4 +192,10 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
             a.heads(),    a.heads(),    a.data(),     a.heads(),    a.heads(),    a.data(),
             a.heads(),    a.heads(),    a.heads(),    a.data(),     a.threads()};
     });
+    define("cross_entropy", &Table::cross_entropy, 9, [](Arguments& a) {
+        const auto numbers = [&] { return static_cast<const int64_t*>(a.data()); };
+        return sk::CrossEntropyArguments{a.data(),  numbers(), a.data(),
+                                         numbers(), a.data(),  a.next().cast<double>(),
+                                         a.size(),  a.size(),  a.threads()};
+    });
 }

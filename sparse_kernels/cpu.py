@@ -299,6 +299,20 @@ def attention_backward(
     return grad, grad_sinks.sum(0).to(sinks.dtype)
 
 
+def token_losses_(
+    logits: Tensor, targets: Tensor, bigram: Tensor | None, tokens: Tensor, scale: float
+) -> Tensor:
+    """See `transformer_ops.token_losses_`; all contiguous, bigram in the dtype of the losses."""
+    losses = logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype))
+    targets, tokens = targets.contiguous(), tokens.contiguous()
+    table = 0 if bigram is None else bigram.data_ptr()
+    inputs = logits.data_ptr(), targets.data_ptr(), table, tokens.data_ptr()
+    _run("cross_entropy", logits.dtype, *inputs, losses.data_ptr(), scale, *logits.shape)
+    if scale:
+        torch.autograd.graph.increment_version(logits)
+    return losses
+
+
 def _with_unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied if its last axis is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

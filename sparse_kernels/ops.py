@@ -366,23 +366,20 @@ _IDLE_KEYS = _idle_keys()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _is_direct(layout: object, *tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call may skip the dispatcher: no mode is active, and strided tensors are ordinary.
 
     The dispatcher takes longer than the product of one token.
     """
     if (
         torch.compiler.is_dynamo_compiling()
-        or not isinstance(layout, FanInLayout)
         or _active_keys() not in _IDLE_KEYS
         or torch._C._autograd._profiler_enabled()
     ):
         return False
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN
-            or tensor.is_neg()
-            or tensor._is_zerotensor()
+            type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()
         ):
             return False
     return True
@@ -392,7 +389,7 @@ def spmm(
     x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
 ) -> Tensor:
     """`forward`, or `grad_input` if `transpose`, of operands that `check_spmm` has seen."""
-    if _is_direct(layout, x, values, bias):
+    if isinstance(layout, FanInLayout) and is_plain(x, values, bias):
         run = backends.BACKENDS[backend]
         return (run.grad_input if transpose else run.forward)(x, values, layout, bias)
     pattern = layout.indices, layout.in_features, layout.block
@@ -420,7 +417,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Te
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
     if not torch.compiler.is_dynamo_compiling():
         _check_grad_weight(grad_output, x, layout)
-    if _is_direct(layout, grad_output, x):
+    if isinstance(layout, FanInLayout) and is_plain(grad_output, x):
         return backends.BACKENDS[backend].grad_weight(grad_output, x, layout)
     pattern = layout.indices, layout.in_features, layout.block
     grad: Tensor = _grad_weight(grad_output, x, *pattern, backend)

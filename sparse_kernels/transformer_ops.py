@@ -1,4 +1,4 @@
-"""What a transformer needs beside sparse products: AbsTopK fused with GELU or RMSNorm, attention.
+"""What a transformer needs beside sparse products: fused AbsTopK, attention, cross-entropy.
 
 These are single passes over memory for CPUs, where at small density they take more time than the
 products (docs/experiments.md). On GPUs the fused ones call PyTorch's operations in turn, and
@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import backends, ops, reference
-from sparse_kernels.checks import CPU_DTYPES, check_float, check_tensor, refuse_jit_trace
+from sparse_kernels import backends, cpu, ops, reference
+from sparse_kernels.checks import (
+    CPU_DTYPES,
+    FLOAT_DTYPES,
+    check_float,
+    check_tensor,
+    refuse_jit_trace,
+    wide_dtype,
+)
 from sparse_kernels.topk import abs_topk, choose_backend
+
+# Logits whose softmax is made at once by PyTorch: 4 MiB of float32 on a CPU.
+_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 
 
 class GeluAbsTopk(Function):
@@ -189,3 +199,71 @@ def cached_attention(
     if ops.is_transformed():
         return reference.attention(q, k, v, sinks)[0]
     return ops.attention(q, k, v, sinks, name)[0]
+
+
+def token_losses_(
+    logits: Tensor, targets: Tensor, bigram: Tensor | None, tokens: Tensor, scale: float
+) -> Tensor:
+    """The cross-entropy of each token, and its gradient IN THE MEMORY OF `logits`.
+
+    With `z_m = logits_m + bigram[tokens_m]`: `loss_m = logsumexp(z_m) - z_m[targets_m]`. Unless
+    `scale` is 0, `logits_m` becomes `scale (softmax(z_m) - onehot(targets_m))`, which counts as a
+    write. Not differentiable itself.
+
+    Args:
+        logits: `(M, V)`, contiguous, without gradient.
+        targets: int64 `(M,)`, in `[0, V)`.
+        bigram: `(U, V)` or None, what is added for each current token.
+        tokens: int64 `(M,)`, in `[0, U)` where there is a bigram table.
+        scale: of the gradient.
+
+    Returns:
+        `(M,)` in float32, or float64 if the logits are.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; the message names it.
+        IndexError: a target or token out of range.
+    """
+    check_float("logits", logits, FLOAT_DTYPES)
+    if logits.dim() != 2 or not logits.is_contiguous():
+        raise ValueError(f"logits must be (M, V) and contiguous, got {tuple(logits.shape)}")
+    (M, V), wide, device = logits.shape, wide_dtype(logits.dtype), logits.device
+    check_tensor("targets", targets, (M,), torch.int64, device)
+    check_tensor("tokens", tokens, (M,), torch.int64, device)
+    if bigram is not None:
+        check_float("bigram", bigram, FLOAT_DTYPES)
+        check_tensor("bigram", bigram, (len(bigram), V), bigram.dtype, device)
+    if (
+        logits.is_cpu
+        and logits.dtype in CPU_DTYPES
+        and cpu.is_available()
+        and ops.is_plain(logits, targets, bigram, tokens)
+        and (bigram is None or (bigram.dtype == wide and bigram.is_contiguous()))
+    ):
+        _check_range("targets", targets, V)
+        if bigram is not None:
+            _check_range("tokens", tokens, len(bigram))
+        return cpu.token_losses_(logits, targets, bigram, tokens, scale)
+    losses = torch.empty(M, dtype=wide, device=device)
+    rows = max(1, _LOGITS.get(device.type, 2**26) // max(1, V))
+    for start in range(0, M, rows):
+        part = slice(start, start + rows)
+        target = targets[part].unsqueeze(1)
+        z = logits[part].to(wide)
+        if bigram is not None:
+            z = z + bigram[tokens[part]]
+        log_p = torch.log_softmax(z, -1)
+        losses[part] = log_p.gather(1, target).squeeze(1).neg_()
+        if scale:
+            p = log_p.exp_()
+            p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+            logits[part] = p.mul_(scale)
+    return losses
+
+
+def _check_range(name: str, numbers: Tensor, end: int) -> None:
+    """Raises IndexError unless all `numbers` are in `[0, end)`."""
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
+        raise IndexError(
+            f"{name} must lie in [0, {end}), got {int(numbers.min())} to {int(numbers.max())}"
+        )

@@ -124,6 +124,18 @@ struct AttentionBackwardArguments {
     int threads;
 };
 
+// The table, losses and scale are in the compute type; the gradient takes the place of the logits.
+struct CrossEntropyArguments {
+    void* logits;
+    const int64_t* targets;
+    const void* table;
+    const int64_t* tokens;
+    void* losses;
+    double scale;
+    int64_t rows, cols;
+    int threads;
+};
+
 struct KernelTable {
     void (*spmm[kDTypes])(const SpmmArguments&);
     void (*spmm_scatter[kDTypes])(const SpmmArguments&);
@@ -137,6 +149,7 @@ struct KernelTable {
     void (*norm_abs_topk_backward[kDTypes])(const NormAbsTopkBackwardArguments&);
     void (*attention[kDTypes])(const AttentionArguments&);
     void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
+    void (*cross_entropy[kDTypes])(const CrossEntropyArguments&);
 };
 
 // One row of the table for each instruction set, built from isa_*.cpp.

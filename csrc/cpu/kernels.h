@@ -20,6 +20,7 @@
 #include "spmm_scatter.h"
 #include "transformer/attention.h"
 #include "transformer/bias_grad.h"
+#include "transformer/cross_entropy.h"
 #include "transformer/fused_topk.h"
 
 namespace sk {
@@ -162,6 +163,14 @@ void run_attention_backward(const AttentionBackwardArguments& a) {
 }
 
 template <class T>
+void run_cross_entropy(const CrossEntropyArguments& a) {
+    using C = Compute<T>;
+    cross_entropy(CrossEntropyProblem<T>{
+        static_cast<T*>(a.logits), a.targets, static_cast<const C*>(a.table), a.tokens,
+        static_cast<C*>(a.losses), static_cast<C>(a.scale), a.rows, a.cols, a.threads});
+}
+
+template <class T>
 void set_products(KernelTable& table, DType dtype) {
     const int at = static_cast<int>(dtype);
     table.spmm[at] = run_spmm<T>;
@@ -181,6 +190,7 @@ void set_row_kernels(KernelTable& table, DType dtype) {
     table.norm_abs_topk_backward[at] = run_norm_abs_topk_backward<T>;
     table.attention[at] = run_attention<T>;
     table.attention_backward[at] = run_attention_backward<T>;
+    table.cross_entropy[at] = run_cross_entropy<T>;
 }
 
 // A row begins as a copy of a lower one, where that has the same code: AVX512-BF16 multiplies pairs

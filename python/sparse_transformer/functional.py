@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+import sparse_kernels as sk
+
 # As `torch.nn.RMSNorm` has it by default in float32, in which the released models run.
 RMS_EPS = torch.finfo(torch.float32).eps
-# Logits whose softmax is made at once: 4 MiB of float32.
-_LOGITS = 2**20
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def cross_entropy_(
 ) -> Tensor:
     """Mean over M of `logsumexp(z) - z[target]`, `z = logits + bigram[token]`.
 
-    Where gradients are wanted they are made at once, chunk by chunk, IN THE MEMORY OF `logits`,
+    Where gradients are wanted they are made at once, row by row, IN THE MEMORY OF `logits`,
     which is why the name ends in an underscore: pass what nobody else reads.
 
     Args:
@@ -113,28 +113,13 @@ class CrossEntropy(Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, bigram: Tensor | None, tokens: Tensor
     ) -> Tensor:
-        M, V = logits.shape
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        losses = torch.empty(M, dtype=wide, device=logits.device)
-        wants_gradient = any(ctx.needs_input_grad)
+        M, wants_gradient = logits.shape[0], any(ctx.needs_input_grad)
         # It shares the version of `logits`: a backward of whoever kept them raises.
         memory = logits.detach()
         # In half precision a probability over M would vanish before it meets the loss's scale.
         ctx.over = M if logits.dtype == torch.float16 else 1
-        rows = max(1, _LOGITS // V) if logits.device.type == "cpu" else max(1, 2**26 // V)
-        for start in range(0, M, rows):
-            part = slice(start, start + rows)
-            target = targets[part].unsqueeze(1)
-            z = memory[part].to(wide)
-            if bigram is not None:
-                # Never in place here: without a gradient the logits stay as they are.
-                z = z + bigram[tokens[part]]
-            log_p = torch.log_softmax(z, -1)
-            losses[part] = log_p.gather(1, target).squeeze(1).neg_()
-            if wants_gradient:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
-                memory[part] = p if ctx.over == M else p.div_(M)
+        scale = ctx.over / M if wants_gradient else 0.0
+        losses = sk.transformer_ops.token_losses_(memory, targets, bigram, tokens, scale)
         if wants_gradient:
             ctx.save_for_backward(memory, tokens)
             ctx.rows = None if bigram is None else bigram.shape[0]
