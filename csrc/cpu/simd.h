@@ -320,32 +320,44 @@ inline __attribute__((always_inline)) void transpose(Vec<T> (&rows)[kLanes<T>]) 
     });
 }
 
-// Lane i of the result is the sum of the lanes of rows(i): the sum of the two halves of a zip adds
+// Lane i of the result is `fold` over the lanes of rows(i): of the two halves of a zip it folds
 // neighbours and interleaves the vectors.
-template <class T, class Rows>
-inline __attribute__((always_inline)) Vec<T> sum_each(const Rows& rows) {
+template <class T, class Rows, class Fold>
+inline __attribute__((always_inline)) Vec<T> fold_each(const Rows& rows, const Fold& fold) {
     constexpr int kSize = kPiece<T>;
     Vec<T> part[kPieces<T>];
     unroll<kPieces<T>>([&](auto piece) __attribute__((always_inline)) {
-        const auto sum_pair = [&](auto i) __attribute__((always_inline)) {
+        const auto fold_pair = [&](auto i) __attribute__((always_inline)) {
             const Vec<T> a = rows(std::integral_constant<int, piece * kSize + i>{});
             const Vec<T> b = rows(std::integral_constant<int, piece * kSize + i + 1>{});
-            return zip<T, 1, false>(a, b) + zip<T, 1, true>(a, b);
+            return fold(zip<T, 1, false>(a, b), zip<T, 1, true>(a, b));
         };
-        part[piece] = sum_pair(std::integral_constant<int, 0>{});
+        part[piece] = fold_pair(std::integral_constant<int, 0>{});
         if constexpr (kSize == 4) {
-            const Vec<T> other = sum_pair(std::integral_constant<int, 2>{});
+            const Vec<T> other = fold_pair(std::integral_constant<int, 2>{});
             part[piece] =
-                zip<T, 2, false>(part[piece], other) + zip<T, 2, true>(part[piece], other);
+                fold(zip<T, 2, false>(part[piece], other), zip<T, 2, true>(part[piece], other));
         }
     });
     unroll<log2_of(kPieces<T>)>([&](auto round) __attribute__((always_inline)) {
         unroll<(kPieces<T> >> (round + 1))>([&](auto i) __attribute__((always_inline)) {
             const Vec<T> a = part[2 * i], b = part[2 * i + 1];
-            part[i] = alternate_pieces<T, false>(a, b) + alternate_pieces<T, true>(a, b);
+            part[i] = fold(alternate_pieces<T, false>(a, b), alternate_pieces<T, true>(a, b));
         });
     });
     return part[0];
+}
+
+// Lane i of the result is the sum of the lanes of rows(i).
+template <class T, class Rows>
+inline __attribute__((always_inline)) Vec<T> sum_each(const Rows& rows) {
+    return fold_each<T>(rows, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+
+// Lane i of the result is the largest lane of rows(i); none may be NaN.
+template <class T, class Rows>
+inline __attribute__((always_inline)) Vec<T> largest_each(const Rows& rows) {
+    return fold_each<T>(rows, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
 }
 
 }  // namespace

@@ -226,35 +226,68 @@ __attribute__((noinline)) void add_outer(const C* weights, int64_t stride, const
     }
 }
 
-// A row of scores to exp(score - largest), zero after the first `count`; returns the sum, the
-// sink's share included, and the largest.
-template <class C>
-inline C exponentials(C* scores, int64_t count, int64_t until, const C* sink, C* largest) {
-    constexpr int kN = kLanes<C>;
-    const C lowest = -std::numeric_limits<C>::infinity();
-    const int64_t whole = count / kN * kN;
-    Vec<C> most = splat(lowest);
-    for (int64_t t = 0; t < whole; t += kN) {
-        const Vec<C> score = load(scores + t);
-        most = score > most ? score : most;
-    }
-    C top = largest_lane<C>(most);
-    for (int64_t t = whole; t < count; ++t) top = std::max(top, scores[t]);
-    if (sink) top = std::max(top, *sink);
-    Vec<C> sum = {};
-    for (int64_t t = 0; t < whole; t += kN) {
-        const Vec<C> e = exp_negative(load(scores + t) - top);
-        sum += e;
-        store(scores + t, e);
-    }
-    for (int64_t t = whole; t < until; t += kN) {
-        const Vec<C> e = first_lanes<C>(exp_negative(load(scores + t) - top), count - t);
-        sum += e;
-        store(scores + t, e);
-    }
-    *largest = top;
-    return sum_lanes<C>(sum) + (sink ? std::exp(*sink - top) : C(0));
+// Of kRows vectors: `each` gives the result of kLanes of them at a time, `to` gets all in order.
+template <class C, int kRows, class Each>
+inline __attribute__((always_inline)) void lanes_of_each(const Vec<C> (&rows)[kRows], C* to,
+                                                         const Each& each) {
+    unroll<(kRows + kLanes<C> - 1) / kLanes<C>>([&](auto group) __attribute__((always_inline)) {
+        store(to + group * kLanes<C>, each([&](auto i) __attribute__((always_inline)) {
+                  return rows[(group * kLanes<C> + i) % kRows];
+              }));
+    });
 }
+
+// kRows rows of scores, of which row r has `first + r` (`until` at most), to
+// exp(score - largest), zero from there to `until`. Gives each row's sum, the sink's share
+// included, and its largest score. The rows are reduced together: one alone would wait for itself.
+template <class C, int kRows>
+struct Exponentials {
+    static constexpr int kPadded = std::max(kRows, static_cast<int>(kLanes<C>));
+    alignas(kVectorBytes) C sums[kPadded], largest[kPadded];
+
+    Exponentials(C* scores, int64_t stride, int64_t first, int64_t until, const C* sink) {
+        constexpr int kN = kLanes<C>;
+        const Vec<C> lowest = splat(-std::numeric_limits<C>::infinity());
+        Vec<C> rows[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t count = std::min(first + r, until), whole = count / kN * kN;
+            const C* const row = scores + r * stride;
+            Vec<C> most = sink ? splat(*sink) : lowest;
+            for (int64_t t = 0; t < whole; t += kN) {
+                const Vec<C> score = load(row + t);
+                most = score > most ? score : most;
+            }
+            if (whole < count) {
+                const auto missing = first_lanes<C>(splat(C(1)), count - whole) == C(0);
+                const Vec<C> score = missing ? lowest : load(row + whole);
+                most = score > most ? score : most;
+            }
+            rows[r] = most;
+        }
+        lanes_of_each<C, kRows>(rows, largest, [](const auto& of) { return largest_each<C>(of); });
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t count = std::min(first + r, until), whole = count / kN * kN;
+            C* const row = scores + r * stride;
+            Vec<C> sum = {};
+            int64_t t = 0;
+            for (; t < whole; t += kN) {
+                const Vec<C> e = exp_negative(load(row + t) - largest[r]);
+                sum += e;
+                store(row + t, e);
+            }
+            for (; t < until; t += kN) {
+                const Vec<C> e =
+                    first_lanes<C>(exp_negative(load(row + t) - largest[r]), count - t);
+                sum += e;
+                store(row + t, e);
+            }
+            rows[r] = sum;
+        }
+        lanes_of_each<C, kRows>(rows, sums, [](const auto& of) { return sum_each<C>(of); });
+        for (int r = 0; sink && r < kPadded; r += kN)
+            store(sums + r, load(sums + r) + exp_negative(*sink - load(largest + r)));
+    }
+};
 
 // One packed head: y (queries, width), and the logarithms if `lse`. `prefetch(begin, end)` is told
 // of the tokens as they are reached.
@@ -269,18 +302,14 @@ void attend_head(const AttentionShape& s, const C* q, const C* turned, const C* 
         const int64_t until = seen + count;
         prefetch(first, first + count);
         all_products(q + first * width, width, s.channels, turned, padded, until, scores, stride);
-        C inverse[kQueries] = {};
-        for (int64_t r = 0; r < count; ++r) {
-            C top;
-            const C sum = exponentials(scores + r * stride, seen + r + 1, until, sink, &top);
-            inverse[r] = C(1) / sum;
-            if (lse) lse[first + r] = top + std::log(sum);
-        }
+        const Exponentials<C, kQueries> rows(scores, stride, seen + 1, until, sink);
+        for (int64_t r = 0; lse && r < count; ++r)
+            lse[first + r] = rows.largest[r] + std::log(rows.sums[r]);
         for (int64_t c = 0; c < s.channels; c += kN) {
             Vec<C> sums[kQueries];
             mix_rows(scores, stride, v + c, width, until, sums);
             for (int64_t r = 0; r < kQueries; ++r)
-                store(y + (first + r) * width + c, sums[r] * inverse[r]);
+                store(y + (first + r) * width + c, sums[r] / rows.sums[r]);
         }
     }
 }
@@ -305,9 +334,8 @@ C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C*
         }
         store(scores + t, sums);
     }
-    C top;
     const C* const sink = problem.sinks ? problem.sinks + head : nullptr;
-    const C sum = exponentials(scores, s.keys, s.keys, sink, &top);
+    const Exponentials<C, 1> row(scores, 0, s.keys, s.keys, sink);
     for (int64_t c = 0; c < s.channels; c += kN) {
         Vec<C> acc[4] = {};
         int64_t t = 0;
@@ -318,9 +346,9 @@ C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C*
             }
         }
         for (; t < s.keys; ++t) acc[0] += load_user(problem.v.row(batch, t, head) + c) * scores[t];
-        store(y + c, ((acc[0] + acc[1]) + (acc[2] + acc[3])) * (C(1) / sum));
+        store(y + c, ((acc[0] + acc[1]) + (acc[2] + acc[3])) / row.sums[0]);
     }
-    return top + std::log(sum);
+    return row.largest[0] + std::log(row.sums[0]);
 }
 
 template <class T>
@@ -417,13 +445,18 @@ C attend_head_backward(const AttentionShape& s, const C* q, const C* grad_y, con
     constexpr int kN = kLanes<C>;
     const int64_t width = padded_to_vector<C>(s.channels), padded = padded_to_vector<C>(s.keys);
     C grad_sink = C(0);
-    for (int64_t t = 0; t < s.queries; ++t) {  // rowsum(dY * Y)
-        Vec<C> sum = {};
-        for (int64_t c = 0; c < width; c += kN)
-            sum += load(grad_q + t * width + c) * load(grad_y + t * width + c);
-        share[t] = sum_lanes<C>(sum);
-        if (sink) grad_sink -= std::exp(*sink - lse[t]) * share[t];
+    for (int64_t t = 0; t < s.queries; t += kN) {  // rowsum(dY * Y)
+        const auto product = [&](auto i) __attribute__((always_inline)) {
+            const int64_t at = std::min(t + i, s.queries - 1) * width;
+            Vec<C> sum = {};
+            for (int64_t c = 0; c < width; c += kN)
+                sum += load(grad_q + at + c) * load(grad_y + at + c);
+            return sum;
+        };
+        store(share + t, sum_each<C>(product));
     }
+    for (int64_t t = 0; sink && t < s.queries; ++t)
+        grad_sink -= std::exp(*sink - lse[t]) * share[t];
     std::fill(grad_k, grad_k + padded * width, C(0));
     std::fill(grad_v, grad_v + padded * width, C(0));
     for (int64_t first = 0; first < s.queries; first += kQueries) {
