@@ -163,11 +163,12 @@ void norm_abs_topk_backward(const NormAbsTopkBackward<T>& p) {
             }
         }
     }
-    for (int64_t i = 0; i < p.cols; ++i) {
-        C sum = C(0);
-        for (int64_t k = 0; k < kParts; ++k) sum += all_sums[k * padded + i];
-        p.dweight[i] = from_compute<T>(sum);
+    for (int64_t i = 0; i < padded; i += kN) {
+        Vec<C> sum = {};
+        for (int64_t k = 0; k < kParts; ++k) sum += load(all_sums + k * padded + i);
+        store(all_sums + i, sum);
     }
+    for (int64_t i = 0; i < p.cols; ++i) p.dweight[i] = from_compute<T>(all_sums[i]);
 }
 
 }  // namespace
