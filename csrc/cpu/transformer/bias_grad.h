@@ -51,14 +51,19 @@ void bias_grad(const T* in, int64_t row_stride, T* out, int64_t tokens, int64_t 
             }
         }
     }
-    for (int64_t apart = 1; apart < parts; apart *= 2) {  // neighbours, then pairs of them, ..
-        for (int64_t k = 0; k < parts; k += 2 * apart) {
-            C* const sums = all_sums + k * padded;
-            for (int64_t c = 0; c < padded; c += kN)
-                store(sums + c, load(sums + c) + load(sums + apart * padded + c));
+    constexpr int64_t kCols = 256;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < cols; first += kCols) {
+        const int64_t last = std::min(cols, first + kCols);
+        for (int64_t apart = 1; apart < parts; apart *= 2) {  // neighbours, then pairs of them, ..
+            for (int64_t k = 0; k < parts; k += 2 * apart) {
+                C* const sums = all_sums + k * padded;
+                for (int64_t c = first; c < last; c += kN)
+                    store(sums + c, load(sums + c) + load(sums + apart * padded + c));
+            }
         }
+        for (int64_t c = first; c < last; ++c) out[c] = from_compute<T>(all_sums[c]);
     }
-    for (int64_t c = 0; c < cols; ++c) out[c] = from_compute<T>(all_sums[c]);
 }
 
 }  // namespace

@@ -163,12 +163,17 @@ void norm_abs_topk_backward(const NormAbsTopkBackward<T>& p) {
             }
         }
     }
-    for (int64_t i = 0; i < padded; i += kN) {
-        Vec<C> sum = {};
-        for (int64_t k = 0; k < kParts; ++k) sum += load(all_sums + k * padded + i);
-        store(all_sums + i, sum);
+    constexpr int64_t kCols = 256;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t first = 0; first < p.cols; first += kCols) {
+        const int64_t last = std::min(p.cols, first + kCols);
+        for (int64_t i = first; i < last; i += kN) {
+            Vec<C> sum = {};
+            for (int64_t k = 0; k < kParts; ++k) sum += load(all_sums + k * padded + i);
+            store(all_sums + i, sum);
+        }
+        for (int64_t i = first; i < last; ++i) p.dweight[i] = from_compute<T>(all_sums[i]);
     }
-    for (int64_t i = 0; i < p.cols; ++i) p.dweight[i] = from_compute<T>(all_sums[i]);
 }
 
 }  // namespace
