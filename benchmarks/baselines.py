@@ -29,7 +29,7 @@ import sparse_kernels as sk
 from benchmarks.cases import DTYPES, HEADLINES, Case
 from benchmarks.timing import Candidate
 from sparse_kernels import ops
-from sparse_kernels.testing import MatmulCase, allowed_error, make_problem, max_error
+from sparse_kernels.testing import MatmulCase, make_problem
 
 # torch's bfloat16 products of more multiplications take seconds on processors that lack the
 # instructions, where they were 8 and more times slower than fp32.
@@ -45,8 +45,6 @@ INSTALL = {
     "sparse_dot_mkl": "pip install mkl sparse-dot-mkl",
     "scipy": "pip install scipy",
 }
-# Rows of the result that are compared: enough to meet every tile, few enough for float64.
-CHECKED_ROWS = 64
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 # The name of a baseline -> its call, and the columns `GROUP_ms` of a row that it may fill: a column
@@ -360,54 +358,3 @@ def _scipy_and_mkl(operands: Operands, product: str) -> Ways:
             return
         multiply: Any = dot_product_mkl
         yield "MKL", lambda: torch.as_tensor(multiply(matrix, right)).t()
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Errors, for products relative to the largest element in float64, and the verdict."""
-
-    error: float
-    torch_error: float
-    correct: bool
-    checked: str
-
-
-def check(operands: Operands, product: str, result: Tensor) -> Accuracy:
-    """Compares a result with float64, beside torch's dense product.
-
-    The verdict is that of the tests: at most twice torch's error in the same dtype, plus one
-    rounding. Only some rows of the result are compared, each of them whole: tokens, or for
-    `grad_weight` output features, spread evenly from the first to the last.
-    """
-    problem, case = operands.problem, operands.case
-    if product == "grad_weight":
-        block_out = case.block[0]
-        rows = _spread(problem.layout.block_rows, max(1, CHECKED_ROWS // block_out))
-        features = (rows[:, None] * block_out + torch.arange(block_out)).flatten()
-        indices = problem.layout.indices[rows]
-        part = replace(
-            problem,
-            layout=sk.FanInLayout(indices, case.in_features, len(features), case.block),
-            values=problem.values[rows],
-            grad_output=problem.grad_output[:, features],
-        )
-        checked = f"{len(features)} of {case.out_features} output features"
-    else:
-        rows = _spread(case.tokens, CHECKED_ROWS)
-        part = replace(problem, x=problem.x[rows], grad_output=problem.grad_output[rows])
-        checked = f"{len(rows)} of {case.tokens} tokens"
-    truth, stock = part.reference64(product), part.torch_dense(product)
-    error = max_error(result[rows], truth)
-    largest = max(max_error(torch.zeros_like(truth), truth), torch.finfo(torch.float64).tiny)
-    return Accuracy(
-        error=min(error, sys.float_info.max) / largest,
-        torch_error=max_error(stock, truth) / largest,
-        correct=error <= allowed_error(stock, truth),
-        checked=checked,
-    )
-
-
-def _spread(total: int, count: int) -> Tensor:
-    """At most `count` row numbers, evenly from the first to the last."""
-    numbers = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64)
-    return numbers.round().long()

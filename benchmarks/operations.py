@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, timing
-from benchmarks.baselines import Accuracy, Operands, Rivals
+from benchmarks.baselines import Operands, Rivals
 from benchmarks.cases import DTYPES, HEADLINES, PRODUCTS, AnyCase, Case, TopkCase
 from benchmarks.devices import Device
 from benchmarks.roofline import Work, count_work
 from benchmarks.timing import Candidate
 from sparse_kernels import abs_topk, reference
+from sparse_kernels.testing import Accuracy, check_product
 
 Row = dict[str, Any]
 
@@ -66,7 +67,7 @@ def _products(
         yield Operation(
             product=product,
             ours=ours,
-            check=partial(baselines.check, operands, product),
+            check=partial(check_product, operands.problem, product),
             work=count_work(case, product, operands.used_in_features),
             rivals=partial(baselines.rivals, operands, product, expected),
         )

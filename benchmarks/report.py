@@ -38,6 +38,7 @@ VIEWS = {
     "activation": "benchmarks.tables",
     "training": "benchmarks.transformer.results",
     "inference": "benchmarks.transformer.results",
+    "scaling": "benchmarks.transformer.results",
     "quality": "benchmarks.experiments.quality",
     "circuits": "benchmarks.experiments.circuits",
     "frontier": "benchmarks.experiments.frontier_results",

@@ -7,13 +7,17 @@ value. The distance is the largest one of all elements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels.layout import FanInLayout
+
+# Rows of a large result that are compared: enough to meet every tile, few enough for float64.
+CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,48 @@ def allowed_error(torch_dense: Tensor, reference64: Tensor) -> float:
     if torch_dense.dtype == torch.float64:
         return 64.0 * rounding
     return 2.0 * max_error(torch_dense, reference64) + rounding
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors, for products relative to the largest element in float64, and the verdict."""
+
+    error: float
+    torch_error: float
+    correct: bool
+    checked: str
+
+
+def check_product(case: MatmulCase, product: str, result: Tensor) -> Accuracy:
+    """Compares some rows of a result, each of them whole, with float64 and torch's dense product.
+
+    They are tokens, or for `grad_weight` output features, spread evenly from the first to the last.
+    """
+    is_gradient = product == "grad_weight"
+    tokens, layout = len(case.x), case.layout
+    total, group = (layout.block_rows, layout.block[0]) if is_gradient else (tokens, 1)
+    count = min(total, max(1, CHECKED_ROWS // group))
+    rows = torch.linspace(0, total - 1, count, dtype=torch.float64).round().long()
+    if is_gradient:
+        features = (rows[:, None] * group + torch.arange(group)).flatten()
+        part = replace(
+            case,
+            layout=FanInLayout(
+                layout.indices[rows], layout.in_features, len(features), layout.block
+            ),
+            values=case.values[rows],
+            grad_output=case.grad_output[:, features],
+        )
+        checked = f"{len(features)} of {layout.out_features} output features"
+    else:
+        part = replace(case, x=case.x[rows], grad_output=case.grad_output[rows])
+        checked = f"{len(rows)} of {tokens} tokens"
+    truth, stock = part.reference64(product), part.torch_dense(product)
+    error = max_error(result[rows], truth)
+    largest = max(max_error(torch.zeros_like(truth), truth), torch.finfo(torch.float64).tiny)
+    return Accuracy(
+        error=min(error, sys.float_info.max) / largest,
+        torch_error=max_error(stock, truth) / largest,
+        correct=error <= allowed_error(stock, truth),
+        checked=checked,
+    )

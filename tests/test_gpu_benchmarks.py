@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tile_estimate as estimate
 import torch
 
 from benchmarks import baselines, cases, report
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import estimate, steps
+from benchmarks.gpu import steps
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")

@@ -17,9 +17,9 @@ from torch.autograd.profiler import record_function
 
 from benchmarks.cases import DTYPES
 from benchmarks.timing import Candidate
-from benchmarks.transformer.check import Verdict, check, densified
 from sparse_transformer import KVCache
 from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.testing import Verdict, check, densified
 from sparse_transformer.train.masked_dense import project_
 from sparse_transformer.train.optimizer import OptimizerConfig, make_optimizer, normalize_gradients_
 from sparse_transformer.train.topology import Topology, TopologyConfig

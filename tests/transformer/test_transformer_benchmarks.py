@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from benchmarks import baselines, devices, inference, report, run, training
+from benchmarks.experiments import scaling
 from benchmarks.timing import Timing
-from benchmarks.transformer import check, measure, results
+from benchmarks.transformer import measure, results
 from benchmarks.transformer.jobs import SMOKE_MODEL, VARIANTS, Case, Job, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
 from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
+from sparse_transformer import testing as check
 
 CPU = devices.Device()
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,15 +56,6 @@ def start(module: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("smoke")
-    words = ("--json", str(folder / "rows.json"))
-    done = start("benchmarks.training", "--smoke", "--part", "all", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
-
-
-@pytest.fixture(scope="module")
 def smoke_inference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("smoke") / "rows.json"
     done = start("benchmarks.inference", "--smoke", "--json", str(path))
@@ -83,33 +76,46 @@ def check_row(row: dict[str, Any]) -> None:
     assert (row["parts_ms"]["abs_topk"] > 0) == (row["variant"] != "dense")
 
 
+def check_training_row(row: dict[str, Any]) -> None:
+    check_row(row)
+    assert math.isfinite(row["loss"])
+    is_sparse = row["variant"] == "sparse"
+    assert (row["rewiring_ms"] is not None) == is_sparse
+    if is_sparse:
+        change_ms = row["rewiring_ms"] - row["ordinary_ms"]
+        assert row["step_ms"] == pytest.approx(row["ordinary_ms"] + change_ms / row["period"])
+
+
 @pytest.mark.slow
-def test_training_rows_keep_the_schema(smoke: tuple[Path, str]) -> None:
-    content = json.loads((smoke[0] / "rows.json").read_text())
+def test_training_rows_keep_the_schema(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    done = start("benchmarks.training", "--smoke", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
+    content = json.loads(path.read_text())
     assert content["complete"] is True
     rows = content["rows"]
-    assert {row["part"] for row in rows} == {"default", "l0", "width"}
-    assert {row["variant"] for row in rows} == {
-        "sparse", "masked_dense", "masked_dense_abs_topk", "masked_dense_kernel", "dense"
-    }  # fmt: skip
+    assert {row["part"] for row in rows} == {"default"}
+    assert {row["variant"] for row in rows} == set(VARIANTS)
     for row in rows:
-        check_row(row)
-        assert math.isfinite(row["loss"])
-        is_sparse = row["variant"] == "sparse"
-        assert (row["rewiring_ms"] is not None) == is_sparse
-        if is_sparse:
-            change_ms = row["rewiring_ms"] - row["ordinary_ms"]
-            assert row["step_ms"] == pytest.approx(row["ordinary_ms"] + change_ms / row["period"])
+        check_training_row(row)
     # The first case alone, and in a smoke run its few MB fit in what the allocator has anyway.
     assert [row["peak_mb"] is not None for row in rows] == [row is rows[0] for row in rows]
 
 
 @pytest.mark.slow
-def test_training_draws_and_no_row_fails(smoke: tuple[Path, str]) -> None:
-    folder, printed = smoke
-    assert "FAIL" not in printed
-    report.main(folder / "rows.json", plot=folder / "plot.png")
-    image = (folder / "plot.png").read_bytes()
+def test_scaling_rows_keep_the_schema_and_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    assert scaling.main(["--smoke", "--json", str(path)]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["part"] for row in rows} == {"l0", "width"}
+    for row in rows:
+        check_training_row(row)
+    report.main(path, plot=plot)
+    image = plot.read_bytes()
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
 
@@ -141,7 +147,7 @@ def test_bad_options_are_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(measure, "checked_job", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
-        training.main(words)
+        scaling.main(words)
     assert stopped.value.code == 2
     assert sentence in "".join(capsys.readouterr())
 
@@ -160,7 +166,7 @@ def test_wrong_result_prints_fail_and_no_speed(
 
     monkeypatch.setattr(check, "densified", wrong)
     path = tmp_path / "rows.json"
-    assert training.main(["--smoke", "--threads", "1", "--part", "width", "--json", str(path)]) == 1
+    assert scaling.main(["--smoke", "--threads", "1", "--part", "width", "--json", str(path)]) == 1
     printed = capsys.readouterr().out
     assert "FAIL: logits in float64" in printed
     assert "rows FAILED" in printed
@@ -182,20 +188,20 @@ def test_interruption_keeps_the_finished_groups(
     monkeypatch.setattr(measure, "checked_job", interrupt)
     monkeypatch.setattr(measure, "measure_peak_mb", lambda *_: None)
     path = tmp_path / "rows.json"
-    assert training.main(["--smoke", "--part", "all", "--json", str(path)]) == report.INTERRUPTED
+    assert scaling.main(["--smoke", "--json", str(path)]) == report.INTERRUPTED
     content = json.loads(path.read_text())
     assert content["complete"] is False
-    assert {row["part"] for row in content["rows"]} == {"default", "l0"}
+    assert {row["part"] for row in content["rows"]} == {"l0"}
 
 
 def test_dense_bf16_that_is_too_slow_is_left_out_with_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = training.Options()
+    options = run.Options()
     monkeypatch.setattr(baselines, "has_bf16_dense", lambda: False)
     (sentence,) = measure.missing(options)
     assert sentence.startswith("dense bfloat16 is left out")
-    for groups in (training.plan(options, CPU), inference.plan(run.Options(), CPU)):
+    for groups in (training.plan(options, CPU), inference.plan(options, CPU)):
         cases = [case for group in groups for case in (*group.cases, *group.memory)]
         assert {case.variant for case in cases if case.dtype == "bfloat16"} == {"sparse"}
     assert len(training.plan(options, CPU)[0].cases) == 7
@@ -302,12 +308,11 @@ def test_sentences_by_hand() -> None:
 
 def test_the_widths_have_one_l0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "has_bf16_dense", lambda: True)
-    groups = {g.name: g.cases for g in training.plan(training.Options(part="all"), CPU)}
-    wide = [case.model for case in groups["width"]]
+    _, width = scaling.plan(scaling.Options(), CPU)
+    wide = [case.model for case in width.cases]
     assert len({round(model.d_model**2 * model.density) for model in wide}) == 1
     assert len({model.d_model for model in wide}) == 4
-    (only,) = training.plan(training.Options(), CPU)
-    assert only.cases == groups["default"]
+    (only,) = training.plan(run.Options(), CPU)
     assert {case.variant for case in only.cases} == set(VARIANTS)
     assert all(case.batch * case.length == 2048 for case in only.cases)
 

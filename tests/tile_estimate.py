@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu --estimate`: what the goals would take on an H200. Nothing is measured.
 
-The Triton kernels of the goals are compiled for sm_90 by tests/tile_report.py, which needs no GPU,
-and the machine instructions of their loops are counted. A time is the largest of four terms:
+The Triton kernels of the goals are compiled for sm_90 by tile_report.py, which needs no GPU, and
+the machine instructions of their loops are counted. A time is the largest of four terms:
 
     issue      instructions of all warps over what the schedulers can issue
     L2         bytes that the tiles load over the rate of the second-level cache
@@ -14,31 +14,15 @@ Of the CUDA kernels only the terms that no kernel can avoid are printed. The rat
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import GOALS, PRODUCTS, Case, TopkCase, goal_of
 from benchmarks.roofline import GpuPeaks, Work, count_work
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ = 132, 4, 1.7e9
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
-
-
-def compile_tiles() -> dict[tuple[str, str], dict[str, Any]]:
-    """What tile_report.py says of each goal's kernel, by kernel and geometry."""
-    hidden = ("TRITON_INTERPRET", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    command = [sys.executable, str(ROOT / "tests/tile_report.py"), "goals"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return {(made["kernel"], made["what"]): made for made in json.loads(done.stdout)}
 
 
 def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str, float]:
@@ -93,7 +77,8 @@ def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         yield f"{case} step: {about} {step_us:.0f} us, {over} (goal {goal_of(case, 'step'):g}x)"
 
 
-def main() -> int:
-    """Prints the estimates."""
-    print(*lines(compile_tiles()), sep="\n")
-    return 0
+if __name__ == "__main__":
+    import tile_report
+
+    made = map(tile_report.compile_one, tile_report.goal_cases())
+    print(*lines({(tile["kernel"], tile["what"]): tile for tile in made}), sep="\n")

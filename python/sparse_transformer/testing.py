@@ -1,4 +1,4 @@
-"""Whether the sparse model that is timed computes what masked dense computes with its weights."""
+"""Whether a sparse model computes what masked dense computes with its weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
-from sparse_kernels import reference
-from sparse_transformer import KVCache, SparseEmbedding, Transformer
+from sparse_transformer.attention import KVCache
+from sparse_transformer.model import SparseEmbedding, Transformer
 
 # Enough to exercise every operator of the model, few enough for float64.
 WINDOWS, TOKENS = 4, 16
@@ -33,14 +33,14 @@ def densified(model: Transformer) -> Transformer:
     dense = Transformer(replace(model.config, linear="masked_dense"), device=device)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, layer in model.sparse_layers().items():
-        matrix = sk.to_dense(layer.weight.detach(), layer.layout)
-        state[f"{name}.weight"] = _turned(layer, matrix)
+        state[f"{name}.weight"] = _dense_weight(layer, layer.weight.detach())
     dense.load_state_dict(state)
     return dense
 
 
-def _turned(layer: sk.SparseLinear, matrix: Tensor) -> Tensor:
-    """From the matrix of the layer's layout to that of the dense layer, or back."""
+def _dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
+    """The weight of the dense layer, from that of the sparse one."""
+    matrix = sk.to_dense(values, layer.layout)
     # The layout of an embedding is that of its table, as nn.Embedding has it.
     is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
     return matrix.t() if is_transposed else matrix
@@ -95,7 +95,8 @@ def compare_gradients(model: Transformer, dense: Transformer) -> str | None:
             return f"{name} has no gradient"
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            want = reference.gather(_turned(layer, want), layer.layout)
+            values = parameter.detach().requires_grad_()
+            (want,) = torch.autograd.grad(_dense_weight(layer, values), values, want)
         if not float((got - want).abs().max()) <= _EXACT * max(float(want.abs().max()), 1e-30):
             return f"the gradient of {name} in float64 is not that of masked dense"
     return None
