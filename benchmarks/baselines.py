@@ -5,8 +5,6 @@ conditions: weights in their own format, activations in the dtype or layout they
 conversion is timed, nor the transposition of a result. Only `masked dense` is what people run
 today. A sparse peer's result is compared with ours, which was compared with float64, before it is
 timed; on the CPU they take float32 alone.
-
-    pip install scipy mkl sparse-dot-mkl && pip install --no-deps sparselab
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import sparse_kernels as sk
-from benchmarks.cases import DTYPES, HEADLINES, Case
+from benchmarks.cases import DTYPES, HEADLINES, SQUARES, Case
 from benchmarks.timing import Candidate
 from sparse_kernels import ops
 from sparse_kernels.testing import MatmulCase, make_problem
@@ -38,8 +36,6 @@ BF16_LOOP_MAX = 2**28
 MAX_FLOPS = 2e9
 # Two results that differ by more, relative to the largest element, are not the same.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
-# Blocks that torch's BSR kernels take.
-BSR_BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128))
 INSTALL = {
     "sparselab": "pip install --no-deps sparselab",
     "sparse_dot_mkl": "pip install mkl sparse-dot-mkl",
@@ -113,28 +109,22 @@ def masked_dense(operands: Operands, product: str) -> Candidate:
     The masked weight is made in the forward, which saves it for the backward; the weight's gradient
     is masked.
     """
-    x, grad = operands.problem.x, operands.problem.grad_output
-    weight, mask, masked = operands.weight, operands.mask, operands.weight * operands.mask
-    calls: dict[str, Candidate] = {
-        "forward": lambda: linear(x, weight * mask),
-        "grad_input": lambda: grad @ masked,
-        "grad_weight": lambda: (grad.t() @ x) * mask,
-    }
-    return calls[product]
+    x, weight, mask = operands.problem.x, operands.weight, operands.mask
+    if product == "forward":
+        return lambda: linear(x, weight * mask)
+    gradient = dense(operands, product, weight.dtype)
+    return gradient if product == "grad_input" else lambda: gradient() * mask
 
 
-def dense(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
+def dense(operands: Operands, product: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     """`nn.Linear` of the full size, and the two products of its backward, with tensors in `dtype`.
 
     Times the same multiplications whatever the values are, so the masked operands serve.
     """
     x, grad, weight = _tensors(operands, dtype)
-    calls: dict[str, Candidate] = {
-        "forward": lambda: linear(x, weight),
-        "grad_input": lambda: grad @ weight,
-        "grad_weight": lambda: grad.t() @ x,
-    }
-    return calls[product]
+    if product == "grad_weight":
+        return lambda: grad.t() @ x
+    return (lambda: linear(x, weight)) if product == "forward" else lambda: grad @ weight
 
 
 def dense_onednn(operands: Operands, product: str, dtype: torch.dtype) -> Candidate:
@@ -309,7 +299,7 @@ def _torch_csr(operands: Operands, product: str) -> Ways:
 
 def _torch_bsr(operands: Operands, product: str) -> Ways:
     block = operands.case.block
-    if block not in BSR_BLOCKS:
+    if block not in SQUARES:  # those that torch's BSR kernels take
         return
     if product == "grad_weight":
         yield "torch BSR", _sampled(operands, operands.mask.to_sparse_bsr(block))

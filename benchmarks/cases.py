@@ -8,7 +8,7 @@ projection, the attention output projection and the two of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -50,7 +50,7 @@ class Case:
         return [Problem(device, DTYPES[self.dtype], name, *sizes) for name in PRODUCTS]
 
     def __str__(self) -> str:
-        return "{K}->{N} fan-in {fan_in} {block} {dtype} M={M}".format(**self.columns)
+        return name_of(self.columns)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,16 @@ class TopkCase:
         return [Problem(device, DTYPES[self.dtype], "abs_topk")]
 
     def __str__(self) -> str:
-        return f"D={self.width} k={self.k} {self.dtype} M={self.tokens}"
+        return name_of(self.columns)
 
 
 AnyCase = Case | TopkCase
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """The name of the case whose columns a row has."""
+    layer = "{K}->{N} fan-in {fan_in} {block} {dtype} M={M}"
+    return ("D={D} k={k} {dtype} M={M}" if "D" in row else layer).format(**row)
 
 
 def combine(

@@ -25,7 +25,6 @@ from benchmarks.timing import Candidate
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
 
-NAMES = ("cpu", "cuda")
 # The flush must not fit the cache.
 FLUSH_CACHES = 4
 FLUSH_MIN_BYTES = 256 * 2**20
@@ -33,6 +32,9 @@ FLUSH_MIN_BYTES = 256 * 2**20
 SLEEP_CYCLES = 1_000_000
 # Sizes of the dense product and the copy that the peaks are measured with.
 SIZE, COPY_BYTES, RUNS = 8192, 2**30, 10
+QUERIES = (
+    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw",
+)  # fmt: skip
 # Settings outside the program that change what is measured.
 _ENVIRONMENT = (
     "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "SPARSE_", "THP_",
@@ -42,8 +44,8 @@ _ENVIRONMENT = (
 
 def why_not(name: str) -> str | None:
     """None if a benchmark can run on that device here, else a sentence."""
-    if name not in NAMES:
-        return f"it must be one of {', '.join(NAMES)}, got {name!r}"
+    if name not in BY_NAME:
+        return f"it must be one of {', '.join(BY_NAME)}, got {name!r}"
     if name == "cuda" and not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         return (
@@ -51,10 +53,6 @@ def why_not(name: str) -> str | None:
             f"torch {torch.__version__} was built {built})"
         )
     return None
-
-
-def connect(name: str) -> Device:
-    return Gpu() if name == "cuda" else Device()
 
 
 class Device:
@@ -71,12 +69,11 @@ class Device:
         # For every candidate alike: otherwise each large result starts with page faults, which can
         # take longer than the product.
         self.keeps_freed_memory = keep_freed_memory()
-        if not cpu.isas():
-            return []
-        found = roofline.measure_peaks(cpu.isa(), torch.get_num_threads(), smoke=smoke)
-        if isinstance(found, str):
-            return [found]
-        self.peaks = found
+        if cpu.isas():
+            found = roofline.measure_peaks(cpu.isa(), torch.get_num_threads(), smoke=smoke)
+            if isinstance(found, str):
+                return [found]
+            self.peaks = found
         return []
 
     def describe(self, command: Sequence[str]) -> dict[str, Any]:
@@ -144,20 +141,21 @@ class Gpu(Device):
 
     def describe(self, command: Sequence[str]) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties()
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        words = ("nvidia-smi", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader")
+        said = dict(zip(QUERIES, (report.output_of(*words) or "").split(", "), strict=False))
         gpu = {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-            "driver": report.output_of(*query),
+            "driver": said.pop(QUERIES[0]) or None,
             "cuda": torch.version.cuda,
             "triton": report.version_of("triton"),
             "float32_precision": torch.get_float32_matmul_precision(),
             "flushed_bytes": self._buffer.nbytes,
         }
-        return super().describe(command) | {"gpu": gpu}
+        return super().describe(command) | {"gpu": gpu, "clocks": said or None}
 
     def sample_s(self, call: Candidate, calls: int = 1) -> float:
         """Seconds per call by the GPU's clock, over `calls` calls that each start cold."""
@@ -173,3 +171,6 @@ class Gpu(Device):
             pairs.append((start, end))
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in pairs) * 1e-3 / calls
+
+
+BY_NAME = {"cpu": Device, "cuda": Gpu}

@@ -81,12 +81,8 @@ def _forward_and_backward(
     Every element of the result is compared with the specification, or its gradient.
     """
     generator = torch.Generator(device).manual_seed(case.width + case.k)
-    x, grad = (
-        torch.randn(case.tokens, case.width, generator=generator, device=device).to(
-            DTYPES[case.dtype]
-        )
-        for _ in range(2)
-    )
+    drawn = torch.randn(2, case.tokens, case.width, generator=generator, device=device)
+    x, grad = drawn.to(DTYPES[case.dtype])
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         **{name: partial(abs_topk, k=case.k, backend=name) for name in backends},
         "sorted": partial(_torch_abs_topk, k=case.k, is_sorted=True),

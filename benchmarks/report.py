@@ -36,9 +36,9 @@ Style = Literal["terminal", "markdown"]
 VIEWS = {
     "matmul": "benchmarks.tables",
     "activation": "benchmarks.tables",
-    "training": "benchmarks.transformer.results",
+    "training": "benchmarks.experiments.scaling",  # older files have the parts of both
     "inference": "benchmarks.transformer.results",
-    "scaling": "benchmarks.transformer.results",
+    "scaling": "benchmarks.experiments.scaling",
     "quality": "benchmarks.experiments.quality",
     "circuits": "benchmarks.experiments.circuits",
     "frontier": "benchmarks.experiments.frontier_results",
@@ -170,10 +170,6 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
-def _short(value: object) -> object:
-    return f"{value:.5g}" if isinstance(value, float) else value
-
-
 def ratio(value: float | None) -> str:
     """`2.34x`, `23.4x`, `234x`, or `-` for None."""
     return "-" if value is None else f"{number(value, 3).rstrip('.')}x"
@@ -241,8 +237,9 @@ def main(file: Path, /, markdown: bool = False, plot: Path | None = None) -> Non
     style: Style = "markdown" if markdown else "terminal"
     print(heading)
     if view is None:
-        short = ({n: _short(v) for n, v in row.items() if len(str(v)) < 40} for row in rows)
-        print(table(list(short), style))
+        for row in rows:
+            row |= {n: f"{v:.5g}" for n, v in row.items() if isinstance(v, float)}
+        print(table([{n: v for n, v in r.items() if len(str(v)) < 40} for r in rows], style))
     else:
         print(view.text(rows, style))
 

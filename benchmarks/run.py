@@ -85,7 +85,7 @@ class Benchmark:
         A case that fails ends alone. Returns 0, or 1 if a row is wrong or a case failed.
         """
         options, command = parse(self.options, self.name, self.description, arguments)
-        view, device = report.view_of(self.name), devices.connect(options.device)
+        view, device = report.view_of(self.name), devices.BY_NAME[options.device]()
         cases, rows = self.cases(options, device), self.kept(options)
         failed: dict[str, str] = {}
         machine: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from benchmarks.cases import name_of
 from benchmarks.report import Row, Style, compare, number, ratio, table
 
 # A fraction of the bound above this is more than noise: the peaks were measured too low.
@@ -42,10 +43,7 @@ def over_baselines(row: Row) -> dict[str, float]:
 
 def case_name(row: Row) -> str:
     """`1024->4096 fan-in 32 1x1 float32 M=2048`."""
-    if "D" in row:
-        return f"abs_topk D={row['D']} k={row['k']} {row['dtype']} M={row['M']}"
-    layer = f"{row['K']}->{row['N']} fan-in {row['fan_in']} {row['block']}"
-    return f"{layer} {row['dtype']} M={row['M']}"
+    return f"{'abs_topk ' if 'D' in row else ''}{name_of(row)}"
 
 
 def steps(rows: Sequence[Row]) -> list[Row]:

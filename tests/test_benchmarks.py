@@ -378,7 +378,7 @@ def test_results_that_cannot_be_drawn_or_written_are_refused(
         plot.unlink()
     for name, sentence in {
         "activation-cpu-zen5": "there is nothing to draw",
-        "inference-cpu-zen5": "there is nothing to draw",
+        "inference-cpu-zen5": "cannot be drawn",
         "break-even-cpu-zen5": "cannot be drawn",
     }.items():
         with pytest.raises(SystemExit):

@@ -141,7 +141,7 @@ def text(rows: Sequence[report.Row], style: report.Style = "terminal") -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     options, command = run.parse(Options, "experiments.algorithms", __doc__, arguments)
     data = digits()
-    machine = devices.connect("cpu").describe(command)
+    machine = devices.Device().describe(command)
     print(report.machine_line(machine), flush=True)
 
     def train_all() -> None:

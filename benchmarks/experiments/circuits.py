@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (path / "metrics.jsonl").is_file():
             report.refuse(PROGRAM, f"{path} is no folder of a run: it has no metrics.jsonl")
     keep_freed_memory()
-    machine = devices.connect("cpu").describe([*command, *words[cut:]])
+    machine = devices.Device().describe([*command, *words[cut:]])
     print(report.machine_line(machine), flush=True)
     first, *others = map(str, options.runs)
     which = ["--task", *options.task] if options.task else ["--all"]

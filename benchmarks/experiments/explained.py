@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "python -m benchmarks.experiments.explained", f"--{name} must be at least 1"
             )
     keep_freed_memory()
-    machine = devices.connect("cpu").describe(command)
+    machine = devices.Device().describe(command)
     print(report.machine_line(machine), flush=True)
 
     def measure_all() -> None:

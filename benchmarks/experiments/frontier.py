@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot is not None and (reason := report.why_no_plot(options.plot)):
         report.refuse(PROGRAM, f"--plot: {reason}")
     keep_freed_memory()
-    machine = devices.connect("cpu").describe(command)
+    machine = devices.Device().describe(command)
     print(report.machine_line(machine), flush=True)
     status = program.status(lambda: measure(options, machine), "interrupted: repeat the command")
     if status == 0:

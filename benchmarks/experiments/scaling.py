@@ -10,14 +10,21 @@ The model is that of `benchmarks.training`, which says how it is measured and ch
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from benchmarks import run, training
 from benchmarks.devices import Device
+from benchmarks.report import Row
 from benchmarks.transformer import measure
 from benchmarks.transformer.jobs import Case, Group
+from benchmarks.transformer.results import closing as closing
+from benchmarks.transformer.results import lines as lines
+from benchmarks.transformer.results import text as text
 
+# What grows in a part: the column, and its name.
+_SWEEPS = {"l0": ("l0", "nonzero weights"), "width": ("d_model", "d_model")}
 # How many times the L0, or the width, of the model.
 L0_TIMES, SMOKE_L0_TIMES = tuple(2.0**n for n in range(-4, 3)), (0.5, 1.0, 2.0)
 WIDTH_TIMES, SMOKE_WIDTH_TIMES = (0.25, 0.5, 1.0, 2.0), (0.5, 1.0)
@@ -55,6 +62,23 @@ def _scaled(case: Case, blocks: float, embeddings: float, **changes: Any) -> Cas
         **changes,
     )
     return replace(case, model=model)
+
+
+def draw(rows: Sequence[Row], figure: Any) -> None:
+    """A step against L0 and against the width, log-log; masked dense has one point for all L0."""
+    swept = [row for row in rows if row["correct"] and row.get("part") in _SWEEPS]
+    if not swept:
+        raise ValueError("there is nothing to draw: no part of them is l0 or width")
+    figure.set_size_inches(11, 5.2)
+    for axis, (part, (key, name)) in zip(figure.subplots(1, 2), _SWEEPS.items(), strict=True):
+        for variant in ("sparse", "masked_dense"):
+            found = [row for row in swept if (row["part"], row["variant"]) == (part, variant)]
+            found.sort(key=lambda row: row[key])
+            points = [[row[column] for row in found] for column in (key, "step_ms")]
+            axis.plot(*points, "o-", label=variant)
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="a step, ms")
+        axis.grid(which="both", alpha=0.25, lw=0.5)
+        axis.legend()
 
 
 main = run.Benchmark(

@@ -195,7 +195,8 @@ def run(until_s: float, commands: Mapping[str, Sequence[str]], record: Record) -
     return endings
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the plan. Returns 0, 1 if a step failed, or the status of an interrupted program."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,14 +205,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-build", action="store_true", help="the kernels are built already")
     parser.add_argument("--estimate", action="store_true", help="only count instructions")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in place of a GPU")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the plan. Returns 0, 1 if a step failed, or the status of an interrupted program."""
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     if options.estimate:
-        # A program of its own, in which Triton compiles and interprets nothing.
+        # In a process of its own Triton compiles, even if it interprets here.
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         return subprocess.call([sys.executable, str(ROOT / "tests/tile_estimate.py")])

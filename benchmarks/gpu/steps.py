@@ -55,11 +55,7 @@ class Bench:
     def able(self, case: AnyCase) -> list[str]:
         """The backends that can run all products of a case."""
         problems = case.problems(self.device.name)
-        return [
-            name
-            for name in BACKENDS
-            if all(backends.why_not(name, problem) is None for problem in problems)
-        ]
+        return [n for n in BACKENDS if all(backends.why_not(n, p) is None for p in problems)]
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -82,10 +78,6 @@ def connect(*, rehearse: bool) -> Bench:
 def machine(bench: Bench) -> Rows:
     """What the numbers were measured on, and which backends run."""
     about = bench.device.describe(["-m", "benchmarks.gpu"])
-    clocks = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
-    query = ("nvidia-smi", f"--query-gpu={','.join(clocks)}", "--format=csv,noheader")
-    said = report.output_of(*query)
-    about["clocks"] = dict(zip(clocks, said.split(", "), strict=False)) if said else None
     about["nvcc"] = (report.output_of("nvcc", "--version") or "").splitlines()[-1:]
     yield {"machine": about}
     problem = bench.cases[1].problems(bench.device.name)[0]

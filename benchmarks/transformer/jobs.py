@@ -31,7 +31,7 @@ SMOKE_MODEL = ModelConfig(
     d_model=64, n_layer=2, density=1 / 8, embedding_density=1 / 4, context=32, vocab_size=128,
     min_nonzeros=1,
 )  # fmt: skip
-# What differs from the sparse model, and how `project_` makes a weight sparse after each step.
+# What differs from the sparse model.
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparse": {},
     "masked_dense": {"linear": "masked_dense", "abs_topk": "torch"},
@@ -39,11 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked_dense_kernel": {"linear": "masked_dense"},
     "dense": {"linear": "dense", "active": None},
 }
-PROJECTIONS = {
-    "masked_dense": "topk",
-    "masked_dense_abs_topk": "topk",
-    "masked_dense_kernel": "select",
-}
+# How `project_` makes a weight sparse after each step, if not by "select".
+PROJECTIONS = dict.fromkeys(("masked_dense", "masked_dense_abs_topk"), "topk")
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,6 @@ class Case:
     @property
     def length(self) -> int:
         return 1 if self.phase == "decode" else self.model.context
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     def __str__(self) -> str:
         name = f"{self.phase} {self.variant} {self.dtype} d_model={self.model.d_model}"
@@ -115,11 +108,9 @@ class Job:
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: float | None = None  # of the last training step
         generator = torch.Generator().manual_seed(0)
-        shape = (case.batch, case.length)
-        self.tokens, self.targets = (
-            torch.randint(case.model.vocab_size, shape, generator=generator).to(device)
-            for _ in range(2)
-        )
+        shape = (2, case.batch, case.length)
+        drawn = torch.randint(case.model.vocab_size, shape, generator=generator)
+        self.tokens, self.targets = drawn.to(device)
 
     @property
     def failure(self) -> str | None:
@@ -177,7 +168,7 @@ class Training(Job):
         if self.topology is not None and self.topology.wants_gradients(number):
             capture = self.topology.capture()
         with capture:
-            with torch.autocast(self.device, case.torch_dtype, enabled=case.dtype == "bfloat16"):
+            with torch.autocast(self.device, DTYPES[case.dtype], enabled=case.dtype == "bfloat16"):
                 loss = self.model.loss(self.tokens, self.targets)
             loss.backward()
         # The names of the ranges are parts: see benchmarks.transformer.measure.
@@ -190,8 +181,8 @@ class Training(Job):
             if self.topology is not None:
                 if self.topology.step(number):
                     self.topology.hash()
-            elif case.variant in PROJECTIONS:
-                project_(self.model, 1.0, method=PROJECTIONS[case.variant])
+            elif self.model.config.linear == "masked_dense":
+                project_(self.model, 1.0, method=PROJECTIONS.get(case.variant, "select"))
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -202,10 +193,9 @@ class Inference(Job):
     def __init__(self, case: Case, device: str, model: Transformer) -> None:
         super().__init__(case, device, model.eval())
         self.calls["step"] = self.step
-        self._cache = None
-        if case.phase == "decode":
-            dtype = case.torch_dtype
-            self._cache = KVCache(model.config, case.batch, device=device, dtype=dtype)
+        options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
+        is_decoding = case.phase == "decode"
+        self._cache = KVCache(model.config, case.batch, **options) if is_decoding else None
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -216,22 +206,18 @@ class Inference(Job):
             torch.cuda.synchronize()
 
 
-def make_job(case: Case, device: str) -> Job:
-    """The job of a case, with a model of its own."""
-    if case.phase == "train":
-        return Training(case, device)
-    return Inference(case, device, make_model(case, device, case.torch_dtype))
-
-
-def checked_job(case: Case, device: str) -> Job:
-    """The job of a case, with the verdict on its model if that is sparse."""
+def make_job(case: Case, device: str, *, checks: bool = False) -> Job:
+    """The job of a case, on request with the verdict on its model if that is sparse."""
     if case.phase == "train":
         job: Job = Training(case, device)
-        job.verdict = check(job.model) if case.variant == "sparse" else Verdict()
-    else:
+        if checks and case.variant == "sparse":
+            job.verdict = check(job.model)
+    elif checks:
         model, verdict = _shared(replace(case, phase="prefill", batch=1), device)
         job = Inference(case, device, model)
         job.verdict = verdict
+    else:
+        job = Inference(case, device, make_model(case, device, DTYPES[case.dtype]))
     return job
 
 
@@ -245,4 +231,4 @@ def _shared(case: Case, device: str) -> tuple[Transformer, Verdict]:
     sparse, verdict = _shared(exact, device)
     masked = case.variant == "masked_dense_kernel"
     model = densified(sparse) if masked else make_model(case, device)
-    return model.to(case.torch_dtype), verdict if case.variant == "sparse" else Verdict()
+    return model.to(DTYPES[case.dtype]), verdict if case.variant == "sparse" else Verdict()

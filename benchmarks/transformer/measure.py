@@ -26,7 +26,7 @@ from benchmarks import baselines, report, timing
 from benchmarks.devices import Device
 from benchmarks.run import Options
 from benchmarks.timing import Candidate, Timing
-from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, checked_job, make_job
+from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, make_job
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
 from sparse_transformer.train.topology import TopologyConfig
@@ -71,7 +71,7 @@ def measure_group(group: Group, options: Options, device: Device) -> list[dict[s
         return report.progress(cases, desc=f"{doing} of {group}", leave=False)
 
     peaks = {case: measure_peak_mb(case, device.name) for case in each("memory", group.memory)}
-    jobs = {case: checked_job(case, device.name) for case in each("check", group.cases)}
+    jobs = {case: make_job(case, device.name, checks=True) for case in each("check", group.cases)}
     calls = {
         f"{name} {case}": call
         for case, job in jobs.items()

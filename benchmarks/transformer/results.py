@@ -1,16 +1,13 @@
-"""Tables, closing sentences and the plot of benchmarks.training and benchmarks.inference."""
+"""Tables and closing sentences of benchmarks.training and benchmarks.inference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks import report
 from benchmarks.report import Row, compare, number
 
 PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
-# What grows in the other parts than the default one.
-_SWEEPS = {"l0": ("l0", "nonzero weights"), "width": ("d_model", "d_model")}
 _CALLS = {
     "train": "A training step",
     "prefill": "A prompt of {tokens} tokens",
@@ -69,7 +66,7 @@ def closing(rows: Sequence[Row]) -> list[str]:
     good = [row for row in rows if row["correct"]]
     said = []
     for row in good:
-        if row["variant"] == "sparse" and row.get("part") not in _SWEEPS:
+        if row["variant"] == "sparse" and row.get("part") not in ("l0", "width"):
             model = f"{row['n_layer']}-layer d_model {row['d_model']} model"
             others = [
                 f", {compare(other['step_ms'] / row['step_ms'], other['variant'])}"
@@ -87,20 +84,3 @@ def closing(rows: Sequence[Row]) -> list[str]:
         which = ", ".join(dict.fromkeys(names))
         said.append(f"Another process disturbed these, run again when it is idle: {which}.")
     return said
-
-
-def draw(rows: Sequence[Row], figure: Any) -> None:
-    """A step against L0 and against the width, log-log; masked dense has one point for all L0."""
-    swept = [row for row in rows if row["correct"] and row.get("part") in _SWEEPS]
-    if not swept:
-        raise ValueError("there is nothing to draw: no part of them is l0 or width")
-    figure.set_size_inches(11, 5.2)
-    for axis, (part, (key, name)) in zip(figure.subplots(1, 2), _SWEEPS.items(), strict=True):
-        for variant in ("sparse", "masked_dense"):
-            found = [row for row in swept if (row["part"], row["variant"]) == (part, variant)]
-            found.sort(key=lambda row: row[key])
-            points = [[row[column] for row in found] for column in (key, "step_ms")]
-            axis.plot(*points, "o-", label=variant)
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="a step, ms")
-        axis.grid(which="both", alpha=0.25, lw=0.5)
-        axis.legend()

@@ -56,10 +56,8 @@ def check(model: Transformer, *, gradients: bool = True) -> Verdict:
     """
     device, config = next(model.parameters()).device, model.config
     generator = torch.Generator().manual_seed(1)
-    size = (WINDOWS, min(TOKENS, config.context))
-    tokens, targets = (
-        torch.randint(config.vocab_size, size, generator=generator).to(device) for _ in range(2)
-    )
+    size = (2, WINDOWS, min(TOKENS, config.context))
+    tokens, targets = torch.randint(config.vocab_size, size, generator=generator).to(device)
     dense = densified(model)
     with torch.no_grad():
         sparse32, dense32 = model(tokens).double(), dense(tokens).double()
@@ -67,7 +65,7 @@ def check(model: Transformer, *, gradients: bool = True) -> Verdict:
         truth = dense(tokens)
         cache = KVCache(config, WINDOWS, device=device, dtype=torch.float64)
         # The last token is fed on its own.
-        cached = torch.cat([exact(part, cache) for part in tokens.split(size[1] - 1, 1)], 1)
+        cached = torch.cat([exact(part, cache) for part in tokens.split(size[2] - 1, 1)], 1)
         differences = [(logits - truth).abs().max() for logits in (exact(tokens), cached)]
     largest = float(truth.abs().max())
     error = float((sparse32 - truth).abs().median()) / largest

@@ -145,7 +145,7 @@ def test_bad_options_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(measure, "checked_job", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(measure, "make_job", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
         scaling.main(words)
     assert stopped.value.code == 2
@@ -178,14 +178,14 @@ def test_wrong_result_prints_fail_and_no_speed(
 def test_interruption_keeps_the_finished_groups(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    checked_job = measure.checked_job
+    make_job = measure.make_job
 
-    def interrupt(case: Case, device: str) -> Job:
+    def interrupt(case: Case, device: str, *, checks: bool) -> Job:
         if case.model.d_model < SMOKE_MODEL.d_model:  # of the last group, the widths
             raise KeyboardInterrupt
-        return checked_job(case, device)
+        return make_job(case, device, checks=checks)
 
-    monkeypatch.setattr(measure, "checked_job", interrupt)
+    monkeypatch.setattr(measure, "make_job", interrupt)
     monkeypatch.setattr(measure, "measure_peak_mb", lambda *_: None)
     path = tmp_path / "rows.json"
     assert scaling.main(["--smoke", "--json", str(path)]) == report.INTERRUPTED
