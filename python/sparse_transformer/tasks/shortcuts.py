@@ -9,11 +9,12 @@ solves a task, a circuit for the task may do no more than that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import add
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import embedding_bag, softplus
 
 from sparse_transformer.tasks.task import Pair, Task
 
@@ -57,49 +58,59 @@ def rows(tasks: Mapping[str, Task], tokenizer: Tokenizer) -> Iterator[list[str]]
 
 def _accuracy(train: Sequence[Pair], test: Sequence[Pair], last: int, vocabulary: int) -> float:
     asked, held_out = (_Prompts(pairs, last, vocabulary) for pairs in (train, test))
-    features, answers = asked.x.any(0), torch.cat([asked.answers, held_out.answers], 1)
-    known, rows = answers.unique(return_inverse=True)
-    rows, rows_test = rows.split([asked.answers.shape[1], held_out.answers.shape[1]], 1)
-    x, x_test = asked.x[:, features], held_out.x[:, features]  # (P, F)
+    answers = torch.cat([asked.answers, held_out.answers])
+    known, columns = answers.unique(return_inverse=True)
+    columns, columns_test = columns.split([len(asked.answers), len(held_out.answers)])
+    seen, features = asked.features.unique(return_inverse=True)
+    # The prompts of each feature, by which its gradient is summed.
+    order = features.argsort(stable=True)
+    prompts = torch.searchsorted(asked.starts, order, right=True) - 1
+    starts = torch.searchsorted(features[order], torch.arange(len(seen)))
     best = 0.0
     for penalty in _PENALTIES:
-        weight = torch.zeros(len(known), x.shape[1] + 1, requires_grad=True)
+        weight = torch.zeros(len(seen), len(known))
         optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
-        def loss(
-            weight: Tensor = weight,
-            penalty: float = penalty,
-            optimizer: torch.optim.Optimizer = optimizer,
-        ) -> Tensor:
-            optimizer.zero_grad()
-            margin = _margin(x, weight, rows)
-            value = softplus(-margin).mean() + penalty * weight.square().sum()
-            value.backward()
-            return value
+        def loss(weight: Tensor = weight, penalty: float = penalty) -> Tensor:
+            scores = embedding_bag(features, weight, asked.starts, mode="sum").requires_grad_()
+            value = softplus(-_margin(scores, columns)).mean()
+            (grad,) = torch.autograd.grad(value, scores)
+            weight.grad = embedding_bag(prompts, grad, starts, mode="sum") + 2 * penalty * weight
+            return value.detach() + penalty * weight.square().sum()
 
         optimizer.step(loss)
-        margin = _margin(x_test, weight.detach(), rows_test)
+        every = torch.zeros(1 + max(last, 1) * vocabulary, len(known))
+        every[seen] = weight
+        scores = embedding_bag(held_out.features, every, held_out.starts, mode="sum")
+        margin = _margin(scores, columns_test)
         # Answers that training never had are a guess.
         best = max(best, float((margin > 0).double().mean() + (margin == 0).double().mean() / 2))
     return best
 
 
 class _Prompts:
-    """The features `x`, `(P, F)`, and `answers`, `(2, P)`, the right ones first."""
+    """Prompts as features.
+
+    Attributes:
+        answers: `(P, 2)`, the right ones first.
+        features: their numbers, prompt by prompt; each prompt has 0, whose weight is the bias.
+        starts: `(P,)`, where those of each prompt begin.
+    """
 
     def __init__(self, pairs: Sequence[Pair], last: int, vocabulary: int) -> None:
         prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-        self.answers = torch.tensor([[p.right for p in prompts], [p.wrong for p in prompts]])
-        self.x = torch.zeros(len(prompts), max(last, 1) * vocabulary)
-        for row, prompt in enumerate(prompts):
-            tokens = torch.tensor(prompt.tokens[::-1])
-            if last:
-                tokens = tokens[:last] + vocabulary * torch.arange(len(tokens[:last]))
-            self.x[row] = tokens.bincount(minlength=self.x.shape[1])
+        self.answers = torch.tensor([[p.right, p.wrong] for p in prompts])
+        features: list[int] = []
+        starts: list[int] = []
+        for prompt in prompts:
+            starts.append(len(features))
+            tokens = prompt.tokens[::-1][: last or None]
+            places = range(1, 1 + last * vocabulary, vocabulary) if last else [1] * len(tokens)
+            features += [0, *map(add, places, tokens)]
+        self.features, self.starts = torch.tensor(features), torch.tensor(starts)
 
 
-def _margin(x: Tensor, weight: Tensor, answers: Tensor) -> Tensor:
-    """Score of the right answer minus that of the wrong one, `(P,)`."""
-    scores = x @ weight[:, :-1].T + weight[:, -1]  # (P, answers)
-    right, wrong = scores.gather(1, answers.T).unbind(1)
+def _margin(scores: Tensor, columns: Tensor) -> Tensor:
+    """Of scores `(P, answers)` the right answer's minus the wrong one's, by their columns."""
+    right, wrong = scores.gather(1, columns).unbind(1)
     return right - wrong
