@@ -32,13 +32,15 @@ FAMILIES = {f"sm_{major}{minor}" for major, minor in ARCHS} & EVERY or EVERY
 pytestmark = pytest.mark.slow
 
 
-def compile_all(cache, which, *families):
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton")
     hidden = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "PYTHONPATH")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     # The package that the tests import is the one that is compiled, from wherever they run.
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, str(REPORT), which, *families],
+        [sys.executable, str(REPORT), *sorted(FAMILIES)],
         env={**env, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -48,8 +50,8 @@ def compile_all(cache, which, *families):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return compile_all(tmp_path_factory.mktemp("triton"), "table", *sorted(FAMILIES))
+def report(reports):
+    return reports["table"]
 
 
 def name(made):
@@ -146,12 +148,12 @@ def test_loops_of_the_goals_stay_short(report):
     assert {name: found[name] for name, n in LOOPS.items() if not 0 < found[name] <= 1.05 * n} == {}
 
 
-def test_sizes_of_one_are_compiled_too(tmp_path):
-    made = compile_all(tmp_path, "ones")
+def test_sizes_of_one_are_compiled_too(reports):
+    made = reports["ones"]
     assert len(made) == 6
     assert bad(made, lambda one: one["stack"] != 0 or not one["wgmma"]) == []
 
 
-def test_a_tile_that_is_too_large_is_noticed(tmp_path):
-    (made,) = compile_all(tmp_path, "spilling")
+def test_a_tile_that_is_too_large_is_noticed(reports):
+    (made,) = reports["spilling"]
     assert made["stack"] > 0

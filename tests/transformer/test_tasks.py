@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sparse_transformer import data, tasks
+from sparse_transformer import data, load_model, tasks
 from sparse_transformer.errors import UserError
 from sparse_transformer.tasks import TASKS, Draft, Task, collate, shortcuts
 from sparse_transformer.tasks.task import _side
@@ -42,10 +42,9 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def corpus_tokenizer(tmp_path_factory):
-    """That of the default corpus, as models are trained with."""
-    cache_dir = tmp_path_factory.mktemp("cache")
-    return data.prepare(cache_dir=cache_dir, progress=False).tokenizer
+def corpus_tokenizer():
+    """That of the default corpus, which a model was trained with."""
+    return load_model("python-small").tokenizer
 
 
 @pytest.fixture(scope="session")
