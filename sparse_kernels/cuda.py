@@ -188,6 +188,15 @@ def _scheduled(
     return _extension.Lists.columns(*geometry, offsets.data_ptr(), *columns, *pointers), tensors
 
 
+def _slots(layout: FanInLayout, lists: Orientation, queue: tuple[int, int]) -> tuple[Tensor]:
+    """Which weight lies in which slot of the words of 1 x 1 blocks in 16 bits."""
+    pointed, _ = _scheduled(layout, lists)
+    count = _extension.spmm_slots(pointed, _SLICE_FEATURES, queue[0])
+    slots = torch.empty(count, dtype=torch.int32, device=layout.device)
+    _extension.order_slots(pointed, slots.data_ptr(), *queue)
+    return (slots,)
+
+
 def _queue(tensor: Tensor) -> tuple[int, int]:
     """The index of the tensor's device and the address of its current stream."""
     if _device_type != "cuda":
@@ -226,10 +235,14 @@ def _spmm(
         if out.shape[0] == 0:
             return out
         queue = _queue(x)
-        pointed, schedule = _scheduled(layout, "columns" if transposed else "rows")
+        lists: Orientation = "columns" if transposed else "rows"
+        pointed, schedule = _scheduled(layout, lists)
         # 1 x 1 blocks are packed into words together with their indices, if these fit.
         count = _extension.spmm_words(dtype, pointed, _SLICE_FEATURES, queue[0])
         words = torch.empty(count * max(1, size // 2), dtype=torch.int32, device=x.device)
+        if count and size == 2:
+            (slots,) = layout.derive(f"cuda.{lists}.slots", lambda this: _slots(this, lists, queue))
+            pointed.set_slots(slots.data_ptr())
         if transposed and not count:
             # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)

@@ -288,6 +288,42 @@ def test_unstructured_products_of_every_fan_in(dtype, product, fan_in):
             check_product(product, *tensors, layout, bias, exact=True)
 
 
+def passes_per_matrix(extension, run):
+    """How often shared memory is read for a matrix that is gathered; 2.6 in random order."""
+    library, (matrices, passes) = (
+        ctypes.CDLL(extension.__file__),
+        (ctypes.c_uint64(), ctypes.c_uint64()),
+    )
+    library.take_matrix_loads(ctypes.byref(matrices), ctypes.byref(passes))
+    run()
+    library.take_matrix_loads(ctypes.byref(matrices), ctypes.byref(passes))
+    return passes.value / matrices.value
+
+
+@pytest.mark.parametrize(
+    ("product", "sizes", "rows", "limit"),
+    [
+        ("forward", (1024, 2048, 8), 32, 1.7),
+        ("forward", (1024, 4096, 4), 16, 1.95),
+        ("forward", (256, 8192, 32), 8, 1.4),
+        ("grad_input", (4096, 4096, 4), 16, 1.05),
+        ("grad_input", (8192, 2048, 8), 8, 1.15),
+    ],
+)
+def test_gathered_rows_lie_in_different_banks(extension, product, sizes, rows, limit):
+    """The order of the slots; the same for an equal layout, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(*sizes, generator=generator)
+    x, grad_output, values = make(layout, rows, torch.bfloat16, generator)
+
+    def run(layout):
+        return sparse_product(product, x, grad_output, values, layout, None, "cuda")
+
+    result = run(layout)
+    assert passes_per_matrix(extension, lambda: run(layout)) <= limit
+    assert torch.equal(result, run(sk.FanInLayout(layout.indices.clone(), layout.in_features)))
+
+
 @pytest.mark.parametrize(("fan_in", "order"), [(3, ORDERS[0]), (7, ORDERS[1]), (19, ORDERS[2])])
 def test_grad_weight_of_parts_of_several_tiles(fan_in, order, monkeypatch):
     use_order(monkeypatch, order)

@@ -86,7 +86,9 @@ PYBIND11_MODULE(SK_MODULE, module) {
     // Local, so that the tests can load a second build beside this one.
     py::class_<Lists>(module, "Lists", py::module_local())
         .def_static("rows", lists_of_rows)
-        .def_static("columns", lists_of_columns);
+        .def_static("columns", lists_of_columns)
+        .def("set_slots",
+             [](Lists& lists, uintptr_t slots) { lists.slots = pointer<const int32_t>(slots); });
 
     module.def("driver_version", sk::cuda::driver_version);
     module.def("runtime_version", sk::cuda::runtime_version);
@@ -94,6 +96,12 @@ PYBIND11_MODULE(SK_MODULE, module) {
                                 int64_t slice_features, int device) {
         return sk::cuda::spmm_words(dtype_from(dtype), lists, slice_features, device);
     });
+    module.def("spmm_slots", sk::cuda::spmm_slots);
+    module.def("order_slots",
+               [](const Lists& lists, uintptr_t slots, int device, uintptr_t stream) {
+                   py::gil_scoped_release release;
+                   sk::cuda::order_slots(lists, pointer<int32_t>(slots), {device, pointer(stream)});
+               });
     module.def("spmm", [](const std::string& product, const std::string& dtype, const Lists& lists,
                           uintptr_t x, int64_t row_stride, int64_t col_stride, uintptr_t values,
                           uintptr_t bias, uintptr_t words, uintptr_t out, int64_t tokens,

@@ -46,6 +46,7 @@ struct Lists {
                                   // spmm_unstructured.cuh) of each eight rows, or null
     const int32_t* block_octets;  // (octet_blocks) the eight rows of each of them, or null
     int64_t octet_blocks;
+    const int32_t* slots;  // (spmm_slots) of order_slots, or null
     int32_t out_block;   // outputs of a block, in the direction of this product
     int32_t in_block;    // inputs of a block
     int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
@@ -55,6 +56,13 @@ struct Lists {
 // Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm
 // wants: 0, or enough for all weights. Then it reads the values where `ids` says.
 int64_t spmm_words(DType dtype, const Lists& lists, int64_t slice_features, int device);
+
+// Numbers that order_slots writes: 0 if spmm needs none of them.
+int64_t spmm_slots(const Lists& lists, int64_t slice_features, int device);
+
+// Which weight of an output lies in which slot (see spmm_unstructured.cuh): it follows from the
+// pattern alone, and 16-bit spmm with words needs it in `lists`.
+void order_slots(const Lists& lists, int32_t* slots, const Queue& queue);
 
 // out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
 // rows * out_block), contiguous. bias may be null. `product` is its name in messages.

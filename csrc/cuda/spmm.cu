@@ -476,6 +476,15 @@ int64_t spmm_words(DType dtype, const Lists& lists, int64_t slice_features, int 
     return lists.rows * (ceil_div(lists.per_row, kWordsAtOnce) * kWordsAtOnce);
 }
 
+int64_t spmm_slots(const Lists& lists, int64_t slice_features, int device) {
+    return gathers(lists, slice_features, device) ? slots_of(lists) : 0;
+}
+
+void order_slots(const Lists& lists, int32_t* slots, const Queue& queue) {
+    const DeviceGuard guard(queue.device);
+    launch_order_slots(lists, slots, queue);
+}
+
 void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x,
           const void* values, const void* bias, void* words, void* out, int64_t tokens,
           int64_t slice_features, const Queue& queue) {

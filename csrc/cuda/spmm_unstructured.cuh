@@ -8,6 +8,11 @@
 // of each output, that is where their inputs lie in the tile, and their weights as the instruction
 // wants them. A warp has a run of octets, about as many blocks as the others, and reads ahead.
 //
+// One matrix that is gathered has the same slot of all eight outputs. Shared memory reads its rows
+// at once if they lie in different banks, so the weights of an output are put into slots in an
+// order that avoids meetings (order_slots_kernel). It follows from the pattern alone, and with it
+// the order of the sums.
+//
 // Where an input is not finite, its products with those zeros spoil the other outputs of the octet:
 // results that are not finite are computed once more, from their own weights.
 #pragma once
@@ -19,9 +24,10 @@ namespace sk {
 namespace cuda {
 
 constexpr int kOctet = 8;
-constexpr int kRunOctets = 4;   // whose results leave together
-constexpr int kSlots = 4;       // of an output in a block of words
-constexpr int kWordsAhead = 4;  // blocks that a warp reads before it needs them
+constexpr int kRunOctets = 4;      // whose results leave together
+constexpr int kSlots = 4;          // of an output in a block of words
+constexpr int kMaxLogVectors = 2;  // of a tile
+constexpr int kWordsAhead = 4;     // blocks that a warp reads before it needs them
 // Vectors of 16 bytes in a block of words: 32 places, then the weights of eight outputs and zeros.
 constexpr int kPlaceVectors = 8, kBlockVectors = kPlaceVectors + kOctet + 1;
 // Distance of a token's results from the next in the stage of a warp, which holds two runs.
@@ -47,8 +53,127 @@ inline int64_t word_blocks(const Lists& lists) {
 }
 
 // The first block of words of an octet.
+__device__ inline int64_t first_block(const Lists& lists, int64_t octet_blocks, int64_t octet) {
+    return lists.octets ? lists.octets[octet] : octet * octet_blocks;
+}
 __device__ inline int64_t first_block(const GatherProblem& p, int64_t octet) {
-    return p.lists.octets ? p.lists.octets[octet] : octet * p.octet_blocks;
+    return first_block(p.lists, p.octet_blocks, octet);
+}
+
+// The weights of an output, those of a part of its octet's matrices: empty past the last output.
+__device__ inline Range weights_of(const Lists& lists, int64_t row, int64_t first_matrix,
+                                   int64_t end_matrix, int64_t matrices) {
+    if (row >= lists.rows) return {0, 0};
+    const int64_t begin = lists.offsets ? lists.offsets[row] : row * lists.per_row;
+    const int64_t count = lists.offsets ? lists.offsets[row + 1] - begin : lists.per_row;
+    return {begin + count * first_matrix / matrices, begin + count * end_matrix / matrices};
+}
+
+// So many matrices are put in order together.
+constexpr int kOrdered = kWarp;
+constexpr int kBanks = 8, kNoBank = 8;  // of 16 bytes
+
+// Small numbers of eight banks, or outputs, in a register.
+__device__ inline int small(uint32_t numbers, int i) { return numbers >> 4 * i & 15u; }
+__device__ inline uint32_t one_in(int bank) { return bank < kBanks ? 1u << 4 * bank : 0; }
+__device__ inline int largest(uint32_t numbers) {
+    int found = 0;
+#pragma unroll
+    for (int i = 0; i < kBanks; ++i) {
+        const int number = small(numbers, i);
+        found = number > found ? number : found;
+    }
+    return found;
+}
+
+// A lane's matrix: how many rows lie in each bank; the bank of each output's row, and its weight,
+// counted from the first that is put in order together with it.
+struct GatheredMatrix {
+    uint32_t rows = 0, banks = 0x11111111u * kNoBank;
+    uint64_t weights = 0;
+    __device__ int bank(int output) const { return small(banks, output); }
+    __device__ int weight(int output) const { return weights >> 8 * output & 0xffu; }
+    __device__ void put(int output, int to_bank, int to_weight) {
+        rows += one_in(to_bank) - one_in(bank(output));
+        banks ^= static_cast<uint32_t>(bank(output) ^ to_bank) << 4 * output;
+        weights ^= static_cast<uint64_t>(weight(output) ^ to_weight) << 8 * output;
+    }
+};
+
+// A warp orders the slots of an octet, a lane for each matrix: first one weight after the other
+// takes the best of the slots that are left, then slots are exchanged where that is better, twice.
+// Better are fewer passes (the largest number of rows in a bank, of each matrix), then fewer pairs
+// of rows that meet. `slots` (matrix, output) gets the place of the weight in the lists, or
+// -1 - b where there is none, and zeros are to be read from bank b.
+__global__ void __launch_bounds__(kThreads)
+    order_slots_kernel(const Lists lists, int64_t octet_blocks, int log_vectors, int32_t* slots) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t octets = (lists.rows + kOctet - 1) / kOctet;
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
+    for (int64_t octet = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+         octet < octets; octet += warps) {
+        const int64_t start = first_block(lists, octet_blocks, octet) * kSlots;
+        const int64_t all = first_block(lists, octet_blocks, octet + 1) * kSlots - start;
+        for (int64_t first = 0; first < all; first += kOrdered) {
+            const int matrices = all - first < kOrdered ? static_cast<int>(all - first) : kOrdered;
+            const auto range_of = [&](int output) {
+                return weights_of(lists, octet * kOctet + output, first, first + matrices, all);
+            };
+            GatheredMatrix mine;
+#pragma unroll 1
+            for (int output = 0; output < kOctet; ++output) {
+                const Range range = range_of(output);
+                const int weights = static_cast<int>(range.end - range.begin);
+                const int32_t* const column = lists.wide_columns + range.begin + lane;
+                const unsigned place = lane < weights ? tile_base(*column, log_vectors) : 0;
+#pragma unroll 1
+                for (int weight = 0; weight < weights; ++weight) {
+                    const int bank = __shfl_sync(kAllLanes, place, weight) % kBanks;
+                    const bool is_free = lane < matrices && mine.bank(output) == kNoBank;
+                    const int there = small(mine.rows, bank);
+                    const unsigned grows = there == largest(mine.rows);
+                    const unsigned cost = is_free ? grows << 10 | there << 5 | lane : ~0u;
+                    const int best = __reduce_min_sync(kAllLanes, cost) % kWarp;
+                    if (lane == best) mine.put(output, bank, weight);
+                }
+            }
+#pragma unroll 1
+            for (int i = 0; i < 2 * kOctet * matrices; ++i) {
+                const int output = i / matrices % kOctet, other = i % matrices;
+                const uint32_t rows = __shfl_sync(kAllLanes, mine.rows, other);
+                const int bank = mine.bank(output), its = __shfl_sync(kAllLanes, bank, other);
+                const uint32_t moves = one_in(bank) - one_in(its);
+                int gain = 0;
+                if (lane < matrices && bank != its) {
+                    gain = (largest(rows) + largest(mine.rows) - largest(rows + moves) -
+                            largest(mine.rows - moves)) *
+                           32;
+                    if (its < kBanks) gain += small(rows, its) - small(mine.rows, its) - 1;
+                    if (bank < kBanks) gain += small(mine.rows, bank) - small(rows, bank) - 1;
+                }
+                const unsigned offer = gain > 0 ? gain << 5 | (kWarp - 1 - lane) : 0;
+                const unsigned taken = __reduce_max_sync(kAllLanes, offer);
+                if (taken == 0) continue;
+                const int best = kWarp - 1 - static_cast<int>(taken % kWarp);
+                const int from = lane == other ? best : other, weight = mine.weight(output);
+                const int new_bank = __shfl_sync(kAllLanes, bank, from);
+                const int new_weight = __shfl_sync(kAllLanes, weight, from);
+                if (lane == other || lane == best) mine.put(output, new_bank, new_weight);
+            }
+            if (lane >= matrices) continue;
+            int zeros = 0;
+#pragma unroll
+            for (int b = 1; b < kBanks; ++b) {
+                if (small(mine.rows, b) < small(mine.rows, zeros)) zeros = b;
+            }
+#pragma unroll 1
+            for (int output = 0; output < kOctet; ++output) {
+                const auto at = static_cast<int32_t>(range_of(output).begin) + mine.weight(output);
+                slots[(start + first + lane) * kOctet + output] =
+                    mine.bank(output) == kNoBank ? -1 - zeros : at;
+            }
+        }
+    }
 }
 
 // In the places of an octet's last block, which are addresses in the tile.
@@ -66,27 +191,22 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t octet = block >= p.blocks ? (lists.rows + kOctet - 1) / kOctet
                               : lists.octets    ? lists.block_octets[block]
                                                 : block / p.octet_blocks;
-        const int64_t row = octet * kOctet + output;
-        int64_t entry = (block - first_block(p, octet)) * kSlots + slot, end = 0;
-        if (row < lists.rows) {
-            const int64_t begin = lists.offsets ? lists.offsets[row] : row * lists.per_row;
-            end = lists.offsets ? lists.offsets[row + 1] : begin + lists.per_row;
-            entry += begin;
-        }
-        const bool there = entry < end;
-        const unsigned place =
-            there ? tile_base(lists.wide_columns[entry], p.log_vectors) : zero_place;
+        const int32_t entry =
+            block < p.blocks ? lists.slots[(block * kSlots + slot) * kOctet + output] : -1;
+        const bool there = entry >= 0;
+        const unsigned place = there ? tile_base(lists.wide_columns[entry], p.log_vectors)
+                                     : zero_place + static_cast<unsigned>(-1 - entry);
         const T* const values = static_cast<const T*>(p.values);
         const T weight = there ? values[lists.ids ? lists.ids[entry] : entry] : T{0};
         const bool is_last = block < p.blocks && block + 1 == first_block(p, octet + 1);
         const int step = slot / 2, half = slot % 2;
         uint4* const words = p.words + block * kBlockVectors;
-        reinterpret_cast<uint32_t*>(words)[(output * 2 + half) * 2 + step] =
+        reinterpret_cast<uint32_t*>(words)[(half * kOctet + output) * 2 + step] =
             place << 4 | (is_last && step == 0 ? kLast : 0);
         T* const weights = reinterpret_cast<T*>(words + kPlaceVectors);
-        T* const own = weights + output * 8 + step * 4 + half;
-        own[output < 4 ? 0 : 2] = weight;
-        own[output < 4 ? 2 : 0] = T{0};
+        T* const own = weights + output * 8 + step * 4 + half * 2;
+        own[output % 2] = weight;
+        own[1 - output % 2] = T{0};
         if (lane < 8) weights[kOctet * 8 + lane] = T{0};
     }
 }
@@ -140,11 +260,11 @@ __device__ T result_again(const GatherProblem& p, const uint4* tile, int token, 
         for (int slot = 0; slot < kSlots; ++slot) {
             const int step = slot / 2, half = slot % 2;
             const unsigned place =
-                (reinterpret_cast<const uint32_t*>(words)[(output * 2 + half) * 2 + step] &
+                (reinterpret_cast<const uint32_t*>(words)[(half * kOctet + output) * 2 + step] &
                  ~kLast) >>
                 4;
-            const T weight = reinterpret_cast<const T*>(
-                words + kPlaceVectors + output)[step * 4 + half + (output < 4 ? 0 : 2)];
+            const T weight = reinterpret_cast<const T*>(words + kPlaceVectors +
+                                                        output)[step * 4 + half * 2 + output % 2];
             const T* const inputs = reinterpret_cast<const T*>(tile + (place ^ (token / 8)));
             sum = fmaf(to_float(weight), to_float(inputs[token % 8]), sum);
         }
@@ -236,9 +356,9 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const GatherProblem
     const uint4* words = p.words + first_block(p, run * kRunOctets) * kBlockVectors;
     int left = static_cast<int>(first_block(p, end_octet) - first_block(p, run * kRunOctets));
 
-    // Lane 4 g + t has a weight where slot 2 g of output g is 2 t or 2 t + 8.
+    // Lane 4 g + t has weights of output g where that is 2 t or 2 t + 1.
     const int g = lane / 4, t = lane % 4;
-    const int weight = kPlaceVectors + (t == g % 4 ? g : kOctet);
+    const int weight = kPlaceVectors + (t == g / 2 ? g : kOctet);
     // Lane l gives row l % 8 of matrix l / 8.
     const int slot = lane % 8 + lane / 16 * 8;
     const unsigned turn = kept(lane / 8 % 2 << 4);
@@ -310,6 +430,20 @@ inline bool gathers(const Lists& lists, int64_t slice_features, int device) {
            gather_bytes(lists, 0) <= shared_limit(device);
 }
 
+// Slots of all words.
+inline int64_t slots_of(const Lists& lists) { return word_blocks(lists) * kSlots * kOctet; }
+
+// Orders them for the tiles of an H200, on other GPUs too: the same sums on all.
+inline void launch_order_slots(const Lists& lists, int32_t* slots, const Queue& queue) {
+    constexpr int64_t kShared = 227 << 10;
+    int log_vectors = kMaxLogVectors;
+    while (log_vectors > 0 && gather_bytes(lists, log_vectors) > kShared) --log_vectors;
+    const int64_t blocks = ceil_div(octets_of(lists), kThreads / kWarp);
+    launch("the kernel that orders slots", order_slots_kernel,
+           static_cast<unsigned>(std::min(blocks, 16 * multiprocessors(queue.device))), kThreads, 0,
+           queue, lists, ceil_div(lists.per_row, kSlots), log_vectors, slots);
+}
+
 // Vectors of words in working memory: after those of the octets come empty blocks, and such as are
 // only read ahead.
 inline int64_t gather_words(const Lists& lists) {
@@ -321,7 +455,7 @@ void launch_gather(const char* product, GatherProblem p, const Queue& queue) {
     const std::string what = describe(product, p.lists, p.tokens);
     p.blocks = word_blocks(p.lists);
     p.octet_blocks = ceil_div(p.lists.per_row, kSlots);
-    p.log_vectors = 2;
+    p.log_vectors = kMaxLogVectors;
     while (p.log_vectors > 0 &&
            (gather_bytes(p.lists, p.log_vectors) > shared_limit(queue.device) ||
             8 << (p.log_vectors - 1) >= p.tokens)) {

@@ -20,6 +20,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -285,12 +286,33 @@ std::array<T, kWarpLanes> exchange(unsigned mask, T value) {
     return all;
 }
 
+// Matrices that were loaded by ldmatrix, and how often shared memory was read for them: the rows of
+// a matrix that lie in one bank of 16 bytes are read one after another, equal ones once.
+struct MatrixLoads {
+    uint64_t matrices = 0, passes = 0;
+};
+inline MatrixLoads& matrix_loads() {
+    static MatrixLoads loads;
+    return loads;
+}
+inline void count_passes(const std::array<const unsigned char*, kWarpLanes>& rows, size_t count) {
+    constexpr uintptr_t kBanks = 8, kRowBytes = 16;
+    for (size_t i = 0; i < count; ++i) {
+        const std::set<const unsigned char*> matrix(&rows[8 * i], &rows[8 * i] + 8);
+        std::array<uint64_t, kBanks> in_bank = {};
+        for (const auto row : matrix) ++in_bank[reinterpret_cast<uintptr_t>(row) / kRowBytes % kBanks];
+        matrix_loads().passes += *std::max_element(in_bank.begin(), in_bank.end());
+    }
+    matrix_loads().matrices += count;
+}
+
 // ldmatrix of kCount matrices: lane 8 i + r says where row r of matrix i lies. Lane 4 g + t gets of
 // each the elements 2 t and 2 t + 1 of row g, or of column g if it is transposed.
 template <size_t kCount>
 void ldmatrix(const unsigned char* row, bool transposed, uint32_t (&matrices)[kCount]) {
     const auto rows = exchange(0xffffffffu, row);
     const unsigned lane = block()->current->rank % kWarpLanes, g = lane / 4, t = lane % 4;
+    if (lane == 0) count_passes(rows, kCount);
     for (unsigned i = 0; i < kCount; ++i) {
         uint16_t pair[2];
         for (unsigned e = 0; e < 2; ++e) {
@@ -335,6 +357,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 }  // namespace emulation
 
+// Gives what was counted since the last call.
+extern "C" __attribute__((visibility("default"), used)) inline void take_matrix_loads(
+    uint64_t* matrices, uint64_t* passes) {
+    *matrices = emulation::matrix_loads().matrices;
+    *passes = emulation::matrix_loads().passes;
+    emulation::matrix_loads() = {};
+}
+
 #define threadIdx (emulation::block()->current->index)
 #define blockIdx (emulation::block()->index)
 #define blockDim (emulation::block()->size)
@@ -369,6 +399,14 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
 inline int __reduce_add_sync(unsigned mask, int value) {
     const auto all = emulation::exchange(mask, value);
     return std::accumulate(all.begin(), all.end(), 0);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+    const auto all = emulation::exchange(mask, value);
+    return *std::min_element(all.begin(), all.end());
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    const auto all = emulation::exchange(mask, value);
+    return *std::max_element(all.begin(), all.end());
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
