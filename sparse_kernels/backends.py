@@ -45,8 +45,8 @@ BACKENDS: dict[str, Backend] = {
     "triton": triton,
     "cuda": cuda,
 }
-# Those that also have attention, and AbsTopK fused with what comes before it.
-FUSED = ("reference", "cpu")
+# Those that have AbsTopK fused with what comes before it.
+FUSED = ("reference", "cpu", "cuda")
 NAMES = tuple(BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 
@@ -122,7 +122,8 @@ def why_not(name: str, problem: Problem) -> str | None:
     backend = BACKENDS[name]
     reason = backend.why_not(problem)
     if reason is None and not hasattr(backend, problem.product):
-        return f"it has no {problem.product}, only {' and '.join(FUSED)} have it"
+        others = [other for other in NAMES if hasattr(BACKENDS[other], problem.product)]
+        return f"it has no {problem.product}, only {', '.join(others)} have it"
     return reason
 
 

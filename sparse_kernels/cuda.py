@@ -303,11 +303,28 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
 
     Exact: among equals the lowest index stays, NaN counts as larger than infinity.
     """
+    return _abs_topk("abs_topk", x, k)
+
+
+def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
+    """`abs_topk(gelu(x), k)` of x (M, D), any strides. See `reference.gelu_abs_topk`."""
+    return _abs_topk("gelu_abs_topk", x, k)
+
+
+def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.norm_abs_topk`; x (M, D) with any strides."""
+    weight, scales = weight.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32)
+    more = weight.data_ptr(), eps, scales.data_ptr()
+    return _abs_topk("norm_abs_topk", x, k, *more), scales
+
+
+def _abs_topk(kernel: str, x: Tensor, k: int, *before: float) -> Tensor:
     _check_row("x", x)
     with _on_device_of(x):
         out = x.new_empty(x.shape)
-        pointers, sizes = (*_matrix(x), out.data_ptr()), (*x.shape, k, _HELD_BYTES)
-        _extension.abs_topk(_DTYPES[x.dtype], *pointers, *sizes, *_queue(x))
+        inputs, sizes = (_DTYPES[x.dtype], *before), (*x.shape, k, _HELD_BYTES)
+        run = getattr(_extension, kernel)
+        run(*inputs, _matrix(x), out.data_ptr(), *sizes, *_queue(x))
     return out
 
 
@@ -316,9 +333,39 @@ def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
 
     A NaN in y is not zero.
     """
+    return _abs_topk_backward(grad_output, y, (0, 0, 0))
+
+
+def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """See `reference.gelu_abs_topk_backward`; all (M, D), any strides."""
+    return _abs_topk_backward(grad_output, y, _matrix(x))
+
+
+def _abs_topk_backward(grad_output: Tensor, y: Tensor, x: tuple[int, ...]) -> Tensor:
     _check_row("y", y)
     with _on_device_of(y):
         out = y.new_empty(y.shape)
-        pointers = *_matrix(grad_output), *_matrix(y), out.data_ptr()
-        _extension.abs_topk_backward(_DTYPES[y.dtype], *pointers, *y.shape, *_queue(y))
+        inputs = _matrix(grad_output), _matrix(y), x
+        _extension.abs_topk_backward(
+            _DTYPES[y.dtype], *inputs, out.data_ptr(), *y.shape, *_queue(y)
+        )
     return out
+
+
+def norm_abs_topk_backward(
+    grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x (M, D), any strides, and weight. See `reference.norm_abs_topk_backward`.
+
+    Needs working memory of at most 528 float32 for each element of weight.
+    """
+    _check_row("y", y)
+    weight, scales = weight.contiguous(), scales.contiguous()
+    with _on_device_of(y):
+        out, grad_weight = y.new_empty(y.shape), torch.zeros_like(weight)
+        count = _extension.norm_partial(*y.shape)
+        partial = torch.empty(count, dtype=torch.float32, device=y.device)
+        inputs = *map(_matrix, (grad_output, y, x)), weight.data_ptr(), scales.data_ptr()
+        outputs = partial.data_ptr(), out.data_ptr(), grad_weight.data_ptr()
+        _extension.norm_abs_topk_backward(_DTYPES[y.dtype], *inputs, *outputs, *y.shape, *_queue(y))
+    return out, grad_weight

@@ -1,8 +1,8 @@
 """What a transformer needs beside sparse products: fused AbsTopK, attention, cross-entropy.
 
-These are single passes over memory for CPUs, where at small density they take more time than the
-products (docs/experiments.md). On GPUs the fused ones call PyTorch's operations in turn, and
-attention has `torch.nn.functional.scaled_dot_product_attention`.
+These are single passes over memory: at small density they take more time than the products
+(docs/experiments.md). The `triton` backend calls PyTorch's operations in turn; on GPUs attention
+has `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class CausalAttention(Function):
 def gelu_abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`abs_topk(gelu(x), k)` with the exact GELU, `gelu(x) = x P(X <= x)`, X standard normal.
 
-    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
-    `torch.nn.functional.gelu` and then their `abs_topk`.
+    The `cpu` and `cuda` backends make one pass over memory and are differentiable once; `triton`
+    calls `torch.nn.functional.gelu` and then its `abs_topk`.
 
     Args, Returns, Raises: as for `abs_topk`. The gradient is that of `abs_topk` times `gelu'(x)`.
 
@@ -107,8 +107,8 @@ def rms_norm_abs_topk(
 ) -> Tensor:
     """`abs_topk(x / sqrt(mean(x^2) + eps) * weight, k)` over the last axis.
 
-    The `cpu` backend makes one pass over memory and is differentiable once; GPU backends call
-    `torch.nn.functional.rms_norm` and then their `abs_topk`. The norm is computed in float32 at
+    The `cpu` and `cuda` backends make one pass over memory and are differentiable once; `triton`
+    calls `torch.nn.functional.rms_norm` and then its `abs_topk`. The norm is computed in float32 at
     least and rounded to the dtype of x before the choice.
 
     Args:

@@ -127,16 +127,39 @@ needs_sm_90a = pytest.mark.skipif("sm_90a" not in TARGETS, reason="counts are th
 @pytest.mark.slow
 @needs_sm_90a
 @every_pair
-def test_abs_topk_counts_packed(built, pair):
-    """A step of the search compares and counts 2048 entries in 64 instructions.
+@pytest.mark.parametrize(
+    ("change", "vectors", "limit", "all_limit"),
+    [("Unchanged", 8, 92, 820), ("Gelu", 8, 92, 1950), ("Norm", 4, 58, 850)],
+)
+def test_abs_topk_counts_packed(built, pair, change, vectors, limit, all_limit):
+    """A step of the search compares and counts 256 entries in 8 instructions.
 
-    The rest of its loop adds up the lanes and the warps, and chooses the next bound.
+    The rest of its loop adds up the lanes and the warps, and chooses the next bound. GELU takes two
+    slow instructions (1 / x, 2^x) for each entry, once, and once more in the vectors with ties.
     """
-    loop = innermost_loop(machine_code(built[1], "topk.cu", rf"15abs_topk_.*{pair}.*Lb1"), "HSET2")
-    assert count(loop, "HSET2") == 32
-    assert count(loop, "HADD2", "HFMA2") == 32
-    assert count(loop, "LDG", "LDL", "STL") == 0
-    assert len(loop) <= 92
+    kernel = rf"15abs_topk_.*{pair}.*Lb1.*{change}E"
+    addressed = machine_code(built[1], "topk.cu", kernel)
+    code = [text for _, text in addressed]
+    loop = innermost_loop(addressed, "HSET2")
+    assert count(loop, "HSET2") == 4 * vectors
+    assert count(loop, "HADD2", "HFMA2") == 4 * vectors
+    assert count(loop, "LDG", "MUFU") == count(code, "LDL", "STL", "CALL") == 0
+    assert count(code, "MUFU") == {"Unchanged": 0, "Gelu": 2 * 8 * (vectors + 1), "Norm": 2}[change]
+    assert len(loop) <= limit
+    assert len(code) <= all_limit
+
+
+@pytest.mark.slow
+@needs_sm_90a
+@every_pair
+def test_gradients_of_fused_abs_topk_stay_in_registers(built, pair):
+    for kernel, slow in (
+        (rf"abs_topk_backward.*{pair}.*Lb1", 16),
+        (rf"norm_backward.*{pair}", None),
+    ):
+        code = [text for _, text in machine_code(built[1], "topk_backward.cu", kernel)]
+        assert count(code, "LDL", "STL") == 0
+        assert slow is None or count(code, "MUFU") == slow
 
 
 @pytest.mark.slow

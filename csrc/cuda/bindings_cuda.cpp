@@ -2,9 +2,11 @@
 // tensor, so one build serves every torch version; sparse_kernels/cuda.py checks everything before
 // it calls in here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -16,6 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
+using sk::cuda::Before;
 using sk::cuda::DType;
 using sk::cuda::Lists;
 using sk::cuda::Operand;
@@ -133,23 +136,59 @@ PYBIND11_MODULE(SK_MODULE, module) {
                         {pointer(x), row_stride, col_stride}, pointer<float>(partial),
                         pointer(grad_values), tokens, slice_features, {device, pointer(stream)});
     });
-    module.def("abs_topk", [](const std::string& dtype, uintptr_t x, int64_t row_stride,
-                              int64_t col_stride, uintptr_t y, int64_t rows, int64_t cols,
-                              int64_t k, int64_t held_bytes, int device, uintptr_t stream) {
+    // A matrix is its address and its two strides.
+    using Matrix = std::tuple<uintptr_t, int64_t, int64_t>;
+    const auto operand = [](const Matrix& matrix) {
+        const auto [address, row_stride, col_stride] = matrix;
+        return Operand{pointer(address), row_stride, col_stride};
+    };
+    module.def("abs_topk", [operand](const std::string& dtype, const Matrix& x, uintptr_t y,
+                                     int64_t rows, int64_t cols, int64_t k, int64_t held_bytes,
+                                     int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
-        sk::cuda::abs_topk(type, {pointer(x), row_stride, col_stride}, pointer(y), rows, cols, k,
-                           held_bytes, {device, pointer(stream)});
+        sk::cuda::abs_topk(type, {}, operand(x), pointer(y), rows, cols, k, held_bytes,
+                           {device, pointer(stream)});
     });
-    module.def("abs_topk_backward",
-               [](const std::string& dtype, uintptr_t grad_output, int64_t grad_row_stride,
-                  int64_t grad_col_stride, uintptr_t y, int64_t row_stride, int64_t col_stride,
-                  uintptr_t grad_input, int64_t rows, int64_t cols, int device, uintptr_t stream) {
+    module.def("gelu_abs_topk", [operand](const std::string& dtype, const Matrix& x, uintptr_t y,
+                                          int64_t rows, int64_t cols, int64_t k, int64_t held_bytes,
+                                          int device, uintptr_t stream) {
+        const DType type = dtype_from(dtype);
+        const Before before{Before::kGelu, nullptr, 0.0f, nullptr};
+        py::gil_scoped_release release;
+        sk::cuda::abs_topk(type, before, operand(x), pointer(y), rows, cols, k, held_bytes,
+                           {device, pointer(stream)});
+    });
+    module.def("norm_abs_topk",
+               [operand](const std::string& dtype, uintptr_t weight, float eps, uintptr_t scales,
+                         const Matrix& x, uintptr_t y, int64_t rows, int64_t cols, int64_t k,
+                         int64_t held_bytes, int device, uintptr_t stream) {
+                   const DType type = dtype_from(dtype);
+                   const Before before{Before::kNorm, pointer(weight), eps, pointer<float>(scales)};
+                   py::gil_scoped_release release;
+                   sk::cuda::abs_topk(type, before, operand(x), pointer(y), rows, cols, k,
+                                      held_bytes, {device, pointer(stream)});
+               });
+    module.def(
+        "abs_topk_backward", [operand](const std::string& dtype, const Matrix& grad_output,
+                                       const Matrix& y, const Matrix& x, uintptr_t grad_input,
+                                       int64_t rows, int64_t cols, int device, uintptr_t stream) {
+            const DType type = dtype_from(dtype);
+            py::gil_scoped_release release;
+            sk::cuda::abs_topk_backward(type, operand(grad_output), operand(y), operand(x),
+                                        pointer(grad_input), rows, cols, {device, pointer(stream)});
+        });
+    module.def("norm_partial", sk::cuda::norm_partial);
+    module.def("norm_abs_topk_backward",
+               [operand](const std::string& dtype, const Matrix& grad_output, const Matrix& y,
+                         const Matrix& x, uintptr_t weight, uintptr_t scales, uintptr_t partial,
+                         uintptr_t grad_input, uintptr_t grad_weight, int64_t rows, int64_t cols,
+                         int device, uintptr_t stream) {
                    const DType type = dtype_from(dtype);
                    py::gil_scoped_release release;
-                   sk::cuda::abs_topk_backward(
-                       type, {pointer(grad_output), grad_row_stride, grad_col_stride},
-                       {pointer(y), row_stride, col_stride}, pointer(grad_input), rows, cols,
-                       {device, pointer(stream)});
+                   sk::cuda::norm_abs_topk_backward(
+                       type, operand(grad_output), operand(y), operand(x), pointer(weight),
+                       pointer<const float>(scales), pointer<float>(partial), pointer(grad_input),
+                       pointer(grad_weight), rows, cols, {device, pointer(stream)});
                });
 }

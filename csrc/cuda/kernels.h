@@ -47,10 +47,10 @@ struct Lists {
     const int32_t* block_octets;  // (octet_blocks) the eight rows of each of them, or null
     int64_t octet_blocks;
     const int32_t* slots;  // (spmm_slots) of order_slots, or null
-    int32_t out_block;   // outputs of a block, in the direction of this product
-    int32_t in_block;    // inputs of a block
-    int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
-    int32_t in_stride;   // ... and neighbouring inputs
+    int32_t out_block;     // outputs of a block, in the direction of this product
+    int32_t in_block;      // inputs of a block
+    int32_t out_stride;    // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;     // ... and neighbouring inputs
 };
 
 // Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm
@@ -84,14 +84,34 @@ void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Op
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
            const Queue& queue);
 
+// What a row of x becomes before abs_topk, rounded to its dtype: x P(X <= x) (X standard normal),
+// or x * scales * weight (cols), scales (rows) = 1 / sqrt(mean(x^2) + eps), which is an output.
+struct Before {
+    enum Kind { kNothing, kGelu, kNorm } kind = kNothing;
+    const void* weight = nullptr;
+    float eps = 0.0f;
+    float* scales = nullptr;
+};
+
 // y (rows, cols), contiguous, keeps the k entries of largest magnitude of each row of x. Rows of
 // more than `held_bytes` are read again at each step instead of held in registers.
-void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols, int64_t k,
-              int64_t held_bytes, const Queue& queue);
+void abs_topk(DType dtype, const Before& before, const Operand& x, void* y, int64_t rows,
+              int64_t cols, int64_t k, int64_t held_bytes, const Queue& queue);
 
-// grad_input (rows, cols), contiguous, is grad_output where y is not zero, elsewhere zero.
-void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y, void* grad_input,
-                       int64_t rows, int64_t cols, const Queue& queue);
+// grad_input (rows, cols), contiguous, is grad_output where y is not zero, elsewhere zero; where
+// x.data is not null, times the derivative of GELU at x.
+void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y, const Operand& x,
+                       void* grad_input, int64_t rows, int64_t cols, const Queue& queue);
+
+// Floats of working memory that norm_abs_topk_backward wants.
+int64_t norm_partial(int64_t rows, int64_t cols);
+
+// The gradients of x (rows, cols), contiguous, and weight (cols) from the results of abs_topk after
+// RMSNorm; see topk_backward.cu.
+void norm_abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y,
+                            const Operand& x, const void* weight, const float* scales,
+                            float* partial, void* grad_input, void* grad_weight, int64_t rows,
+                            int64_t cols, const Queue& queue);
 
 }  // namespace cuda
 }  // namespace sk

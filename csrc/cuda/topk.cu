@@ -6,18 +6,16 @@
 // owns neighbouring entries of the row, in registers where they fit, and compares those of a
 // register at once. Among equals the lowest index stays; every NaN counts as the same, larger than
 // infinity: "above" is a comparison that is true for NaN, and exact for every other pattern.
-#include <cstring>
-#include <type_traits>
-
-#include "launch.cuh"
+//
+// Where GELU or RMSNorm comes before, a thread holds the magnitudes of what it makes of its
+// entries; signs follow from x. Where it does not hold them it writes them to y and continues
+// there: it alone reads and writes these.
+#include "topk.cuh"
 
 namespace sk {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
-// Vectors of 16 bytes that a thread holds of a row.
-constexpr int kHeldVectors = 8;
 // Warps that a multiprocessor holds of a kernel of at most 64 registers.
 constexpr int kResidentWarps = 32;
 
@@ -29,135 +27,49 @@ struct AbsTopkProblem {
     int reach;     // the distance of bit patterns by which the search leaves the last threshold
     int vectors;   // of a thread
     bool wide;     // rows of x and y can be moved 16 bytes at a time
+    Before before;
 };
 
-// What is done to all magnitudes in a register at once. A bound is a bit pattern for each of them;
-// that of -1 is NaN: all are above.
-template <class Pair>
-struct PackedPair {
-    using Bits = uint16_t;
-    static constexpr uint32_t kMagnitude = 0x7fff7fffu;
-    // Two numbers of which 1 is the last bit: their low bytes count from 0 to 127.
-    using Count = Pair;
-    static __device__ Count zero() {
-        return pair(std::is_same<Pair, __half2>::value ? 0x64006400u : 0x43004300u);
+// What a row becomes before its entries are chosen, and the signs of that.
+struct Unchanged {
+    // Vectors of 16 bytes that a thread holds of a row.
+    static constexpr int kHeldVectors = 8;
+    template <class Packed, int kCount>
+    __device__ static void apply(const AbsTopkProblem&, int, bool, float, float (&)[kCount]) {}
+    template <class Packed>
+    __device__ static uint4 signs(const AbsTopkProblem&, int, bool, const uint4& x) {
+        return x & ~Packed::kMagnitude;
     }
-    static __device__ int sum(Count count) {
-        uint32_t word;
-        memcpy(&word, &count, sizeof(word));
-        return static_cast<int>(__dp4a(word, 0x00010001u, 0u));
-    }
-    static __device__ Pair pair(uint32_t word) {
-        Pair value;
-        memcpy(&value, &word, sizeof(value));
-        return value;
-    }
-    static __device__ uint32_t bound(int pattern) {
-        return static_cast<uint32_t>(pattern) * 0x10001u;
-    }
-    static __device__ Count add_above(Count count, const uint4& vector, uint32_t bound) {
-        const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+};
+struct Gelu : Unchanged {
+    template <class Packed, int kCount>
+    __device__ static void apply(const AbsTopkProblem&, int, bool, float,
+                                 float (&numbers)[kCount]) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            count = __hadd2(count, __hgtu2(pair(words[j]), pair(bound)));
-        }
-        return count;
-    }
-    static __device__ uint32_t mask_above(uint32_t word, uint32_t bound) {
-        return __hgtu2_mask(pair(word), pair(bound));
+        for (float& number : numbers) number *= Normal(number).below;
     }
 };
-struct PackedFloat {
-    using Bits = uint32_t;
-    static constexpr uint32_t kMagnitude = 0x7fffffffu;
-    using Count = int;
-    static __device__ uint32_t bound(int pattern) { return static_cast<uint32_t>(pattern); }
-    static __device__ bool above(uint32_t word, uint32_t bound) {
-        return !(__uint_as_float(word) <= __uint_as_float(bound));
+struct Norm {
+    static constexpr int kHeldVectors = 4;  // as many as there are registers for
+    template <class Packed>
+    __device__ static uint4 weights(const AbsTopkProblem& p, int first, bool wide) {
+        using Bits = typename Packed::Bits;
+        const auto cols = static_cast<int>(p.cols);
+        return load_entries(static_cast<const Bits*>(p.before.weight), 1, first, cols, wide);
     }
-    static __device__ Count add_above(Count count, const uint4& vector, uint32_t bound) {
-        return count + above(vector.x, bound) + above(vector.y, bound) + above(vector.z, bound) +
-               above(vector.w, bound);
-    }
-    static __device__ uint32_t mask_above(uint32_t word, uint32_t bound) {
-        return above(word, bound) ? ~0u : 0u;
-    }
-    static __device__ Count zero() { return 0; }
-    static __device__ int sum(Count count) { return count; }
-};
-
-template <class Bits>
-constexpr int kEntries = 16 / static_cast<int>(sizeof(Bits));  // of a vector
-
-// The entries at `first` of a row on; those past its end are zero.
-template <class Bits>
-__device__ uint4 load_entries(const Bits* row, int64_t stride, int first, int cols, bool wide) {
-    if (first >= cols) return {0, 0, 0, 0};
-    if (wide) return load_vector(row + first);
-    Bits bits[kEntries<Bits>];
+    template <class Packed, int kCount>
+    __device__ static void apply(const AbsTopkProblem& p, int first, bool wide, float scale,
+                                 float (&numbers)[kCount]) {
+        float factors[kCount];
+        unpack(weights<Packed>(p, first, wide), factors, typename Packed::Number{});
 #pragma unroll
-    for (int e = 0; e < kEntries<Bits>; ++e) {
-        bits[e] = first + e < cols ? row[(first + e) * stride] : Bits{0};
+        for (int e = 0; e < kCount; ++e) numbers[e] = numbers[e] * scale * factors[e];
     }
-    return pack(bits);
-}
-
-template <class Bits>
-__device__ void store_entries(Bits* row, int first, int cols, bool wide, const uint4& vector) {
-    if (first >= cols) return;
-    if (wide) return store_vector(row + first, vector);
-    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-    for (int e = 0; e < kEntries<Bits>; ++e) {
-        constexpr int kInWord = 4 / static_cast<int>(sizeof(Bits));
-        if (first + e >= cols) return;
-        row[first + e] = static_cast<Bits>(words[e / kInWord] >> e % kInWord * 16);
+    template <class Packed>
+    __device__ static uint4 signs(const AbsTopkProblem& p, int first, bool wide, const uint4& x) {
+        return (x ^ weights<Packed>(p, first, wide)) & ~Packed::kMagnitude;
     }
-}
-
-// Shows each lane of a warp the number of a warp of the block, its own at the lane of its place.
-class Warps {
-public:
-    // `numbers` is for two of each warp that a block may have: 2 * kWarp.
-    __device__ explicit Warps(int* numbers) : of_lane_(numbers + threadIdx.x % kWarp) {
-        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-        mine_ = lane == warp;
-        if (warp == 0) numbers[lane] = numbers[lane + kWarp] = 0;  // for warps that do not exist
-        __syncthreads();
-    }
-    // 0 in lanes beyond the warps.
-    __device__ int share(int number) {
-        if (mine_) *of_lane_ = number;
-        __syncthreads();
-        number = *of_lane_;
-        of_lane_ += turn_;  // so that the next numbers need no barrier before them
-        turn_ = -turn_;
-        return number;
-    }
-
-private:
-    int* of_lane_;
-    int turn_ = kWarp;
-    bool mine_;
 };
-
-__device__ inline uint4 operator&(const uint4& a, const uint4& b) {
-    return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w};
-}
-__device__ inline uint4 operator&(const uint4& a, uint32_t b) { return a & uint4{b, b, b, b}; }
-__device__ inline uint4 operator|(const uint4& a, const uint4& b) {
-    return {a.x | b.x, a.y | b.y, a.z | b.z, a.w | b.w};
-}
-__device__ inline uint4 operator~(const uint4& a) { return {~a.x, ~a.y, ~a.z, ~a.w}; }
-
-// All bits of the entries whose magnitude is above a bound.
-template <class Packed>
-__device__ uint4 mask_above(const uint4& vector, int bound) {
-    const uint4 magnitudes = vector & Packed::kMagnitude;
-    const uint32_t packed = Packed::bound(bound);
-    return {Packed::mask_above(magnitudes.x, packed), Packed::mask_above(magnitudes.y, packed),
-            Packed::mask_above(magnitudes.z, packed), Packed::mask_above(magnitudes.w, packed)};
-}
 
 // Of the bits that are set in the vectors of a warp, keeps those of the first `stay` entries, and
 // counts `stay` down.
@@ -188,9 +100,12 @@ __device__ void keep_first(uint4& vector, int& stay) {
 }
 
 // kHeld: all magnitudes of a row stay in registers, and it can be moved 16 bytes at a time.
-template <class Packed, bool kHeld>
+template <class Packed, bool kHeld, class Change>
 __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProblem p) {
     using Bits = typename Packed::Bits;
+    using Number = typename Packed::Number;
+    constexpr int kHeldVectors = Change::kHeldVectors;
+    constexpr bool kChanges = !std::is_same<Change, Unchanged>::value;
     constexpr int kStride =
         kWarp * kEntries<Bits>;  // entries from a vector of a thread to its next
     [[maybe_unused]] constexpr int kUnrolled = kHeld ? kHeldVectors : 1;  // in pragmas
@@ -206,14 +121,51 @@ __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProb
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const Bits* const x = static_cast<const Bits*>(p.x.data) + row * p.x.row_stride;
         Bits* const y = static_cast<Bits*>(p.y) + row * p.cols;
-        const auto load = [&](int i) {
-            return load_entries(x, p.x.col_stride, first + i * kStride, cols, wide);
+        const auto at = [&](int i) { return first + i * kStride; };
+        const auto load_x = [&](int i) {
+            return load_entries(x, p.x.col_stride, at(i), cols, wide);
+        };
+        float scale = 0.0f;
+        const auto change = [&](int i, const uint4& vector) {
+            if (!kChanges || at(i) >= cols) return vector;
+            float numbers[kEntries<Bits>];
+            unpack(vector, numbers, Number{});
+            Change::template apply<Packed>(p, at(i), wide, scale, numbers);
+            return pack_numbers(numbers, Number{});
         };
         uint4 held[kHeldVectors];
-        if (kHeld) {
+        if constexpr (std::is_same<Change, Norm>::value) {
+            // The same sum whether the row is held or not.
+            const int summed = kHeld || vectors < kHeldVectors ? kHeldVectors : vectors;
+            float sum = 0.0f, numbers[kEntries<Bits>];
+#pragma unroll(kUnrolled)
+            for (int i = 0; i < summed; ++i) {
+                const int summand = (warp * summed + i) * kStride + lane * kEntries<Bits>;
+                const uint4 vector = load_entries(x, p.x.col_stride, summand, cols, wide);
+                unpack(vector, numbers, Number{});
 #pragma unroll
-            for (int i = 0; i < kHeldVectors; ++i) held[i] = load(i) & Packed::kMagnitude;
+                for (const float number : numbers) sum = fmaf(number, number, sum);
+                if (kHeld) held[i] = vector;
+            }
+            const float mean = __fdividef(sum_threads(sum, warps), static_cast<float>(cols));
+            scale = rsqrtf(mean + p.before.eps);
+            if (threadIdx.x == 0) p.before.scales[row] = scale;
         }
+        if constexpr (kHeld) {
+            const bool is_loaded = std::is_same<Change, Norm>::value;
+#pragma unroll
+            for (int i = 0; i < kHeldVectors; ++i) {
+                held[i] = change(i, is_loaded ? held[i] : load_x(i)) & Packed::kMagnitude;
+            }
+        } else if constexpr (kChanges) {
+            for (int i = 0; i < vectors; ++i) {
+                store_entries(y, at(i), cols, wide, change(i, load_x(i)));
+            }
+        }
+        // A vector of what the row became.
+        const auto load = [&](int i) {
+            return kChanges ? load_entries(y, 1, at(i), cols, wide) : load_x(i);
+        };
 
         // At least k magnitudes are above `low`, `warp_low` of them in this warp; fewer are above
         // `high`. The zeros past the row's end are above -1 alone, behind all entries.
@@ -264,92 +216,62 @@ __global__ void __launch_bounds__(kThreads, 2) abs_topk_kernel(const AbsTopkProb
         };
 #pragma unroll(kUnrolled)
         for (int i = 0; i < vectors; ++i) {
-            const uint4 vector = load(i);  // from a cache
+            const uint4 vector = kChanges && kHeld ? held[i] | Change::template signs<Packed>(
+                                                                   p, at(i), wide, load_x(i))
+                                                   : load(i);  // from a cache
             const uint4 kept = all_ties ? mask_above<Packed>(vector, low) : mask_above_high(vector);
-            store_entries(y, first + i * kStride, cols, wide, vector & kept);
+            store_entries(y, at(i), cols, wide, vector & kept);
         }
         // The vectors in which some stay are stored once more.
         for (int i = 0; !all_ties && stay > 0; ++i) {
-            const uint4 vector = load(i), kept = mask_above_high(vector);
+            const uint4 vector = change(i, load_x(i)), kept = mask_above_high(vector);
             uint4 tied = mask_above<Packed>(vector, low) & ~kept;
             keep_first<Bits>(tied, stay);
-            store_entries(y, first + i * kStride, cols, wide, vector & (kept | tied));
+            store_entries(y, at(i), cols, wide, vector & (kept | tied));
         }
     }
 }
 
-struct AbsTopkBackwardProblem {
-    Operand grad_output;
-    Operand y;
-    void* grad_input;
-    int64_t rows, cols;
-    bool wide;  // as for AbsTopkProblem
-};
-
-template <class Packed>
-__global__ void __launch_bounds__(kThreads)
-    abs_topk_backward_kernel(const AbsTopkBackwardProblem p) {
+template <class Packed, class Change>
+void launch_changed(const char* name, AbsTopkProblem p, int64_t held_bytes, const Queue& queue) {
     using Bits = typename Packed::Bits;
-    constexpr int kInVector = kEntries<Bits>;
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const Bits* const grad_output =
-            static_cast<const Bits*>(p.grad_output.data) + row * p.grad_output.row_stride;
-        const Bits* const y = static_cast<const Bits*>(p.y.data) + row * p.y.row_stride;
-        Bits* const grad_input = static_cast<Bits*>(p.grad_input) + row * p.cols;
-        const int cols = static_cast<int>(p.cols);
-        for (int first = threadIdx.x * kInVector; first < cols; first += blockDim.x * kInVector) {
-            const uint4 grads =
-                load_entries(grad_output, p.grad_output.col_stride, first, cols, p.wide);
-            const uint4 kept = load_entries(y, p.y.col_stride, first, cols, p.wide);
-            store_entries(grad_input, first, cols, p.wide, grads & mask_above<Packed>(kept, 0));
-        }
-    }
-}
-
-std::string describe(const char* name, int64_t rows, int64_t cols) {
-    return std::string("the kernel of ") + name + " (" + std::to_string(rows) + " rows of " +
-           std::to_string(cols) + ")";
-}
-
-template <class Packed>
-void launch_abs_topk(AbsTopkProblem p, int64_t held_bytes, const Queue& queue) {
-    using Bits = typename Packed::Bits;
+    constexpr int kHeldVectors = Change::kHeldVectors;
     constexpr int64_t kInVectors = kWarp * kEntries<Bits>;  // of a warp
     constexpr auto kBytes = static_cast<int>(sizeof(Bits));
-    p.wide = wide_loads(p.x, p.cols, p.cols, kBytes) && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+    p.wide = wide_loads(p.x, p.cols, p.cols, kBytes) &&
+             reinterpret_cast<uintptr_t>(p.y) % 16 == 0 &&
+             reinterpret_cast<uintptr_t>(p.before.weight) % 16 == 0;
     const int64_t warps = std::min<int64_t>(kWarps, ceil_div(p.cols, kHeldVectors * kInVectors));
     p.vectors = static_cast<int>(ceil_div(p.cols, warps * kInVectors));
     const bool held = p.wide && p.vectors <= kHeldVectors && p.cols * kBytes <= held_bytes;
     const int64_t resident = multiprocessors(queue.device) * (kResidentWarps / warps);
-    launch(describe("abs_topk", p.rows, p.cols),
-           held ? abs_topk_kernel<Packed, true> : abs_topk_kernel<Packed, false>,
+    launch(describe(name, p.rows, p.cols),
+           held ? abs_topk_kernel<Packed, true, Change> : abs_topk_kernel<Packed, false, Change>,
            static_cast<unsigned>(std::min(p.rows, resident)), static_cast<unsigned>(warps * kWarp),
            4 * 2 * kWarp, queue, p);
 }
 
 template <class Packed>
-void launch_backward(AbsTopkBackwardProblem p, const Queue& queue) {
-    using Bits = typename Packed::Bits;
-    constexpr auto kBytes = static_cast<int>(sizeof(Bits));
-    p.wide = wide_loads(p.grad_output, p.cols, p.cols, kBytes) &&
-             wide_loads(p.y, p.cols, p.cols, kBytes) &&
-             reinterpret_cast<uintptr_t>(p.grad_input) % 16 == 0;
-    // A row of few entries gets few threads; a block takes row after row.
-    const int64_t warps = ceil_div(p.cols, kWarp * kEntries<Bits>);
-    launch(describe("abs_topk_backward", p.rows, p.cols), abs_topk_backward_kernel<Packed>,
-           static_cast<unsigned>(std::min(p.rows, 64 * multiprocessors(queue.device))),
-           static_cast<unsigned>(std::min<int64_t>(kWarps, warps) * kWarp), 0, queue, p);
+void launch_abs_topk(const AbsTopkProblem& p, int64_t held_bytes, const Queue& queue) {
+    switch (p.before.kind) {
+        case Before::kNothing:
+            return launch_changed<Packed, Unchanged>("abs_topk", p, held_bytes, queue);
+        case Before::kGelu:
+            return launch_changed<Packed, Gelu>("gelu_abs_topk", p, held_bytes, queue);
+        case Before::kNorm:
+            return launch_changed<Packed, Norm>("norm_abs_topk", p, held_bytes, queue);
+    }
 }
 
 }  // namespace
 
-void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols, int64_t k,
-              int64_t held_bytes, const Queue& queue) {
+void abs_topk(DType dtype, const Before& before, const Operand& x, void* y, int64_t rows,
+              int64_t cols, int64_t k, int64_t held_bytes, const Queue& queue) {
     if (rows == 0 || cols == 0) return;
     const DeviceGuard guard(queue.device);
     // A search leaves the last threshold by a 128th of its magnitude.
     const auto problem = [&](int infinity, int reach) {
-        return AbsTopkProblem{x, y, rows, cols, k, infinity, reach, 1, false};
+        return AbsTopkProblem{x, y, rows, cols, k, infinity, reach, 1, false, before};
     };
     switch (dtype) {
         case DType::kFloat32:
@@ -359,21 +281,6 @@ void abs_topk(DType dtype, const Operand& x, void* y, int64_t rows, int64_t cols
                                                                queue);
         case DType::kFloat16:
             return launch_abs_topk<PackedPair<__half2>>(problem(0x7c00, 8), held_bytes, queue);
-    }
-}
-
-void abs_topk_backward(DType dtype, const Operand& grad_output, const Operand& y, void* grad_input,
-                       int64_t rows, int64_t cols, const Queue& queue) {
-    if (rows == 0 || cols == 0) return;
-    const DeviceGuard guard(queue.device);
-    const AbsTopkBackwardProblem p{grad_output, y, grad_input, rows, cols, false};
-    switch (dtype) {
-        case DType::kFloat32:
-            return launch_backward<PackedFloat>(p, queue);
-        case DType::kBfloat16:
-            return launch_backward<PackedPair<__nv_bfloat162>>(p, queue);
-        case DType::kFloat16:
-            return launch_backward<PackedPair<__half2>>(p, queue);
     }
 }
 

@@ -15,7 +15,7 @@ import pybind11
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc/cuda" / name for name in ("device.cu", "spmm.cu", "sddmm.cu", "topk.cu")]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 BINDINGS = ROOT / "csrc/cuda/bindings_cuda.cpp"
 MODULE = "_sparse_kernels_cuda_emulated"
 EMULATION = Path(__file__).parent / "emulation.h"

@@ -300,7 +300,8 @@ inline void count_passes(const std::array<const unsigned char*, kWarpLanes>& row
     for (size_t i = 0; i < count; ++i) {
         const std::set<const unsigned char*> matrix(&rows[8 * i], &rows[8 * i] + 8);
         std::array<uint64_t, kBanks> in_bank = {};
-        for (const auto row : matrix) ++in_bank[reinterpret_cast<uintptr_t>(row) / kRowBytes % kBanks];
+        for (const auto row : matrix)
+            ++in_bank[reinterpret_cast<uintptr_t>(row) / kRowBytes % kBanks];
         matrix_loads().passes += *std::max_element(in_bank.begin(), in_bank.end());
     }
     matrix_loads().matrices += count;
@@ -430,6 +431,9 @@ inline uint32_t __float_as_uint(float value) {
     std::memcpy(&bits, &value, sizeof(bits));
     return bits;
 }
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 struct __half {
     _Float16 value;
