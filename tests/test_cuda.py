@@ -22,7 +22,7 @@ from test_abs_topk import KINDS, draw, expected
 from test_cuda_emulated import BLOCKS, bias_for, every_dtype, every_product, make
 
 import sparse_kernels as sk
-from sparse_kernels import backends, cuda, ops, testing
+from sparse_kernels import backends, cuda, ops, reference, testing
 from sparse_kernels.layout import Problem
 from sparse_kernels.topk import abs_topk
 
@@ -117,6 +117,44 @@ def test_abs_topk_keeps_what_a_stable_sort_keeps(dtype, kind, rows, cols, share,
         y = abs_topk(x.cuda(), k, "cuda")
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(y.cpu().view(integer), expected(x, k).view(integer))
+
+
+@every_dtype
+@given(
+    rows=st.integers(1, 300),
+    cols=st.integers(1, 3000),
+    share=st.floats(0, 1),
+    held=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_fused_abs_topk_and_gradients(dtype, rows, cols, share, held, seed):
+    rows, k = min(rows, 30000 // cols), max(1, min(cols, round(share * cols)))
+    x, grad, weights = (
+        draw("normal", rows, cols, dtype, seed + number).cuda() for number in range(3)
+    )
+    weight, eps = 1 + weights[0], 2.0**-16
+    unit = 16 * torch.finfo(dtype).eps
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cuda, "_HELD_BYTES", 2**20 if held else 0)
+        for name, arguments in (("gelu_abs_topk", ()), ("norm_abs_topk", (weight,))):
+            last = (eps,) if arguments else ()
+            run, exact = getattr(cuda, name), getattr(reference, name)
+
+            def first(results):
+                return results[0] if isinstance(results, tuple) else results
+
+            whole, made = first(run(x, *arguments, cols, *last)), run(x, *arguments, k, *last)
+            wanted = first(exact(x, *arguments, cols, *last))
+            assert torch.equal(first(made), cuda.abs_topk(whole, k))
+            assert torch.allclose(whole.double(), wanted.double(), rtol=unit, atol=unit)
+            inputs = grad, first(made), x, *arguments, *(made[1:] if arguments else ())
+            backward = getattr(cuda, f"{name}_backward")(*inputs)
+            truth = getattr(reference, f"{name}_backward")(*inputs)
+            for one, other in zip(
+                *(r if arguments else (r,) for r in (backward, truth)), strict=True
+            ):
+                scale = 1 + float(other.double().abs().max())
+                assert torch.allclose(one.double(), other.double(), rtol=unit, atol=unit * scale)
 
 
 def test_a_graph_captures_a_whole_step():

@@ -97,6 +97,12 @@ def test_estimates_follow_the_counts_and_say_what_they_are():
     # 64 tiles of tokens x 64 block-rows x 14 steps x 8 warps x 150 over 132 x 4 x 1.7 GHz
     assert once["issue"] == pytest.approx(64 * 64 * 14 * 8 * 150 / (132 * 4 * 1.7e3))
     assert twice == {**once, "issue": 2 * once["issue"]}
+    # 16384 / 8 vectors of 4 weights for each of 4096 outputs, 8 rows of them in 1.91 passes
+    unstructured = cases.Case(cases.GPU_TOKENS, 4096, 4096, 4, dtype="bfloat16")
+    passes = 16384 / 8 * 4096 * 4 / 8 * 1.91
+    assert estimate.terms_us(unstructured, "forward", None)["shared"] == pytest.approx(
+        passes / (132 * 1.7e3)
+    )
     # as many bytes as the review of the kernels counted for this case: 3.76 GB with 128 tokens
     small = estimate.terms_us(case, "forward", {**tile, "tile": (128, 64, 8, 5)})
     assert small["L2"] * estimate.L2_BYTES_S == pytest.approx(3.76e9 * 1e6, rel=0.01)

@@ -8,8 +8,12 @@ the machine instructions of their loops are counted. A time is the largest of fo
     compute    multiply-adds over the rate of cuBLAS
     memory     compulsory bytes over the rate of a large copy
 
-Of the CUDA kernels only the terms that no kernel can avoid are printed. The rates are assumptions;
-`ceilings` of the command measures them.
+Of the CUDA kernels only the last two are printed, and for unstructured weights
+
+    shared     passes of shared memory for the rows that are gathered, one in a clock
+
+which tests/test_cuda_emulated.py counts: a time of these is at least as long. The rates are
+assumptions; `ceilings` of the command measures them.
 """
 
 from __future__ import annotations
@@ -22,6 +26,16 @@ from benchmarks.cases import GOALS, PRODUCTS, Case, TopkCase, goal_of
 from benchmarks.roofline import GpuPeaks, Work, count_work
 
 MULTIPROCESSORS, SCHEDULERS, CLOCK_HZ = 132, 4, 1.7e9
+# Rows of 16 bytes that are gathered for each weight and 8 tokens (lists are filled up), and passes
+# for 8 rows: by product and the inputs that lie in shared memory.
+GATHERED = {
+    ("forward", 4096): (1.0, 1.91),
+    ("forward", 2048): (1.0, 1.61),
+    ("grad_input", 4096): (2.16, 1.03),
+    ("grad_input", 8192): (1.31, 1.08),
+    ("grad_weight", 4096): (1.0, 2.6),
+    ("grad_weight", 2048): (1.0, 2.6),
+}
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
 
 
@@ -29,7 +43,12 @@ def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str,
     """The terms of a product in microseconds; without a tile those that no kernel can avoid."""
     bound = PEAKS.bound_ms(count_work(case, product), case.dtype)
     terms = {name: ms * 1e-3 for name, ms in bound.items()}
-    if tile is not None:
+    if tile is None:
+        inputs = case.out_features if product == "grad_input" else case.in_features
+        rows, passes = GATHERED[product, inputs]
+        matrices = case.tokens / 8 * case.out_features * case.fan_in * rows / 8
+        terms["shared"] = matrices * passes / (MULTIPROCESSORS * CLOCK_HZ)
+    else:
         block_m, block_k, warps, _ = tile["tile"]
         side, rows = case.block[0], case.out_features // case.block[0]
         if product == "grad_weight":
