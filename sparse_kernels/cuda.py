@@ -197,6 +197,13 @@ def _slots(layout: FanInLayout, lists: Orientation, queue: tuple[int, int]) -> t
     return (slots,)
 
 
+def _dealt(layout: FanInLayout, count: int, queue: tuple[int, int]) -> tuple[Tensor]:
+    """How the rows that `grad_weight` gathers are dealt to matrices."""
+    dealt = torch.empty(count, dtype=torch.int64, device=layout.device)
+    _extension.deal_rows(_scheduled(layout, "rows")[0], dealt.data_ptr(), *queue)
+    return (dealt,)
+
+
 def _queue(tensor: Tensor) -> tuple[int, int]:
     """The index of the tensor's device and the address of its current stream."""
     if _device_type != "cuda":
@@ -292,6 +299,9 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         pointed, _ = _scheduled(layout, "rows")
         parts = _extension.sddmm_parts(dtype, pointed, x.shape[0])
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
+        if count := _extension.sddmm_gathers(dtype, pointed):
+            (dealt,) = layout.derive("cuda.rows.dealt", lambda this: _dealt(this, count, _queue(x)))
+            pointed.set_dealt(dealt.data_ptr())
         inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
         sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
         _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))

@@ -310,6 +310,8 @@ def passes_per_matrix(extension, run):
         ("forward", (256, 8192, 32), 8, 1.4),
         ("grad_input", (4096, 4096, 4), 16, 1.05),
         ("grad_input", (8192, 2048, 8), 8, 1.15),
+        ("grad_weight", (128, 2048, 8), 16, 2.12),  # 2.2, and one for the matrices of dY
+        ("grad_weight", (192, 4096, 4), 16, 2.02),
     ],
 )
 def test_gathered_rows_lie_in_different_banks(extension, product, sizes, rows, limit):
@@ -324,6 +326,19 @@ def test_gathered_rows_lie_in_different_banks(extension, product, sizes, rows, l
     result = run(layout)
     assert passes_per_matrix(extension, lambda: run(layout)) <= limit
     assert torch.equal(result, run(sk.FanInLayout(layout.indices.clone(), layout.in_features)))
+
+
+@pytest.mark.parametrize("fan_in", [3, 8, 40])
+def test_how_rows_are_dealt_changes_no_sum(fan_in):
+    generator = torch.Generator().manual_seed(0)
+    layout = sk.FanInLayout.random(150, 300, fan_in, generator=generator)
+    x, grad_output, _ = make(layout, 50, torch.bfloat16, generator)
+    result = sk.grad_weight(grad_output, x, layout, "cuda")
+    (dealt,) = layout.cache["cuda.rows.dealt"]
+    rows = dealt[:, None] >> 4 * torch.arange(16) & 15
+    assert torch.equal(rows.sort(1).values, torch.arange(16).expand_as(rows))
+    dealt.copy_((torch.arange(16) << 4 * torch.arange(16)).sum())  # as they come
+    assert torch.equal(sk.grad_weight(grad_output, x, layout, "cuda"), result)
 
 
 @pytest.mark.parametrize(("fan_in", "order"), [(3, ORDERS[0]), (7, ORDERS[1]), (19, ORDERS[2])])

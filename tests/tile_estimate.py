@@ -33,8 +33,8 @@ GATHERED = {
     ("forward", 2048): (1.0, 1.61),
     ("grad_input", 4096): (2.16, 1.03),
     ("grad_input", 8192): (1.31, 1.08),
-    ("grad_weight", 4096): (1.0, 2.6),
-    ("grad_weight", 2048): (1.0, 2.6),
+    ("grad_weight", 4096): (1.0, 2.2),
+    ("grad_weight", 2048): (1.0, 2.2),
 }
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
 

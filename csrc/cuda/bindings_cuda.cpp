@@ -90,6 +90,8 @@ PYBIND11_MODULE(SK_MODULE, module) {
     py::class_<Lists>(module, "Lists", py::module_local())
         .def_static("rows", lists_of_rows)
         .def_static("columns", lists_of_columns)
+        .def("set_dealt",
+             [](Lists& lists, uintptr_t dealt) { lists.dealt = pointer<const uint64_t>(dealt); })
         .def("set_slots",
              [](Lists& lists, uintptr_t slots) { lists.slots = pointer<const int32_t>(slots); });
 
@@ -122,6 +124,13 @@ PYBIND11_MODULE(SK_MODULE, module) {
             sk::cuda::pack_blocks(pointer<const int32_t>(ids), blocks, block_bytes, element_bytes,
                                   pointer(values), pointer(packed), {device, pointer(stream)});
         });
+    module.def("sddmm_gathers", [](const std::string& dtype, const Lists& lists) {
+        return sk::cuda::sddmm_gathers(dtype_from(dtype), lists);
+    });
+    module.def("deal_rows", [](const Lists& lists, uintptr_t dealt, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        sk::cuda::deal_rows(lists, pointer<uint64_t>(dealt), {device, pointer(stream)});
+    });
     module.def("sddmm_parts", [](const std::string& dtype, const Lists& lists, int64_t tokens) {
         return sk::cuda::sddmm_parts(dtype_from(dtype), lists, tokens);
     });

@@ -46,11 +46,12 @@ struct Lists {
                                   // spmm_unstructured.cuh) of each eight rows, or null
     const int32_t* block_octets;  // (octet_blocks) the eight rows of each of them, or null
     int64_t octet_blocks;
-    const int32_t* slots;  // (spmm_slots) of order_slots, or null
-    int32_t out_block;     // outputs of a block, in the direction of this product
-    int32_t in_block;      // inputs of a block
-    int32_t out_stride;    // distance in the stored block between neighbouring outputs ...
-    int32_t in_stride;     // ... and neighbouring inputs
+    const int32_t* slots;   // (spmm_slots) of order_slots, or null
+    const uint64_t* dealt;  // (sddmm_gathers) of deal_rows, or null
+    int32_t out_block;      // outputs of a block, in the direction of this product
+    int32_t in_block;       // inputs of a block
+    int32_t out_stride;     // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;      // ... and neighbouring inputs
 };
 
 // Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm
@@ -77,6 +78,13 @@ void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int el
 
 // Parts that sddmm cuts the tokens into, which follow from their number and the lists alone.
 int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens);
+
+// Numbers that deal_rows writes: 0 if sddmm needs none of them.
+int64_t sddmm_gathers(DType dtype, const Lists& lists);
+
+// How the rows that sddmm gathers are dealt to matrices (see sddmm_unstructured.cuh): it follows
+// from the pattern alone, changes no sum, and 16-bit sddmm of unstructured weights needs it.
+void deal_rows(const Lists& lists, uint64_t* dealt, const Queue& queue);
 
 // grad_values[r, f, a, b] = sum over tokens of grad_output[m, r, a] * x[m, column(r, f), b].
 // `partial` holds a float for each element of each part: working memory.

@@ -281,6 +281,15 @@ int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens) {
     return ceil_div(tiles, ceil_div(tiles, std::min(kMaxParts, ceil_div(tiles, kPartTiles))));
 }
 
+int64_t sddmm_gathers(DType dtype, const Lists& lists) {
+    return dtype != DType::kFloat32 && is_unstructured(lists) ? gathers_of(lists) : 0;
+}
+
+void deal_rows(const Lists& lists, uint64_t* dealt, const Queue& queue) {
+    const DeviceGuard guard(queue.device);
+    launch_deal_rows(lists, dealt, queue);
+}
+
 void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
            const Queue& queue) {

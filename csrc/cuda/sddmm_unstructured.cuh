@@ -8,6 +8,9 @@
 // the sums of its jobs in registers over all tokens of a part, which no other block shares. Inputs
 // beyond shared memory are cut into slices: a block sees one, and others' inputs as zeros.
 //
+// Shared memory reads the 8 rows of a matrix at once if they lie in different banks: the rows of a
+// gather are dealt to its two matrices by banks, once for each layout (deal_rows_kernel).
+//
 // Where x is not finite, its products with those zeros spoil the same slot of all outputs of a job:
 // the second pass computes sums that are not finite once more.
 #pragma once
@@ -28,9 +31,10 @@ struct UnstructuredProblem {
     Operand x;
     float* partial;
     int64_t tokens;
-    int64_t part_tokens = 0;                 // a multiple of the tile
-    int64_t split_outputs = 0;               // outputs of a block
-    int64_t output_splits = 0;               // blocks that share the outputs for the same slots
+    int64_t part_tokens = 0;    // a multiple of the tile
+    int64_t split_outputs = 0;  // outputs of a block
+    int64_t output_splits = 0;  // blocks that share the outputs for the same slots
+    int64_t slot_splits = 0;
     int slice_cols = 0;                      // inputs of a slice
     bool wide_x = false, wide_grad = false;  // load_matrices; 16 bytes can be read at a time
 };
@@ -54,6 +58,54 @@ inline Jobs jobs_of(const Lists& lists) {
     jobs.output_splits = ceil_div(lists.rows, jobs.outputs);
     jobs.slot_splits = ceil_div(lists.per_row, kGathered);
     return jobs;
+}
+
+// Gathers of all jobs, by their outputs, slots, and number in the job.
+inline int64_t gathers_of(const Lists& lists) {
+    const Jobs jobs = jobs_of(lists);
+    return ceil_div(lists.rows, kJobOutputs) * jobs.slot_splits * jobs.gathers;
+}
+__device__ inline int64_t gather_of(int64_t job, int64_t slot_splits, int64_t slot_split,
+                                    int gathers, int number) {
+    return (job * slot_splits + slot_split) * gathers + number;
+}
+
+// Row i of a gather, in four bits of `dealt`, is its output i / slots and its slot i % slots.
+__device__ inline int dealt_row(uint64_t dealt, int row) { return dealt >> 4 * row & 15u; }
+
+// A thread deals the 16 rows of a gather: those of a bank to both matrices in turn, of an odd
+// number one more to the matrix that has fewer, and the rows that do not exist to what is left.
+__global__ void __launch_bounds__(kThreads)
+    deal_rows_kernel(const Lists lists, int gathers, int64_t slot_splits, int64_t count,
+                     uint64_t* dealt) {
+    const int slots = 2 * gathers, none = 8;  // banks of 16 bytes
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+         i += step) {
+        const int64_t job = i / gathers / slot_splits, slot = i / gathers % slot_splits * kGathered;
+        const int64_t output = job * kJobOutputs + i % gathers * (kGathered / slots);
+        uint64_t banks = 0;  // of each row, in four bits
+        for (int row = 0; row < kGathered; ++row) {
+            const int64_t of = output + row / slots, at = slot + row % slots;
+            const bool there = of < lists.rows && at < lists.per_row;
+            const int column = there ? lists.wide_columns[of * lists.per_row + at] : 0;
+            const uint64_t bank = there ? tile_base(column, 1) % 8 : none;
+            banks |= bank << 4 * row;
+        }
+        uint64_t order = 0;
+        int left = 0, right = 0;  // rows of the two matrices
+        for (uint64_t bank = 0; bank <= none; ++bank) {
+            bool to_left = left <= right;
+            for (int row = 0; row < kGathered; ++row) {
+                if ((banks >> 4 * row & 15u) != bank) continue;
+                to_left = left < 8 && (to_left || right == 8);
+                const int place = to_left ? left++ : 8 + right++;
+                order |= static_cast<uint64_t>(row) << 4 * place;
+                to_left = !to_left;
+            }
+        }
+        dealt[i] = order;
+    }
 }
 
 // Distance of a token's dY from that of the next: the gap leads them to different banks.
@@ -116,6 +168,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         return input < cols ? static_cast<int>(input) : -1;
     };
 
+    const auto dealt = [&](int job, int gather) {
+        const int64_t number = first_output / kJobOutputs + job;
+        return number * kJobOutputs < rows
+                   ? p.lists.dealt[gather_of(number, p.slot_splits, first_slot / kGathered,
+                                             kGathers, gather)]
+                   : 0;
+    };
+
     // Lanes l and l + 16 give row l of each gather, 8 tokens each.
     SharedAddress gathered[kJobs][kGathers];
     uint32_t readers[kGathers];  // all bits where the lane holds dY of an output of the gather
@@ -124,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         readers[a] = lane / 4 / kGatherOutputs == a ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < kJobs; ++i) {
-            const int row = a * kGathered + lane % kGathered;
+            const int row = a * kGathered + dealt_row(dealt(i, a), lane % kGathered);
             const int input = input_of(i * kJobOutputs + row / kSlots, row % kSlots);
             const unsigned place = input < 0 ? zeros : tile_base(input, 1);
             gathered[i][a] = shared_address(inputs + (place ^ (lane / 16)));
@@ -174,7 +234,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kJobs; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const int row = lane / 4 + e / 2 * 8, output = lane % 4 * 2 + e % 2;
+            const int output = lane % 4 * 2 + e % 2;
+            const int row = dealt_row(dealt(i, output / kGatherOutputs), lane / 4 + e / 2 * 8);
             const int slot = row % kSlots;
             if (row / kSlots != output % kGatherOutputs) continue;  // inputs of another output
             if (input_of(i * kJobOutputs + output, slot) < 0) continue;
@@ -186,6 +247,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 inline bool is_unstructured(const Lists& lists) {
     return lists.out_block == 1 && lists.in_block == 1 && lists.narrow;
+}
+
+inline void launch_deal_rows(const Lists& lists, uint64_t* dealt, const Queue& queue) {
+    const Jobs jobs = jobs_of(lists);
+    const int64_t count = gathers_of(lists);
+    launch("the kernel that deals rows", deal_rows_kernel,
+           static_cast<unsigned>(
+               std::min(ceil_div(count, kThreads), 16 * multiprocessors(queue.device))),
+           kThreads, 0, queue, lists, jobs.gathers, jobs.slot_splits, count, dealt);
 }
 
 // As many parts as fill the multiprocessors of an H200, whatever the GPU: the same sums on all.
@@ -207,6 +277,7 @@ void launch_unstructured(UnstructuredProblem p, int64_t parts, int64_t slice_fea
     const Jobs jobs = jobs_of(p.lists);
     p.split_outputs = jobs.outputs;
     p.output_splits = jobs.output_splits;
+    p.slot_splits = jobs.slot_splits;
     p.part_tokens = unstructured_part_tokens(p.tokens, parts);
     const int64_t grad_bytes = kMmaTokens * grad_stride(static_cast<int>(jobs.outputs)) * 2;
     constexpr int64_t kRounding = 16 * 16;  // tile_vectors rounds up, and the zeros
