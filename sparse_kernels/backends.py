@@ -79,7 +79,7 @@ RULES = {
     "abs_topk": Rule(
         ("cuda", "triton"),
         {
-            "cuda": "it keeps a row in shared memory while it selects, if the row fits",
+            "cuda": "it keeps a row in registers while it selects, if the row fits",
             "triton": "it reads a row of more than 16384 entries again for each bit of a number",
         },
         "not measured",
