@@ -58,11 +58,12 @@ class HookPoint(nn.Module):
         if not self.replacements and not self.recordings:
             return x
         if len(self.names) == 1:
-            return self._through(self.names[0], x)
+            return self.through(self.names[0], x)
         parts = zip(self.names, x.unbind(2), strict=True)
-        return torch.stack([self._through(name, part) for name, part in parts], 2)
+        return torch.stack([self.through(name, part) for name, part in parts], 2)
 
-    def _through(self, name: str, x: Tensor) -> Tensor:
+    def through(self, name: str, x: Tensor) -> Tensor:
+        """One part alone, `(B, T, width)`, to the same."""
         for wanted, replace in self.replacements:
             if wanted == name:
                 x = replace(x)

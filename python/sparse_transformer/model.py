@@ -217,16 +217,24 @@ class Attention(nn.Module):
         """`(B, T, D)` to what is added to it."""
         B, T, _ = x.shape
         H, d = self.config.heads, self.config.d_head
-        x = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
-        qkv = self.hook_qkv(self.keep_qkv(self.qkv(x).view(B, T, 3, H * d)))
+        qkv = self.hook_qkv(self.keep_qkv(self.project(x, positions)))
         qkv = qkv.view(B, T, 3, H, d)
         if cache is None:
             y = causal_attention(qkv, self.sinks)
         else:
             q, k, v = qkv.unbind(2)
             y = cached_attention(q, *cache.append(layer, k, v), self.sinks)
-        y = self.hook_y(y.reshape(B, T, H * d))
-        added: Tensor = self.hook_out(self.keep_out(self.out(y)))
+        return self.write(y.reshape(B, T, H * d))
+
+    def project(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """`(B, T, D)` to q, k and v before AbsTopK, `(B, T, 3, W)`."""
+        read = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
+        projected: Tensor = self.qkv(read)
+        return projected.view(*x.shape[:2], 3, -1)
+
+    def write(self, y: Tensor) -> Tensor:
+        """What the heads found, `(B, T, W)`, to what is added to the stream, `(B, T, D)`."""
+        added: Tensor = self.hook_out(self.keep_out(self.out(self.hook_y(y))))
         return added
 
 
@@ -702,6 +710,12 @@ class AbsTopKParts(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, parts, width)` to the same."""
         return torch.stack([keep(x[:, :, part]) for part, keep in enumerate(self)], 2)
+
+
+def keep_part(keep: nn.Module, x: Tensor, part: int) -> Tensor:
+    """What `AbsTopKParts`, or the one rule in its place, makes of one part, `(B, T, width)`."""
+    kept: Tensor = (keep[part] if isinstance(keep, AbsTopKParts) else keep)(x)
+    return kept
 
 
 def _keeper(config: ModelConfig, place: str, width: int) -> nn.Module:

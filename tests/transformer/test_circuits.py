@@ -10,15 +10,11 @@ import torch
 from test_model import SMALL, batch, make
 
 from sparse_transformer import ModelConfig, Transformer, UserError, hooks
-from sparse_transformer.circuits.ablation import (
-    answer_logits,
-    keep_nodes,
-    mask_nodes,
-    remove_edges,
-)
+from sparse_transformer.circuits.ablation import keep_nodes, mask_nodes, remove_edges
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Ablated, Control, Validation
 from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
+from sparse_transformer.circuits.forward import Skipped, answer_logits
 from sparse_transformer.circuits.graph import Edges, Nodes, count_weights
 from sparse_transformer.circuits.masks import (
     EdgeMasks,
@@ -131,26 +127,86 @@ def test_with_nothing_kept_only_the_last_token_counts():
     assert not torch.equal(model(tokens)[:, -1], model(other)[:, -1])
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("linear", LINEARS)
-@pytest.mark.parametrize("changes", [{}, {"positions": 8}, {"n_layer": 1}, {"tied": True}])
-def test_answers_are_those_of_the_model(linear, changes):
-    """With and without sublayers that are not computed, which write their baseline."""
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"positions": 8}, {"added_positions": True}, {"n_layer": 1}, {"tied": True}],
+)
+def test_answers_are_those_of_the_model(linear, changes, shared):
+    """With and without sublayers that are not computed, which write their baseline.
+
+    Two prompts begin alike as far as the shorter one goes, two in part, one has no partner.
+    """
     model = model_of(linear, **changes)
-    tokens = batch(B=4)[0]
-    last = torch.tensor([3, tokens.shape[1] - 1, 0, 5])
+    tokens, T = batch(B=5)[0], batch()[0].shape[1]
+    tokens[1], tokens[3, :4] = tokens[0], tokens[2, :4]
+    last = torch.tensor([3, T - 1, 5, T - 2, 0])
+    tokens[0, 4:] = model.config.vocab_size - 1
     wanted = model(tokens, at=last).squeeze(1)
-    torch.testing.assert_close(answer_logits(model, tokens, last), wanted)
+    torch.testing.assert_close(answer_logits(model, tokens, last, shared=shared), wanted)
     base, nodes = base_of(model), Nodes.of(model.config)
     for gone in (["0.attn"], ["0.mlp"], ["0.attn", f"{model.config.n_layer - 1}.mlp"]):
         keep = torch.ones(nodes.total, dtype=torch.bool)
         for name in gone:
             nodes.split(keep)[f"{name}.resid_delta"].zero_()
+        skipped = Skipped.without(nodes, keep, base)
+        assert list(skipped.writes) == sorted(gone)
         with keep_nodes(model, keep, base):
             wanted = model(tokens, at=last).squeeze(1)
-            found = answer_logits(
-                model, tokens, last, {name: base[f"{name}.resid_delta"] for name in gone}
-            )
+            found = answer_logits(model, tokens, last, skipped, shared=shared)
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("heads", [[], [1], [0, 3]])
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_without_a_v_are_not_computed(shared, heads):
+    """Their result is replaced; so nothing changes but what they do to memory."""
+    model = model_of()
+    tokens, last = batch(B=4)[0], torch.tensor([30, 12, 7, 20])
+    base, nodes = base_of(model), Nodes.of(model.config)
+    keep = torch.ones(nodes.total, dtype=torch.bool)
+    for layer in range(2):
+        v = nodes.split(keep)[f"{layer}.attn.v"].view(-1, nodes.d_head)
+        v.zero_()
+        v[heads, 3:] = True
+    skipped = Skipped.without(nodes, keep, base)
+    assert skipped.heads["0.attn"].tolist() == heads
+    found = {}
+    for name, less in (("all", None), ("fewer", skipped)):
+        with keep_nodes(model, keep, base):
+            found[name] = answer_logits(model, tokens, last, less, shared=shared)
+    torch.testing.assert_close(found["all"], found["fewer"])
+    with hooks.recording(model, ["0.attn.y"]) as seen:
+        answer_logits(model, tokens, last, skipped, shared=shared)
+    computed = seen["0.attn.y"].unflatten(2, (-1, nodes.d_head)).abs().sum((0, 1, 3)) > 0
+    assert computed.nonzero().squeeze(1).tolist() == heads
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": 8}])
+def test_what_prompts_share_is_computed_once(changes):
+    """And has the gradients of all of them."""
+    model = model_of(dtype=torch.float64, **changes).requires_grad_(False)
+    tokens = batch(B=4, T=20)[0]
+    tokens[1, :12], tokens[3, :15] = tokens[0, :12], tokens[2, :15]
+    last = torch.tensor([19, 17, 16, 19])
+    base = base_of(model)
+    rows, found = {}, []
+    for shared in (True, False):
+        mask = torch.linspace(-1, 1, Nodes.of(model.config).total).double()[torch.randperm(
+            Nodes.of(model.config).total, generator=torch.Generator().manual_seed(1)
+        )].requires_grad_(True)
+        with mask_nodes(model, mask, base), hooks.recording(model) as seen:
+            logits = answer_logits(model, tokens, last, shared=shared)
+            logits.square().sum().backward()
+        found.append((logits.detach(), mask.grad))
+        rows[shared] = {name: value[..., 0].numel() for name, value in seen.items()}
+    torch.testing.assert_close(*found)
+    beginnings = 20 + 6 + 17 + 5
+    distinct = beginnings if changes else len(tokens.unique())
+    assert rows[True]["0.attn.q"] == distinct and rows[True]["0.mlp.post_act"] == beginnings
+    assert rows[False]["0.attn.q"] == rows[False]["0.mlp.post_act"] == tokens.numel()
+    assert rows[True]["1.attn.k"] == beginnings and rows[True]["1.attn.y"] == len(tokens)
 
 
 @pytest.mark.parametrize("by_token", [False, True])

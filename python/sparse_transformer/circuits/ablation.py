@@ -18,60 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from sparse_transformer import hooks
 from sparse_transformer.circuits.graph import Edges, Matrix, Nodes
-from sparse_transformer.model import Block, Transformer
+from sparse_transformer.model import Transformer
 
 # By hook point, `{layer}.attn.y` included: the ablated activations, `(C,)` or `(B, T, C)`.
 Baseline = Mapping[str, Tensor]
-
-
-def answer_logits(
-    model: Transformer, tokens: Tensor, last: Tensor, constant: Baseline | None = None
-) -> Tensor:
-    """Logits after position `last (B,)` of each sequence, `(B, V)`, at the least cost.
-
-    What they do not depend on is not computed: hooks in the last MLP see position `last` alone,
-    `(B, 1, C)`, and what depends only on the token is computed once for each token.
-
-    Args:
-        constant: by sublayer (`0.attn`): what it writes, `(D,)` or `(B, T, D)`; not computed.
-    """
-    constant = constant or {}
-    positions: Tensor | None = model.positions
-    rows = torch.arange(len(tokens), device=tokens.device)
-    at, where = tokens, None
-    if positions is not None:
-        positions = positions[: tokens.shape[1]]
-    elif "0.attn" in constant and constant["0.attn"].dim() == 1 and model.config.n_layer > 1:
-        distinct, where = tokens.unique(return_inverse=True)
-        at = distinct.unsqueeze(0)
-    x = model.embed(at)
-    if positions is not None and model.config.added_positions:
-        x, positions = x + positions, None
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        written = constant.get(f"{layer}.attn")
-        x = x + (block.attn(x, positions, None, layer) if written is None else written)
-        if layer == model.config.n_layer - 1 and positions is None:
-            x = x[rows, last].unsqueeze(1)
-        written = constant.get(f"{layer}.mlp")
-        x = x + (block.mlp(x, positions) if written is None else written)
-        if where is not None:
-            x, where = nn.functional.embedding(where, x[0]), None
-    if x.shape[1] > 1:
-        x = x[rows, last].unsqueeze(1)
-    logits: Tensor = model._logits(model.hook_final(x)).squeeze(1)
-    if model.bigram is not None:
-        logits = logits + nn.functional.embedding(tokens[rows, last], model.bigram)
-    return logits
-
-
-def constant_sublayers(nodes: Nodes, keep: Tensor, baseline: Baseline) -> dict[str, Tensor]:
-    """What the sublayers write in which no write is kept, by name."""
-    return {
-        name.removesuffix(".resid_delta"): baseline[name]
-        for name, part in nodes.split(keep).items()
-        if name.endswith(".resid_delta") and not bool(part.any())
-    }
 
 
 @contextmanager

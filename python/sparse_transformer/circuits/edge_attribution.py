@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from sparse_transformer.circuits.ablation import (
-    constant_sublayers,
     mask_nodes,
     remove_edges,
     sigmoid_slope,
 )
-from sparse_transformer.circuits.objective import Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.forward import Skipped
+from sparse_transformer.circuits.objective import Subgraph, TaskLoss, by_position, logit_diff
 
 
 def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False) -> Tensor:
     """Estimated rise of the loss if a node is ablated, `(total,)`.
 
     Args:
-        everywhere: also in sublayers of which the subgraph has no write; otherwise they have 0.
+        everywhere: also in sublayers of which the subgraph has no write, and heads of which it has
+            no v; otherwise they have 0.
     """
     mask = _mask(subgraph).requires_grad_(True)
     for ablation in task.pruned_under:
@@ -49,8 +50,8 @@ def _backward(
     kept = subgraph.keep if live is None else live
     for batch, calibration in task.fit_batches(subgraph):
         rest = task.baseline(batch, ablation)
-        constant = {} if everywhere else constant_sublayers(task.nodes, kept, rest)
-        if len(constant) == 2 * task.model.config.n_layer:
+        skipped = Skipped() if everywhere else Skipped.without(task.nodes, kept, rest)
+        if len(skipped.writes) == 2 * task.model.config.n_layer:
             return  # nothing has an effect
         with (
             remove_edges(task.model, task.edges, subgraph.removed, rest),
@@ -58,7 +59,8 @@ def _backward(
                 task.model, mask, rest, live=None if live is None else live & ~subgraph.keep
             ),
         ):
-            diffs = calibration.apply(logit_diff(task.model, batch, constant), batch.positive)
+            diffs = logit_diff(task.model, batch, skipped, shared=not by_position(rest))
+            diffs = calibration.apply(diffs, batch.positive)
             (torch.nn.functional.softplus(-diffs).sum() / (2 * len(task.fit))).backward()
 
 

@@ -24,7 +24,13 @@ from sparse_transformer.circuits.ablation import (
 )
 from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import EdgeGradients
-from sparse_transformer.circuits.objective import ROBUST_FACTOR, Subgraph, TaskLoss, logit_diff
+from sparse_transformer.circuits.objective import (
+    ROBUST_FACTOR,
+    Subgraph,
+    TaskLoss,
+    by_position,
+    logit_diff,
+)
 
 # Smoothing of the training loss that the price follows, and the largest change of the price in a
 # step.
@@ -192,7 +198,7 @@ def train_mask(
             live = task.with_random_rest(nothing, seed + step).keep & (harm > 0) & (mask <= 0)
         rest = task.baseline(batch, ablation)
         with masked.applied(mask.clone(), config.temperature, rest, live) as gradient:
-            diffs = logit_diff(task.model, batch)
+            diffs = logit_diff(task.model, batch, shared=not by_position(rest))
             sign = torch.where(batch.positive, 1.0, -1.0)
             calibrated = diffs * scale[0].exp() + sign * scale[1]
             loss = torch.nn.functional.softplus(-calibrated).mean()

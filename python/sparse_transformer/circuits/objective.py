@@ -14,11 +14,10 @@ from torch import Tensor
 from sparse_transformer import hooks
 from sparse_transformer.circuits.ablation import (
     Baseline,
-    answer_logits,
-    constant_sublayers,
     keep_nodes,
     remove_edges,
 )
+from sparse_transformer.circuits.forward import Skipped, answer_logits
 from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
@@ -308,22 +307,22 @@ class TaskLoss:
         if subgraph is None:
             return logit_diff(self.model, batch)
         rest = self.baseline(batch, ablation)
-        constant = constant_sublayers(self.nodes, subgraph.keep, rest)
+        skipped = Skipped.without(self.nodes, subgraph.keep, rest)
         with ExitStack() as stack:
             stack.enter_context(keep_nodes(self.model, subgraph.keep, rest))
             stack.enter_context(remove_edges(self.model, self.edges, subgraph.removed, rest))
-            return logit_diff(self.model, batch, constant)
+            return logit_diff(self.model, batch, skipped, shared=not by_position(rest))
 
     @torch.no_grad()
     def _activations(self, others: Batch, batch: Batch) -> Baseline:
         """Of all nodes in `others` at the positions of `batch`, aligned at the last token."""
         with hooks.recording(self.model) as seen:
-            answer_logits(self.model, others.tokens, others.last)
+            answer_logits(self.model, others.tokens, others.last, shared=False)
         ahead = (others.last - batch.last).unsqueeze(1)
         where = (torch.arange(batch.tokens.shape[1]) + ahead).clamp_min(0)
         where = where.minimum(others.last.unsqueeze(1)).unsqueeze(-1)
         return {
-            # The last MLP saw one position.
+            # Behind the last attention there is one position.
             name: value
             if value.shape[1] < batch.tokens.shape[1]
             else value.gather(1, where.expand(-1, -1, value.shape[-1]))
@@ -331,9 +330,16 @@ class TaskLoss:
         }
 
 
-def logit_diff(model: Transformer, batch: Batch, constant: Baseline | None = None) -> Tensor:
+def by_position(baseline: Baseline) -> bool:
+    """Whether it differs between positions."""
+    return any(activation.dim() > 1 for activation in baseline.values())
+
+
+def logit_diff(
+    model: Transformer, batch: Batch, skipped: Skipped | None = None, *, shared: bool = True
+) -> Tensor:
     """Logit of the right answer minus that of the wrong one, `(2P,)`; see `answer_logits`."""
-    logits = answer_logits(model, batch.tokens, batch.last, constant)
+    logits = answer_logits(model, batch.tokens, batch.last, skipped, shared=shared)
     found: Tensor = logits.gather(1, torch.stack([batch.right, batch.wrong], 1)).float()
     return found[:, 0] - found[:, 1]
 
