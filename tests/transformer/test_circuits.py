@@ -17,9 +17,7 @@ from sparse_transformer.circuits.edge_attribution import edge_effects, node_effe
 from sparse_transformer.circuits.forward import Skipped, answer_logits
 from sparse_transformer.circuits.graph import Edges, Nodes, count_weights
 from sparse_transformer.circuits.masks import (
-    EdgeMasks,
     MaskConfig,
-    NodeMasks,
     Price,
     _Adam,
     train_mask,
@@ -38,7 +36,6 @@ from sparse_transformer.circuits.prune import (
     NodeOrder,
     greedy_prune,
     on_paths,
-    threshold_edges,
 )
 from sparse_transformer.circuits.search import search
 from sparse_transformer.circuits.validate import _Test, control_tasks, validate, worst_rest
@@ -193,9 +190,15 @@ def test_what_prompts_share_is_computed_once(changes):
     base = base_of(model)
     rows, found = {}, []
     for shared in (True, False):
-        mask = torch.linspace(-1, 1, Nodes.of(model.config).total).double()[torch.randperm(
-            Nodes.of(model.config).total, generator=torch.Generator().manual_seed(1)
-        )].requires_grad_(True)
+        mask = (
+            torch.linspace(-1, 1, Nodes.of(model.config).total)
+            .double()[
+                torch.randperm(
+                    Nodes.of(model.config).total, generator=torch.Generator().manual_seed(1)
+                )
+            ]
+            .requires_grad_(True)
+        )
         with mask_nodes(model, mask, base), hooks.recording(model) as seen:
             logits = answer_logits(model, tokens, last, shared=shared)
             logits.square().sum().backward()
@@ -204,9 +207,11 @@ def test_what_prompts_share_is_computed_once(changes):
     torch.testing.assert_close(*found)
     beginnings = 20 + 6 + 17 + 5
     distinct = beginnings if changes else len(tokens.unique())
-    assert rows[True]["0.attn.q"] == distinct and rows[True]["0.mlp.post_act"] == beginnings
+    assert rows[True]["0.attn.q"] == distinct
+    assert rows[True]["0.mlp.post_act"] == beginnings
     assert rows[False]["0.attn.q"] == rows[False]["0.mlp.post_act"] == tokens.numel()
-    assert rows[True]["1.attn.k"] == beginnings and rows[True]["1.attn.y"] == len(tokens)
+    assert rows[True]["1.attn.k"] == beginnings
+    assert rows[True]["1.attn.y"] == len(tokens)
 
 
 @pytest.mark.parametrize("by_token", [False, True])
@@ -797,26 +802,6 @@ def test_refining_from_the_whole_model_leaves_what_is_planted(task):
     assert task.calibrated_loss(subgraph) <= 0.15
 
 
-def test_masks_on_edges_find_the_planted_ones(task):
-    whole = everything(task).keep
-    config = MaskConfig(steps=120, pairs=8, price=1e-3, learning_rate=5e-2, aim=0.1)
-    mask = train_mask(EdgeMasks(task, whole), config)
-    assert float(mask.abs().max()) <= 1
-    subgraph = threshold_edges(task, whole, mask, 0.15)
-    assert subgraph is not None
-    assert task.calibrated_loss(subgraph) <= 0.15
-    assert ids(task, subgraph.keep) >= PLANTED_NODES
-    assert task.size(subgraph) < 20
-    refined = greedy_prune(task, subgraph, 0.15)
-    assert ids(task, refined.keep) == PLANTED_NODES
-    # Among these nodes there is nothing to be found.
-    nothing = torch.zeros_like(whole)
-    nothing[task.nodes.index("1.mlp.post_act:0")] = True
-    mask = train_mask(EdgeMasks(task, nothing), dataclasses.replace(config, steps=2))
-    assert mask.shape == (0,)
-    assert threshold_edges(task, nothing, mask, 0.15) is None
-
-
 def test_nothing_has_no_effects_and_stays_nothing(task):
     nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
     assert not node_effects(task, nothing).any()
@@ -896,8 +881,7 @@ def test_a_mask_keeps_what_is_worth_its_price(task, under):
     task = task.under(*PRUNED_UNDER[under])
     config = MaskConfig(steps=30 * len(task.pruned_under), pairs=8, learning_rate=3e-2)
     cheap, dear = (
-        train_mask(NodeMasks(task), dataclasses.replace(config, price=price))
-        for price in (1e-4, 1e2)
+        train_mask(task, dataclasses.replace(config, price=price)) for price in (1e-4, 1e2)
     )
     needed = [task.nodes.index(id) for id in PLANTED_NODES]
     assert (cheap[needed] > 0).all()

@@ -1,29 +1,20 @@
-"""Masks on nodes and on edges, trained as published (Gao et al. 2025, section 2.2, appendix A.5).
+"""Masks on nodes, trained as published (Gao et al. 2025, section 2.2, appendix A.5).
 
 One parameter per node, a step in the forward, the derivative of a sigmoid in the backward, a price
-per node that is kept. Edges are masked in the same way, which the paper leaves to others.
+per node that is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparse_transformer.circuits.ablation import (
-    Baseline,
-    keep_nodes,
-    mask_nodes,
-    remove_edges,
-    sigmoid_slope,
-)
+from sparse_transformer.circuits.ablation import mask_nodes, sigmoid_slope
 from sparse_transformer.circuits.budget import Progress
-from sparse_transformer.circuits.edge_attribution import EdgeGradients
 from sparse_transformer.circuits.objective import (
     ROBUST_FACTOR,
     Subgraph,
@@ -49,7 +40,7 @@ class MaskConfig:
     Attributes:
         steps: of AdamW, with a learning rate that falls linearly to zero.
         pairs: prompts of a step, in pairs.
-        price: what a kept node or edge costs, in nats (k_coef).
+        price: what a kept node costs, in nats (k_coef).
         learning_rate, weight_decay: of AdamW.
         start, noise: mean and deviation of the masks at the beginning.
         temperature: of the sigmoid whose derivative stands for the step's.
@@ -75,108 +66,29 @@ class MaskConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
-class Masked(Protocol):
-    """What a mask is trained on: the nodes of a model, or its edges.
-
-    Attributes:
-        ablations: of the rest, one after another.
-    """
-
-    task: TaskLoss
-    count: int
-    ablations: tuple[str, ...]
-
-    def applied(
-        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
-    ) -> AbstractContextManager[Callable[[float], Tensor]]:
-        """Inside the block what has a mask `(count,)` of at most 0 is ablated.
-
-        Yields a function that, after the backward, takes the price and returns the gradient in the
-        mask of the loss and of the price of all that is kept.
-
-        Args:
-            rest: what is ablated has this.
-            live: bool `(total,)`, nodes that are never ablated; None for none.
-        """
-
-
-class NodeMasks:
-    """All nodes of a model."""
-
-    def __init__(self, task: TaskLoss) -> None:
-        self.task, self.count = task, task.nodes.total
-        self.ablations = task.pruned_under
-
-    @contextmanager
-    def applied(
-        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
-    ) -> Iterator[Callable[[float], Tensor]]:
-        mask = mask.requires_grad_(True)
-
-        @torch.no_grad()
-        def gradient(price: float) -> Tensor:
-            assert mask.grad is not None
-            return mask.grad + price * sigmoid_slope(mask, temperature)
-
-        with mask_nodes(self.task.model, mask, rest, temperature, live):
-            yield gradient
-
-
-class EdgeMasks:
-    """The edges between the nodes of `keep`, bool `(total,)`."""
-
-    def __init__(self, task: TaskLoss, keep: Tensor) -> None:
-        self.task, self._keep = task, keep
-        self.between = task.edges.between(keep)
-        self.count = int(self.between.sum())
-        # Gradients in edges are known where the rest has constants, not those in nodes.
-        self.ablations = tuple(
-            name for name in task.pruned_under if name not in ("pair", "adversarial")
-        )
-
-    @contextmanager
-    def applied(
-        self, mask: Tensor, temperature: float, rest: Baseline, live: Tensor | None
-    ) -> Iterator[Callable[[float], Tensor]]:
-        removed = torch.zeros_like(self.between)
-        removed[self.between] = mask <= 0
-        task = self.task
-        keep = self._keep if live is None else self._keep | live
-        with (
-            EdgeGradients(task) as gradients,
-            remove_edges(task.model, task.edges, removed, rest),
-            keep_nodes(task.model, keep, rest),
-        ):
-            yield (
-                lambda price: (
-                    sigmoid_slope(mask, temperature) * (gradients.take()[self.between] + price)
-                )
-            )
-
-
 def train_mask(
-    masked: Masked,
+    task: TaskLoss,
     config: MaskConfig,
     *,
     seed: int = 0,
     progress: Progress | None = None,
     watch: Callable[[float, float, Tensor], None] | None = None,
 ) -> Tensor:
-    """A mask, float `(count,)` in [-1, 1]; what has a value above 0 is kept.
+    """A mask, float `(total,)` in [-1, 1]; nodes with a value above 0 are kept.
 
-    Step by step the rest is ablated in the next of `masked.ablations`. In "adversarial" a random
+    Step by step the rest is ablated in the next of `task.pruned_under`. In "adversarial" a random
     share of those nodes is not ablated which, by the gradients of the steps before, would then
     raise the loss.
 
     Args:
-        masked: what has a mask.
+        task: the task.
         config: how it is trained.
         seed: of the mask, the batches and the random parts of the rest.
         watch: called after each step with the share of the steps that are done, the smoothed
             loss and the mask; it may raise an exception to end the training.
     """
-    task, generator = masked.task, torch.Generator().manual_seed(seed)
-    noise = torch.randn(masked.count, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(task.nodes.total, generator=generator)
     mask = (config.start + config.noise * noise).clamp(-1, 1)
     # The logits' scale and shift are learned along: only their difference decides.
     scale = torch.zeros(2, requires_grad=True)
@@ -185,30 +97,32 @@ def train_mask(
     price, batches = Price(config), task.batches(config.pairs, seed)
     progress = progress or Progress()
     smooth = 0.0
-    nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
-    harm = torch.zeros(masked.count)
+    nothing = Subgraph(torch.zeros_like(mask, dtype=torch.bool))
+    harm = torch.zeros_like(mask)
     for step in range(config.steps):
         progress.advance(step / config.steps)
         batch = next(batches)
-        ablation = masked.ablations[step % len(masked.ablations)]
+        ablation = task.pruned_under[step % len(task.pruned_under)]
         live = None
         if ablation == "random":
             live = task.with_random_rest(nothing, seed + step).keep
         elif ablation == "adversarial":
             live = task.with_random_rest(nothing, seed + step).keep & (harm > 0) & (mask <= 0)
         rest = task.baseline(batch, ablation)
-        with masked.applied(mask.clone(), config.temperature, rest, live) as gradient:
+        leaf = mask.clone().requires_grad_(True)
+        with mask_nodes(task.model, leaf, rest, config.temperature, live):
             diffs = logit_diff(task.model, batch, shared=not by_position(rest))
             sign = torch.where(batch.positive, 1.0, -1.0)
             calibrated = diffs * scale[0].exp() + sign * scale[1]
             loss = torch.nn.functional.softplus(-calibrated).mean()
             loss.backward()
-            now = float(loss.detach())
-            smooth += (_SMOOTHING if step else 1.0) * (now - smooth)
-            cost = price.after(now if ablation == "mean" else now / ROBUST_FACTOR)
-            grad = gradient(cost)
-        if "adversarial" in masked.ablations:
-            effect = grad - cost * sigmoid_slope(mask, config.temperature)
+        now = float(loss.detach())
+        smooth += (_SMOOTHING if step else 1.0) * (now - smooth)
+        cost = price.after(now if ablation == "mean" else now / ROBUST_FACTOR)
+        effect = leaf.grad
+        assert effect is not None
+        grad = effect + cost * sigmoid_slope(mask, config.temperature)
+        if "adversarial" in task.pruned_under:
             seen = torch.ones_like(harm) if live is None else (~live).float()
             harm += _HARM_SMOOTHING * seen * (effect / (effect.norm() + 1e-9) - harm)
         assert scale.grad is not None
@@ -243,7 +157,7 @@ class _Adam:
 
 
 class Price:
-    """What a node or edge costs now; see `MaskConfig.aim`."""
+    """What a node costs now; see `MaskConfig.aim`."""
 
     def __init__(self, config: MaskConfig) -> None:
         self._now, self._aim = config.price, config.aim

@@ -28,8 +28,8 @@ _MOST_TOKENS = 8192
 _CALIBRATION_STEPS = 16
 # The least scale of a calibration, in units of one over the mean size of the differences.
 _LEAST_SCALE = 1e-3
-# Every second one of the shorter half of the fitting prompts.
-_PROBE_STRIDE = 2
+# Every fourth one of the fitting prompts, by length.
+_PROBE_STRIDE = 4
 # What the rest of a model has in place of its activations: the mean over the corpus; zero; its
 # activations in another prompt of about this length; or in the other prompt of the pair. In
 # "random" a random part of the rest has its mean. Other prompts are aligned at the last token.
@@ -111,7 +111,7 @@ class TaskLoss:
         means: Baseline,
         *,
         train_pairs: int = 512,
-        fit_pairs: int = 96,
+        fit_pairs: int = 256,
         test_pairs: int = 128,
         test_seeds: int = 3,
         max_tokens: int = 96,
@@ -223,8 +223,8 @@ class TaskLoss:
         return max(losses)
 
     def probe(self) -> list[Pair]:
-        """A few short prompts of those for fitting, for what is measured very often."""
-        return sorted(self.fit, key=_length)[: max(1, len(self.fit) // 2) : _PROBE_STRIDE]
+        """A few of the prompts for fitting, for what is measured very often."""
+        return sorted(self.fit, key=_length)[::_PROBE_STRIDE]
 
     def fit_batches(self, subgraph: Subgraph) -> Iterator[tuple[Batch, Calibration]]:
         """The prompts for fitting, batch by batch, and the calibration of `subgraph` on them."""

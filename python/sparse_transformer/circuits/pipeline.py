@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_transformer.circuits.activations import fingerprint
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Control, Validation
-from sparse_transformer.circuits.masks import EdgeMasks, MaskConfig, NodeMasks, train_mask
+from sparse_transformer.circuits.masks import MaskConfig, train_mask
 from sparse_transformer.circuits.objective import (
     ROBUST_FACTOR,
     Calibration,
@@ -28,11 +28,11 @@ from sparse_transformer.circuits.objective import (
     score,
 )
 from sparse_transformer.circuits.prune import (
+    MOST_TRIED,
     NodeOrder,
     Size,
     greedy_prune,
     size_of,
-    threshold_edges,
 )
 from sparse_transformer.circuits.search import Candidate, search
 from sparse_transformer.circuits.validate import control_tasks, validate, worst_rest
@@ -40,10 +40,9 @@ from sparse_transformer.errors import UserError
 
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the target
 # holds on others too: on `python-small`, 0.8 of it became 1.4 of it there.
-_FIT_SHARE = 0.6
-# Edges are chosen among those of a circuit with this share of the target; their training aims at
-# the second share, as it is measured on the prompts for training.
-_WIDE_SHARE, _EDGE_AIM, _EDGE_RATE = 0.45, 0.8, 1e-1
+_FIT_SHARE = 0.8
+# Pruning starts from the nodes that reach such a share of the target: more of them to choose from.
+_WIDE_SHARES = (0.45, 0.6, 0.8)
 # Target losses of the size curve, beside the one that is asked for.
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Sizes at which faithfulness is measured, as shares of all edges.
@@ -92,7 +91,7 @@ class FoundCircuit:
         calibration: fitted on the prompts for fitting.
         config: how its masks were trained.
         sizes: `cut`: the mask's threshold, with all edges between its nodes, as the paper counts;
-            `nodes`: after pruning nodes, all edges between them; `edges`: after pruning edges.
+            `nodes`: the circuit's nodes with all edges between them; `edges`: the circuit.
         validation: on held-out prompts, with the controls.
         curve: for each target of `CURVE` the size by threshold; None where it is not reached.
         faithfulness: of ever more nodes; None where there was no time for it.
@@ -171,7 +170,7 @@ def find_circuit(
     share = _SEARCHES / (1 + len(tries))
     timed = MaskConfig(steps=_TIMED, pairs=budget.pairs)
     began = time.monotonic()
-    train_mask(NodeMasks(task), timed, seed=seed)
+    train_mask(task, timed, seed=seed)
     step = (time.monotonic() - began) / _TIMED
     if len(task.pruned_under) > 1:
         budget = replace(budget, steps=_MIXED_STEPS * budget.steps)
@@ -242,23 +241,29 @@ def _find(
         return Pruned(Subgraph(best.nodes.keep), best, sizes, best.nodes.loss, complete)
     with progress.part(_MASKS, 1.0):
         found = []
-        for candidate in candidates:
+        for number, candidate in enumerate(candidates):
             if candidate.nodes.loss <= target:
-                whole = Subgraph(candidate.nodes.keep)
-                few = greedy_prune(
-                    task, whole, target, edges=False, singly=not edges, progress=progress
-                )
+                with progress.part(number / len(candidates), (number + 1) / len(candidates)):
+                    wide = _wide(candidate, target, progress)
+                    few = greedy_prune(task, wide, target, edges=edges, progress=progress)
                 found.append((few, candidate))
         subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
-        sizes["nodes"] = size_of(task, subgraph)
-        if edges:
-            subgraph = prune_edges(task, subgraph, best, target, budget, seed, progress)
         if _adversary(task, subgraph, target) is not None:
             subgraph = Subgraph(best.nodes.keep)
+        sizes["nodes"] = size_of(task, Subgraph(subgraph.keep))
         if edges:
             sizes["edges"] = size_of(task, subgraph)
         complete = complete and progress.left >= 0
     return Pruned(subgraph, best, sizes, task.calibrated_loss(subgraph), complete)
+
+
+def _wide(candidate: Candidate, target: float, progress: Progress) -> Subgraph:
+    """More nodes than are needed, but not too many to try each."""
+    for share in _WIDE_SHARES:
+        found = candidate.order.threshold(share * target, progress)
+        if found.loss <= target and found.nodes + found.edges <= MOST_TRIED:
+            return Subgraph(found.keep)
+    return Subgraph(candidate.nodes.keep)
 
 
 def _hardened(
@@ -286,34 +291,6 @@ def _adversary(task: TaskLoss, subgraph: Subgraph, target: float) -> Tensor | No
     if task.under("mean").calibrated_loss(worst) <= ROBUST_FACTOR * target:
         return None
     return worst.keep & ~subgraph.keep
-
-
-def prune_edges(
-    task: TaskLoss,
-    subgraph: Subgraph,
-    candidate: Candidate,
-    target: float,
-    budget: Budget,
-    seed: int,
-    progress: Progress,
-) -> Subgraph:
-    """Removes single edges of `subgraph` and of what a mask on edges leaves; the smaller result.
-
-    The mask is on the edges between more nodes of the candidate than are needed.
-    """
-    wide = candidate.order.threshold(_WIDE_SHARE * target, progress).keep
-    config = MaskConfig(
-        steps=budget.steps,
-        pairs=budget.pairs,
-        price=1e-3,
-        learning_rate=_EDGE_RATE,
-        aim=_EDGE_AIM * target,
-    )
-    mask = train_mask(EdgeMasks(task, wide), config, seed=seed)
-    by_mask = threshold_edges(task, wide, mask, target, progress)
-    starts = [subgraph] if by_mask is None else [subgraph, by_mask]
-    found = [greedy_prune(task, part, target, singly=False, progress=progress) for part in starts]
-    return greedy_prune(task, min(found, key=task.size), target, progress=progress)
 
 
 def _faithfulness(task: TaskLoss, order: NodeOrder) -> Faithfulness:

@@ -1,13 +1,14 @@
 """From a trained mask to the subgraph that a task needs.
 
-`NodeOrder.threshold` and `threshold_edges` keep as few of the highest values of a mask as the
-target loss allows, as published. `greedy_prune` goes further than the paper: it removes single
-nodes and single edges while the loss stays below the target. All of them keep only what lies on a
-path from a token to an answer.
+`NodeOrder.threshold` keeps as few of the nodes with the highest mask as the target loss allows, as
+published. `greedy_prune` goes further than the paper: it removes single nodes and single edges
+while the loss stays below the target, those first that cost least for each edge. Both keep only
+what lies on a path from a token to an answer.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,8 +20,13 @@ from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
-# Up to so many candidates are tried one by one in the end.
-_MOST_TRIED = 128
+# Up to so many candidates are tried one by one, and before that the cheapest go together while the
+# loss stays below this share of the target.
+MOST_TRIED, _BULK_SHARE = 350, 0.5
+# What has less than this share of the target on the probe is not measured on all prompts.
+_SURE = 0.6
+# What takes a node away and no edge still makes a circuit a little simpler.
+_LEAST_GONE = 0.5
 # What has this multiple of the target on the probe is not tried on all prompts.
 _HOPELESS = 2.0
 
@@ -99,43 +105,6 @@ class NodeOrder:
             )
         keep = self.keep(high)
         return Thresholded(keep, int(keep.sum()), self._task.edges.count(keep), self.loss(high))
-
-
-def threshold_edges(
-    task: TaskLoss,
-    keep: Tensor,
-    mask: Tensor,
-    target: float,
-    progress: Progress | None = None,
-) -> Subgraph | None:
-    """Bisects the number of edges between the nodes of `keep`, those with the highest mask first.
-
-    Args:
-        mask: of these edges, in their order.
-
-    Returns:
-        The subgraph without dead ends; None if all edges are too few.
-    """
-    between = task.edges.between(keep)
-    order = between.nonzero().squeeze(1)[mask.argsort(descending=True, stable=True)]
-
-    def of(count: int) -> Subgraph:
-        removed = between.clone()
-        removed[order[:count]] = False
-        return on_paths(task, Subgraph(keep, removed))
-
-    def enough(count: int) -> bool:
-        return task.calibrated_loss(of(count)) <= target
-
-    low, high = 0, len(order)
-    if not enough(high):
-        return None
-    chosen = int((mask > 0).sum())
-    if enough(chosen):
-        high = chosen
-    else:
-        low = chosen
-    return of(_bisect(enough, low, high, progress=progress))
 
 
 def _bisect(
@@ -222,32 +191,32 @@ def greedy_prune(
     target: float,
     *,
     edges: bool = True,
-    singly: bool = True,
     progress: Progress | None = None,
 ) -> Subgraph:
     """Removes nodes and edges until nothing can go or the time is over.
 
-    The candidates are ordered by what their absence would cost, estimated from gradients; bisection
-    finds the largest number of the cheapest that can go together. When no more can, and few are
-    left, each is tried by itself, once: what could not go hardly can when others have gone.
+    While there are many, those go together that seem cheapest by gradients. Then each is tried by
+    itself, and one after another goes that raises the loss least for each edge that goes with it.
 
     Args:
         subgraph: reaches the target.
         target: calibrated loss on the prompts for fitting.
         edges: remove single edges too.
-        singly: try each in the end.
     """
     progress = progress or Progress()
-    kinds = (_Nodes, _Edges) if edges else (_Nodes,)
     if edges and subgraph.removed is None:
         subgraph = replace(subgraph, removed=torch.zeros(len(task.edges.source), dtype=torch.bool))
-    before = None
-    while (size := size_of(task, subgraph)) != before and progress.left >= 0:
-        before = size
-        for kind in kinds:
-            subgraph = _many(kind(task, subgraph), target, progress)
-        progress.advance(0.0, nodes=size.nodes, edges=size.edges)
-    return _one_by_one(kinds[-1](task, subgraph), target, progress) if singly else subgraph
+    # The loss that is allowed is for what is chosen with care: the rest shall go for little of it.
+    for share in (_BULK_SHARE, 1.0):
+        before = None
+        while (size := size_of(task, subgraph)) != before and progress.left >= 0:
+            if size.nodes + edges * size.edges <= MOST_TRIED:
+                return _by_cost(task, subgraph, target, edges, progress)
+            before = size
+            for kind in (_Nodes, _Edges) if edges else (_Nodes,):
+                subgraph = _many(kind(task, subgraph), share * target, progress)
+            progress.advance(0.0, nodes=size.nodes, edges=size.edges)
+    return subgraph
 
 
 class _Nodes:
@@ -256,10 +225,13 @@ class _Nodes:
     def __init__(self, task: TaskLoss, subgraph: Subgraph) -> None:
         self.task, self.subgraph = task, subgraph
 
-    def ordered(self) -> Tensor:
-        """Those that are left, the cheapest first."""
-        left = self.subgraph.keep.nonzero().squeeze(1)
-        return left[node_effects(self.task, self.subgraph)[left].argsort(stable=True)]
+    def left(self) -> Tensor:
+        """Their numbers."""
+        return self.subgraph.keep.nonzero().squeeze(1)
+
+    def effects(self) -> Tensor:
+        """By number: by how much the loss would rise, from gradients."""
+        return node_effects(self.task, self.subgraph)
 
     def without(self, gone: Tensor) -> Subgraph:
         """The subgraph without these, and without the dead ends that they leave."""
@@ -271,9 +243,11 @@ class _Nodes:
 class _Edges(_Nodes):
     """Its edges."""
 
-    def ordered(self) -> Tensor:
-        left = self.task.present_edges(self.subgraph).nonzero().squeeze(1)
-        return left[edge_effects(self.task, self.subgraph)[left].argsort(stable=True)]
+    def left(self) -> Tensor:
+        return self.task.present_edges(self.subgraph).nonzero().squeeze(1)
+
+    def effects(self) -> Tensor:
+        return edge_effects(self.task, self.subgraph)
 
     def without(self, gone: Tensor) -> Subgraph:
         assert self.subgraph.removed is not None
@@ -283,8 +257,9 @@ class _Edges(_Nodes):
 
 
 def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
-    """Without as many of the cheapest candidates as the target allows together."""
-    ordered = candidates.ordered()
+    """Without as many of the candidates that seem cheapest as the target allows together."""
+    left = candidates.left()
+    ordered = left[candidates.effects()[left].argsort(stable=True)]
     best, low, high = candidates.subgraph, 0, len(ordered) + 1
     # Bisection, though the loss need not rise: each result that counts has been measured.
     while high - low > 1 and progress.left >= 0:
@@ -298,25 +273,59 @@ def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
     return best
 
 
-def _one_by_one(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
-    """Without each candidate that the target allows to go after those before it."""
-    task = candidates.task
-    ordered = candidates.ordered()
-    if len(ordered) > _MOST_TRIED:
-        return candidates.subgraph
-    for one in ordered.unsqueeze(1):
-        if progress.left < 0:
-            break
-        smaller = candidates.without(one)
-        if size_of(task, smaller) == size_of(task, candidates.subgraph):
-            continue  # it went with one before it
-        if _fits(task, smaller, target):
-            candidates.subgraph = smaller
-    return candidates.subgraph
+def _by_cost(
+    task: TaskLoss, subgraph: Subgraph, target: float, edges: bool, progress: Progress
+) -> Subgraph:
+    """Without one node or edge after another, that of the least cost first.
+
+    The cost is the rise of the loss on the probe over the number of edges that go. It is measured
+    for all of them in the beginning, and again only for that which seems cheapest, until one that
+    was measured in the present subgraph is.
+    """
+    probe, kinds = task.probe(), (_Nodes, _Edges) if edges else (_Nodes,)
+    now, size = task.calibrated_loss(subgraph, probe), task.size(subgraph)
+
+    def tried(kind: type[_Nodes], number: int) -> tuple[float, float, Subgraph]:
+        smaller = kind(task, subgraph).without(torch.tensor([number]))
+        loss = task.calibrated_loss(smaller, probe)
+        return (loss - now) / max(size - task.size(smaller), _LEAST_GONE), loss, smaller
+
+    # Cost, the subgraph that it was measured in, kind and number.
+    queue: list[tuple[float, int, int, int]] = []
+    for place, kind in enumerate(kinds):
+        for number in kind(task, subgraph).left().tolist():
+            if progress.left < 0:
+                return subgraph
+            cost, loss, _ = tried(kind, number)
+            if loss <= _HOPELESS * target:
+                queue.append((cost, 0, place, number))
+    heapq.heapify(queue)
+    removed, sure = 0, subgraph
+    fresh: dict[tuple[int, int], tuple[Subgraph, float]] = {}
+    while queue and progress.left >= 0:
+        _, measured, place, number = heapq.heappop(queue)
+        kind = kinds[place]
+        if not bool((kind(task, subgraph).left() == number).any()):
+            continue  # it went with another
+        if measured < removed or (place, number) not in fresh:
+            cost, loss, smaller = tried(kind, number)
+            if loss <= _HOPELESS * target:
+                fresh[place, number] = smaller, loss
+                heapq.heappush(queue, (cost, removed, place, number))
+            continue
+        smaller, loss = fresh[place, number]
+        if loss > _SURE * target:
+            if task.calibrated_loss(smaller) > target:
+                continue
+            sure = smaller
+        subgraph, now, size = smaller, loss, task.size(smaller)
+        removed, fresh = removed + 1, {}
+        progress.advance(0.0, nodes=int(subgraph.keep.sum()), edges=size)
+    return subgraph if task.calibrated_loss(subgraph) <= target else sure
 
 
 def _fits(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
-    """Whether it reaches the target; what is far from it on a few prompts is not tried on all."""
+    """Whether it reaches the target; what is far from it on the probe is not tried on all."""
     if task.calibrated_loss(subgraph, task.probe()) > _HOPELESS * target:
         return False
     return task.calibrated_loss(subgraph) <= target

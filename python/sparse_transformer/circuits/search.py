@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor
 
 from sparse_transformer.circuits.budget import Budget, Progress
-from sparse_transformer.circuits.masks import MaskConfig, NodeMasks, train_mask
+from sparse_transformer.circuits.masks import MaskConfig, train_mask
 from sparse_transformer.circuits.objective import TaskLoss
 from sparse_transformer.circuits.prune import NodeOrder, Thresholded
 
@@ -54,9 +54,9 @@ _GUESSES = tuple(
         "weight_decay": 1e-3,
     }
     for follow, price, rate in (
-        (False, 1e-2, 3e-2),
+        (True, 1e-3, 2e-2),
         (True, 1e-3, 3e-2),
-        (True, 1e-3, 6e-2),
+        (True, 1e-3, 1.5e-2),
         (False, 3e-4, 3e-2),
     )
 )
@@ -101,7 +101,7 @@ def search(
             try:
                 # Trial numbers continue after an interruption, and so do the batches.
                 mask = train_mask(
-                    NodeMasks(task),
+                    task,
                     config,
                     seed=seed + trial.number,
                     progress=progress,
