@@ -802,6 +802,44 @@ def test_refining_from_the_whole_model_leaves_what_is_planted(task):
     assert task.calibrated_loss(subgraph) <= 0.15
 
 
+def test_what_costs_least_for_its_edges_goes_first():
+    """Of three noisy paths the weakest goes, whichever it is, and nothing that is left could go."""
+    for weakest in range(3):
+        model, generator = planted(noise=0.0), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for path, channel in enumerate((0, 2, 4)):
+                strength = 1.5 if path == weakest else 3.0
+                model.embed.weight[:, channel] = torch.randn(V, generator=generator)
+                model.embed.weight[A, channel] += strength
+                model.embed.weight[B, channel] -= strength
+                model.blocks[0].attn.qkv.weight[2 * D + 5 + path, :] = 0
+                model.blocks[0].attn.qkv.weight[2 * D + 5 + path, channel] = 2.0
+                model.blocks[0].attn.out.weight[3, 5 + path] = 8.0
+        task = task_of(model)
+        paths = [{f"0.attn.act_in:{2 * path}", f"0.attn.v:{5 + path}"} for path in range(3)]
+        whole = chosen(task, "0.attn.resid_delta:3", *set.union(*paths))
+        without = [
+            task.calibrated_loss(
+                chosen(task, "0.attn.resid_delta:3", *set.union(*paths[:path], *paths[path + 1 :]))
+            )
+            for path in range(3)
+        ]
+        target = without[weakest] + 1e-3
+        assert (
+            task.calibrated_loss(whole)
+            < target
+            < min(loss for path, loss in enumerate(without) if path != weakest)
+        )
+        found = greedy_prune(task, whole, target)
+        left = task.present_edges(found).nonzero().squeeze(1)
+        assert not ids(task, found.keep) & paths[weakest]
+        assert len(left) == 4
+        for edge in left:
+            removed = found.removed.clone()
+            removed[edge] = True
+            assert task.calibrated_loss(dataclasses.replace(found, removed=removed)) > target
+
+
 def test_nothing_has_no_effects_and_stays_nothing(task):
     nothing = Subgraph(torch.zeros(task.nodes.total, dtype=torch.bool))
     assert not node_effects(task, nothing).any()

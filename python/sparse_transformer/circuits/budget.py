@@ -31,7 +31,7 @@ class Budget:
     trials: int = 3
     steps: int = 150
     pairs: int = 16
-    finalists: int = 2
+    finalists: int = 3
     test_pairs: int = 128
 
     def __post_init__(self) -> None:

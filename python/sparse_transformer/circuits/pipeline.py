@@ -28,7 +28,6 @@ from sparse_transformer.circuits.objective import (
     score,
 )
 from sparse_transformer.circuits.prune import (
-    MOST_TRIED,
     NodeOrder,
     Size,
     greedy_prune,
@@ -39,10 +38,10 @@ from sparse_transformer.circuits.validate import control_tasks, validate, worst_
 from sparse_transformer.errors import UserError
 
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the target
-# holds on others too: on `python-small`, 0.8 of it became 1.4 of it there.
+# holds on others too.
 _FIT_SHARE = 0.8
-# Pruning starts from the nodes that reach such a share of the target: more of them to choose from.
-_WIDE_SHARES = (0.45, 0.6, 0.8)
+# Pruning starts from the nodes that reach this share of the target: more of them to choose from.
+_WIDE_SHARE = 0.8
 # Target losses of the size curve, beside the one that is asked for.
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Sizes at which faithfulness is measured, as shares of all edges.
@@ -244,8 +243,11 @@ def _find(
         for number, candidate in enumerate(candidates):
             if candidate.nodes.loss <= target:
                 with progress.part(number / len(candidates), (number + 1) / len(candidates)):
-                    wide = _wide(candidate, target, progress)
-                    few = greedy_prune(task, wide, target, edges=edges, progress=progress)
+                    wide = candidate.order.threshold(_WIDE_SHARE * target, progress)
+                    enough = wide if wide.loss <= target else candidate.nodes
+                    few = greedy_prune(
+                        task, Subgraph(enough.keep), target, edges=edges, progress=progress
+                    )
                 found.append((few, candidate))
         subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
         if _adversary(task, subgraph, target) is not None:
@@ -255,15 +257,6 @@ def _find(
             sizes["edges"] = size_of(task, subgraph)
         complete = complete and progress.left >= 0
     return Pruned(subgraph, best, sizes, task.calibrated_loss(subgraph), complete)
-
-
-def _wide(candidate: Candidate, target: float, progress: Progress) -> Subgraph:
-    """More nodes than are needed, but not too many to try each."""
-    for share in _WIDE_SHARES:
-        found = candidate.order.threshold(share * target, progress)
-        if found.loss <= target and found.nodes + found.edges <= MOST_TRIED:
-            return Subgraph(found.keep)
-    return Subgraph(candidate.nodes.keep)
 
 
 def _hardened(

@@ -22,9 +22,7 @@ from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
 # Up to so many candidates are tried one by one, and before that the cheapest go together while the
 # loss stays below this share of the target.
-MOST_TRIED, _BULK_SHARE = 350, 0.5
-# What has less than this share of the target on the probe is not measured on all prompts.
-_SURE = 0.6
+_MOST_TRIED, _BULK_SHARE = 350, 0.5
 # What takes a node away and no edge still makes a circuit a little simpler.
 _LEAST_GONE = 0.5
 # What has this multiple of the target on the probe is not tried on all prompts.
@@ -210,7 +208,7 @@ def greedy_prune(
     for share in (_BULK_SHARE, 1.0):
         before = None
         while (size := size_of(task, subgraph)) != before and progress.left >= 0:
-            if size.nodes + edges * size.edges <= MOST_TRIED:
+            if size.nodes + edges * size.edges <= _MOST_TRIED:
                 return _by_cost(task, subgraph, target, edges, progress)
             before = size
             for kind in (_Nodes, _Edges) if edges else (_Nodes,):
@@ -300,7 +298,7 @@ def _by_cost(
             if loss <= _HOPELESS * target:
                 queue.append((cost, 0, place, number))
     heapq.heapify(queue)
-    removed, sure = 0, subgraph
+    removed = 0
     fresh: dict[tuple[int, int], tuple[Subgraph, float]] = {}
     while queue and progress.left >= 0:
         _, measured, place, number = heapq.heappop(queue)
@@ -314,14 +312,12 @@ def _by_cost(
                 heapq.heappush(queue, (cost, removed, place, number))
             continue
         smaller, loss = fresh[place, number]
-        if loss > _SURE * target:
-            if task.calibrated_loss(smaller) > target:
-                continue
-            sure = smaller
+        if task.calibrated_loss(smaller) > target:
+            continue
         subgraph, now, size = smaller, loss, task.size(smaller)
         removed, fresh = removed + 1, {}
         progress.advance(0.0, nodes=int(subgraph.keep.sum()), edges=size)
-    return subgraph if task.calibrated_loss(subgraph) <= target else sure
+    return subgraph
 
 
 def _fits(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
