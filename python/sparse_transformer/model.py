@@ -230,7 +230,7 @@ class Attention(nn.Module):
         """`(B, T, D)` to q, k and v before AbsTopK, `(B, T, 3, W)`."""
         read = self.hook_in(_read(x, self.norm, self.position_norm, positions, self.keep_in))
         projected: Tensor = self.qkv(read)
-        return projected.view(*x.shape[:2], 3, -1)
+        return projected.view(*x.shape[:2], 3, self.config.heads * self.config.d_head)
 
     def write(self, y: Tensor) -> Tensor:
         """What the heads found, `(B, T, W)`, to what is added to the stream, `(B, T, D)`."""
