@@ -48,7 +48,7 @@ def test_it_is_abs_topk_of_gelu(isa, dtype, rows, cols, seed, data):
         activated = cpu.gelu_abs_topk(x, cols)  # keeps all
         y = cpu.gelu_abs_topk(x, k)
         assert torch.equal(y, cpu.abs_topk(activated, k))
-        grad_x = cpu.gelu_abs_topk_backward(grad, y, x)
+        grad_x = cpu.gelu_abs_topk_backward(grad, *cpu.pack(y, x, k))
     exact = torch.nn.functional.gelu(x.double())
     peer = torch.nn.functional.gelu(x)
     assert ((activated.double() - exact).abs() <= bound(activated, exact, peer)).all()
@@ -77,12 +77,14 @@ def test_strides_threads_and_dimensions_do_not_matter(isa, dtype):
     x, grad = draw(50, 77, dtype, 0)
     with cpu.use_isa(isa):
         wanted = cpu.gelu_abs_topk(x, 20)
-        gradient = cpu.gelu_abs_topk_backward(grad, wanted, x)
+        gradient = cpu.gelu_abs_topk_backward(grad, *cpu.pack(wanted, x, 20))
         for threads in (1, 3):
             torch.set_num_threads(threads)
             turned = [tensor.t().contiguous().t() for tensor in (grad, wanted, x)]
             assert torch.equal(cpu.gelu_abs_topk(turned[2], 20), wanted)
-            assert torch.equal(cpu.gelu_abs_topk_backward(*turned), gradient)
+            assert torch.equal(
+                cpu.gelu_abs_topk_backward(turned[0], *cpu.pack(*turned[1:], 20)), gradient
+            )
         leaf = x.view(5, 10, 77).requires_grad_()
         y = gelu_abs_topk(leaf, 20)
         assert torch.equal(y.view(50, 77), wanted)
@@ -111,7 +113,8 @@ def test_opcheck_and_compile(dtype):
         torch.library.opcheck(torch.ops.sparse_kernels.gelu_abs_topk.default, (x, 7, name))
         y = ops.gelu_abs_topk(x, 7, name)
         torch.library.opcheck(
-            torch.ops.sparse_kernels.gelu_abs_topk_backward.default, (grad, y, x, name)
+            torch.ops.sparse_kernels.gelu_abs_topk_backward.default,
+            (grad, *cpu.pack(y, x, 7), name),
         )
     compiled = torch.compile(lambda x: gelu_abs_topk(x, 7), fullgraph=True)
     assert torch.equal(compiled(x), gelu_abs_topk(x, 7))
@@ -155,7 +158,7 @@ def test_it_is_abs_topk_of_the_norm(isa, dtype, rows, cols, seed, data):
         whole, _ = cpu.norm_abs_topk(x, weight, cols, eps)
         y, scales = cpu.norm_abs_topk(x, weight, k, eps)
         assert torch.equal(y, cpu.abs_topk(whole, k))
-        grads = cpu.norm_abs_topk_backward(grad, y, x, weight, scales)
+        grads = cpu.norm_abs_topk_backward(grad, cpu.pack(y, y, k)[0], x, weight, scales)
     wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
     exact = normed(*wide, eps)
     unit = torch.finfo(dtype).eps
@@ -175,10 +178,11 @@ def test_norm_strides_threads_and_dimensions_do_not_matter(isa, dtype):
     x, weight, grad = draw_norm(300, 77, dtype, 0)
     with cpu.use_isa(isa):
         wanted, scales = cpu.norm_abs_topk(x, weight, 20, 1e-6)
-        gradients = cpu.norm_abs_topk_backward(grad, wanted, x, weight, scales)
+        bits, _ = cpu.pack(wanted, wanted, 20)
+        gradients = cpu.norm_abs_topk_backward(grad, bits, x, weight, scales)
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            turned = [tensor.t().contiguous().t() for tensor in (grad, wanted, x)]
+            turned = [tensor.t().contiguous().t() for tensor in (grad, bits, x)]
             assert torch.equal(cpu.norm_abs_topk(turned[2], weight, 20, 1e-6)[0], wanted)
             got = cpu.norm_abs_topk_backward(*turned, weight, scales)
             assert all(map(torch.equal, got, gradients))
@@ -216,7 +220,7 @@ def test_norm_opcheck_and_compile(dtype):
         arguments = (x, weight, 7, 1e-6, name)
         torch.library.opcheck(torch.ops.sparse_kernels.norm_abs_topk.default, arguments)
         y, scales = ops.norm_abs_topk(*arguments)
-        rows = grad, y, x
+        rows = grad, cpu.pack(y, y, 7)[0], x
         for tensors in (rows, [tensor.t().contiguous().t() for tensor in rows]):
             torch.library.opcheck(
                 torch.ops.sparse_kernels.norm_abs_topk_backward.default,
