@@ -109,9 +109,11 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
 #endif
     });
 
-    module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
-        sk::use_huge_pages(pointer<void>(data), bytes);
-    });
+    py::class_<sk::Memory>(module, "Memory", py::buffer_protocol())
+        .def(py::init<size_t>())
+        .def_buffer([](sk::Memory& memory) {
+            return py::buffer_info(memory.data(), static_cast<py::ssize_t>(memory.size()), false);
+        });
 
     module.def("checksum", [](uintptr_t entries, int64_t count) {
         return sk::checksum(pointer<const uint32_t>(entries), count);
@@ -152,30 +154,37 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
     define("bias_grad", &Table::bias_grad, 6, [](Arguments& a) {
         return sk::BiasGradArguments{a.data(), a.size(), a.data(), a.size(), a.size(), a.threads()};
     });
-    const auto topk = [](Arguments& a) {
-        return sk::AbsTopkArguments{a.data(), a.size(), a.size(), a.data(),
-                                    a.size(), a.size(), a.size(), a.threads()};
+    const auto packed = [](Arguments& a) {
+        return sk::Packed{static_cast<uint64_t*>(a.data()), a.data(), a.size()};
     };
-    define("abs_topk", &Table::abs_topk, 8, topk);
-    define("gelu_abs_topk", &Table::gelu_abs_topk, 8, topk);
-    define("abs_topk_backward", &Table::abs_topk_backward, 10, [](Arguments& a) {
-        return sk::AbsTopkBackwardArguments{a.data(), a.size(), a.size(), a.data(), a.size(),
-                                            a.size(), a.data(), a.size(), a.size(), a.threads()};
+    const auto topk = [=](Arguments& a) {
+        return sk::AbsTopkArguments{
+            a.data(), a.size(),   a.size(),  a.data(), a.next().cast<double>(),
+            a.data(), a.data(),   packed(a), a.size(), a.size(),
+            a.size(), a.threads()};
+    };
+    define("abs_topk", &Table::abs_topk, 14, topk);
+    define("gelu_abs_topk", &Table::gelu_abs_topk, 14, topk);
+    define("norm_abs_topk", &Table::norm_abs_topk, 14, topk);
+    const auto topk_backward = [=](Arguments& a) {
+        return sk::AbsTopkBackwardArguments{a.data(), a.size(), a.size(), packed(a),
+                                            a.data(), a.size(), a.size(), a.threads()};
+    };
+    define("abs_topk_backward", &Table::abs_topk_backward, 10, topk_backward);
+    define("gelu_abs_topk_backward", &Table::gelu_abs_topk_backward, 10, topk_backward);
+    define("norm_abs_topk_backward", &Table::norm_abs_topk_backward, 12, [](Arguments& a) {
+        return sk::NormAbsTopkBackwardArguments{
+            a.data(), a.size(),   a.data(), a.size(), static_cast<const uint64_t*>(a.data()),
+            a.data(), a.data(),   a.data(), a.data(), a.size(),
+            a.size(), a.threads()};
     });
-    define("gelu_abs_topk_backward", &Table::gelu_abs_topk_backward, 13, [](Arguments& a) {
-        return sk::GeluAbsTopkBackwardArguments{a.data(), a.size(), a.size(),   a.data(), a.size(),
-                                                a.size(), a.data(), a.size(),   a.size(), a.data(),
-                                                a.size(), a.size(), a.threads()};
+    define("pack", &Table::pack, 12, [=](Arguments& a) {
+        return sk::PackArguments{a.data(), a.size(),  a.size(), a.data(), a.size(),
+                                 a.size(), packed(a), a.size(), a.size(), a.threads()};
     });
-    define("norm_abs_topk", &Table::norm_abs_topk, 11, [](Arguments& a) {
-        return sk::NormAbsTopkArguments{
-            a.data(), a.size(), a.size(), a.data(),   a.next().cast<double>(), a.data(), a.data(),
-            a.size(), a.size(), a.size(), a.threads()};
-    });
-    define("norm_abs_topk_backward", &Table::norm_abs_topk_backward, 13, [](Arguments& a) {
-        return sk::NormAbsTopkBackwardArguments{a.data(), a.size(), a.data(),   a.size(), a.data(),
-                                                a.size(), a.data(), a.data(),   a.data(), a.data(),
-                                                a.size(), a.size(), a.threads()};
+    define("unpack", &Table::unpack, 8, [=](Arguments& a) {
+        return sk::UnpackArguments{packed(a),  a.next().cast<bool>(), a.data(), a.size(), a.size(),
+                                   a.threads()};
     });
     // Shapes are (batch, queries, keys, heads, channels); a tensor of heads is its address and its
     // strides over batch, tokens and heads.

@@ -47,6 +47,8 @@ BACKENDS: dict[str, Backend] = {
 }
 # Those that have AbsTopK fused with what comes before it.
 FUSED = ("reference", "cpu", "cuda")
+# Those that also have its results in packed form.
+PACKED = ("reference", "cpu")
 NAMES = tuple(BACKENDS)
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 

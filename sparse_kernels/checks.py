@@ -164,6 +164,12 @@ def check_kept(k: int, width: int) -> None:
         raise ValueError(f"k must be from 1 to {width}, the size of the last axis, got {k}")
 
 
+def check_size(name: str, size: int) -> None:
+    """Raises ValueError if `size` is negative."""
+    if size < 0:
+        raise ValueError(f"{name} must be at least 0, got {size}")
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums of `dtype` are taken."""
     return torch.float64 if dtype == torch.float64 else torch.float32

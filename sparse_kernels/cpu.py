@@ -6,6 +6,7 @@ in the order of a *schedule*, which is computed once and cached in the layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -35,7 +36,7 @@ _isa: int = _extension.default_isa() if _extension is not None else 0
 # Inputs in a panel, at most (or one block): a tile of a panel fits the cache.
 _PANEL_FEATURES = 2048
 # Results of at least this size are allocated in huge pages.
-_HUGE_BYTES = 4 << 20
+_LARGE_BYTES = 4 << 20
 # The most terms of a running sum whose rounding errors do not show.
 _LONGEST_SUM = 64
 
@@ -157,11 +158,13 @@ def _scheduled(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Memory for a result, in huge pages if it is large: small ones fault one by one."""
-    out = like.new_empty(shape)
-    if out.nbytes >= _HUGE_BYTES:
-        _extension.use_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    """Memory for a contiguous result; a large one gets its own, see `Memory` in csrc/cpu."""
+    size = math.prod(shape) * like.itemsize
+    if size < _LARGE_BYTES:
+        return like.new_empty(shape)
+    storage = torch.frombuffer(_extension.Memory(size), dtype=torch.uint8).untyped_storage()
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return like.new_empty(0).set_(storage, 0, shape, strides)
 
 
 def _run(kernel: str, dtype: torch.dtype, *arguments: object) -> None:
@@ -221,52 +224,116 @@ def bias_grad(grad_output: Tensor) -> Tensor:
     return out
 
 
-def _by_rows(kernel: str, *inputs: Tensor, k: tuple[int, ...] = ()) -> Tensor:
-    """What a kernel makes of the rows of matrices (M, D), any strides, that have one shape."""
-    out = _empty(inputs[0], *inputs[0].shape)
-    pointers = (number for tensor in inputs for number in _matrix(tensor))
-    _run(kernel, out.dtype, *pointers, out.data_ptr(), *out.shape, *k)
-    return out
+def _topk(
+    kernel: str, x: Tensor, k: int, room: int = -1, weight: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, ...]:
+    """y; the scales if there is a weight; the bits and values if `room` is not negative."""
+    rows, width = x.shape
+    results = [_empty(x, rows, width)]
+    pointers = [0 if weight is None else weight.data_ptr(), eps, results[0].data_ptr()]
+    if weight is not None:
+        results.append(x.new_empty(rows, dtype=wide_dtype(x.dtype)))
+    pointers.append(0 if weight is None else results[1].data_ptr())
+    packed = _packed(x, room) if room >= 0 else ()
+    pointers += [*(tensor.data_ptr() for tensor in packed), room] if packed else [0, 0, 0]
+    _run(kernel, x.dtype, *_matrix(x), *pointers, rows, width, k)
+    return *results, *packed
+
+
+def _packed(x: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Memory for the bits and values of x (M, D), `room` of them in each row."""
+    rows, width = x.shape
+    bits = x.new_empty((rows, -(-width // 64)), dtype=torch.int64)
+    return bits, _empty(x, rows, room)
+
+
+def pack(y: Tensor, x: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """y and x (M, D), any strides. See `reference.pack`."""
+    bits, values = _packed(x, room)
+    pointers = *_matrix(y), *_matrix(x), bits.data_ptr(), values.data_ptr(), room
+    _run("pack", x.dtype, *pointers, *x.shape)
+    return bits, values
+
+
+def unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> Tensor:
+    """See `reference.unpack`."""
+    values, bits = values.contiguous(), bits.contiguous()
+    y = _empty(values, values.shape[0], width)
+    pointers = bits.data_ptr(), values.data_ptr(), values.shape[1], of_gelu, y.data_ptr()
+    _run("unpack", y.dtype, *pointers, *y.shape)
+    return y
 
 
 def abs_topk(x: Tensor, k: int) -> Tensor:
-    """See `reference.abs_topk`."""
-    return _by_rows("abs_topk", x, k=(k,))
+    """See `reference.abs_topk`; x (M, D) with any strides, as for all of these."""
+    return _topk("abs_topk", x, k)[0]
 
 
-def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
-    """See `reference.abs_topk_backward`."""
-    return _by_rows("abs_topk_backward", grad_output, y)
+def abs_topk_packed(x: Tensor, k: int) -> tuple[Tensor, ...]:
+    """See `reference.abs_topk_packed`."""
+    return _topk("abs_topk", x, k, 0)[:2]
 
 
 def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
     """See `reference.gelu_abs_topk`."""
-    return _by_rows("gelu_abs_topk", x, k=(k,))
+    return _topk("gelu_abs_topk", x, k)[0]
+
+
+def gelu_abs_topk_packed(x: Tensor, k: int) -> tuple[Tensor, ...]:
+    """See `reference.gelu_abs_topk_packed`."""
+    return _topk("gelu_abs_topk", x, k, k)
+
+
+def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, ...]:
+    """See `reference.norm_abs_topk`."""
+    return _topk("norm_abs_topk", x, k, weight=weight.contiguous(), eps=eps)
+
+
+def norm_abs_topk_packed(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, ...]:
+    """See `reference.norm_abs_topk_packed`."""
+    return _topk("norm_abs_topk", x, k, k, weight.contiguous(), eps)
+
+
+def _topk_backward(kernel: str, grad_output: Tensor, bits: Tensor, values: Tensor) -> Tensor:
+    bits, values = bits.contiguous(), values.contiguous()
+    grad = _empty(grad_output, *grad_output.shape)
+    pointers = bits.data_ptr(), values.data_ptr(), values.shape[-1], grad.data_ptr()
+    _run(kernel, grad.dtype, *_matrix(grad_output), *pointers, *grad.shape)
+    return grad
+
+
+def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
+    """See `reference.abs_topk_backward`."""
+    bits = y if y.dtype == torch.int64 else pack(y, y, 0)[0]
+    return _topk_backward("abs_topk_backward", grad_output, bits, grad_output.new_empty(0))
 
 
 def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """See `reference.gelu_abs_topk_backward`."""
-    return _by_rows("gelu_abs_topk_backward", grad_output, y, x)
+    return gelu_abs_topk_packed_backward(grad_output, *pack(y, x, x.shape[1]))
 
 
-def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference.norm_abs_topk`; x (M, D) with any strides."""
-    weight = weight.contiguous()
-    y, scales = _empty(x, *x.shape), x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
-    inputs = *_matrix(x), weight.data_ptr(), eps
-    _run("norm_abs_topk", x.dtype, *inputs, y.data_ptr(), scales.data_ptr(), *x.shape, k)
-    return y, scales
+def gelu_abs_topk_packed_backward(grad_output: Tensor, bits: Tensor, values: Tensor) -> Tensor:
+    """See `reference.gelu_abs_topk_packed_backward`."""
+    return _topk_backward("gelu_abs_topk_backward", grad_output, bits, values)
 
 
 def norm_abs_topk_backward(
     grad_output: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x (M, D) and weight (D,). See `reference.norm_abs_topk_backward`."""
-    grad_output, y, x = (_with_unit_stride(tensor) for tensor in (grad_output, y, x))
-    weight, scales = weight.contiguous(), scales.contiguous()
+    return norm_abs_topk_packed_backward(grad_output, pack(y, y, 0)[0], x, weight, scales)
+
+
+def norm_abs_topk_packed_backward(
+    grad_output: Tensor, bits: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `reference.norm_abs_topk_packed_backward`."""
+    grad_output, x = (_with_unit_stride(tensor) for tensor in (grad_output, x))
+    bits, weight, scales = bits.contiguous(), weight.contiguous(), scales.contiguous()
     grad, grad_weight = _empty(x, *x.shape), torch.empty_like(weight)
-    rows = *_matrix(grad_output)[:2], *_matrix(y)[:2], *_matrix(x)[:2]
-    pointers = (tensor.data_ptr() for tensor in (weight, scales, grad, grad_weight))
+    rows = *_matrix(grad_output)[:2], *_matrix(x)[:2]
+    pointers = (tensor.data_ptr() for tensor in (bits, weight, scales, grad, grad_weight))
     _run("norm_abs_topk_backward", x.dtype, *rows, *pointers, *x.shape)
     return grad, grad_weight
 

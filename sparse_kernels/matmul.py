@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sparse_kernels import backends, checks, ops
+from sparse_kernels import backends, checks, kept, ops
 from sparse_kernels.layout import FanInLayout, Layout, check_layout
 
 
@@ -201,7 +201,8 @@ def linear(
     name = backends.choose_for(x, "grad_input" if transpose else "forward", backend, layout)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.is_differentiated(x, values, bias):
-        y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
+        with kept.saving(tokens):
+            y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
     else:  # a Function takes longer than the product of one token
         y = ops.spmm(tokens, values, layout, bias, name, transpose)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

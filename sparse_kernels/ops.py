@@ -140,12 +140,51 @@ def _check_norm(x: Tensor, weight: Tensor, k: int, eps: float) -> None:
     checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
 
 
+def _check_bits(bits: Tensor, rows: Tensor, width: int) -> None:
+    shape = (rows.shape[0], -(-width // 64))
+    checks.check_tensor("bits", bits, shape, torch.int64, rows.device)
+
+
+def _check_topk_backward(grad_output: Tensor, y: Tensor) -> None:
+    _check_rows(grad_output=grad_output)
+    if checks.check_strided("y", y).dtype == torch.int64:
+        _check_bits(y, grad_output, grad_output.shape[1])
+    else:
+        _check_rows(grad_output=grad_output, y=y)
+
+
+def _check_unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> None:
+    _check_rows(values=values)
+    checks.check_size("width", width)
+    _check_bits(bits, values, width)
+
+
+def _check_pack(y: Tensor, x: Tensor, room: int) -> None:
+    _check_rows(y=y, x=x)
+    checks.check_size("room", room)
+
+
+def _check_gelu_packed_backward(grad: Tensor, bits: Tensor, values: Tensor) -> None:
+    _check_rows(grad_output=grad)
+    _check_rows(values=values)
+    shape = grad.shape[0], values.shape[1]
+    checks.check_tensor("values", values, shape, grad.dtype, grad.device)
+    _check_bits(bits, grad, grad.shape[1])
+
+
 def _check_norm_backward(
     grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
 ) -> None:
     _check_rows(grad_output=grad, y=y, x=x)
     checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
     checks.check_tensor("scales", scales, x.shape[:1], checks.wide_dtype(x.dtype), x.device)
+
+
+def _check_norm_packed_backward(
+    grad: Tensor, bits: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> None:
+    _check_norm_backward(grad, grad, x, weight, scales)
+    _check_bits(bits, grad, grad.shape[1])
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
@@ -188,6 +227,11 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
     return first.new_empty(first.shape)
 
 
+def _packed_like(x: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    return x.new_empty((rows, (width + 63) // 64), dtype=torch.int64), x.new_empty(rows, room)
+
+
 def _row_sums(x: Tensor, *sizes: int) -> Tensor:
     return x.new_empty(sizes, dtype=checks.wide_dtype(x.dtype))
 
@@ -216,16 +260,42 @@ TABLE = (
         lambda grad: _check_rows(grad_output=grad),
         lambda grad, name: grad.new_empty(grad.shape[1]),
     ),
+    Op(
+        "pack(Tensor y, Tensor x, int room, str backend) -> (Tensor, Tensor)",
+        _check_pack,
+        lambda y, x, room, name: _packed_like(x, room),
+    ),
+    Op(
+        "unpack(Tensor values, Tensor bits, int width, bool of_gelu, str backend) -> Tensor",
+        _check_unpack,
+        lambda values, bits, width, *_: values.new_empty(values.shape[0], width),
+    ),
     Op("abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
     Op(
+        "abs_topk_packed(Tensor x, int k, str backend) -> (Tensor, Tensor)",
+        _check_topk,
+        lambda x, k, name: (_like_first(x), _packed_like(x, 0)[0]),
+    ),
+    Op(
         "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
-        lambda grad, y: _check_rows(grad_output=grad, y=y),
+        _check_topk_backward,
         _like_first,
     ),
     Op("gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
     Op(
+        "gelu_abs_topk_packed(Tensor x, int k, str backend) -> (Tensor, Tensor, Tensor)",
+        _check_topk,
+        lambda x, k, name: (_like_first(x), *_packed_like(x, k)),
+    ),
+    Op(
         "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
         lambda grad, y, x: _check_rows(grad_output=grad, y=y, x=x),
+        _like_first,
+    ),
+    Op(
+        "gelu_abs_topk_packed_backward(Tensor grad_output, Tensor bits, Tensor values,"
+        " str backend) -> Tensor",
+        _check_gelu_packed_backward,
         _like_first,
     ),
     Op(
@@ -234,10 +304,26 @@ TABLE = (
         lambda x, *_: (_like_first(x), _row_sums(x, x.shape[0])),
     ),
     Op(
+        "norm_abs_topk_packed(Tensor x, Tensor weight, int k, float eps, str backend)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _check_norm,
+        lambda x, weight, k, *_: (
+            _like_first(x),
+            _row_sums(x, x.shape[0]),
+            *_packed_like(x, k),
+        ),
+    ),
+    Op(
         "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight,"
         " Tensor scales, str backend) -> (Tensor, Tensor)",
         _check_norm_backward,
         lambda grad, y, x, weight, *_: (_like_first(x), _like_first(weight)),
+    ),
+    Op(
+        "norm_abs_topk_packed_backward(Tensor grad_output, Tensor bits, Tensor x, Tensor weight,"
+        " Tensor scales, str backend) -> (Tensor, Tensor)",
+        _check_norm_packed_backward,
+        lambda grad, bits, x, weight, *_: (_like_first(x), _like_first(weight)),
     ),
     Op(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
@@ -298,12 +384,19 @@ def _register(op: Op) -> OpOverload:
     _grad_input,
     _grad_weight,
     bias_grad,
+    pack,
+    unpack,
     abs_topk,
+    abs_topk_packed,
     abs_topk_backward,
     gelu_abs_topk,
+    gelu_abs_topk_packed,
     gelu_abs_topk_backward,
+    gelu_abs_topk_packed_backward,
     norm_abs_topk,
+    norm_abs_topk_packed,
     norm_abs_topk_backward,
+    norm_abs_topk_packed_backward,
     attention,
     attention_backward,
 ) = map(_register, TABLE)

@@ -163,15 +163,67 @@ def abs_topk(x: Tensor, k: int) -> Tensor:
     return torch.where(kept, x, 0).contiguous()
 
 
+def pack(y: Tensor, x: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """The places where y `(M, D)` is not zero, and what x `(M, D)` has there.
+
+    Returns `bits`, int64 `(M, ceil(D / 64))`: bit `i % 64` of word `i // 64` of a row belongs to
+    its entry i; and `values (M, room)`: the entries of x at those places, in order. Each row has at
+    most `room` of them; behind them the row has no meaning.
+    """
+    rows, width = y.shape
+    words = -(-width // 64)
+    kept = torch.zeros(rows, words * 64, dtype=torch.bool, device=y.device)
+    kept[:, :width] = y != 0
+    weights = 1 << torch.arange(64, device=y.device)
+    bits = (kept.view(rows, words, 64) * weights).sum(2)
+    order = (~kept[:, :width]).to(torch.int8).sort(dim=1, stable=True).indices[:, :room]
+    values = x.new_zeros(rows, room)
+    values[:, :width] = x.gather(1, order)
+    return bits, values
+
+
+def unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> Tensor:
+    """`y (M, width)` from `pack(y, y)`, or if `of_gelu` from `pack(y, x)` where y is GELU of x."""
+    kept = is_kept(bits, width)
+    entries = _gelu(values) if of_gelu else values
+    places = (kept.cumsum(1) - 1).clamp_(0, values.shape[1] - 1)
+    return torch.where(kept, entries.gather(1, places), 0).contiguous()
+
+
+def is_kept(bits: Tensor, width: int) -> Tensor:
+    """The bits of `pack` as bools, `(M, width)`."""
+    shifts = torch.arange(64, device=bits.device)
+    return (bits[:, :, None] >> shifts & 1).flatten(1)[:, :width].bool()
+
+
+def abs_topk_packed(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """y of `abs_topk`, and the bits of `pack(y, y, 0)`."""
+    y = abs_topk(x, k)
+    return y, pack(y, y, 0)[0]
+
+
 def abs_topk_backward(grad_output: Tensor, y: Tensor) -> Tensor:
-    """`dX = dY` where the result `y` of `abs_topk` is not zero, zero elsewhere; all `(M, D)`."""
-    return torch.where(y != 0, grad_output, 0).contiguous()
+    """`dX = dY` where the result `y` of `abs_topk` is not zero, zero elsewhere; all `(M, D)`.
+
+    In place of y its bits do, as `pack` makes them.
+    """
+    kept = is_kept(y, grad_output.shape[1]) if y.dtype == torch.int64 else y != 0
+    return torch.where(kept, grad_output, 0).contiguous()
 
 
 def gelu_abs_topk(x: Tensor, k: int) -> Tensor:
     """`abs_topk(gelu(x), k)` of x `(M, D)`, `gelu(x) = x P(X <= x)`, X standard normal."""
-    gelu = torch.nn.functional.gelu(x.double()).to(x.dtype)
-    return abs_topk(gelu, k)
+    return abs_topk(_gelu(x), k)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x.double()).to(x.dtype)
+
+
+def gelu_abs_topk_packed(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y of `gelu_abs_topk`, and `pack(y, x, k)`."""
+    y = gelu_abs_topk(x, k)
+    return y, *pack(y, x, k)
 
 
 def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -179,6 +231,13 @@ def gelu_abs_topk_backward(grad_output: Tensor, y: Tensor, x: Tensor) -> Tensor:
     wide = x.double()
     slope = torch.special.ndtr(wide) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
     return torch.where(y != 0, grad_output.double() * slope, 0).to(x.dtype).contiguous()
+
+
+def gelu_abs_topk_packed_backward(grad_output: Tensor, bits: Tensor, values: Tensor) -> Tensor:
+    """`gelu_abs_topk_backward` from the results of `gelu_abs_topk_packed`."""
+    width = grad_output.shape[1]
+    x, kept = unpack(values, bits, width, of_gelu=False), is_kept(bits, width)
+    return gelu_abs_topk_backward(grad_output, kept, x)
 
 
 def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -189,6 +248,14 @@ def norm_abs_topk(x: Tensor, weight: Tensor, k: int, eps: float) -> tuple[Tensor
     scales = torch.rsqrt(x.double().square().mean(1) + eps)
     y = abs_topk((x.double() * scales[:, None] * weight.double()).to(x.dtype), k)
     return y, scales.to(wide_dtype(x.dtype))
+
+
+def norm_abs_topk_packed(
+    x: Tensor, weight: Tensor, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and scales of `norm_abs_topk`, and `pack(y, y, k)`."""
+    y, scales = norm_abs_topk(x, weight, k, eps)
+    return y, scales, *pack(y, y, k)
 
 
 def norm_abs_topk_backward(
@@ -204,6 +271,13 @@ def norm_abs_topk_backward(
     n, g = x.double() * scale, h * weight.double()
     grad = scale * (g - n * (g * n).mean(1, keepdim=True))
     return grad.to(x.dtype).contiguous(), (h * n).sum(0).to(weight.dtype)
+
+
+def norm_abs_topk_packed_backward(
+    grad_output: Tensor, bits: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`norm_abs_topk_backward` from the results of `norm_abs_topk_packed`."""
+    return norm_abs_topk_backward(grad_output, is_kept(bits, x.shape[1]), x, weight, scales)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

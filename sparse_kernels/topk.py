@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sparse_kernels import backends, ops
+from sparse_kernels import backends, kept, ops
 from sparse_kernels.checks import check_float, check_int, refuse_jit_trace
 
 
@@ -38,8 +38,28 @@ class AbsTopk(Function):
         return grad
 
 
+class PackedAbsTopk(Function):
+    """The same, but saves the bits of the result; for the CPU, where no rule is recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
+        y, bits = ops.abs_topk_packed(x, k, backend)
+        ctx.save_for_backward(bits)
+        ctx.backend = backend
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return ops.apply(KeptGradient, grads[0], bits, ctx.backend), None, None
+
+
 class KeptGradient(Function):
-    """`dX = dY * (Y != 0)`: linear in dY with a constant mask, hence its own derivative."""
+    """`dX = dY * (Y != 0)`: linear in dY with a constant mask, hence its own derivative.
+
+    y is the result of AbsTopK, or its bits.
+    """
 
     @staticmethod
     def forward(grad_output: Tensor, y: Tensor, backend: str) -> Tensor:
@@ -80,7 +100,8 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
         backend: "reference", "cpu", ..., by default the fastest that can run this.
 
     Returns:
-        `(..., D)`, contiguous, in the dtype of x. Only this result is saved for backward.
+        `(..., D)`, contiguous, in the dtype of x. Of the result a bit for each entry is saved for
+        backward on the CPU; elsewhere, compiled or transformed, the result.
 
     Raises:
         TypeError: the type of an argument or the dtype of x is wrong.
@@ -93,7 +114,12 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     name = choose_backend(x, k, backend)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     learns = ops.is_differentiated(x)
-    y: Tensor = ops.apply(AbsTopk, rows, k, name) if learns else ops.abs_topk(rows, k, name)
+    if not learns:
+        y: Tensor = ops.abs_topk(rows, k, name)
+    elif kept.is_packed(name):
+        y = PackedAbsTopk.apply(rows, k, name)
+    else:
+        y = ops.apply(AbsTopk, rows, k, name)
     return y.view(x.shape)
 
 

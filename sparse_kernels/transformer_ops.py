@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import backends, cpu, ops, reference
+from sparse_kernels import backends, cpu, kept, ops, reference
 from sparse_kernels.checks import (
     CPU_DTYPES,
     FLOAT_DTYPES,
@@ -30,38 +30,53 @@ _LOGITS = {"cpu": 2**20, "cuda": 2**26}
 
 
 class GeluAbsTopk(Function):
-    """`abs_topk(gelu(X))`; saves x and the result."""
+    """`abs_topk(gelu(X))`; saves x where the result is not zero, or on a GPU x and the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int, backend: str) -> Tensor:
-        y = ops.gelu_abs_topk(x, k, backend)
-        ctx.save_for_backward(x, y)
         ctx.backend = backend
+        if backend not in backends.PACKED:
+            y: Tensor = ops.gelu_abs_topk(x, k, backend)
+            ctx.save_for_backward(y, x)
+            return y
+        y, bits, values = ops.gelu_abs_topk_packed(x, k, backend)
+        ctx.save_for_backward(bits, values)
+        kept.attach(y, bits, values, of_gelu=True, backend=backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        return ops.gelu_abs_topk_backward(grad_output, y, x, ctx.backend), None, None
+        packed = ctx.backend in backends.PACKED
+        run = ops.gelu_abs_topk_packed_backward if packed else ops.gelu_abs_topk_backward
+        return run(grad_output, *ctx.saved_tensors, ctx.backend), None, None
 
 
 class NormAbsTopk(Function):
-    """`abs_topk(rms_norm(X) * weight)`; saves x, the result and the scale of each row."""
+    """`abs_topk(rms_norm(X) * weight)`; saves x, the scale of each row and the result's bits.
+
+    On a GPU the result in the place of its bits.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, k: int, eps: float, backend: str) -> Tensor:
-        y, scales = ops.norm_abs_topk(x, weight, k, eps, backend)
-        ctx.save_for_backward(x, weight, y, scales)
         ctx.backend = backend
+        y: Tensor
+        if backend not in backends.PACKED:
+            y, scales = ops.norm_abs_topk(x, weight, k, eps, backend)
+            ctx.save_for_backward(y, x, weight, scales)
+            return y
+        y, scales, bits, values = ops.norm_abs_topk_packed(x, weight, k, eps, backend)
+        ctx.save_for_backward(bits, x, weight, scales)
+        kept.attach(y, bits, values, of_gelu=False, backend=backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y, scales = ctx.saved_tensors
-        grads = ops.norm_abs_topk_backward(grad_output, y, x, weight, scales, ctx.backend)
-        return *grads, None, None, None
+        packed = ctx.backend in backends.PACKED
+        run = ops.norm_abs_topk_packed_backward if packed else ops.norm_abs_topk_backward
+        return *run(grad_output, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 class CausalAttention(Function):

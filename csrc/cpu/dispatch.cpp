@@ -108,8 +108,6 @@ constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kKeptBytes = size_t{64} << 20;
 
-}  // namespace
-
 void use_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
@@ -120,6 +118,19 @@ void use_huge_pages(void* data, size_t bytes) {
     (void)data, (void)bytes;
 #endif
 }
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : size_(bytes) {
+    constexpr size_t kLine = 64;
+    allocated_ = std::malloc(bytes + kLine);
+    if (!allocated_) throw std::bad_alloc();
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(allocated_) + kLine - 1) / kLine * kLine;
+    data_ = reinterpret_cast<uint8_t*>(aligned);
+    use_huge_pages(data_, bytes);
+}
+
+Memory::~Memory() { std::free(allocated_); }
 
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {

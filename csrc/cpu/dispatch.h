@@ -36,10 +36,21 @@ struct SddmmArguments {
     int threads;
 };
 
+// Packed rows, as kept.h has them: words of bits, and `room` values for each row.
+struct Packed {
+    uint64_t* bits;
+    void* values;
+    int64_t room;
+};
+
+// The weight, scales (one of each row, in the compute type) and eps are those of RMSNorm.
 struct AbsTopkArguments {
     const void* x;
     int64_t row_stride, col_stride;
-    void* y;
+    const void* weight;
+    double eps;
+    void *y, *scales;
+    Packed packed;  // null, or with room for k or nothing
     int64_t rows, cols, k;
     int threads;
 };
@@ -47,21 +58,26 @@ struct AbsTopkArguments {
 struct AbsTopkBackwardArguments {
     const void* grad_output;
     int64_t grad_output_row_stride, grad_output_col_stride;
-    const void* y;
-    int64_t y_row_stride, y_col_stride;
+    Packed packed;
     void* grad_input;
     int64_t rows, cols;
     int threads;
 };
 
-struct GeluAbsTopkBackwardArguments {
-    const void* grad_output;
-    int64_t grad_output_row_stride, grad_output_col_stride;
+struct PackArguments {
     const void* y;
     int64_t y_row_stride, y_col_stride;
     const void* x;
     int64_t x_row_stride, x_col_stride;
-    void* grad_input;
+    Packed packed;
+    int64_t rows, cols;
+    int threads;
+};
+
+struct UnpackArguments {
+    Packed packed;
+    bool of_gelu;
+    void* y;
     int64_t rows, cols;
     int threads;
 };
@@ -74,24 +90,12 @@ struct BiasGradArguments {
     int threads;
 };
 
-// Scales, one of each row, are in the compute type.
-struct NormAbsTopkArguments {
-    const void* x;
-    int64_t row_stride, col_stride;
-    const void* weight;
-    double eps;
-    void *y, *scales;
-    int64_t rows, cols, k;
-    int threads;
-};
-
 struct NormAbsTopkBackwardArguments {
     const void* grad_output;
     int64_t grad_output_stride;
-    const void* y;
-    int64_t y_stride;
     const void* x;
     int64_t x_stride;
+    const uint64_t* bits;
     const void *weight, *scales;
     void *grad_input, *grad_weight;
     int64_t rows, cols;
@@ -144,9 +148,11 @@ struct KernelTable {
     void (*abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
     void (*gelu_abs_topk[kDTypes])(const AbsTopkArguments&);
-    void (*gelu_abs_topk_backward[kDTypes])(const GeluAbsTopkBackwardArguments&);
-    void (*norm_abs_topk[kDTypes])(const NormAbsTopkArguments&);
+    void (*gelu_abs_topk_backward[kDTypes])(const AbsTopkBackwardArguments&);
+    void (*norm_abs_topk[kDTypes])(const AbsTopkArguments&);
     void (*norm_abs_topk_backward[kDTypes])(const NormAbsTopkBackwardArguments&);
+    void (*pack[kDTypes])(const PackArguments&);
+    void (*unpack[kDTypes])(const UnpackArguments&);
     void (*attention[kDTypes])(const AttentionArguments&);
     void (*attention_backward[kDTypes])(const AttentionBackwardArguments&);
     void (*cross_entropy[kDTypes])(const CrossEntropyArguments&);

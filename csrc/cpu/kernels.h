@@ -66,50 +66,48 @@ void run_bias_grad(const BiasGradArguments& arguments) {
               static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
 }
 
-template <class T>
-void run_abs_topk(const AbsTopkArguments& arguments) {
-    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
-                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
-                arguments.threads);
+template <class T, class Prepare>
+void run_topk(const AbsTopkArguments& a, const Prepare& prepare) {
+    abs_topk<T>({static_cast<const T*>(a.x), a.row_stride, a.col_stride}, static_cast<T*>(a.y),
+                PackedRows<T>{a.packed.bits, static_cast<T*>(a.packed.values), a.packed.room},
+                a.rows, a.cols, a.k, a.threads, prepare);
 }
 
 template <class T>
-void run_abs_topk_backward(const AbsTopkBackwardArguments& arguments) {
-    abs_topk_backward(
-        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
-                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
-        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_row_stride,
-                        arguments.y_col_stride},
-        static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
+void run_abs_topk(const AbsTopkArguments& arguments) {
+    run_topk<T>(arguments, AsItIs<T>{});
 }
 
 template <class T>
 void run_gelu_abs_topk(const AbsTopkArguments& arguments) {
-    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
-                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
-                arguments.threads, GeluOfRow<T>{});
+    run_topk<T>(arguments, GeluOfRow<T>{});
 }
 
 template <class T>
-void run_gelu_abs_topk_backward(const GeluAbsTopkBackwardArguments& arguments) {
-    gelu_abs_topk_backward(
-        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
-                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
-        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_row_stride,
-                        arguments.y_col_stride},
-        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_row_stride,
-                        arguments.x_col_stride},
-        static_cast<T*>(arguments.grad_input), arguments.rows, arguments.cols, arguments.threads);
-}
-
-template <class T>
-void run_norm_abs_topk(const NormAbsTopkArguments& arguments) {
+void run_norm_abs_topk(const AbsTopkArguments& arguments) {
     using C = Compute<T>;
-    abs_topk<T>(static_cast<const T*>(arguments.x), arguments.row_stride, arguments.col_stride,
-                static_cast<T*>(arguments.y), arguments.rows, arguments.cols, arguments.k,
-                arguments.threads,
+    run_topk<T>(arguments,
                 NormOfRow<T>{static_cast<const T*>(arguments.weight), static_cast<C>(arguments.eps),
                              static_cast<C*>(arguments.scales)});
+}
+
+template <class T>
+Matrix<const T> grad_output_of(const AbsTopkBackwardArguments& a) {
+    return {static_cast<const T*>(a.grad_output), a.grad_output_row_stride,
+            a.grad_output_col_stride};
+}
+
+template <class T>
+void run_abs_topk_backward(const AbsTopkBackwardArguments& a) {
+    abs_topk_backward(grad_output_of<T>(a), a.packed.bits, static_cast<T*>(a.grad_input), a.rows,
+                      a.cols, a.threads);
+}
+
+template <class T>
+void run_gelu_abs_topk_backward(const AbsTopkBackwardArguments& a) {
+    gelu_abs_topk_backward(grad_output_of<T>(a), a.packed.bits,
+                           static_cast<const T*>(a.packed.values), a.packed.room,
+                           static_cast<T*>(a.grad_input), a.rows, a.cols, a.threads);
 }
 
 template <class T>
@@ -117,11 +115,23 @@ void run_norm_abs_topk_backward(const NormAbsTopkBackwardArguments& arguments) {
     norm_abs_topk_backward(NormAbsTopkBackward<T>{
         Matrix<const T>{static_cast<const T*>(arguments.grad_output), arguments.grad_output_stride,
                         1},
-        Matrix<const T>{static_cast<const T*>(arguments.y), arguments.y_stride, 1},
-        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_stride, 1},
+        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_stride, 1}, arguments.bits,
         static_cast<const T*>(arguments.weight), static_cast<const Compute<T>*>(arguments.scales),
         static_cast<T*>(arguments.grad_input), static_cast<T*>(arguments.grad_weight),
         arguments.rows, arguments.cols, arguments.threads});
+}
+
+template <class T>
+void run_pack(const PackArguments& a) {
+    pack(Matrix<const T>{static_cast<const T*>(a.y), a.y_row_stride, a.y_col_stride},
+         Matrix<const T>{static_cast<const T*>(a.x), a.x_row_stride, a.x_col_stride}, a.packed.bits,
+         static_cast<T*>(a.packed.values), a.rows, a.cols, a.packed.room, a.threads);
+}
+
+template <class T>
+void run_unpack(const UnpackArguments& a) {
+    unpack(a.packed.bits, static_cast<const T*>(a.packed.values), a.packed.room, a.of_gelu,
+           static_cast<T*>(a.y), a.rows, a.cols, a.threads);
 }
 
 template <class T, class U = T>
@@ -188,6 +198,8 @@ void set_row_kernels(KernelTable& table, DType dtype) {
     table.gelu_abs_topk_backward[at] = run_gelu_abs_topk_backward<T>;
     table.norm_abs_topk[at] = run_norm_abs_topk<T>;
     table.norm_abs_topk_backward[at] = run_norm_abs_topk_backward<T>;
+    table.pack[at] = run_pack<T>;
+    table.unpack[at] = run_unpack<T>;
     table.attention[at] = run_attention<T>;
     table.attention_backward[at] = run_attention_backward<T>;
     table.cross_entropy[at] = run_cross_entropy<T>;

@@ -13,8 +13,22 @@ void* scratch(size_t bytes);
 // Gives back what is more than a thread may keep.
 void trim_scratch();
 
-// Fresh memory of many pages is slow to touch for the first time: asks for large ones.
-void use_huge_pages(void* data, size_t bytes);
+// Memory of a large result, in huge pages, because small ones fault one by one. It is taken from
+// malloc as it is and aligned inside: an aligned allocation of glibc before 2.38 does not fit the
+// gap that one of the same size has left. Throws std::bad_alloc.
+class Memory {
+public:
+    explicit Memory(size_t bytes);
+    Memory(const Memory&) = delete;
+    ~Memory();
+    uint8_t* data() const { return data_; }
+    size_t size() const { return size_; }
+
+private:
+    void* allocated_;
+    uint8_t* data_;
+    size_t size_;
+};
 
 // Hands out aligned pieces of one scratch buffer.
 class Arena {

@@ -139,6 +139,18 @@ inline void store_user(Bf16* to, Vec<float> value) {
     std::memcpy(to, &half, sizeof(half));
 }
 
+// The same for values that are exact in the storage type.
+template <class T>
+inline void store_exact(T* to, Vec<T> value) {
+    store_user(to, value);
+}
+inline void store_exact(Bf16* to, Vec<float> value) {
+    Words bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const HalfWords half = __builtin_convertvector(bits >> 16, HalfWords);
+    std::memcpy(to, &half, sizeof(half));
+}
+
 // Outputs larger than this are stored past the caches; those that leave in pieces of many rows at
 // once only where a vector is a whole line.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;

@@ -208,7 +208,12 @@ __attribute__((noinline)) void spmm_tiles(const SpmmProblem<T>& problem,
                         problem.tokens * outputs * int64_t{sizeof(T)} >= kStreamBytes &&
                         outputs * sizeof(T) % 64 == 0 && chunk * size * sizeof(T) % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(problem.out) % 64 == 0;
-    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles));
+    // With more threads than tiles, the rows of a tile are shared out as well.
+    const int64_t chunks = (lists.rows + chunk - 1) / chunk;
+    const int64_t shares =
+        std::clamp<int64_t>((problem.threads + tiles - 1) / tiles, 1, std::max<int64_t>(1, chunks));
+    const int64_t share_rows = (chunks + shares - 1) / shares * chunk;
+    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, tiles * shares));
 
     Arena arena;
     const size_t weights_at = arena.reserve<W>(in_place ? 0 : weight_count);
@@ -229,15 +234,17 @@ __attribute__((noinline)) void spmm_tiles(const SpmmProblem<T>& problem,
         E* tile = arena.at<E>(tile_at) + thread * tile_features * kTile;
         C* out = arena.at<C>(out_at) + thread * out_rows * kTile;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t first = t * kTile;
+        for (int64_t item = 0; item < tiles * shares; ++item) {
+            const int64_t first = item / shares * kTile;
             const int64_t tokens = std::min(kTile, problem.tokens - first);
-            for (int64_t p = 0; p < schedule.panels; ++p) {
+            const int64_t begin = item % shares * share_rows;
+            const int64_t end = std::min(lists.rows, begin + share_rows);
+            for (int64_t p = 0; p < schedule.panels && begin < end; ++p) {
                 const int64_t feature = p * schedule.panel_features;
                 TileOf::pack(problem.in, first, tokens, feature,
                              std::min(tile_features, features - feature), tile);
-                for (int64_t r = 0; r < lists.rows; r += chunk) {
-                    const int64_t rows = std::min(lists.rows - r, chunk);
+                for (int64_t r = begin; r < end; r += chunk) {
+                    const int64_t rows = std::min(end - r, chunk);
                     const int64_t* starts = schedule.entry_starts + p * lists.rows + r;
                     C* to = one_panel ? out : out + r * size * kTile;
                     steps.accumulate(tile, starts, rows, size, schedule.local + *starts,

@@ -17,6 +17,34 @@ inline void prefetch_ahead(const T* from) {
     __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + kBytes));
 }
 
+// A square of some tokens' rows, with zeros for those that do not exist, so that the last tokens
+// are packed like all others.
+template <class T, int kSize>
+struct PaddedRows {
+    alignas(64) T data[kSize][kSize] = {};
+
+    void copy(const T* from, int64_t stride, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(data[i], from + i * stride, sizeof(data[i]));
+    }
+};
+
+// As many tokens as features, kLanes.
+template <class T, int64_t kTile>
+inline __attribute__((always_inline)) void pack_square(const T* from, int64_t stride,
+                                                       Compute<T>* to) {
+    using C = Compute<T>;
+    constexpr int kN = kLanes<C>;
+    Vec<C> rows[kN];
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) {
+        rows[i] = load_user(from + i * stride);
+        prefetch_ahead(from + i * stride);
+    }
+    transpose<C>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) store(to + i * kTile, rows[i]);
+}
+
 // tile[f][token] = source[first_token + token][first_feature + f]; tokens past the end read as
 // zero.
 template <class T, int kVectors>
@@ -30,24 +58,21 @@ void pack_tile(const Matrix<const T>& source, int64_t first_token, int64_t token
         const T* from = source.data + (first_token + base) * source.row_stride +
                         first_feature * source.col_stride;
         int64_t f = 0;
-        if (source.col_stride == 1 && base + kN <= tokens) {
+        const int64_t here = std::clamp<int64_t>(tokens - base, 0, kN);
+        if (source.col_stride == 1 && here == kN) {
+            for (; f + kN <= features; f += kN)
+                pack_square<T, kTile>(from + f, source.row_stride, tile + f * kTile + base);
+        } else if (source.col_stride == 1) {
+            PaddedRows<T, kN> rows;
             for (; f + kN <= features; f += kN) {
-                Vec<C> rows[kN];
-#pragma GCC unroll 16
-                for (int i = 0; i < kN; ++i) {
-                    rows[i] = load_user(from + i * source.row_stride + f);
-                    prefetch_ahead(from + i * source.row_stride + f);
-                }
-                transpose<C>(rows);
-#pragma GCC unroll 16
-                for (int i = 0; i < kN; ++i) store(tile + (f + i) * kTile + base, rows[i]);
+                rows.copy(from + f, source.row_stride, here);
+                pack_square<T, kTile>(rows.data[0], kN, tile + f * kTile + base);
             }
-        } else if (source.row_stride == 1 && base + kN <= tokens) {
+        } else if (source.row_stride == 1 && here == kN) {
             for (; f < features; ++f) {
                 store(tile + f * kTile + base, load_user(from + f * source.col_stride));
             }
         }
-        const int64_t here = std::clamp<int64_t>(tokens - base, 0, kN);
         for (; f < features; ++f) {
             C* to = tile + f * kTile + base;
             for (int64_t i = 0; i < here; ++i) {

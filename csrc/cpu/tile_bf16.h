@@ -79,30 +79,16 @@ struct Tile<Bf16, kVectors> {
             const int64_t base = pair * 2 * kN;
             const Bf16* from = source.data + (first_token + base) * source.row_stride +
                                first_feature * source.col_stride;
+            const int64_t here = std::clamp<int64_t>(tokens - base, 0, 2 * kN);
             int64_t f = 0;
-            if (source.col_stride == 1 && base + 2 * kN <= tokens) {
+            if (source.col_stride == 1 && here == 2 * kN) {
+                for (; f + 2 * kN <= features; f += 2 * kN)
+                    pack_square(from + f, source.row_stride, tile + f * kTokens + base);
+            } else if (source.col_stride == 1) {
+                PaddedRows<Bf16, 2 * kN> rows;
                 for (; f + 2 * kN <= features; f += 2 * kN) {
-                    // A lane is two neighbouring features of one token.
-                    Vec<float> low[kN], high[kN];
-                    SK_UNROLL
-                    for (int i = 0; i < kN; ++i) {
-                        const Bf16* row = from + i * source.row_stride + f;
-                        const Bf16* other = row + kN * source.row_stride;
-                        low[i] = load_user(reinterpret_cast<const float*>(row));
-                        high[i] = load_user(reinterpret_cast<const float*>(other));
-                        prefetch_ahead(row);
-                        prefetch_ahead(other);
-                    }
-                    transpose<float>(low);
-                    transpose<float>(high);
-                    SK_UNROLL
-                    for (int i = 0; i < kN; ++i) {
-                        const Words a = reinterpret_cast<Words>(low[i]);
-                        const Words b = reinterpret_cast<Words>(high[i]);
-                        Bf16* to = tile + (f + 2 * i) * kTokens + base;
-                        store(reinterpret_cast<float*>(to), as_floats(join_low16(a, b)));
-                        store(reinterpret_cast<float*>(to + kTokens), as_floats(join_high16(a, b)));
-                    }
+                    rows.copy(from + f, source.row_stride, here);
+                    pack_square(rows.data[0], 2 * kN, tile + f * kTokens + base);
                 }
             }
             for (; f < features; ++f) {
@@ -113,6 +99,31 @@ struct Tile<Bf16, kVectors> {
                                             : Bf16{0};
                 }
             }
+        }
+    }
+
+    // As many tokens as features, 2 kN, of which a lane is two neighbouring features of one token.
+    static inline __attribute__((always_inline)) void pack_square(const Bf16* from, int64_t stride,
+                                                                  Element* to) {
+        Vec<float> low[kN], high[kN];
+        SK_UNROLL
+        for (int i = 0; i < kN; ++i) {
+            const Bf16* row = from + i * stride;
+            const Bf16* other = row + kN * stride;
+            low[i] = load_user(reinterpret_cast<const float*>(row));
+            high[i] = load_user(reinterpret_cast<const float*>(other));
+            prefetch_ahead(row);
+            prefetch_ahead(other);
+        }
+        transpose<float>(low);
+        transpose<float>(high);
+        SK_UNROLL
+        for (int i = 0; i < kN; ++i) {
+            const Words a = reinterpret_cast<Words>(low[i]);
+            const Words b = reinterpret_cast<Words>(high[i]);
+            float* const pair = reinterpret_cast<float*>(to + 2 * i * kTokens);
+            store(pair, as_floats(join_low16(a, b)));
+            store(pair + kTokens / 2, as_floats(join_high16(a, b)));
         }
     }
 

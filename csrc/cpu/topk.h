@@ -11,8 +11,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kept.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace sk {
 namespace {
@@ -289,10 +289,14 @@ void keep_reaching(const T* keys, const T* values, Bits<T> threshold, int64_t co
     }
 }
 
+// Returns what of the row is kept and not zero.
 template <class T>
-void abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
-                  const TopkBuffers<T>& buffers) {
-    if (k == cols) return keep_reaching(row, row, Bits<T>{0}, cols, to, stream);
+Kept<T> abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
+                     const TopkBuffers<T>& buffers) {
+    if (k == cols) {
+        keep_reaching(row, row, Bits<T>{0}, cols, to, stream);
+        return {{row, 0, 1}};
+    }
     const T* keys = row;
     Digit highest = leading_digits(row, cols, buffers);
     if (highest >= static_cast<Digit>(KeyTraits<T>::kInfinity >> (kKeyBits<T> - 16))) {
@@ -312,11 +316,19 @@ void abs_topk_row(const T* row, T* to, int64_t cols, int64_t k, bool stream,
     }
     keep_reaching(keys, row, threshold.low, split, to, stream);
     keep_reaching(keys + split, row + split, threshold.high, cols - split, to + split, stream);
+    if (keys != row) return {{to, 0, 1}};
+    // In the type that is computed in, a number's bits begin with its own.
+    const auto wide = [](Bits<T> least) {
+        constexpr int kShift = 8 * static_cast<int>(sizeof(Compute<T>) - sizeof(T));
+        return static_cast<SignedBits<Compute<T>>>(std::max<Bits<T>>(least, 1)) << kShift;
+    };
+    return {{row, 0, 1}, wide(threshold.low), wide(threshold.high), split};
 }
 
 // What a row is before it is selected from: itself, or a copy in `buffer` if it is strided.
 template <class T>
 struct AsItIs {
+    static constexpr bool kPacksInput = false;
     const T* operator()(int64_t, const T* row, int64_t col_stride, int64_t cols, T* buffer) const {
         if (col_stride == 1) return row;
         for (int64_t i = 0; i < cols; ++i) buffer[i] = row[i * col_stride];
@@ -324,9 +336,19 @@ struct AsItIs {
     }
 };
 
+// Where the result is also packed to, with room for all or none of a row's entries; or nowhere.
+template <class T>
+struct PackedRows {
+    uint64_t* bits;
+    T* values;
+    int64_t room;
+};
+
+// y, and with `packed` the bits of what is not zero there and its entries, or if
+// Prepare::kPacksInput those of x.
 template <class T, class Prepare = AsItIs<T>>
-void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t rows, int64_t cols,
-              int64_t k, int threads, const Prepare& prepare = {}) {
+void abs_topk(const Matrix<const T>& x, T* y, const PackedRows<T>& packed, int64_t rows,
+              int64_t cols, int64_t k, int threads, const Prepare& prepare = {}) {
     threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
     const int64_t padded = padded_digits(cols);
     Arena arena;
@@ -350,34 +372,15 @@ void abs_topk(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t 
                                      arena.at<T>(row_at) + mine, arena.at<T>(ordered_at) + mine};
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const T* row = prepare(r, x + r * row_stride, col_stride, cols, buffers.row);
-            abs_topk_row(row, y + r * cols, cols, k, stream, buffers);
-        }
-        stream_fence();
-    }
-}
-
-// dx = dy where y is not zero, elsewhere 0; dx is contiguous.
-template <class T>
-void abs_topk_backward(const Matrix<const T>& dy, const Matrix<const T>& y, T* dx, int64_t rows,
-                       int64_t cols, int threads) {
-    const bool stream = rows * cols * int64_t{sizeof(T)} >= kStreamBytes;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* from = dy.data + r * dy.row_stride;
-            const T* kept = y.data + r * y.row_stride;
-            T* to = dx + r * cols;
-            if (dy.col_stride == 1 && y.col_stride == 1) {
-                // Not zero, or NaN: the magnitude's bits are at least 1.
-                keep_reaching(kept, from, Bits<T>{1}, cols, to, stream);
-                continue;
-            }
-            for (int64_t i = 0; i < cols; ++i) {
-                const bool zero = (bits_of(kept[i * y.col_stride]) & kMagnitude<T>) == 0;
-                to[i] = zero ? T{} : from[i * dy.col_stride];
-            }
+            const T* const given = x.data + r * x.row_stride;
+            const T* row = prepare(r, given, x.col_stride, cols, buffers.row);
+            T* const to = y + r * cols;
+            const Kept<T> kept = abs_topk_row(row, to, cols, k, stream, buffers);
+            if (!packed.bits) continue;
+            Matrix<const T> values{row, 0, 1};
+            if (Prepare::kPacksInput) values = {given, 0, x.col_stride};
+            pack_row<T>(kept, values, cols, packed.bits + r * words_of(cols),
+                        packed.values + r * packed.room, packed.room);
         }
         stream_fence();
     }

@@ -9,6 +9,7 @@ namespace {
 
 template <class T>
 struct GeluOfRow {
+    static constexpr bool kPacksInput = true;
     const T* operator()(int64_t r, const T* row, int64_t col_stride, int64_t cols,
                         T* buffer) const {
         using C = Compute<T>;
@@ -22,53 +23,53 @@ struct GeluOfRow {
     }
 };
 
-// `value` where `kept` is not zero (its magnitude's bits, so that no mode of the processor takes
-// the smallest for zero), elsewhere 0.
-template <class C>
-inline __attribute__((always_inline)) Vec<C> where_kept(Vec<C> value, Vec<C> kept) {
-    using I = typename VecTraits<C>::Index;
-    const I zero = (reinterpret_cast<I>(kept) << 1) == 0;
-    return reinterpret_cast<Vec<C>>(reinterpret_cast<I>(value) & ~zero);
+// Packed rows as they were, or GELU of them.
+template <class T>
+void unpack(const uint64_t* bits, const T* packed, int64_t room, bool of_gelu, T* y, int64_t rows,
+            int64_t cols, int threads) {
+    using C = Compute<T>;
+    const bool stream = streams(y, rows, cols);
+    for_rows<C>(rows, cols, threads, [&](int64_t r, C* buffer) {
+        const T* const values = packed + r * room;
+        const int64_t count = std::min(room, cols);
+        const auto expand_to = [&](auto is_exact) {
+            expand_row(bits + r * words_of(cols), buffer, cols,
+                       [&](int64_t i, Vec<C> value, uint32_t) {
+                           store_part<is_exact.value>(y + r * cols, i, cols, value, stream);
+                       });
+        };
+        if (of_gelu) {
+            map_packed(values, count, buffer, [](Vec<C> x) { return gelu<C>(x).value; });
+            expand_to(std::false_type{});
+        } else {
+            map_packed(values, count, buffer, [](Vec<C> x) { return x; });
+            expand_to(std::true_type{});
+        }
+    });
 }
 
-// dx = dy gelu'(x) where y is not zero, elsewhere 0; dx is contiguous.
+// dx = dy gelu'(x) where there is a bit, elsewhere 0; dx is contiguous.
 template <class T>
-void gelu_abs_topk_backward(const Matrix<const T>& dy, const Matrix<const T>& y,
-                            const Matrix<const T>& x, T* dx, int64_t rows, int64_t cols,
-                            int threads) {
+void gelu_abs_topk_backward(const Matrix<const T>& dy, const uint64_t* bits, const T* packed,
+                            int64_t room, T* dx, int64_t rows, int64_t cols, int threads) {
     using C = Compute<T>;
-    const bool stream = rows * cols * int64_t{sizeof(T)} >= kStreamBytes &&
-                        reinterpret_cast<uintptr_t>(dx) % kVectorBytes == 0 &&
-                        cols % kLanes<C> == 0;
-    const bool whole = dy.col_stride == 1 && y.col_stride == 1 && x.col_stride == 1;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* from = dy.data + r * dy.row_stride;
-            const T* kept = y.data + r * y.row_stride;
-            const T* at = x.data + r * x.row_stride;
-            T* to = dx + r * cols;
-            int64_t i = 0;
-            for (; whole && i + kLanes<C> <= cols; i += kLanes<C>) {
-                const Vec<C> slope = gelu<C>(load_user(at + i)).derivative;
-                const Vec<C> grad = where_kept<C>(slope * load_user(from + i), load_user(kept + i));
-                stream ? stream_user(to + i, grad) : store_user(to + i, grad);
-            }
-            for (; i < cols; ++i) {
-                const C slope = gelu<C>(splat<C>(to_compute(at[i * x.col_stride]))).derivative[0];
-                const bool zero = (bits_of(kept[i * y.col_stride]) & kMagnitude<T>) == 0;
-                const C grad = zero ? C(0) : slope * to_compute(from[i * dy.col_stride]);
-                to[i] = from_compute<T>(grad);
-            }
-        }
-        stream_fence();
-    }
+    const bool stream = streams(dx, rows, cols);
+    for_rows<C>(rows, cols, threads, [&](int64_t r, C* slopes) {
+        map_packed(packed + r * room, std::min(room, cols), slopes,
+                   [](Vec<C> x) { return gelu<C>(x).derivative; });
+        const T* const from = dy.data + r * dy.row_stride;
+        expand_row(
+            bits + r * words_of(cols), slopes, cols, [&](int64_t i, Vec<C> slope, uint32_t lanes) {
+                const Vec<C> grad = slope * load_part(from, dy.col_stride, i, cols);
+                store_part<false>(dx + r * cols, i, cols, where_lanes<C>(grad, lanes), stream);
+            });
+    });
 }
 
 // x / sqrt(mean(x^2) + eps) * weight, and 1 / sqrt(..) of each row into `scales`.
 template <class T>
 struct NormOfRow {
+    static constexpr bool kPacksInput = false;
     using C = Compute<T>;
     const T* weight;
     C eps;
@@ -101,7 +102,8 @@ struct NormOfRow {
 
 template <class T>
 struct NormAbsTopkBackward {
-    Matrix<const T> dy, y, x;  // neighbouring columns next to each other
+    Matrix<const T> dy, x;  // neighbouring columns next to each other
+    const uint64_t* bits;
     const T* weight;
     const Compute<T>* scales;
     T* dx;
@@ -110,7 +112,7 @@ struct NormAbsTopkBackward {
     int threads;
 };
 
-// With h = dy where y is not zero, elsewhere 0, g = h weight and n = x scale:
+// With h = dy where there is a bit, elsewhere 0, g = h weight and n = x scale:
 // dx = scale (g - n mean(g n)), dweight = sum over the rows of h n. The rows are cut at places that
 // do not depend on the threads.
 template <class T>
@@ -129,18 +131,17 @@ void norm_abs_topk_backward(const NormAbsTopkBackward<T>& p) {
         std::fill(sums, sums + padded, C(0));
         for (int64_t r = k * part; r < std::min(p.rows, (k + 1) * part); ++r) {
             const T* const from = p.dy.data + r * p.dy.row_stride;
-            const T* const kept = p.y.data + r * p.y.row_stride;
+            const uint64_t* const bits = p.bits + r * words_of(p.cols);
             const T* const x = p.x.data + r * p.x.row_stride;
             T* const to = p.dx + r * p.cols;
             const C scale = p.scales[r];
             const auto one = [&](int64_t i) {
-                const bool zero = (bits_of(kept[i]) & kMagnitude<T>) == 0;
-                return zero ? C(0) : to_compute(from[i]);
+                return bits[i / kWordBits] >> (i % kWordBits) & 1 ? to_compute(from[i]) : C(0);
             };
             Vec<C> product = {};
             int64_t i = 0;
             for (; i + kN <= p.cols; i += kN) {
-                const Vec<C> h = where_kept<C>(load_user(from + i), load_user(kept + i));
+                const Vec<C> h = where_lanes<C>(load_user(from + i), lanes_at<C>(bits, i));
                 const Vec<C> hn = h * (load_user(x + i) * scale);
                 product += hn * load_user(p.weight + i);
                 store(sums + i, load(sums + i) + hn);
@@ -153,7 +154,7 @@ void norm_abs_topk_backward(const NormAbsTopkBackward<T>& p) {
             }
             mean /= static_cast<C>(p.cols);
             for (i = 0; i + kN <= p.cols; i += kN) {
-                const Vec<C> h = where_kept<C>(load_user(from + i), load_user(kept + i));
+                const Vec<C> h = where_lanes<C>(load_user(from + i), lanes_at<C>(bits, i));
                 const Vec<C> n = load_user(x + i) * scale;
                 store_user(to + i, (h * load_user(p.weight + i) - n * mean) * scale);
             }

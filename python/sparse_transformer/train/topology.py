@@ -217,8 +217,8 @@ class Topology:
     def _watcher(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def watch(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
-                x = inputs[0].detach()
-                output.register_hook(lambda grad: self._accumulate(name, x, grad))
+                x = sk.remember(inputs[0])
+                output.register_hook(lambda grad: self._accumulate(name, x(), grad))
 
         return watch
 
