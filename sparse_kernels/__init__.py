@@ -4,7 +4,7 @@ from sparse_kernels import transformer_ops
 from sparse_kernels.algorithms import SET, AnnealedRigL, RigL, Static
 from sparse_kernels.backends import explain_backend
 from sparse_kernels.convert import densify_, sparsify_
-from sparse_kernels.kept import remember
+from sparse_kernels.kept import packed_activations, remember
 from sparse_kernels.layout import FanInLayout
 from sparse_kernels.linear import SparseLinear, check_ranks
 from sparse_kernels.matmul import grad_weight, sparse_linear
@@ -25,6 +25,7 @@ __all__ = [
     "explain_backend",
     "from_dense",
     "grad_weight",
+    "packed_activations",
     "remember",
     "rewire_",
     "sparse_linear",

@@ -14,6 +14,26 @@ from sparse_kernels.transformer_ops import gelu_abs_topk, rms_norm_abs_topk
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_isa = pytest.mark.parametrize("isa", cpu.isas())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def packed():
+    with sk.packed_activations():
+        yield
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_write_that_torch_does_not_count_is_seen_unless_packing_was_asked_for(wanted):
+    kept._enabled.set(wanted)
+    layer = sk.SparseLinear(64, 8, fan_in=4)
+    y = gelu_abs_topk(torch.randn(5, 64, requires_grad=True), 16)
+    y.data.mul_(2)
+    assert (kept.packed_form(y) is not None) is wanted
+    layer(y).sum().backward()
+    grad = sk.grad_weight(torch.ones(5, 8), y.detach(), layer.layout)
+    assert torch.allclose(layer.weight.grad, grad) is not wanted
+
+
 widths = st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 257, 1000]))
 
 

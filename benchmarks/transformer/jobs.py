@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
+import sparse_kernels as sk
 from benchmarks.cases import DTYPES
 from benchmarks.timing import Candidate
 from sparse_transformer import KVCache
@@ -167,7 +168,7 @@ class Training(Job):
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.topology is not None and self.topology.wants_gradients(number):
             capture = self.topology.capture()
-        with capture:
+        with capture, sk.packed_activations():
             with torch.autocast(self.device, DTYPES[case.dtype], enabled=case.dtype == "bfloat16"):
                 loss = self.model.loss(self.tokens, self.targets)
             loss.backward()

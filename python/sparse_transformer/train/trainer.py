@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sparse_kernels as sk
 from sparse_transformer import tasks
 from sparse_transformer.data import Batches, Corpus, check_length, validation_batches
 from sparse_transformer.errors import UserError
@@ -349,7 +350,7 @@ class Trainer:
                 capture, compute = self.topology.capture(), self.model.loss
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
-        with capture:
+        with capture, sk.packed_activations():
             for part, goal in zip(
                 tokens.split(self._micro_batch), targets.split(self._micro_batch), strict=True
             ):
