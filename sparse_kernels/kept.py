@@ -61,7 +61,7 @@ def is_packed(backend: str) -> bool:
 
 def attach(y: Tensor, bits: Tensor, values: Tensor, *, of_gelu: bool, backend: str) -> None:
     """Tells `y (M, D)`, a fresh result, its packed form, if that is wanted."""
-    if _enabled.get() and is_packed(backend):
+    if is_packed(backend) and _enabled.get():  # in this order for torch.compile
         setattr(y, _NAME, Packed(bits, values, of_gelu, backend, y.shape, y._version))
 
 
