@@ -70,7 +70,8 @@ def packed_form(x: Tensor) -> Packed | None:
     root = x if x._base is None else x._base
     packed: Packed | None = getattr(root, _NAME, None)
     same = packed is not None and root._version == packed.version and x.dtype == root.dtype
-    return packed if same and x.numel() == root.numel() and x.is_contiguous() else None
+    same = same and x.numel() == root.numel() and x.is_contiguous() and not x.is_neg()
+    return packed if same else None
 
 
 def remember(x: Tensor) -> Callable[[], Tensor]:

@@ -242,22 +242,26 @@ def token_losses_(
     check_float("logits", logits, FLOAT_DTYPES)
     if logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError(f"logits must be (M, V) and contiguous, got {tuple(logits.shape)}")
+    if logits.requires_grad:
+        raise ValueError("logits must not require a gradient: pass logits.detach()")
     (M, V), wide, device = logits.shape, wide_dtype(logits.dtype), logits.device
     check_tensor("targets", targets, (M,), torch.int64, device)
     check_tensor("tokens", tokens, (M,), torch.int64, device)
     if bigram is not None:
         check_float("bigram", bigram, FLOAT_DTYPES)
         check_tensor("bigram", bigram, (len(bigram), V), bigram.dtype, device)
-    if (
-        logits.is_cpu
-        and logits.dtype in CPU_DTYPES
-        and cpu.is_available()
-        and ops.is_plain(logits, targets, bigram, tokens)
-        and (bigram is None or (bigram.dtype == wide and bigram.is_contiguous()))
-    ):
+    # On a GPU the check would wait for the device, which makes its own.
+    plain = logits.is_cpu and ops.is_plain(logits, targets, bigram, tokens)
+    if plain:
         _check_range("targets", targets, V)
         if bigram is not None:
             _check_range("tokens", tokens, len(bigram))
+    if (
+        plain
+        and logits.dtype in CPU_DTYPES
+        and cpu.is_available()
+        and (bigram is None or (bigram.dtype == wide and bigram.is_contiguous()))
+    ):
         return cpu.token_losses_(logits, targets, bigram, tokens, scale)
     losses = torch.empty(M, dtype=wide, device=device)
     rows = max(1, _LOGITS.get(device.type, 2**26) // max(1, V))

@@ -34,6 +34,12 @@ def test_a_write_that_torch_does_not_count_is_seen_unless_packing_was_asked_for(
     assert torch.allclose(layer.weight.grad, grad) is not wanted
 
 
+def test_a_negated_view_is_not_its_base():
+    y = gelu_abs_topk(torch.randn(5, 64, requires_grad=True), 16)
+    assert kept.packed_form(y.view(64, 5)) is not None
+    assert kept.packed_form(torch._neg_view(y)) is None
+
+
 widths = st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 257, 1000]))
 
 

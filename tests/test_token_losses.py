@@ -115,6 +115,7 @@ GOOD = {
 }
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
@@ -122,6 +123,7 @@ GOOD = {
         ("logits", torch.ones(4, 5, dtype=torch.int64), TypeError, "logits must be one of"),
         ("logits", torch.randn(4), ValueError, "logits must be"),
         ("logits", torch.randn(5, 4).t(), ValueError, "contiguous"),
+        ("logits", torch.randn(4, 5, requires_grad=True), ValueError, "pass logits.detach"),
         ("targets", torch.arange(3), ValueError, "targets must have shape"),
         ("targets", torch.arange(4.0), TypeError, "targets must be torch.int64"),
         ("targets", torch.tensor([0, 1, 2, 5]), IndexError, r"targets must lie in \[0, 5\)"),
@@ -131,7 +133,9 @@ GOOD = {
         ("bigram", torch.randn(6, 5).to_sparse(), TypeError, "bigram must be a strided tensor"),
     ],
 )
-def test_refusals(name, value, error, message):
+def test_refusals(monkeypatch, kernel, name, value, error, message):
+    if not kernel:
+        monkeypatch.setattr(cpu, "_extension", None)
     given = {key: tensor.clone() for key, tensor in GOOD.items()} | {name: value}
     with contextlib.suppress(AttributeError, TypeError):
         before = given["logits"].clone()

@@ -168,7 +168,9 @@ class Training(Job):
         capture: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.topology is not None and self.topology.wants_gradients(number):
             capture = self.topology.capture()
-        with capture, sk.packed_activations():
+        # As the trainer does: dense layers save whole results beside the packed ones.
+        packed = contextlib.nullcontext() if self.topology is None else sk.packed_activations()
+        with capture, packed:
             with torch.autocast(self.device, DTYPES[case.dtype], enabled=case.dtype == "bfloat16"):
                 loss = self.model.loss(self.tokens, self.targets)
             loss.backward()

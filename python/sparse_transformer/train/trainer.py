@@ -350,7 +350,9 @@ class Trainer:
                 capture, compute = self.topology.capture(), self.model.loss
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens, targets = self._move(*self._batches.at(self.step))
-        with capture, sk.packed_activations():
+        # Dense layers save whole results beside the packed ones.
+        packed = contextlib.nullcontext() if self.topology is None else sk.packed_activations()
+        with capture, packed:
             for part, goal in zip(
                 tokens.split(self._micro_batch), targets.split(self._micro_batch), strict=True
             ):
