@@ -65,10 +65,7 @@ BASE = Settings(
     ),
     model=ModelConfig(n_layer=2, context=128),
     topology=TopologyConfig(start_multiple=4.0, anneal_share=0.3),
-    optimizer=OptimizerConfig(learning_rate=0.04),
 )
-# The published optimizer does not suit small dense models: docs/experiments.md.
-DENSE_OPTIMIZER = OptimizerConfig(learning_rate=0.003, eps=1e-8)
 # Nonzero weights of a token in the embedding and in the unembedding, at every width and L0.
 EMBEDDING_FAN = 32
 SEEDS = (0, 1)
@@ -95,37 +92,48 @@ class Kind:
     `fan` is what every q, k and v channel and every neuron reads of the residual stream, and what
     every v channel and every neuron writes to it; None: dense, without AbsTopK. L0 counts these
     weights of the blocks, 24 d_model fan with two layers; embeddings have `EMBEDDING_FAN`.
+    `learning_rate` is the best of a sweep with `--rate`: docs/experiments.md.
     """
 
     name: str
     label: str
     d_model: int
     fan: int | None
+    learning_rate: float
 
-    def settings(self, seed: int, steps: int, data: Sequence[Path]) -> Settings:
+    def settings(self, seed: int, options: Options) -> Settings:
+        rate = self.learning_rate * options.rate
         config = replace(
-            BASE.train, seed=seed, steps=steps, data=tuple(data), task_pairs=16, tasks=QUESTIONS
+            BASE.train,
+            seed=seed,
+            steps=options.steps,
+            data=tuple(options.data),
+            task_pairs=16,
+            tasks=QUESTIONS,
         )
         wide = replace(BASE.model, d_model=self.d_model)
         if self.fan is None:
             dense = replace(wide, linear="dense", active=None)
-            return replace(BASE, train=config, model=dense, optimizer=DENSE_OPTIMIZER)
+            # The published epsilon does not suit small dense models: docs/experiments.md.
+            adam = OptimizerConfig(learning_rate=rate, eps=1e-8)
+            return replace(BASE, train=config, model=dense, optimizer=adam)
         density, ends = self.fan / self.d_model, min(1.0, EMBEDDING_FAN / self.d_model)
         model = replace(wide, density=density, embedding_density=ends)
         # A fan cannot be more than dense.
         start = min(BASE.topology.start_multiple, 1 / density)
         topology = replace(BASE.topology, start_multiple=start, seed=seed)
-        return replace(BASE, train=config, model=model, topology=topology)
+        adam = OptimizerConfig(learning_rate=rate)
+        return replace(BASE, train=config, model=model, topology=topology, optimizer=adam)
 
 
 KINDS = (
-    Kind("d64", "width 64", 64, 32),
-    Kind("d128", "width 128", 128, 16),
-    Kind("d256", "width 256", 256, 8),
-    Kind("d128-half", "half the L0", 128, 8),
-    Kind("d128-double", "twice the L0", 128, 32),
-    Kind("dense64", "dense, width 64", 64, None),
-    Kind("dense128", "dense, width 128", 128, None),
+    Kind("d64", "width 64", 64, 32, 0.04),
+    Kind("d128", "width 128", 128, 16, 0.04),
+    Kind("d256", "width 256", 256, 8, 0.04),
+    Kind("d128-half", "half the L0", 128, 8, 0.04),
+    Kind("d128-double", "twice the L0", 128, 32, 0.04),
+    Kind("dense64", "dense, width 64", 64, None, 0.003),
+    Kind("dense128", "dense, width 128", 128, None, 0.003),
 )
 
 
@@ -145,6 +153,8 @@ class Options:
     """Where no task is named, circuits of at most so many."""
     steps: int = 2000
     """Training steps, of 4096 tokens."""
+    rate: float = 1.0
+    """Times the learning rate of each kind; for a sweep, with --most-tasks 0 and few --steps."""
     trials: int = 2
     """Trials of a search."""
     search_steps: int = 100
@@ -173,7 +183,7 @@ def trained(kind: Kind, seed: int, options: Options, corpus: Corpus) -> Trained:
         UserError: the folder has a run with other settings. SystemExit: training was stopped.
     """
     folder = options.out / f"{kind.name}-{seed}"
-    wanted = kind.settings(seed, options.steps, options.data)
+    wanted = kind.settings(seed, options)
     with contextlib.suppress(FileNotFoundError):
         if json.loads((folder / "config.json").read_text()) != _plain(wanted.to_dict()):
             raise UserError(f"{folder} was trained with other settings: use another --out")

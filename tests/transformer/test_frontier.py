@@ -16,10 +16,11 @@ from sparse_transformer import Transformer, data, evaluation
 from sparse_transformer.train.trainer import Trainer
 
 TASK = "single_double_quote"
+OPTIONS = frontier.Options(out=Path(), json=Path(), steps=10, rate=0.5)
 
 
 def block_weights(kind):
-    config = replace(kind.settings(0, 10, []).model, vocab_size=64)
+    config = replace(kind.settings(0, OPTIONS).model, vocab_size=64)
     model = Transformer(config, fan_multiple=1.0)
     return [
         module.weight.numel()
@@ -35,8 +36,9 @@ def test_widths_share_an_l0_and_no_neuron_has_fewer_than_four():
     assert edges["d128-half"] * 2 == edges["d128"] == edges["d128-double"] / 2
     assert edges["dense128"] == 24 * 128 * 128
     for kind in frontier.KINDS:
-        settings = kind.settings(3, 10, [])
+        settings = kind.settings(3, OPTIONS)
         assert (settings.train.seed, settings.train.steps) == (3, 10)
+        assert settings.optimizer.learning_rate == kind.learning_rate / 2
         assert settings.model.active == (None if kind.fan is None else 0.25)
         if kind.fan is not None:
             assert kind.fan >= settings.model.min_nonzeros == 4
@@ -52,7 +54,8 @@ def tiny(monkeypatch, tmp_path):
     train = replace(base.train, batch_tokens=192, validate_every=2, validation_tokens=96)
     model = replace(base.model, vocab_size=400, n_layer=1, context=96)
     monkeypatch.setattr(frontier, "BASE", replace(base, train=train, model=model))
-    kinds = frontier.Kind("sparse", "sparse", 32, 8), frontier.Kind("dense", "dense", 32, None)
+    made = ("sparse", 8), ("dense", None)
+    kinds = tuple(frontier.Kind(name, name, 32, fan, 0.01) for name, fan in made)
     monkeypatch.setattr(frontier, "KINDS", kinds)
     monkeypatch.setattr(
         results, "LINES", {"both": ("sparse", "dense"), "dense": ("dense",), "none": ()}
@@ -125,7 +128,7 @@ def test_a_killed_run_continues(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_the_loss_is_the_mean_of_all_windows(tiny):
-    model = Transformer(frontier.KINDS[1].settings(0, 4, []).model)
+    model = Transformer(frontier.KINDS[1].settings(0, OPTIONS).model)
     text = torch.randint(400, (40 * 96 + 1,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         each = [model.loss(*window(text, first)) for first in range(0, 40 * 96, 96)]

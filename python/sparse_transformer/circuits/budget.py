@@ -32,7 +32,7 @@ class Budget:
     steps: int = 150
     pairs: int = 16
     finalists: int = 3
-    test_pairs: int = 128
+    test_pairs: int = 512
 
     def __post_init__(self) -> None:
         for field in fields(self):
