@@ -127,11 +127,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("d64", "width 64", 64, 32, 0.04),
-    Kind("d128", "width 128", 128, 16, 0.04),
-    Kind("d256", "width 256", 256, 8, 0.04),
-    Kind("d128-half", "half the L0", 128, 8, 0.04),
-    Kind("d128-double", "twice the L0", 128, 32, 0.04),
+    Kind("d64", "width 64", 64, 32, 0.02),
+    Kind("d128", "width 128", 128, 16, 0.02),
+    Kind("d256", "width 256", 256, 8, 0.02),
+    Kind("d128-half", "half the L0", 128, 8, 0.02),
+    Kind("d128-double", "twice the L0", 128, 32, 0.02),
     Kind("dense64", "dense, width 64", 64, None, 0.003),
     Kind("dense128", "dense, width 128", 128, None, 0.003),
 )

@@ -14,7 +14,8 @@ STEPS = 12
 OPTIONS = (
     f"--steps {STEPS} --d-model 32 --d-head 32 --n-layer 2 --context 32 --vocab-size 301 "
     "--batch-tokens 256 --density 0.25 --embedding-density 0.25 --save-every 4 --validate-every 4 "
-    "--validation-tokens 288 --learning-rate 0.0128 --no-tensorboard --device cpu --rank-timeout 30"
+    "--validation-tokens 288 --learning-rate 0.0128 --no-tensorboard --device cpu "
+    "--rank-timeout 30 --bigram-start zero"
 ).split()
 LINEARS = ("dense", "masked_dense")
 

@@ -1,5 +1,6 @@
 """Runs: never lost, whatever ends them; the same on two ranks; errors in one sentence."""
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from sparse_transformer.model import ModelConfig, Transformer
 from sparse_transformer.presets import PRESETS
 from sparse_transformer.tasks.task import _side
 from sparse_transformer.tasks.task import collate as collate_pairs
-from sparse_transformer.train import checkpoint, loop, metrics
+from sparse_transformer.train import bigram, checkpoint, loop, metrics
 from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.settings import Settings
 from sparse_transformer.train.trainer import Diverged, Progress, Trainer
@@ -37,7 +39,8 @@ STEPS = 40
 OPTIONS = (
     f"--steps {STEPS} --d-model 32 --n-layer 1 --context 32 --vocab-size 300 --batch-tokens 256 "
     "--density 0.25 --embedding-density 0.25 --topology.period 3 --save-every 7 "
-    "--validate-every 10 --validation-tokens 512 --learning-rate 0.0128 --no-tensorboard"
+    "--validate-every 10 --validation-tokens 512 --learning-rate 0.0128 --no-tensorboard "
+    "--bigram-start zero"
 ).split()
 
 
@@ -321,7 +324,8 @@ def test_an_early_interrupt_is_quiet(program, delay, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     # A program that lacks an option may have said so before.
-    assert process.returncode in (130, 2)
+    # The signal itself ends an interpreter that is about to end.
+    assert process.returncode in (130, 2, -signal.SIGINT)
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
@@ -485,6 +489,26 @@ def test_other_linears_train_too(options, reference, tmp_path, linear):
         assert lines[-1]["l0"] == pytest.approx(sparse[-1]["l0"], rel=0.05)
     else:
         assert lines[-1]["l0"] == lines[0]["l0"]
+
+
+def test_a_table_of_counts_starts_where_one_of_zeros_has_to_come(options, reference, tmp_path):
+    counts = [*options, "--bigram-start", "counts", "--steps", "10"]
+    assert run_here(counts, tmp_path / "run") == 0
+    assert lines_of(tmp_path / "run")[0]["loss"] < lines_of(reference)[9]["val_loss"] - 0.5
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 24])
+def test_the_bigram_table_has_the_frequencies_of_the_text(monkeypatch, chunk):
+    monkeypatch.setattr(bigram, "_CHUNK", chunk)
+    tokens = np.random.default_rng(0).integers(0, 4, 97).astype(np.uint16)
+    table = torch.empty(5, 5)
+    bigram.set_to_counts_(table, tokens)
+    pairs = list(itertools.pairwise(tokens.tolist()))
+    for first, second in itertools.product(range(5), repeat=2):
+        share = (1 + sum(b == second for _, b in pairs)) / (5 + len(pairs))
+        count, total = pairs.count((first, second)), sum(a == first for a, _ in pairs)
+        wanted = math.log((count + 100 * share) / (total + 100))
+        assert table[first, second] == pytest.approx(wanted, abs=1e-5)
 
 
 def losses_of(out):

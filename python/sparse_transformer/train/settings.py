@@ -36,6 +36,9 @@ class TrainConfig:
     the tasks; they are not those that evaluation and validation ask."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks of --task-pairs; by default all twenty."""
+    bigram_start: Literal["counts", "zero"] = "counts"
+    """How the bigram table starts: as frequencies in the training text, which saves some hundred
+    steps, or at zero as published."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME, or else in
     ~/.cache."""

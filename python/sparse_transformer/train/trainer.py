@@ -25,6 +25,7 @@ from sparse_transformer.masked import masked_layers
 from sparse_transformer.model import Transformer
 from sparse_transformer.ranges import need, need_number, need_whole
 from sparse_transformer.train import checkpoint, sharding
+from sparse_transformer.train.bigram import set_to_counts_
 from sparse_transformer.train.checkpoint import Checkpoint
 from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.masked_dense import project_
@@ -97,6 +98,8 @@ class Trainer:
                 generator=torch.Generator().manual_seed(config.seed),
                 device=here.device,
             )
+            if self.model.bigram is not None and config.bigram_start == "counts":
+                set_to_counts_(self.model.bigram, corpus.train)
             here.broadcast_(self.model.state_dict().values())
             self._equip()
         else:
