@@ -98,7 +98,9 @@ class Run:
         static = {"start_multiple": 1.0, "drop_share": 0.0} if self.variant == "static" else {}
         return Settings(
             preset="quality",
-            train=TrainConfig(**given(TrainConfig), device=on, projection=projection),
+            train=TrainConfig(
+                **given(TrainConfig), device=on, projection=projection, bigram_start="zero"
+            ),
             model=ModelConfig(**given(ModelConfig), **VARIANTS[model]),
             topology=TopologyConfig(**given(TopologyConfig), **static | self.topology),
             optimizer=OptimizerConfig(**given(OptimizerConfig)),
