@@ -245,13 +245,9 @@ def _find(
                 with progress.part(number / len(candidates), (number + 1) / len(candidates)):
                     wide = candidate.order.threshold(_WIDE_SHARE * target, progress)
                     enough = wide if wide.loss <= target else candidate.nodes
-                    few = greedy_prune(
-                        task, Subgraph(enough.keep), target, edges=edges, progress=progress
-                    )
+                    few = _pruned(task, Subgraph(enough.keep), target, edges, progress)
                 found.append((few, candidate))
         subgraph, best = min(found, key=lambda entry: task.size(entry[0]))
-        if _adversary(task, subgraph, target) is not None:
-            subgraph = Subgraph(best.nodes.keep)
         sizes["nodes"] = size_of(task, Subgraph(subgraph.keep))
         if edges:
             sizes["edges"] = size_of(task, subgraph)
@@ -274,6 +270,21 @@ def _hardened(
         order = NodeOrder(task, candidate.order.order, candidate.order.chosen)
         candidate = replace(candidate, nodes=order.threshold(target, progress), order=order)
     return task, candidate
+
+
+def _pruned(
+    task: TaskLoss, start: Subgraph, target: float, edges: bool, progress: Progress
+) -> Subgraph:
+    """`start`, pruned; once more against each adversary that the result does not stand."""
+    for _ in range(_HARDENINGS):
+        few = greedy_prune(task, start, target, edges=edges, progress=progress)
+        adversary = _adversary(task, few, target)
+        if adversary is None:
+            return few
+        task = task.against(adversary)
+        if task.calibrated_loss(start) > target or progress.left < 0:
+            break
+    return start
 
 
 def _adversary(task: TaskLoss, subgraph: Subgraph, target: float) -> Tensor | None:
