@@ -93,8 +93,7 @@ def margins(model: Transformer, batch: Batch, site: int, change: Tensor) -> Tens
 
     with replaced(model, site, add):
         logits = model(batch.tokens, at=batch.last)[:, 0]
-    answers = torch.stack([batch.right, batch.wrong], 1)
-    right, wrong = logits.gather(1, answers).unbind(1)
+    right, wrong = logits.gather(1, batch.answers).unbind(1)
     return right - wrong
 
 

@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor
 
 from sparse_transformer import hooks, program
-from sparse_transformer.attention import attention_pattern, attention_scores
+from sparse_transformer.circuits.activations import attention_of
 from sparse_transformer.circuits.circuit import PARTS, Circuit, Node
 from sparse_transformer.circuits.graph import Nodes, rows_of
 from sparse_transformer.circuits.words import visible
@@ -216,22 +216,17 @@ class _Flow:
 
     def _attend(self, flows: dict[str, Tensor], v: Node, weight: float) -> None:
         """Adds what v, and q and k of its head, do to one write through `weight`."""
-        d, attention = self.model.config.d_head, self.model.get_submodule(f"blocks.{v.layer}.attn")
         assert v.head is not None
-        part = slice(v.head * d, (v.head + 1) * d)
-        q, k = (self.seen[f"{v.layer}.attn.{kind}"][:, part] for kind in "qk")
-        sinks: Any = getattr(attention, "sinks", None)
-        sink = None if sinks is None else sinks[v.head : v.head + 1].float().cpu()
-        scores = attention_scores(q[None, None], k[None, None])
-        pattern = attention_pattern(scores, sink)[0, 0]  # (T, T)
+        q, k = (self.seen[f"{v.layer}.attn.{kind}"] for kind in "qk")
+        pattern = attention_of(self.model, v.layer, q[None], k[None], [v.head])[0, 0]  # (T, T)
         value = self.activation(v.id)
         flows[v.id] += pattern * value * weight
         y = self.seen[f"{v.layer}.attn.y"][:, v.channel]
         slope = pattern * (value - y[:, None]) * weight
         for node in self.nodes.values():
             if node.kind in ("q", "k") and (node.layer, node.head) == (v.layer, v.head):
-                channel = node.channel - v.head * d
-                change = slope * (q[:, None, channel] * k[None, :, channel]) * d**-0.5
+                share = q[:, None, node.channel] * k[None, :, node.channel]
+                change = slope * share * self.model.config.d_head**-0.5
                 flows[node.id] += change if node.kind == "k" else change.sum(1).diag()
 
     def _direct(self, answer: int) -> Tensor:

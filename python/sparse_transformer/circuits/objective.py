@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
@@ -21,7 +21,7 @@ from sparse_transformer.circuits.forward import Skipped, answer_logits
 from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
-from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
+from sparse_transformer.tasks import Batch, Pair, Prompt, Task, by_length, collate, prompts
 
 # Prompts of about equal length go together; a forward has at most this many tokens.
 _MOST_TOKENS = 8192
@@ -149,7 +149,7 @@ class TaskLoss:
 
     def batches(self, pairs: int, seed: int) -> Iterator[Batch]:
         """Endless training batches; pairs of about equal length go together."""
-        ordered = sorted(self.train, key=_length)
+        ordered = sorted(self.train, key=lambda pair: pair.length)
         generator = torch.Generator().manual_seed(seed)
         count = max(1, len(ordered) // pairs)
         while True:
@@ -174,9 +174,8 @@ class TaskLoss:
         """
         if subgraph is not None and ablation == "random":
             subgraph = self.with_random_rest(subgraph, seed)
-        order = sorted(range(len(pairs)), key=lambda number: _length(pairs[number]))
         found = torch.empty(2 * len(pairs))
-        for numbers in _chunks(order, pairs):
+        for numbers in by_length(pairs, _MOST_TOKENS):
             batch = collate([pairs[number] for number in numbers], self.pad)
             rows = torch.tensor([row for number in numbers for row in (2 * number, 2 * number + 1)])
             found[rows] = self._batch_diffs(batch, subgraph, ablation)
@@ -192,7 +191,7 @@ class TaskLoss:
         rows = torch.arange(len(batch.last))
         # The neighbours of a pair are about as long; of those, the prompt with either answer.
         others = rows ^ 1 if ablation == "pair" else (rows + 2 + rows // 2 % 2) % len(rows)
-        return self._activations(_pick(batch, others), batch)
+        return self._activations(batch.pick(others), batch)
 
     def with_random_rest(self, subgraph: Subgraph, seed: int) -> Subgraph:
         """The subgraph and a random share of the rest, itself random between none and all."""
@@ -224,13 +223,12 @@ class TaskLoss:
 
     def probe(self) -> list[Pair]:
         """A few of the prompts for fitting, for what is measured very often."""
-        return sorted(self.fit, key=_length)[::_PROBE_STRIDE]
+        return sorted(self.fit, key=lambda pair: pair.length)[::_PROBE_STRIDE]
 
     def fit_batches(self, subgraph: Subgraph) -> Iterator[tuple[Batch, Calibration]]:
         """The prompts for fitting, batch by batch, and the calibration of `subgraph` on them."""
         calibration = calibrate(*self.logit_diffs(self.fit, subgraph))
-        order = sorted(range(len(self.fit)), key=lambda number: _length(self.fit[number]))
-        for numbers in _chunks(order, self.fit):
+        for numbers in by_length(self.fit, _MOST_TOKENS):
             yield collate([self.fit[number] for number in numbers], self.pad), calibration
 
     def present_edges(self, subgraph: Subgraph) -> Tensor:
@@ -280,9 +278,9 @@ class TaskLoss:
     def ends(self) -> tuple[Tensor, Tensor]:
         """bool `(D,)` twice: channels that tokens of the prompts write, that answers read."""
         if self._ends is None:
-            prompts = [p for pair in self.train + self.fit for p in (pair.positive, pair.negative)]
-            model, tokens = self.model, sorted({t for prompt in prompts for t in prompt.tokens})
-            answers = sorted({prompt.right for prompt in prompts})
+            asked = prompts(self.train + self.fit)
+            model, tokens = self.model, sorted({t for prompt in asked for t in prompt.tokens})
+            answers = sorted({prompt.right for prompt in asked})
             written = rows_of(model.embed, tokens)
             read = rows_of(model.unembed or model.embed, answers)
             self._ends = (written != 0).any(0), (read != 0).any(0)
@@ -340,8 +338,8 @@ def logit_diff(
 ) -> Tensor:
     """Logit of the right answer minus that of the wrong one, `(2P,)`; see `answer_logits`."""
     logits = answer_logits(model, batch.tokens, batch.last, skipped, shared=shared)
-    found: Tensor = logits.gather(1, torch.stack([batch.right, batch.wrong], 1)).float()
-    return found[:, 0] - found[:, 1]
+    right, wrong = logits.gather(1, batch.answers).float().unbind(1)
+    return right - wrong
 
 
 def score(diffs: Tensor, positive: Tensor, calibration: Calibration | None = None) -> TaskScore:
@@ -388,22 +386,3 @@ def calibrate(diffs: Tensor, positive: Tensor) -> Calibration:
             break
     scale, shift = now.tolist()
     return Calibration(scale / size, shift)
-
-
-def _pick(batch: Batch, rows: Tensor) -> Batch:
-    return Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
-
-
-def _length(pair: Pair) -> int:
-    return max(len(pair.positive.tokens), len(pair.negative.tokens))
-
-
-def _chunks(order: Sequence[int], pairs: Sequence[Pair]) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    for number in order:
-        if chunk and 2 * (len(chunk) + 1) * _length(pairs[number]) > _MOST_TOKENS:
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk

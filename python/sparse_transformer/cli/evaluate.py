@@ -16,7 +16,7 @@ from sparse_transformer import program
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY, evaluate_task
 from sparse_transformer.run import load_run
-from sparse_transformer.tasks import TASKS, Pair, Split, get
+from sparse_transformer.tasks import TASKS, Pair, Split, get, prompts
 from sparse_transformer.train.checkpoint import load
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
 
 def _answers(pairs: Sequence[Pair], tokenizer: Tokenizer) -> str:
     """The two answers, or how many different ones there are."""
-    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-    answers = dict.fromkeys(prompt.right for prompt in prompts)
+    answers = dict.fromkeys(prompt.right for prompt in prompts(pairs))
     if len(answers) > 2:
         return f"{len(answers)} kinds"
     return " ".join(repr(tokenizer.decode([answer])) for answer in answers)

@@ -175,10 +175,9 @@ class _Steering:
             batch = tasks.collate(pairs[first : first + _PAIRS], self.end).to(self.device)
             tokens, last = batch.tokens, batch.last
             interventions = self._interventions(batch)
-            answers = torch.stack([batch.right, batch.wrong], 1)
             logits = torch.stack(
                 [
-                    _finite(answer(self.model, tokens, answers, changes, last=last))
+                    _finite(answer(self.model, tokens, batch.answers, changes, last=last))
                     for changes in ([], interventions)
                 ]
             )  # (2, prompts, 2): before and after, right and wrong

@@ -13,9 +13,31 @@ from __future__ import annotations
 
 from sparse_transformer.errors import UserError, suggest
 from sparse_transformer.tasks.catalogue import TASKS
-from sparse_transformer.tasks.task import Batch, Draft, Pair, Prompt, Split, Task, collate
+from sparse_transformer.tasks.task import (
+    Batch,
+    Draft,
+    Pair,
+    Prompt,
+    Split,
+    Task,
+    by_length,
+    collate,
+    prompts,
+)
 
-__all__ = ["TASKS", "Batch", "Draft", "Pair", "Prompt", "Split", "Task", "collate", "get"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Draft",
+    "Pair",
+    "Prompt",
+    "Split",
+    "Task",
+    "by_length",
+    "collate",
+    "get",
+    "prompts",
+]
 
 
 def get(name: str) -> Task:
