@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer.errors import UserError
-from sparse_transformer.files import new_folder, sha256
+from sparse_transformer.files import new_folder, sha256, sync
 
 END_OF_TEXT = "<|endoftext|>"
 # Answers of the circuit tasks (RECIPE) that must be one token each. Quotes come out of any Python
@@ -434,8 +434,7 @@ def _build(
         manifest = {"files": len(documents), "sha256": hashes}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
-            with open(path, "rb") as written:
-                os.fsync(written.fileno())
+            sync(path)
         # Here can only be what _complete refused: something truncated or altered.
         if folder.exists():
             shutil.rmtree(folder)

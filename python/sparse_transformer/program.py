@@ -9,9 +9,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sparse_transformer import _startup
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
+
+Config = TypeVar("Config")
 
 # How torch says, in a RuntimeError, that an allocation failed.
 _NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
@@ -45,6 +48,27 @@ def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> i
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         return _refuse("there is not enough memory: choose a smaller model or fewer tokens at once")
+
+
+def entry(
+    config: type[Config], name: str, run: Callable[[Config], None], interrupted: str = "interrupted"
+) -> Callable[..., int]:
+    """The `main` of a program, whose options are the fields of `config`, and which `run` is.
+
+    Args:
+        name: of the module, after `sparse_transformer.`.
+        interrupted: what to say after Ctrl-C.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
+        # Those who use the package as a library need no parser.
+        import tyro
+
+        given = tyro.cli(config, prog=f"python -m sparse_transformer.{name}", args=arguments)
+        return status(lambda: run(given), interrupted)
+
+    return main
 
 
 def _refuse(sentence: str) -> int:
@@ -104,9 +128,5 @@ def write_json(path: Path, content: object) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(path, "choose another --json"):
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): choose another --json"
-        ) from error

@@ -164,10 +164,7 @@ def text(report: dict[str, Any]) -> str:
     return f"{found}\nanswers of the dense model that flip\n{program.table(rows)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(BridgesConfig, prog="python -m sparse_transformer.bridges", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(BridgesConfig, "bridges", lambda config: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

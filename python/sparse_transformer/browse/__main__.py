@@ -7,7 +7,6 @@ where in the corpus it is most active, and where the heads look on an example.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -77,10 +76,7 @@ def run(config: BrowseConfig) -> None:
     print(f"{program.printable(str(out))}: {facts}; {out.stat().st_size / 1e6:.1f} MB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(BrowseConfig, prog="python -m sparse_transformer.browse", args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(BrowseConfig, "browse", run)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from sparse_transformer.circuits.activations import attention_of
 from sparse_transformer.circuits.circuit import PARTS, Circuit, Node
 from sparse_transformer.circuits.graph import Nodes, rows_of
 from sparse_transformer.circuits.words import visible
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import write_atomically
 from sparse_transformer.functional import RMS_EPS
 from sparse_transformer.generation import prompt_tokens
@@ -337,17 +337,10 @@ def run(config: GraphConfig) -> None:
         slug=config.slug,
         least_share=config.least_share,
     )
-    try:
+    with writing(config.out, "choose another --out"):
         config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{config.out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
-    index, path = (
-        config.out / "graph-metadata.json",
-        config.out / f"{graph['metadata']['slug']}.json",
-    )
-    listed = _listed(index, graph["metadata"]["slug"])
+    slug, index = graph["metadata"]["slug"], config.out / "graph-metadata.json"
+    path, listed = config.out / f"{slug}.json", _listed(index, slug)
     write_atomically(path, json.dumps(graph, allow_nan=False))
     write_atomically(index, json.dumps({"graphs": [*listed, graph["metadata"]]}, indent=1))
     print(f"{path}: {len(graph['nodes'])} nodes, {len(graph['links'])} links")
@@ -365,11 +358,7 @@ def _listed(index: Path, slug: str) -> list[Any]:
         raise UserError(f"{index} cannot be read ({error}): choose another --out") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    name = "python -m sparse_transformer.circuits.neuronpedia"
-    config = tyro.cli(GraphConfig, prog=name, args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(GraphConfig, "circuits.neuronpedia", run)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,4 @@ def _save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     program.write_json(config.json, content)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(EvaluateConfig, prog="python -m sparse_transformer.evaluate", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(EvaluateConfig, "evaluate", lambda config: run(config, sys.stdout))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -73,7 +72,4 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     out.flush()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(GenerateConfig, prog="python -m sparse_transformer.generate", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(GenerateConfig, "generate", lambda config: run(config, sys.stdout))

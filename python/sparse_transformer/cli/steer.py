@@ -391,7 +391,4 @@ def _cell(values: dict[str, float], name: str, number: str) -> str:
     return before if before == after else f"{before} -> {after}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(SteerConfig, prog="python -m sparse_transformer.steer", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(SteerConfig, "steer", lambda config: run(config, sys.stdout))

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_transformer.errors import UserError, one_line, suggest
-from sparse_transformer.files import new_folder, sha256
+from sparse_transformer.files import new_folder, sha256, sync
 from sparse_transformer.model import ModelConfig, Transformer
 
 # Where models are found by their names: in the package, then in a checkout beside `python/`.
@@ -135,7 +135,7 @@ def save(
         temporary = new_folder(root, _TEMPORARY)
         _write(temporary, step, tensors, meta)
         temporary.rename(target)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -275,9 +275,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, 
         json.dump(record, file, indent=1, allow_nan=False)
     # safetensors makes files that nobody else can read.
     path.chmod((folder / _META).stat().st_mode)
-    _sync(path)
-    _sync(folder / _META)
-    _sync(folder)
+    sync(path)
+    sync(folder / _META)
+    sync(folder)
 
 
 def _read_meta(path: Path, step: int) -> dict[str, Any]:
@@ -301,14 +301,6 @@ def _read_meta(path: Path, step: int) -> dict[str, Any]:
 def _read_tensors(path: Path, device: str, prefix: str) -> dict[str, Tensor]:
     with safe_open(path / _TENSORS, framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_temporary(root: Path) -> None:

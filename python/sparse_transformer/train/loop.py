@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sparse_transformer import program
 from sparse_transformer.data import Corpus, prepare
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import write_atomically
 from sparse_transformer.train import checkpoint, metrics
 from sparse_transformer.train.checkpoint import Checkpoint
@@ -299,21 +299,18 @@ def _claim(out: Path) -> Iterator[None]:
     """
     lock = out / ".lock"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
+    with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                if os.listdir(out) == [lock.name]:
-                    lock.unlink()
-                    for folder in made:
-                        folder.rmdir()
-    except Timeout as error:
-        raise UserError(
-            f"another process is training in {out}: wait for it or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
+        try:
+            with FileLock(lock, timeout=0):
+                try:
+                    yield
+                finally:
+                    if os.listdir(out) == [lock.name]:
+                        lock.unlink()
+                        for folder in made:
+                            folder.rmdir()
+        except Timeout as error:
+            raise UserError(
+                f"another process is training in {out}: wait for it or choose another --out"
+            ) from error

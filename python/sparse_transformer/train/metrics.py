@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
+
+_ADVICE = "free some space or make the folder writable, then continue with --resume"
 
 
 class Metrics:
@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        with _writing(path):
+        with writing(path, _ADVICE):
             size = path.stat().st_size if path.exists() else 0
             if size < position:
                 raise UserError(
@@ -56,7 +56,7 @@ class Metrics:
         Raises:
             UserError: the disk is full.
         """
-        with _writing(self._path):
+        with writing(self._path, _ADVICE):
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
         if self._events is not None:
@@ -66,7 +66,7 @@ class Metrics:
 
     def position(self) -> int:
         """Bytes written, all of them on the disk when this returns."""
-        with _writing(self._path):
+        with writing(self._path, _ADVICE):
             os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -127,16 +127,5 @@ def plot(
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    with _writing(path):
+    with writing(path, _ADVICE):
         figure.savefig(path, dpi=120)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or make the folder "
-            f"writable, then continue with --resume"
-        ) from error
