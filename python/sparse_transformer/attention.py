@@ -6,7 +6,7 @@ which `SinkAttention` adds the sink.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import sparse_kernels as sk
-
-if TYPE_CHECKING:
-    from sparse_transformer.model import ModelConfig
+from sparse_transformer.config import ModelConfig
 
 # What sk.transformer_ops.causal_attention has on the CPU.
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -14,9 +14,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sparse_transformer.attention import KVCache
-from sparse_transformer.data import END_OF_TEXT, encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
+from sparse_transformer.tokenizer import END_OF_TEXT, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

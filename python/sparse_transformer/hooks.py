@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import suggest
 
 if TYPE_CHECKING:
-    from sparse_transformer.model import ModelConfig, Transformer
+    from sparse_transformer.model import Transformer
 
 Replacement = Callable[[Tensor], Tensor]
 Recording = Callable[[Tensor], None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig
 from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import TopologyConfig

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
+from sparse_transformer.config import PLACES, ModelConfig
 from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import replacing
-from sparse_transformer.model import PLACES, ModelConfig, SparseEmbedding, Transformer
+from sparse_transformer.model import SparseEmbedding, Transformer
 from sparse_transformer.published import RELEASE_CONFIG, RELEASE_WEIGHTS, Published, read
 
 # Ours, theirs, and the released dataclass's default, which a file may leave out. Other fields of

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparse_transformer import data as corpora
-from sparse_transformer.data import load_tokenizer
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.model import Transformer
 from sparse_transformer.program import printable
+from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from benchmarks.experiments.predictions.__main__ import (
     single_double_quote,
 )
 from benchmarks.experiments.predictions.dose_response import dose_response as follow
-from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
+from sparse_transformer import ModelConfig, Transformer, UserError, tasks
 from sparse_transformer.circuits.circuit import Circuit, Node
 from sparse_transformer.tasks.template import Template
+from sparse_transformer.tokenizer import load_tokenizer
 
 NEURON, VALUE, DEPTH = "0.mlp.post_act:0", "1.attn.v:0", "1.attn.resid_delta:3"
 TRENDS = ["longer_list", "text_before", "open_brackets_before", "double_brackets_before"]
@@ -31,7 +32,7 @@ def tokenizer_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_path):
-    return data.load_tokenizer(tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 CONFIG = ModelConfig(

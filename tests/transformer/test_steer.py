@@ -28,6 +28,7 @@ from sparse_transformer.interventions import (
     intervene,
     next_logits,
 )
+from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint
 
 NEURONS = "0.mlp.post_act"
@@ -311,7 +312,7 @@ def run(tmp_path_factory):
     config = ModelConfig(vocab_size=300, n_layer=2, d_model=32, d_head=8, context=200, density=0.2)
     model = make(config, dtype=torch.float32)
     folder = save_run(tmp_path_factory.mktemp("run"), model, path)
-    return folder, model, data.load_tokenizer(path)
+    return folder, model, load_tokenizer(path)
 
 
 def ran(run, capsys, tmp_path, *arguments):

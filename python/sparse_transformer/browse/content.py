@@ -17,8 +17,9 @@ from sparse_transformer.circuits.activations import attention_of, record_nodes
 from sparse_transformer.circuits.examples import mass_of, strongest
 from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.circuits.labels import Texts, label_activations, quoted
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.model import Transformer
 
 # Labels take a few milliseconds a node; a larger page would also be slow to open.
 MOST_NODES, MOST_EDGES = 20_000, 400_000

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import sparse_kernels as sk
 from sparse_transformer import hooks
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.config import ModelConfig
+from sparse_transformer.model import Transformer
 
 _KINDS = {
     "act_in": "read",

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_transformer import hooks, program, tasks
-from sparse_transformer.data import encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
 from sparse_transformer.interventions import (
@@ -36,6 +35,7 @@ from sparse_transformer.interventions import (
 )
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
+from sparse_transformer.tokenizer import encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,8 +12,8 @@ from typing import Annotated
 import tyro
 
 from sparse_transformer import program
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig
 from sparse_transformer.presets import PRESETS, preset
 from sparse_transformer.train import checkpoint
 from sparse_transformer.train.loop import train

@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError, one_line, suggest
 from sparse_transformer.files import new_folder, sha256, sync
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.model import Transformer
 
 # Where models are found by their names: in the package, then in a checkout beside `python/`.
 MODELS = [

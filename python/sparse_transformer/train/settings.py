@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_transformer.model import ModelConfig
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.ranges import need_choices, need_number, need_whole
 from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.topology import TopologyConfig
