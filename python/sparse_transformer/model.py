@@ -429,6 +429,18 @@ class Transformer(nn.Module):
             )
 
 
+def count_weights(model: Transformer) -> int:
+    """L0: nonzero weights of all matrices, embeddings included, as training reports it."""
+    sparse = model.sparse_layers()
+    if sparse:
+        return sum(layer.weight.numel() for layer in sparse.values())
+    return sum(
+        int(module.weight.count_nonzero())
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    )
+
+
 class _Maker:
     """Makes the layers of the kind that the configuration asks for, and initialises them."""
 

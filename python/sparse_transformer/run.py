@@ -17,7 +17,7 @@ from sparse_transformer import data as corpora
 from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
-from sparse_transformer.model import Transformer
+from sparse_transformer.model import Transformer, count_weights
 from sparse_transformer.program import printable
 from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint as checkpoints
@@ -182,12 +182,11 @@ def model_card(model: Transformer, name: str) -> str:
     """A README.md for the hub: what the model is, and how it is loaded."""
     config = model.config
     sparse = model.sparse_layers().values()
-    weights = sum(layer.weight.numel() for layer in sparse)
-    dense = sum(layer.in_features * layer.out_features for layer in sparse)
-    if not sparse:
-        matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-        weights = sum(int(matrix.count_nonzero()) for matrix in matrices)
-        dense = sum(matrix.numel() for matrix in matrices)
+    dense = sum(layer.in_features * layer.out_features for layer in sparse) or sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    )
     return f"""---
 library_name: sparse-kernels
 pipeline_tag: text-generation
@@ -203,7 +202,7 @@ A weight-sparse transformer ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)
 |---|---|
 | layers, width | {config.n_layer}, {config.d_model} |
 | context, vocabulary | {config.context}, {config.vocab_size} tokens |
-| weights of its matrices | {weights:,} of {dense:,} in a dense model |
+| weights of its matrices | {count_weights(model):,} of {dense:,} in a dense model |
 
 ```python
 from sparse_transformer import Transformer, generate

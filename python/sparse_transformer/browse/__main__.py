@@ -16,9 +16,9 @@ import tyro
 from sparse_transformer import program
 from sparse_transformer.browse.content import describe, need_small
 from sparse_transformer.browse.page import render
-from sparse_transformer.circuits.graph import count_weights
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
+from sparse_transformer.model import count_weights
 from sparse_transformer.run import corpus_sample, load_run
 
 # Windows of the corpus from which labels and snippets are; tokens of the example.

@@ -31,7 +31,7 @@ from sparse_transformer.circuits.activations import fingerprint, mean_activation
 from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Circuit, Validation
-from sparse_transformer.circuits.graph import Edges, count_weights
+from sparse_transformer.circuits.graph import Edges
 from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit, find_circuit
 from sparse_transformer.circuits.viz import summary, write_html, write_image
@@ -40,7 +40,7 @@ from sparse_transformer.errors import UserError, writing
 from sparse_transformer.evaluation import SOLVED_ACCURACY
 from sparse_transformer.files import replacing
 from sparse_transformer.memory import keep_freed_memory
-from sparse_transformer.model import Transformer
+from sparse_transformer.model import Transformer, count_weights
 from sparse_transformer.run import corpus_sample, load_run
 from sparse_transformer.train.checkpoint import load
 

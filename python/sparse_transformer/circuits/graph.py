@@ -187,18 +187,6 @@ class Edges:
         return list(flat.split([len(matrix.source) for matrix in self.matrices]))
 
 
-def count_weights(model: Transformer) -> int:
-    """L0: nonzero weights of all matrices, embeddings included, as training reports it."""
-    sparse = model.sparse_layers()
-    if sparse:
-        return sum(layer.weight.numel() for layer in sparse.values())
-    return sum(
-        int(module.weight.count_nonzero())
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Embedding))
-    )
-
-
 def rows_of(module: nn.Module, tokens: Sequence[int]) -> Tensor:
     """The rows of embedding or unembedding of these tokens, dense `(len(tokens), D)`."""
     weight = module.get_parameter("weight").detach()
