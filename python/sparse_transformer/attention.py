@@ -47,13 +47,8 @@ def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The last T positions attend to all S of which keys and values are known; inference only.
 
-    Args:
-        q: `(B, T, H, d)`.
-        k, v: `(B, S, H, d)`, S at least T.
-        sinks: as for `causal_attention`.
-
-    Returns:
-        `(B, T, H, d)`.
+    q `(B, T, H, d)`; k and v `(B, S, H, d)`, S at least T; sinks as for `causal_attention`. To
+    `(B, T, H, d)`.
     """
     if q.device.type == "cpu" and q.dtype in _CPU_DTYPES:
         return sk.transformer_ops.cached_attention(
@@ -89,14 +84,7 @@ def attention_pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers for up to `config.context` tokens, allocated once.
-
-    Args:
-        config: of the model.
-        batch: B.
-        device: of the model's activations.
-        dtype: of the model's activations.
-    """
+    """Keys and values of all layers for up to `config.context` tokens, allocated once."""
 
     def __init__(
         self,

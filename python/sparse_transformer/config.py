@@ -18,8 +18,7 @@ PLACES = (
 class ModelConfig:
     """The architecture of a model. The defaults are the small model of the published recipe.
 
-    Raises:
-        ValueError: a value that does not fit; the message names it.
+    A value that does not fit raises a ValueError that names it.
     """
 
     vocab_size: int = 2048
@@ -124,11 +123,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `dataclasses.asdict`, also through JSON; refuses names it does not know.
-
-        Raises:
-            ValueError: an unknown name, or a value that does not fit.
-        """
+        """The inverse of `dataclasses.asdict`, also through JSON; a ValueError for other names."""
         unknown = sorted(set(stored) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"the model's configuration has no field {', '.join(unknown)}")

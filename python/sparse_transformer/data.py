@@ -198,9 +198,6 @@ def validation_batches(
 
     Yields `(tokens, targets)` as `Batches.at` does, at most `batch` windows at once; rank `r` gets
     every `world`-th window. Every rank gets equally many batches, the last may have no window.
-
-    Raises:
-        UserError: too few tokens for one window.
     """
     check_length(tokens, context, "validation")
     available = (len(tokens) - 1) // context
@@ -234,7 +231,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tens
 
 
 def check_length(tokens: np.ndarray, context: int, name: str) -> None:
-    """Raises UserError unless `tokens` hold one window and the target of its last token."""
+    """A UserError unless `tokens` hold one window and the target of its last token."""
     if len(tokens) <= context:
         raise UserError(
             f"the corpus has {len(tokens)} {name} tokens, which is less than one window of "

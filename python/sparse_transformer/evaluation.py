@@ -76,7 +76,6 @@ def evaluate_task(
         model: called as `model(tokens, at=last)`, returns logits `(B, 1, V)`.
         pairs: at least 2, in any order.
         pad: a token to pad with; which one makes no difference to a causal model.
-        device: where the model is.
 
     Raises:
         UserError: a logit is not a number.

@@ -56,10 +56,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Writes a file that is never seen half written; a UserError if it cannot be written."""
     with writing(path, "free some space or choose another --out"), replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")

@@ -109,13 +109,7 @@ def record(
 ) -> dict[str, Tensor]:
     """Runs `model` on `tokens (B, T)` and returns its activations by name, without gradients.
 
-    Args:
-        model: the model.
-        tokens: int64 `(B, T)`.
-        which: names; None for all.
-
-    Raises:
-        ValueError: a name that the model has not; the message has the nearest ones.
+    Arguments and errors are those of `recording`.
     """
     with recording(model, which) as seen:
         model(tokens)
@@ -131,7 +125,6 @@ def recording(
     The tensors are those of the forward itself, with their gradient history; detach what is kept.
 
     Args:
-        model: the model.
         which: names; None for all.
 
     Raises:
@@ -158,12 +151,10 @@ def replacing(model: Transformer, changes: Mapping[str, Replacement]) -> Iterato
     """Inside the block every forward uses `function(activation)` at each named place.
 
     Args:
-        model: the model.
         changes: name to a function of the activation that returns a new one of its shape.
 
     Raises:
-        ValueError: a name that the model has not; the message has the nearest ones. In the forward:
-            a function that returns another shape.
+        ValueError: as `recording`. In the forward: a function that returns another shape.
     """
     points = [_point(model, name) for name in changes]
     with ExitStack() as stack:

@@ -147,8 +147,6 @@ class Transformer(nn.Module):
         fan_multiple: the sparse layers start with that multiple of their final fan, at most dense.
         fans: fans to start with by layer name, for those that `fan_multiple` does not describe.
         generator: draws patterns and weights; by default torch's global one.
-        device: as for `torch.nn.Linear`.
-        dtype: as for `torch.nn.Linear`.
 
     Attributes:
         tokenizer: None, or that of the folder from which the model was read.
@@ -202,8 +200,7 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """A model with the fans and values of a state dict from any point of a training run.
 
-        Raises:
-            RuntimeError, TypeError, ValueError: a state that is not one of such a model.
+        A RuntimeError, TypeError or ValueError for a state that is not one of such a model.
         """
         held, wanted = sum(tensor.numel() for tensor in state.values()), config.values()
         if wanted > 2 * held + 2**20:
@@ -350,10 +347,7 @@ class Transformer(nn.Module):
         """Mean cross-entropy of `targets (B, T)` given `tokens (B, T)`, a scalar.
 
         One `(B T, V)` tensor of logits is made; it becomes its own gradient. Hooks on `unembed` see
-        a copy that stays as it is.
-
-        Raises:
-            ValueError: no tokens, or targets of another shape.
+        a copy that stays as it is. A ValueError for no tokens, or targets of another shape.
         """
         if tokens.numel() == 0:
             raise ValueError(f"a loss needs at least one token, got shape {tuple(tokens.shape)}")
@@ -379,11 +373,7 @@ class Transformer(nn.Module):
         }
 
     def target_fan(self, name: str) -> int:
-        """Fan-in or fan-out of that sparse layer at the end of training.
-
-        Raises:
-            KeyError: no sparse layer has that name.
-        """
+        """Fan-in or fan-out of that sparse layer at the end of training."""
         return self._targets[name]
 
     def _residual(self, tokens: Tensor, cache: KVCache | None) -> Tensor:

@@ -85,11 +85,7 @@ PRESETS: dict[str, Settings] = {
 
 
 def preset(name: str) -> Settings:
-    """The settings of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The settings of that name; a UserError if there are none."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -21,12 +21,7 @@ _NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory"
 
 
 def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Runs, and returns the exit status: 2 after an error, 130 after Ctrl-C, else what `run` says.
-
-    Args:
-        run: what the program does; None is success.
-        interrupted: what to say after Ctrl-C.
-    """
+    """Runs; returns the exit status: 2 after an error, 130 after Ctrl-C, else what `run` says."""
     _startup.ready()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A text that the terminal cannot show must not end a program.
@@ -82,11 +77,7 @@ def printable(text: str) -> str:
 
 
 def read_text(text: str) -> str:
-    """A text of the command line; "-" stands for what is on standard input.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
+    """A text of the command line, in UTF-8; "-" stands for what is on standard input."""
     try:
         found = sys.stdin.read() if text == "-" else text
         found.encode()
@@ -123,10 +114,6 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes what `--json` asks for.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Writes what `--json` asks for."""
     with writing(path, "choose another --json"):
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -33,18 +33,7 @@ _SAMPLE, _SAMPLE_ROWS = "sample.safetensors", 256
 def load_run(
     checkpoint: str | os.PathLike[str], step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a run.
-
-    Args:
-        checkpoint: the folder of a training run, or of one checkpoint in it; or the name of a model
-            that comes with the package.
-        step: the checkpoint of this step, by default the newest.
-        device: where the model goes.
-
-    Raises:
-        UserError: no such device, a checkpoint that cannot be read, or a tokenizer that is missing
-            or does not belong to the model.
-    """
+    """The model of a run, and its tokenizer; arguments and errors are those of `load_model`."""
     folder = checkpoints.find(checkpoint)
     model = load_weights(folder, step, device)
     return model, give_tokenizer(model, tokenizer_of(folder))
@@ -62,11 +51,7 @@ def load_weights(
 
 
 def device_of(name: torch.device | str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The device of that name; a UserError if there is none."""
     try:
         place = torch.device(name)
         torch.empty(0, device=place)
@@ -80,7 +65,7 @@ def device_of(name: torch.device | str) -> torch.device:
 
 
 def give_tokenizer(model: Transformer, path: Path) -> Tokenizer:
-    """Reads the tokenizer in `path`, and sets `model.tokenizer`.
+    """Sets `model.tokenizer` to the one in `path` and returns it.
 
     Raises:
         UserError: it is missing or does not belong to the model.
@@ -112,7 +97,8 @@ def load_model(
         device: where the model goes.
 
     Raises:
-        UserError: as `load_run`.
+        UserError: no such device, a checkpoint that cannot be read, or a tokenizer that is missing
+            or does not belong to the model.
     """
     return load_run(path_or_name, step, device)[0]
 
@@ -226,8 +212,6 @@ def corpus_sample(
     that it was trained on, in the tokens of its tokenizer.
 
     Args:
-        checkpoint: as for `load_run`.
-        model: of `load_model`.
         data: take windows of these files and folders instead.
         cache_dir: as for `data.prepare`.
 

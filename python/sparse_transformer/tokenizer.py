@@ -31,8 +31,7 @@ _LONG_WORD = re.compile(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE, in which each of `TASK_TOKENS` is a token and the last id is end-of-text.
 
-    Raises:
-        UserError: too little text.
+    A UserError if there is too little text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,11 +81,7 @@ def pieces_of(text: str) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
+    """The tokens of a text; a UserError if it is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -97,8 +92,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in `path`, which takes the end-of-text token's name for ordinary text.
 
-    Raises:
-        UserError: the file is missing or is not a tokenizer.
+    A UserError if the file is missing or is not a tokenizer.
     """
     problem = f"{path} is missing or not a tokenizer: copy tokenizer.json there"
     try:

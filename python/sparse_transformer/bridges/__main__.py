@@ -58,12 +58,7 @@ class BridgesConfig:
 
 
 def run(config: BridgesConfig, out: TextIO) -> None:
-    """Does what `config` says and writes a report to `out`.
-
-    Raises:
-        UserError: models that do not fit together, numbers or tasks that do not fit them, or what
-            `load_run` and `corpus_sample` refuse.
-    """
+    """Does what `config` says and writes a report to `out`."""
     chosen = [tasks.get(name) for name in dict.fromkeys(config.tasks)]
     if len(chosen) < 2:
         raise UserError("one task has no other to compare with: give at least two --tasks")

@@ -46,13 +46,7 @@ class BrowseConfig:
 
 
 def run(config: BrowseConfig) -> None:
-    """Writes the page and prints how large it is.
-
-    Raises:
-        UserError: a checkpoint or corpus that cannot be read, a model that is too large, or no such
-            folder.
-        OSError: the page cannot be written.
-    """
+    """Writes the page and prints how large it is."""
     name = config.checkpoint.resolve().name
     out = config.out or Path(f"{name}.html")
     if not out.parent.is_dir():

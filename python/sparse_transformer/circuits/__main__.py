@@ -93,11 +93,7 @@ class CircuitConfig:
 
 
 class _Run:
-    """A model with what its tasks share.
-
-    Raises:
-        UserError: a checkpoint or corpus that cannot be read.
-    """
+    """A model with what its tasks share."""
 
     def __init__(self, path: Path, config: CircuitConfig) -> None:
         self.model: Transformer
@@ -126,11 +122,7 @@ class _Run:
     def circuit(
         self, name: str, ablation: str, config: CircuitConfig, folder: Path
     ) -> dict[str, Any]:
-        """Finds, validates and draws one circuit; returns the content of summary.json.
-
-        Raises:
-            UserError: the task cannot be asked, or is not solved, or the target is out of reach.
-        """
+        """Finds, validates and draws one circuit; returns the content of summary.json."""
         done = folder / "summary.json"
         settings = self._settings(config) | {"ablation": ablation}
         stored = _stored(done, settings)
@@ -205,11 +197,7 @@ class _Run:
 
 
 def run(config: CircuitConfig) -> None:
-    """Finds the circuits and prints a few lines about each.
-
-    Raises:
-        UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
-    """
+    """Finds the circuits and prints a few lines about each."""
     if find_spec("pygraphviz") is None:
         raise UserError("drawing needs pygraphviz: pip install '.[transformer]'")
     if bool(config.task) == config.all:

@@ -316,11 +316,7 @@ class GraphConfig:
 
 
 def run(config: GraphConfig) -> None:
-    """Writes the graph and lists it.
-
-    Raises:
-        UserError: files that cannot be read or written, or what `to_neuronpedia` refuses.
-    """
+    """Writes the graph and lists it."""
     if config.slug is not None and not re.fullmatch(r"[a-zA-Z0-9-]+", config.slug):
         raise UserError(f"--slug must have letters, digits and hyphens, got {config.slug!r}")
     try:

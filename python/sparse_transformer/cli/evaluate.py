@@ -48,9 +48,7 @@ class EvaluateConfig:
 def run(config: EvaluateConfig, out: TextIO) -> None:
     """Evaluates as `config` says and writes the table to `out`.
 
-    Raises:
-        UserError: an unknown task, a number that does not fit, what `load_run` refuses, or a file
-            that cannot be written. A task that this tokenizer or context cannot ask is a row.
+    A task that this tokenizer or context cannot ask is a row.
     """
     chosen = [get(name) for name in dict.fromkeys(config.tasks)] or list(TASKS.values())
     program.need_whole("--pairs", config.pairs, 2)

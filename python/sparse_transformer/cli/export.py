@@ -27,11 +27,7 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> None:
-    """Writes the folder and prints how large it is.
-
-    Raises:
-        UserError: see `export_model`.
-    """
+    """Writes the folder and prints how large it is."""
     size = export_model(config.checkpoint, config.out, step=config.step, data=config.data)
     print(f"{program.printable(str(config.out))}: {size / 1e6:.1f} MB")
 

@@ -40,12 +40,7 @@ class GenerateConfig:
 
 
 def run(config: GenerateConfig, out: TextIO) -> None:
-    """Generates as `config` says and writes to `out`, the first continuation as it grows.
-
-    Raises:
-        UserError: a checkpoint that cannot be read, a tokenizer that does not belong to it, or what
-            `generate` refuses.
-    """
+    """Generates as `config` says and writes to `out`, the first continuation as it grows."""
     program.need_whole("--batch", config.batch, 1)
     program.need_whole("--tokens", config.tokens, 0)
     program.need_whole("--seed", config.seed, 0)

@@ -99,12 +99,7 @@ class SteerConfig:
 
 
 def run(config: SteerConfig, out: TextIO) -> None:
-    """Does what `config` says and writes a report to `out`.
-
-    Raises:
-        UserError: a checkpoint that cannot be read, or nodes, positions, prompts, answers or a task
-            that do not fit it.
-    """
+    """Does what `config` says and writes a report to `out`."""
     if (config.prompt is None) == (config.task is None):
         raise UserError("one thing can be asked at a time: give either --prompt or --task")
     if config.task is not None and config.answers is not None:

@@ -47,11 +47,7 @@ class CorpusConfig:
 
 
 def run(config: CorpusConfig) -> None:
-    """Writes the files.
-
-    Raises:
-        UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
-    """
+    """Writes the files."""
     program.need_whole("--pairs", config.pairs, 1)
     if config.shortcuts:
         chosen = TASKS if config.task is None else {config.task: get(config.task)}

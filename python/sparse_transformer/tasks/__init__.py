@@ -41,11 +41,7 @@ __all__ = [
 
 
 def get(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        UserError: there is none; the sentence has the nearest names.
-    """
+    """The task of that name; a UserError with the nearest names if there is none."""
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}: {suggest(name, TASKS)}")
     return TASKS[name]

@@ -37,11 +37,7 @@ def accuracies(
     seed: int = 0,
     kinds: Iterable[str] = FEATURES,
 ) -> dict[str, float]:
-    """The share of test prompts that is answered rightly, by these kinds of `FEATURES`.
-
-    Raises:
-        UserError: the task cannot be asked of this tokenizer.
-    """
+    """The share of test prompts that is answered rightly, by these kinds of `FEATURES`."""
     train = task.pairs(tokenizer, train_pairs, split="train", seed=seed)
     test = task.pairs(tokenizer, test_pairs, split="test", seed=seed)
     size = tokenizer.get_vocab_size()

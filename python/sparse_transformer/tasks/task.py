@@ -252,11 +252,7 @@ def by_length(
 
 
 def collate(pairs: Sequence[Pair], pad: int) -> Batch:
-    """The pairs as one batch, padded to the longest with the token `pad`.
-
-    Raises:
-        ValueError: no pairs.
-    """
+    """The pairs as one batch, padded to the longest with the token `pad`; at least one pair."""
     if not pairs:
         raise ValueError("a batch must have at least one pair, got none")
     asked = prompts(pairs)
