@@ -84,7 +84,10 @@ def attention_pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers for up to `config.context` tokens, allocated once."""
+    """Keys and values of all layers for up to `config.context` tokens of `batch` sequences.
+
+    Allocated once; device and dtype are those of the model's activations.
+    """
 
     def __init__(
         self,

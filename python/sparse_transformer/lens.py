@@ -49,10 +49,7 @@ ARCHITECTURE = "SparseTransformer"
 
 
 def to_transformer_lens(model: Transformer) -> Any:
-    """A `TransformerBridge` around a copy of the model.
-
-    Args:
-        model: with a tokenizer, if the bridge shall read texts.
+    """A `TransformerBridge` around a copy of the model; with a tokenizer it reads texts.
 
     Raises:
         UserError: embedding and unembedding share their weights.

@@ -107,8 +107,8 @@ def read(directory: str | os.PathLike[str]) -> Published:
     """Reads a folder of any of the three formats.
 
     Raises:
-        UserError: the folder has none of them; or a file of it is missing, damaged or holds more
-            than tensors; or a configuration with parts that are not supported.
+        UserError: the folder has none of them; a file of it is missing, damaged or holds more than
+            tensors; or a configuration with parts that are not supported.
     """
     folder = Path(directory)
     if (folder / RELEASE_CONFIG).exists() or not (folder / _CONFIG).exists():

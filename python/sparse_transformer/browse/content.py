@@ -134,16 +134,11 @@ def need_small(config: ModelConfig, edges: int = 0) -> None:
 def describe(
     model: Transformer, tokenizer: Tokenizer, corpus: Tensor, example: list[int]
 ) -> Content:
-    """Looks at a model.
+    """Looks at a model in evaluation, on the CPU; a UserError if it is too large.
 
     Args:
-        model: in evaluation, on the CPU.
-        tokenizer: the model's.
         corpus: int64 `(rows, T)`; labels are fitted on even rows and scored on odd ones.
         example: ids of the tokens on which attention is shown.
-
-    Raises:
-        UserError: the model is too large.
     """
     config = model.config
     need_small(config)

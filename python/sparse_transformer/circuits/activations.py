@@ -38,13 +38,10 @@ def mean_activations(
     """The mean over all tokens by hook point, `{layer}.attn.y` included; float32 `(C,)` each.
 
     Args:
-        model: in evaluation.
         tokens: int64 `(rows, context)`.
-        cache_dir: where to keep the result and to look for it; None does neither.
+        cache_dir: where to keep the result and to look for it; None does neither. A UserError if it
+            cannot be written.
         progress: show a progress bar; by default where stderr is a terminal.
-
-    Raises:
-        UserError: `cache_dir` cannot be written.
     """
     path = None
     if cache_dir is not None:
@@ -88,11 +85,7 @@ def fingerprint(model: Transformer) -> str:
 def record_nodes(
     model: Transformer, tokens: Tensor, nodes: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
-    """The activations of each node on `tokens (rows, T)`, float of that shape.
-
-    Args:
-        nodes: hook point and channel of each.
-    """
+    """The activations of each node, hook point and channel, on `tokens`: float `(rows, T)`."""
     places: dict[str, list[int]] = {}
     for place, channel in nodes:
         places.setdefault(place, []).append(channel)
@@ -114,10 +107,7 @@ def top_snippets(
 ) -> dict[str, tuple[Snippet, ...]]:
     """Where in `tokens` each node's activation is largest in magnitude, by `hook:channel`.
 
-    Args:
-        nodes: hook point and channel of each.
-        texts: of each token id.
-        count: how many snippets, each from another row.
+    There are `count` snippets of each, from different rows; `texts` are those of the vocabulary.
     """
     found = zip(nodes, record_nodes(model, tokens, nodes), strict=True)
     return {

@@ -55,11 +55,8 @@ def annotate(
     """The circuit with what a reader needs to understand it.
 
     Args:
-        found: the circuit in numbers.
-        tokenizer: the model's.
         corpus: int64 `(rows, context)`, from which labels and snippets are.
         target: the loss that it was pruned to.
-        model: facts for the reader.
         progress: importances are left out when its time is over.
     """
     subgraph = found.subgraph

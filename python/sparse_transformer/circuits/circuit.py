@@ -222,11 +222,7 @@ class Validation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Validation:
-        """The inverse of `to_dict`.
-
-        Raises:
-            AttributeError, KeyError, TypeError, ValueError: it is no validation.
-        """
+        """The inverse of `to_dict`; an error of `_build` if it is none."""
         found: Validation = _build(cls, data)
         return found
 
@@ -272,11 +268,7 @@ class Circuit:
         return sum(edge.kind == "weight" for edge in self.edges)
 
     def node(self, id: str) -> Node:
-        """The node of that id.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """The node of that id; a KeyError if there is none."""
         for node in self.nodes:
             if node.id == id:
                 return node
@@ -292,11 +284,7 @@ class Circuit:
 
     @classmethod
     def from_json(cls, text: str) -> Circuit:
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: it is no circuit, or one of another schema.
-        """
+        """The inverse of `to_json`; a UserError if it is no circuit, or one of another schema."""
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
@@ -313,8 +301,7 @@ class Circuit:
 def _build(kind: Any, data: Any) -> Any:
     """The inverse of `dataclasses.asdict` through JSON, for a type of this file; all fields given.
 
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is not of that type.
+    An AttributeError, KeyError, TypeError or ValueError if it is not of that type.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):

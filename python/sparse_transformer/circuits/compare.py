@@ -73,7 +73,7 @@ def curves(results: Results) -> dict[str, dict[float, float]]:
 
 
 def table(results: Results) -> str:
-    """For people: a line per task, the geometric means, and what could not be compared."""
+    """A line per task, the geometric means, and what could not be compared."""
     models = list(results)
     tasks = sorted({task for rows in results.values() for task in rows})
     lines = [["task", *(f"{model}: {words}" for model in models for words in STAGES.values())]]

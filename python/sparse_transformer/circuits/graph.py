@@ -85,11 +85,7 @@ class Nodes:
         return "{}:{}".format(*self.locate(index))
 
     def index(self, id: str) -> int:
-        """The inverse of `id`.
-
-        Raises:
-            KeyError: there is no such node.
-        """
+        """The inverse of `id`; a KeyError if there is no such node."""
         name, _, channel = id.partition(":")
         if name not in self.names or not channel.isdecimal():
             raise KeyError(id)

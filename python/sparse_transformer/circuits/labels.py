@@ -188,9 +188,7 @@ def label_nodes(
     """A label for each node.
 
     Args:
-        model: in evaluation.
         corpus: int64 `(rows, T)`; labels are fitted on even rows and scored on odd ones.
-        tokenizer: the model's.
         nodes: hook point and channel of each. All activations are in memory at once.
         first: tokens that the text of a label names before others, if they are in its set.
     """

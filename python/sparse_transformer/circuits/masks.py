@@ -81,9 +81,6 @@ def train_mask(
     raise the loss.
 
     Args:
-        task: the task.
-        config: how it is trained.
-        seed: of the mask, the batches and the random parts of the rest.
         watch: called after each step with the share of the steps that are done, the smoothed
             loss and the mask; it may raise an exception to end the training.
     """

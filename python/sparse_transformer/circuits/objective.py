@@ -83,8 +83,6 @@ class TaskLoss:
 
     Args:
         model: in evaluation mode; its parameters stop requiring gradients.
-        task: the task.
-        tokenizer: the model's.
         means: the mean activations, see activations.py.
         train_pairs, fit_pairs, test_pairs: number of pairs. Masks are trained on the first, pruned
             to the target loss on the second, and validated on the third, which come from the
@@ -99,8 +97,7 @@ class TaskLoss:
             after another. None are known to begin with.
         test: the test pairs of all draws, one draw after another; no prompt is in two of them.
 
-    Raises:
-        UserError: the task cannot be asked with this tokenizer.
+    A UserError if the task cannot be asked with this tokenizer.
     """
 
     def __init__(
@@ -287,11 +284,7 @@ class TaskLoss:
         return self._ends
 
     def need_solved(self, least: float) -> TaskScore:
-        """The whole model's score on the test prompts.
-
-        Raises:
-            UserError: its accuracy is below `least`.
-        """
+        """The whole model's score on the test prompts; a UserError if it answers too few right."""
         found = self.score(self.test)
         if found.accuracy < least:
             raise UserError(

@@ -86,8 +86,7 @@ def models() -> dict[str, Path]:
 def find(path_or_name: str | os.PathLike[str]) -> Path:
     """A path that exists, or else the folder of the model of that name.
 
-    Raises:
-        UserError: neither exists; the sentence has the nearest names.
+    A UserError with the nearest names if neither exists.
     """
     path = Path(path_or_name)
     if path.exists():
@@ -165,7 +164,7 @@ def load(
         option: how the program that asks lets its user choose a step.
 
     Raises:
-        UserError: there is none, or it is truncated or altered; the sentence names the next older.
+        UserError: there is none, or it is damaged; the sentence names the next older one.
     """
     root = find(directory)
     if (match := _STEP.fullmatch(root.name)) and not steps(root):
@@ -196,9 +195,7 @@ def load(
 def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
     """Inside, what a damaged checkpoint raises becomes a UserError that names the next older one.
 
-    Args:
-        path: of the checkpoint.
-        option: how the program that asks lets its user choose a step.
+    `option` is how the program that asks lets its user choose a step.
     """
     try:
         yield
@@ -219,8 +216,7 @@ def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
 def model_of(point: Checkpoint, config: ModelConfig, device: torch.device | str) -> Transformer:
     """The model whose tensors `point` has, as `config` computes it.
 
-    Raises:
-        RuntimeError, TypeError, ValueError: they do not fit each other, or are not finite.
+    A RuntimeError, TypeError or ValueError if they do not fit each other, or are not finite.
     """
     state = part(point.tensors, "model")
     for name, tensor in state.items():

@@ -48,7 +48,7 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         0, or 128 + the signal that ended it (after saving a checkpoint): 130 for Ctrl-C.
 
     Raises:
-        UserError: see `main`; what was written before is unharmed.
+        UserError: what was written before is unharmed.
     """
     config = settings.train
     if config.tensorboard and find_spec("tensorboard") is None:

@@ -18,14 +18,12 @@ class Metrics:
     """Lines of `metrics.jsonl`, each with `step` and `loss`, and the same in TensorBoard.
 
     Args:
-        folder: of the run.
         position: bytes of `metrics.jsonl` that are kept, what follows is cut off; the position of
             the checkpoint from which the run resumes.
         step: the step of that checkpoint, 0 at the start.
-        tensorboard: whether to write events too.
 
     Raises:
-        UserError: the file is shorter than `position`, or cannot be written.
+        UserError: the file is shorter than `position`, or cannot be written, then or later.
     """
 
     def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
@@ -51,11 +49,7 @@ class Metrics:
             )
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line; it is in the file, though not yet on the disk, when this returns.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Adds a line; it is in the file, though not yet on the disk, when this returns."""
         with writing(self._path, _ADVICE):
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
@@ -91,12 +85,7 @@ def plot(
 
     Args:
         lines: of `read`.
-        path: of the image.
-        title: above it.
         annealed: the step with which L0 reaches its target, which is marked.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     # Without pyplot, which would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

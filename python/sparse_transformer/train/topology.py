@@ -172,9 +172,6 @@ class Topology:
         """Gathers the gradient at the candidates during forward and backward of the armed step.
 
         Several forwards and backwards inside (gradient accumulation) add up.
-
-        Raises:
-            RuntimeError: `wants_gradients(step)` was not called, or said no.
         """
         if self._armed < 0:
             raise RuntimeError("capture() needs a step whose wants_gradients(step) is True")
@@ -240,11 +237,8 @@ class Topology:
     def step(self, step: int) -> bool:
         """Shrinks, drops and grows what is due at `step`; call it after `optimizer.step()`.
 
-        Returns whether anything changed. Where fans changed the weights have new shapes.
-
-        Raises:
-            RuntimeError: gradients are due and were not captured.
-            ValueError: a layer's fan is below the schedule's.
+        Returns whether anything changed. Where fans changed the weights have new shapes. A
+        RuntimeError if gradients are due and were not captured.
         """
         if not self.changes(step):
             return False

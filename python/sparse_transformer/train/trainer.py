@@ -44,7 +44,6 @@ class Trainer:
     """The state of a run, and one step of it. Writes nothing.
 
     Args:
-        settings: of the run.
         corpus: what it trains on.
         here: this process among the ranks.
         point: where to go on, or None to begin.
@@ -146,9 +145,8 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One optimizer step: loss, gradients, update, topology. Returns what there is to report.
 
-        Raises:
-            Diverged: a loss or gradient that is not finite, or a loss that rises and rises. Nothing
-                has been updated then.
+        Diverged is raised, and nothing has been updated, where a loss or gradient is not finite, or
+        the loss rises and rises.
         """
         config, fraction = self.settings.train, self.fraction
         rate = learning_rate(
@@ -250,10 +248,8 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors, and what JSON can hold.
 
-        All ranks must call it; only the first one gets tensors, on the CPU.
-
-        Raises:
-            Diverged: a parameter is not finite, so that this is no state to go back to.
+        All ranks must call it; only the first one gets tensors, on the CPU. Diverged is raised
+        where a parameter is not finite, so that this is no state to go back to.
         """
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(sharding.whole(parameter)).all():
@@ -280,11 +276,7 @@ class Trainer:
         return sharding.gather(tensors, keep=self.ranks.first), meta
 
     def _restore(self, point: Checkpoint, progress: Progress) -> None:
-        """Optimizer, topology and generators; the model has its tensors already.
-
-        Raises:
-            KeyError, RuntimeError, TypeError, ValueError: a part that is missing or does not fit.
-        """
+        """Optimizer, topology and generators; the model has its tensors already."""
         tensors, meta = point.tensors, point.meta
         numbers = {
             parameter: number
@@ -452,11 +444,7 @@ class Progress:
 
     @classmethod
     def of(cls, point: Checkpoint) -> Progress:
-        """Reads it.
-
-        Raises:
-            KeyError, TypeError, ValueError: something is missing or has no sensible value.
-        """
+        """Reads it; a KeyError, TypeError or ValueError if something has no sensible value."""
         meta = point.meta
         settings = Settings.from_dict(meta["settings"])
         progress = cls(
