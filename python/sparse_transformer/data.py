@@ -142,7 +142,15 @@ def prepare(
             f"the token cache {root} cannot be written ({error.strerror}): "
             f"{hint}, for example with --cache-dir or XDG_CACHE_HOME"
         ) from error
-    return _open(folder, key, skipped)
+    return Corpus(
+        train=np.memmap(folder / "train.bin", dtype="<u2", mode="r"),
+        validation=np.memmap(folder / "validation.bin", dtype="<u2", mode="r"),
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        folder=folder,
+        key=key,
+        files=len(documents),
+        skipped=skipped,
+    )
 
 
 class Batches:
@@ -437,20 +445,3 @@ def _encode(documents: list[_Document], tokenizer: Tokenizer, file: IO[bytes], b
             ids = itertools.chain.from_iterable(next(encodings).ids for _ in texts)
             file.write(np.array([*ids, end], dtype="<u2").tobytes())
         bar.update(len(pieces))
-
-
-def _open(folder: Path, key: str, skipped: int) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Corpus(
-        train=_map(folder / "train.bin"),
-        validation=_map(folder / "validation.bin"),
-        tokenizer=load_tokenizer(folder / "tokenizer.json"),
-        folder=folder,
-        key=key,
-        files=manifest["files"],
-        skipped=skipped,
-    )
-
-
-def _map(path: Path) -> np.memmap:
-    return np.memmap(path, dtype="<u2", mode="r")

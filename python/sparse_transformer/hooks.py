@@ -80,27 +80,21 @@ class HookPoint(nn.Module):
 
 def names(model: Transformer) -> list[str]:
     """The names of all hook points, in the order in which a forward reaches them."""
-    return _names(model.config.n_layer)
-
-
-def _names(n_layer: int) -> list[str]:
-    found = []
-    for layer in range(n_layer):
-        found += [f"{layer}.attn.{name}" for name in _ATTENTION]
-        found += [f"{layer}.mlp.{name}" for name in _MLP]
-    return [*found, "final_resid"]
+    return list(widths(model.config))
 
 
 def widths(config: ModelConfig) -> dict[str, int]:
     """How many channels flow through each hook point, in the order of `names`."""
-    heads = config.heads * config.d_head
-    local = dict.fromkeys(("q", "k", "v", "y"), heads) | {
-        "act_in": config.d_model + config.positions,
-        "post_act": config.neurons,
+    special = dict.fromkeys(("q", "k", "v", "y"), config.heads * config.d_head)
+    special |= {"act_in": config.d_model + config.positions, "post_act": config.neurons}
+    parts = (("attn", _ATTENTION), ("mlp", _MLP))
+    found = {
+        f"{layer}.{part}.{name}": special.get(name, config.d_model)
+        for layer in range(config.n_layer)
+        for part, names in parts
+        for name in names
     }
-    return {
-        name: local.get(name.rsplit(".", 1)[-1], config.d_model) for name in _names(config.n_layer)
-    }
+    return found | {"final_resid": config.d_model}
 
 
 @torch.no_grad()

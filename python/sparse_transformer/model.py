@@ -431,6 +431,14 @@ def count_weights(model: Transformer) -> int:
     )
 
 
+def dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
+    """`values`, which are as the weight of a sparse layer, as that of the dense one, with zeros."""
+    matrix = sk.to_dense(values, layer.layout)
+    # The layout of an embedding is that of its table, as nn.Embedding has it.
+    is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
+    return matrix.t() if is_transposed else matrix
+
+
 class _Maker:
     """Makes the layers of the kind that the configuration asks for, and initialises them."""
 

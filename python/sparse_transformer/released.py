@@ -24,7 +24,7 @@ import sparse_kernels as sk
 from sparse_transformer.config import PLACES, ModelConfig
 from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import replacing
-from sparse_transformer.model import SparseEmbedding, Transformer
+from sparse_transformer.model import Transformer, dense_weight
 from sparse_transformer.published import RELEASE_CONFIG, RELEASE_WEIGHTS, Published, read
 
 # Ours, theirs, and the released dataclass's default, which a file may leave out. Other fields of
@@ -289,9 +289,7 @@ def _dense_state(model: Transformer) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, layer in model.sparse_layers().items():
         del state[f"{name}.indices"]
-        dense = sk.to_dense(layer.weight.detach(), layer.layout)
-        is_table = isinstance(layer, SparseEmbedding)
-        state[f"{name}.weight"] = dense.t() if layer.transpose and not is_table else dense
+        state[f"{name}.weight"] = dense_weight(layer, layer.weight.detach())
     return {
         name: tensor.to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in state.items()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class Edges:
     def of(cls, model: Transformer) -> Edges:
         """The edges of a model, on the CPU."""
         nodes = Nodes.of(model.config)
-        starts = dict(zip(nodes.names, _starts(nodes.widths), strict=True))
+        starts = dict(zip(nodes.names, accumulate((0, *nodes.widths)), strict=False))
         found = []
         for layer in range(model.config.n_layer):
             for module, reads, sources, targets in _MATRICES:
@@ -211,7 +212,3 @@ def _nonzero(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = weight.reshape(-1)
     exists = flat.nonzero().squeeze(1)
     return outputs[exists], inputs[exists], exists, flat[exists]
-
-
-def _starts(widths: tuple[int, ...]) -> list[int]:
-    return [sum(widths[:number]) for number in range(len(widths))]

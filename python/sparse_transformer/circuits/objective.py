@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -245,31 +246,28 @@ class TaskLoss:
                 return replace(prompt, right=prompt.wrong, wrong=prompt.right)
             return replace(prompt, right=answers[prompt.right], wrong=answers[prompt.wrong])
 
-        made = copy.copy(self)
-        made._ends = None
-        for name in ("train", "fit", "test"):
-            pairs = [Pair(changed(p.positive), changed(p.negative)) for p in getattr(self, name)]
-            setattr(made, name, pairs)
-        return made
+        pairs = {
+            name: [Pair(changed(p.positive), changed(p.negative)) for p in getattr(self, name)]
+            for name in ("train", "fit", "test")
+        }
+        return self._with(**pairs, _ends=None)
 
     def under(self, *ablations: str) -> TaskLoss:
         """The same, pruned under other ablations."""
-        made = copy.copy(self)
-        made.pruned_under = ablations
-        return made
+        return self._with(pruned_under=ablations)
 
     def against(self, live: Tensor) -> TaskLoss:
         """The same with one more adversary."""
-        made = copy.copy(self)
-        made.adversaries = (*self.adversaries, live)
-        return made
+        return self._with(adversaries=(*self.adversaries, live))
 
     def with_model(self, model: Transformer, means: Baseline) -> TaskLoss:
         """The same prompts for another model of the same configuration."""
+        model = model.eval().requires_grad_(False)
+        return self._with(model=model, means=means, edges=Edges.of(model), _ends=None)
+
+    def _with(self, **changes: Any) -> TaskLoss:
         made = copy.copy(self)
-        made._ends = None
-        made.model, made.means = model.eval().requires_grad_(False), means
-        made.edges = Edges.of(model)
+        vars(made).update(changes)
         return made
 
     def ends(self) -> tuple[Tensor, Tensor]:

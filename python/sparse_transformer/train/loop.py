@@ -221,7 +221,8 @@ class _Output:
         """Says once that threads wait for processors that others use."""
         threads, processors = torch.get_num_threads(), os.cpu_count() or 1
         waiting = os.getloadavg()[0] > processors + 0.5
-        if waiting and threads > 1 and not self._busy_noted and self._trainer.on_cpu:
+        on_cpu = self._trainer.ranks.device.type == "cpu"
+        if waiting and threads > 1 and not self._busy_noted and on_cpu:
             self._busy_noted = True
             self.note(
                 f"note: the machine is busy (load {os.getloadavg()[0]:.1f} on {processors} "

@@ -222,7 +222,10 @@ class Topology:
     def _accumulate(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         layer, candidates = self._layers[name], self._candidates[name]
         if x.is_floating_point():
-            gradient = _gradient_at(candidates, x, grad_output, layer.transpose, layer.backend)
+            outputs, inputs = grad_output, x.to(grad_output.dtype)
+            if layer.transpose:  # the layout is that of the transposed matrix
+                outputs, inputs = inputs, outputs
+            gradient = sk.grad_weight(outputs, inputs, candidates, layer.backend)
         else:
             gradient = _embedding_gradient_at(candidates, x, grad_output)
         gradient = gradient.float()
@@ -343,18 +346,8 @@ def rewired(
     return sk.FanInLayout(indices, layout.in_features, layout.out_features, layout.block)
 
 
-def _gradient_at(
-    layout: sk.FanInLayout, x: Tensor, grad_output: Tensor, transpose: bool, backend: str | None
-) -> Tensor:
-    """The gradient of a linear layer's weight at the blocks of `layout`."""
-    outputs, inputs = grad_output, x.to(grad_output.dtype)
-    if transpose:  # the layout is that of the transposed matrix
-        outputs, inputs = inputs, outputs
-    return sk.grad_weight(outputs, inputs, layout, backend)
-
-
 def _embedding_gradient_at(layout: sk.FanInLayout, tokens: Tensor, grad_output: Tensor) -> Tensor:
-    """The same for a lookup: `dW[v, c] = sum of grad_output[t, c] over the tokens t that are v`.
+    """That of a lookup: `dW[v, c] = sum of grad_output[t, c] over the tokens t that are v`.
 
     `layout` has a row for each of the V tokens and C blocks in it: memory of M x C and V x C.
     """

@@ -201,11 +201,6 @@ class Trainer:
         return float(loss_sum / count)
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether it computes on the CPU."""
-        return self.ranks.device.type == "cpu"
-
-    @property
     def annealed_after(self) -> int | None:
         """The step with which the schedule of L0 reaches its target; None if it has none."""
         settings = self.settings
@@ -420,17 +415,7 @@ class _RiseWatch:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the meta of a checkpoint says about a run, checked.
-
-    Attributes:
-        settings: as they were.
-        corpus: the key of what it trained on.
-        anneal_steps: see `Topology`.
-        metrics_position: bytes of `metrics.jsonl` that belong to it.
-        seconds: that it had trained.
-        scale, good: of the loss scale.
-        mean_loss, least_loss: of the watch on rising losses.
-    """
+    """What the meta of a checkpoint says about a run, checked; `Trainer.state` has written it."""
 
     settings: Settings
     corpus: str
