@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,18 +126,8 @@ def recording(
         ValueError: a name that the model has not; the message has the nearest ones.
     """
     seen: dict[str, Tensor] = {}
-
-    def into(name: str) -> Callable[[Tensor], None]:
-        def note(value: Tensor) -> None:
-            seen[name] = value
-
-        return note
-
-    chosen = names(model) if which is None else list(which)
-    points = [_point(model, name) for name in chosen]
-    with ExitStack() as stack:
-        for name, (point, local) in zip(chosen, points, strict=True):
-            stack.enter_context(_attached(point.recordings, (local, into(name))))
+    chosen = names(model) if which is None else which
+    with _attached(model, "recordings", {name: partial(seen.__setitem__, name) for name in chosen}):
         yield seen
 
 
@@ -150,21 +141,27 @@ def replacing(model: Transformer, changes: Mapping[str, Replacement]) -> Iterato
     Raises:
         ValueError: as `recording`. In the forward: a function that returns another shape.
     """
-    points = [_point(model, name) for name in changes]
-    with ExitStack() as stack:
-        for (name, change), (point, local) in zip(changes.items(), points, strict=True):
-            stack.enter_context(_attached(point.replacements, (local, _checked(name, change))))
+    checked = {name: _checked(name, change) for name, change in changes.items()}
+    with _attached(model, "replacements", checked):
         yield
 
 
 @contextmanager
-def _attached(entries: list[Any], entry: Any) -> Iterator[None]:
-    entries.append(entry)
-    try:
+def _attached(
+    model: Transformer, kind: str, functions: Mapping[str, Callable[[Tensor], Any]]
+) -> Iterator[None]:
+    points = [_point(model, name) for name in functions]
+    with ExitStack() as stack:
+        for (point, local), function in zip(points, functions.values(), strict=True):
+            entries, entry = getattr(point, kind), (local, function)
+            entries.append(entry)
+            stack.callback(_remove, entries, entry)
         yield
-    finally:
-        # By identity: equal entries may be attached twice.
-        del entries[next(place for place, held in enumerate(entries) if held is entry)]
+
+
+def _remove(entries: list[Any], entry: Any) -> None:
+    # By identity: equal entries may be attached twice.
+    del entries[next(place for place, held in enumerate(entries) if held is entry)]
 
 
 def _point(model: Transformer, name: str) -> tuple[HookPoint, str]:

@@ -15,7 +15,6 @@ from test_hooks import bare
 from test_model import SMALL, batch, make
 
 from sparse_transformer import ModelConfig, Transformer, UserError, data, hooks, tasks
-from sparse_transformer.cli import steer as program
 from sparse_transformer.cli.steer import main
 from sparse_transformer.interventions import (
     Ablate,
@@ -526,14 +525,6 @@ def test_a_prompt_that_is_too_long_is_cropped_with_a_note(run, capsys):
     logits = next_logits(model, torch.tensor([ids[-context:]]))[0]
     share = logits.softmax(0)[tokenizer.token_to_id("=")]
     assert f"{share:.2%}" in out
-
-
-def test_ctrl_c_exits_130(run, capsys, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(program, "load_run", stop)
-    assert main(["--checkpoint", str(run[0]), "--prompt", "x"]) == 130
 
 
 @pytest.mark.slow
