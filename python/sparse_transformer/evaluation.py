@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparse_transformer.errors import UserError
-from sparse_transformer.tasks import Pair, by_length, collate
+from sparse_transformer.tasks import Pair, collate
+from sparse_transformer.tasks.task import by_length
 
 # A task is solved by a model that gets this share of the prompts right.
 SOLVED_ACCURACY = 0.95

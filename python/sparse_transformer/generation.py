@@ -7,9 +7,9 @@ context is full, its later half is read again and generation continues.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
@@ -17,9 +17,6 @@ from sparse_transformer.attention import KVCache
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 from sparse_transformer.tokenizer import END_OF_TEXT, encode
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 # Below this temperature the likeliest token is certain, and a quotient may overflow.
 _COLDEST = 1e-8

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sparse_transformer import data as corpora
@@ -21,11 +23,6 @@ from sparse_transformer.model import Transformer, count_weights
 from sparse_transformer.program import printable
 from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint as checkpoints
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokenizers import Tokenizer
 
 _SAMPLE, _SAMPLE_ROWS = "sample.safetensors", 256
 

@@ -26,7 +26,7 @@ from sparse_transformer.circuits.graph import rows_of
 from sparse_transformer.circuits.labels import Label, label_nodes, quoted
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit
-from sparse_transformer.tasks import prompts
+from sparse_transformer.tasks.task import prompts
 
 _MOST_TOKENS = 8
 _MOST_ANSWERS = 4

@@ -22,7 +22,8 @@ from sparse_transformer.circuits.forward import Skipped, answer_logits
 from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
-from sparse_transformer.tasks import Batch, Pair, Prompt, Task, by_length, collate, prompts
+from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
+from sparse_transformer.tasks.task import by_length, prompts
 
 # Prompts of about equal length go together; a forward has at most this many tokens.
 _MOST_TOKENS = 8192

@@ -22,7 +22,7 @@ from sparse_transformer.circuits.activations import mean_activations
 from sparse_transformer.circuits.circuit import Ablated, Validation
 from sparse_transformer.circuits.edge_attribution import node_effects
 from sparse_transformer.circuits.objective import ROBUST_FACTOR, Subgraph, TaskLoss, calibrate
-from sparse_transformer.tasks import prompts
+from sparse_transformer.tasks.task import prompts
 
 # Without the circuit the loss must be at least this; ln 2 = 0.69 is what guessing has.
 NECESSARY_LOSS = 0.6

@@ -7,20 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from sparse_transformer import program
 from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY, evaluate_task
 from sparse_transformer.run import load_run
-from sparse_transformer.tasks import TASKS, Pair, Split, get, prompts
+from sparse_transformer.tasks import TASKS, Pair, Split, get
+from sparse_transformer.tasks.task import prompts
 from sparse_transformer.train.checkpoint import load
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import hooks, program, tasks
@@ -36,9 +37,6 @@ from sparse_transformer.interventions import (
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
 from sparse_transformer.tokenizer import encode
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 # How many of the channels that --show names, and of the likeliest tokens, are shown.
 _SHOWN_CHANNELS, _SHOWN_TOKENS = 8, 5

@@ -13,31 +13,9 @@ from __future__ import annotations
 
 from sparse_transformer.errors import UserError, suggest
 from sparse_transformer.tasks.catalogue import TASKS
-from sparse_transformer.tasks.task import (
-    Batch,
-    Draft,
-    Pair,
-    Prompt,
-    Split,
-    Task,
-    by_length,
-    collate,
-    prompts,
-)
+from sparse_transformer.tasks.task import Batch, Draft, Pair, Prompt, Split, Task, collate
 
-__all__ = [
-    "TASKS",
-    "Batch",
-    "Draft",
-    "Pair",
-    "Prompt",
-    "Split",
-    "Task",
-    "by_length",
-    "collate",
-    "get",
-    "prompts",
-]
+__all__ = ["TASKS", "Batch", "Draft", "Pair", "Prompt", "Split", "Task", "collate", "get"]
 
 
 def get(name: str) -> Task:

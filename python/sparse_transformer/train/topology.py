@@ -121,8 +121,6 @@ class Topology:
         self._candidates: dict[str, sk.FanInLayout] = {}
         self._gradients: dict[str, Tensor] = {}
 
-    # ---- the schedule
-
     def fraction(self, step: int) -> float:
         """L0 at `step` over L0 at the end, as scheduled, before caps and rounding."""
         return annealed_fraction(
@@ -164,8 +162,6 @@ class Topology:
         )
         self._armed = step if wanted else -1
         return wanted
-
-    # ---- the gradient of connections that do not exist
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -234,8 +230,6 @@ class Topology:
         else:
             self._gradients[name] = gradient
 
-    # ---- the change
-
     @torch.no_grad()
     def step(self, step: int) -> bool:
         """Shrinks, drops and grows what is due at `step`; call it after `optimizer.step()`.
@@ -267,8 +261,6 @@ class Topology:
             sk.rewire_(layer, self._optimizer, new)
         self._armed, self._gradients, self._candidates = -1, {}, {}
         return True
-
-    # ---- what others need to know
 
     def hash(self) -> str:
         """SHA-256 over all patterns, in the order of the layers; the same on every rank."""
