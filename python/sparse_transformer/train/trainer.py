@@ -33,8 +33,6 @@ from sparse_transformer.train.optimizer import learning_rate, make_optimizer, no
 from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import Topology, annealed_after, annealed_fraction
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Diverged(UserError):
     """Training diverged; the last checkpoint is good."""
@@ -61,7 +59,9 @@ class Trainer:
     ) -> None:
         config = settings.train
         self.settings, self.ranks, self.corpus = settings, here, corpus
-        self.dtype = _dtype(config, here.device)
+        if config.dtype == "float16" and here.device.type == "cpu":
+            raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
         if config.shard:
             reason = sharding.why_not(settings.model.linear, here.world)
             if reason:
@@ -475,12 +475,6 @@ def _check_moments(name: str, state: dict[str, Tensor], shape: torch.Size, step:
             raise ValueError(f"{key} of {name} is not finite")
     if int(state["step"]) != step:
         raise ValueError(f"the optimizer has done {int(state['step'])} steps, and not {step}")
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "float16" and device.type == "cpu":
-        raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
-    return _DTYPES[config.dtype]
 
 
 def _windows(config: TrainConfig, context: int, world: int) -> int:
