@@ -104,7 +104,12 @@ def record(
 ) -> dict[str, Tensor]:
     """Runs `model` on `tokens (B, T)` and returns its activations by name, without gradients.
 
-    Arguments and errors are those of `recording`.
+    Args:
+        tokens: int64 `(B, T)`.
+        which: names; None for all.
+
+    Raises:
+        ValueError: a name that the model has not; the message has the nearest ones.
     """
     with recording(model, which) as seen:
         model(tokens)
@@ -118,12 +123,7 @@ def recording(
     """Yields a dict that each forward inside the block fills: name to tensor, the latest.
 
     The tensors are those of the forward itself, with their gradient history; detach what is kept.
-
-    Args:
-        which: names; None for all.
-
-    Raises:
-        ValueError: a name that the model has not; the message has the nearest ones.
+    Names and errors are those of `record`.
     """
     seen: dict[str, Tensor] = {}
     chosen = names(model) if which is None else which
@@ -139,7 +139,7 @@ def replacing(model: Transformer, changes: Mapping[str, Replacement]) -> Iterato
         changes: name to a function of the activation that returns a new one of its shape.
 
     Raises:
-        ValueError: as `recording`. In the forward: a function that returns another shape.
+        ValueError: as `record`. In the forward: a function that returns another shape.
     """
     checked = {name: _checked(name, change) for name, change in changes.items()}
     with _attached(model, "replacements", checked):

@@ -373,7 +373,7 @@ class Transformer(nn.Module):
         }
 
     def target_fan(self, name: str) -> int:
-        """Fan-in or fan-out of that sparse layer at the end of training."""
+        """Fan-in or fan-out of that sparse layer at the end of training; a KeyError for others."""
         return self._targets[name]
 
     def _residual(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
