@@ -9,7 +9,7 @@ from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import TopologyConfig
 
 
-def _published(name: str, d_model: int, n_layer: int = 8, **train: int) -> Settings:
+def _published(name: str, train: TrainConfig, d_model: int, n_layer: int = 8) -> Settings:
     """The released script's densities: L0 of a layer is about the same at every width.
 
     With EF = d_model / 256: blocks pfrac / EF^2, embeddings pfrac / EF; its example, 1/64 and 1/16
@@ -19,7 +19,7 @@ def _published(name: str, d_model: int, n_layer: int = 8, **train: int) -> Setti
     density = 0.25 / expansion**2
     return Settings(
         preset=name,
-        train=TrainConfig(steps=4000, **train),  # type: ignore[arg-type]
+        train=train,
         model=ModelConfig(
             d_model=d_model,
             n_layer=n_layer,
@@ -63,11 +63,11 @@ PRESETS: dict[str, Settings] = {
             topology=TopologyConfig(start_multiple=4.0, anneal_share=0.3),
             optimizer=OptimizerConfig(learning_rate=0.04),
         ),
-        _published("d256", 256),
-        _published("d512", 512),
-        _published("d1024", 1024, batch_tokens=131072, accumulate=4),
-        _published("d2048", 2048, batch_tokens=131072, accumulate=8),
-        _published("475m", 1792, n_layer=12, batch_tokens=131072, accumulate=8),
+        _published("d256", TrainConfig(steps=4000), 256),
+        _published("d512", TrainConfig(steps=4000), 512),
+        _published("d1024", TrainConfig(steps=4000, batch_tokens=131072, accumulate=4), 1024),
+        _published("d2048", TrainConfig(steps=4000, batch_tokens=131072, accumulate=8), 2048),
+        _published("475m", TrainConfig(steps=4000, batch_tokens=131072, accumulate=8), 1792, 12),
     )
 }
 

@@ -276,13 +276,9 @@ def test_the_scores_are_those_of_the_model(folder, capsys, tmp_path):
         ),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(folder, capsys, arguments, message):
+def test_errors_are_one_sentence_and_exit_2(folder, refused, arguments, message):
     arguments = [str(folder) if argument == "HERE" else argument for argument in arguments]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    refused(main(arguments), message)
 
 
 def test_a_context_too_short_for_a_task_is_a_row(folder, tmp_path, capsys):

@@ -390,16 +390,12 @@ def test_the_program_reports_every_prediction(folder, tokenizer, tmp_path, capsy
         (["--step", "3"], "there is no checkpoint of step 3"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(folder, tmp_path, capsys, arguments, message):
+def test_errors_are_one_sentence_and_exit_2(folder, tmp_path, refused, arguments, message):
     other = tmp_path / "circuit.json"
     other.write_text(circuit("for_while").to_json())
     arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
-    assert main(["--checkpoint", str(folder), "--prompts", "2", *arguments]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    arguments = ["--checkpoint", str(folder), "--prompts", "2", *arguments]
+    assert refused(main(arguments), message) == ""
 
 
 def test_ctrl_c_exits_130(folder, monkeypatch):
