@@ -31,8 +31,9 @@ from torch import Tensor
 
 from benchmarks import devices, report, run
 from sparse_transformer import Transformer, keep_freed_memory, program
+from sparse_transformer.circuits.activations import record_nodes
 from sparse_transformer.circuits.graph import Edges, Nodes
-from sparse_transformer.circuits.labels import Label, label_nodes, record_nodes
+from sparse_transformer.circuits.labels import Label, label_nodes
 from sparse_transformer.data import prepare, sample
 from sparse_transformer.evaluation import Interval
 from sparse_transformer.run import load_run

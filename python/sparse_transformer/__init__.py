@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_transformer import _startup as _startup
 from sparse_transformer.attention import KVCache
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
 from sparse_transformer.memory import keep_freed_memory
-from sparse_transformer.model import ModelConfig, SparseEmbedding, Transformer
+from sparse_transformer.model import SparseEmbedding, Transformer
 from sparse_transformer.released import load_released, save_released
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ which `SinkAttention` adds the sink.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import sparse_kernels as sk
-
-if TYPE_CHECKING:
-    from sparse_transformer.model import ModelConfig
+from sparse_transformer.config import ModelConfig
 
 # What sk.transformer_ops.causal_attention has on the CPU.
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -49,13 +47,8 @@ def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The last T positions attend to all S of which keys and values are known; inference only.
 
-    Args:
-        q: `(B, T, H, d)`.
-        k, v: `(B, S, H, d)`, S at least T.
-        sinks: as for `causal_attention`.
-
-    Returns:
-        `(B, T, H, d)`.
+    q `(B, T, H, d)`; k and v `(B, S, H, d)`, S at least T; sinks as for `causal_attention`. To
+    `(B, T, H, d)`.
     """
     if q.device.type == "cpu" and q.dtype in _CPU_DTYPES:
         return sk.transformer_ops.cached_attention(
@@ -91,13 +84,9 @@ def attention_pattern(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers for up to `config.context` tokens, allocated once.
+    """Keys and values of all layers for up to `config.context` tokens of `batch` sequences.
 
-    Args:
-        config: of the model.
-        batch: B.
-        device: of the model's activations.
-        dtype: of the model's activations.
+    Allocated once; device and dtype are those of the model's activations.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The corpus: source files, a byte-level BPE, and token ids in a memory-mapped file.
+"""The corpus: source files, and their token ids in memory-mapped files.
 
 `prepare` turns files into a `Corpus`, or finds the one that it made before. `Batches` and
 `validation_batches` cut windows out of it, and remember nothing: any step can be asked for.
@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -23,19 +22,19 @@ import numpy as np
 import tokenizers
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer.errors import UserError
-from sparse_transformer.files import new_folder, sha256
-
-END_OF_TEXT = "<|endoftext|>"
-# Answers of the circuit tasks (RECIPE) that must be one token each. Quotes come out of any Python
-# code by themselves; `]]` is at the edge of 2048 tokens.
-TASK_TOKENS = ('("', "('", '")', "')", "]]")
-# The bytes, the task tokens, and end-of-text.
-MIN_VOCAB_SIZE = 256 + len(TASK_TOKENS) + 1
+from sparse_transformer.files import new_folder, sha256, sync
+from sparse_transformer.tokenizer import (
+    END_OF_TEXT,
+    MIN_VOCAB_SIZE,
+    load_tokenizer,
+    pieces_of,
+    train_tokenizer,
+)
 
 # Part of the key of the cache: raise it when the same files would give other bytes.
 _VERSION = 1
@@ -46,13 +45,6 @@ _TOKENIZER_SHARE = 1 / 3
 _SMALL_CORPUS_BYTES = 2_000_000
 # A single file or text is cut at line ends into this many parts, to have something to split.
 _PARTS = 64
-# Longer runs of letters, digits, signs or spaces are cut before they are tokenized: the time for
-# one grows with the square of its length.
-_LONGEST_WORD = 1000
-_LONG_SPACE = re.compile(rf"\s{{{_LONGEST_WORD}}}")
-_LONG_WORD = re.compile(
-    "|".join(rf"{kind}{{{_LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s"))
-)
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,15 @@ def prepare(
             f"the token cache {root} cannot be written ({error.strerror}): "
             f"{hint}, for example with --cache-dir or XDG_CACHE_HOME"
         ) from error
-    return _open(folder, key, skipped)
+    return Corpus(
+        train=np.memmap(folder / "train.bin", dtype="<u2", mode="r"),
+        validation=np.memmap(folder / "validation.bin", dtype="<u2", mode="r"),
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        folder=folder,
+        key=key,
+        files=len(documents),
+        skipped=skipped,
+    )
 
 
 class Batches:
@@ -206,9 +206,6 @@ def validation_batches(
 
     Yields `(tokens, targets)` as `Batches.at` does, at most `batch` windows at once; rank `r` gets
     every `world`-th window. Every rank gets equally many batches, the last may have no window.
-
-    Raises:
-        UserError: too few tokens for one window.
     """
     check_length(tokens, context, "validation")
     available = (len(tokens) - 1) // context
@@ -242,7 +239,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tens
 
 
 def check_length(tokens: np.ndarray, context: int, name: str) -> None:
-    """Raises UserError unless `tokens` hold one window and the target of its last token."""
+    """A UserError unless `tokens` hold one window and the target of its last token."""
     if len(tokens) <= context:
         raise UserError(
             f"the corpus has {len(tokens)} {name} tokens, which is less than one window of "
@@ -359,28 +356,6 @@ def _parts(name: str, text: str) -> list[_Document]:
     return [_Document(f"{name}#{part:04d}", text) for part, text in enumerate(parts)]
 
 
-def _pieces(text: str) -> list[str]:
-    """The text itself, or cut inside words longer than `_LONGEST_WORD`."""
-    # Of ordinary text this looks faster than the expression.
-    if max(map(len, text.split()), default=0) < _LONGEST_WORD and not _LONG_SPACE.search(text):
-        return [text]
-    ends = [match.end() for match in _LONG_WORD.finditer(text)]
-    return [text[a:b] for a, b in itertools.pairwise((0, *ends, len(text))) if a < b]
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text {text[:40]!r} is not UTF-8: convert it") from error
-    return [id for piece in _pieces(text) for id in tokenizer.encode(piece).ids]
-
-
 def _key(documents: list[_Document], vocab_size: int) -> str:
     digest = hashlib.sha256(f"{_VERSION} {tokenizers.__version__} {vocab_size}".encode())
     for document in documents:
@@ -418,7 +393,11 @@ def _build(
 ) -> None:
     """Writes `folder` under another name, then renames it: who finds it finds all of it."""
     train, validation = _split(documents)
-    tokenizer = _train_tokenizer(train, vocab_size, disable)
+    sample = train
+    if sum(len(document.text) for document in train) > _SMALL_CORPUS_BYTES:
+        sample = [document for document in train if document.share("bpe") < _TOKENIZER_SHARE]
+    bar = tqdm(sample, "tokenizer", disable=disable, leave=False)
+    tokenizer = train_tokenizer((document.text for document in bar), vocab_size)
     for stale in folder.parent.glob(f"{folder.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = new_folder(folder.parent, f"{folder.name}.", ".tmp")
@@ -434,8 +413,7 @@ def _build(
         manifest = {"files": len(documents), "sha256": hashes}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
-            with open(path, "rb") as written:
-                os.fsync(written.fileno())
+            sync(path)
         # Here can only be what _complete refused: something truncated or altered.
         if folder.exists():
             shutil.rmtree(folder)
@@ -456,98 +434,14 @@ def _split(documents: list[_Document]) -> tuple[list[_Document], list[_Document]
     )
 
 
-def _train_tokenizer(train: list[_Document], vocab_size: int, disable: bool | None) -> Tokenizer:
-    """Byte-level BPE without the end-of-text token, which takes the last id afterwards."""
-    sample = train
-    if sum(len(document.text) for document in train) > _SMALL_CORPUS_BYTES:
-        sample = [document for document in train if document.share("bpe") < _TOKENIZER_SHARE]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (
-        piece
-        for document in tqdm(sample, "tokenizer", disable=disable, leave=False)
-        for piece in _pieces(document.text)
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    learned = tokenizer.get_vocab_size()
-    if learned != vocab_size - 1:
-        raise UserError(
-            f"the corpus is too small for a vocabulary of {vocab_size}, it gave {learned + 1}: "
-            f"give more text with --data, or --vocab-size {learned + 1}"
-        )
-    tokenizer = _with_task_tokens(tokenizer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer
-
-
-def _with_task_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Puts the task tokens that were not learned in place of the rarest ones that were.
-
-    The new merges join two bytes and come last, so nothing else is encoded differently but what
-    the rarest merges had joined.
-    """
-    state = json.loads(tokenizer.to_str())
-    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
-    missing = [token for token in TASK_TOKENS if token not in vocab]
-    # No merge builds on one that is dropped: those after it are dropped, too, or are of two bytes.
-    others = [merge for merge in merges if "".join(merge) not in TASK_TOKENS]
-    for token, merge in zip(missing, others[len(others) - len(missing) :], strict=True):
-        vocab[token] = vocab.pop("".join(merge))
-        merges.remove(merge)
-    merges += [list(token) for token in missing]
-    return Tokenizer.from_str(json.dumps(state))
-
-
 def _encode(documents: list[_Document], tokenizer: Tokenizer, file: IO[bytes], bar: tqdm) -> None:
     end = tokenizer.token_to_id(END_OF_TEXT)
     # A file that contains the name of the end-of-text token contains ordinary characters.
     tokenizer.encode_special_tokens = True
     for first in range(0, len(documents), 64):
-        pieces = [_pieces(document.text) for document in documents[first : first + 64]]
+        pieces = [pieces_of(document.text) for document in documents[first : first + 64]]
         encodings = iter(tokenizer.encode_batch_fast([text for texts in pieces for text in texts]))
         for texts in pieces:
             ids = itertools.chain.from_iterable(next(encodings).ids for _ in texts)
             file.write(np.array([*ids, end], dtype="<u2").tobytes())
         bar.update(len(pieces))
-
-
-def _open(folder: Path, key: str, skipped: int) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Corpus(
-        train=_map(folder / "train.bin"),
-        validation=_map(folder / "validation.bin"),
-        tokenizer=load_tokenizer(folder / "tokenizer.json"),
-        folder=folder,
-        key=key,
-        files=manifest["files"],
-        skipped=skipped,
-    )
-
-
-def _map(path: Path) -> np.memmap:
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in `path`, which takes the end-of-text token's name for ordinary text.
-
-    Raises:
-        UserError: the file is missing or is not a tokenizer.
-    """
-    problem = f"{path} is missing or not a tokenizer: copy tokenizer.json there"
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(problem) from error
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(problem) from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer

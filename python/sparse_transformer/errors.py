@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
     """An error whose text is one sentence that says what to do; programs print it and exit 2."""
+
+
+@contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Inside, what keeps `path` from being written becomes a UserError with this advice."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): {advice}") from error
 
 
 def one_line(text: object) -> str:

@@ -9,7 +9,7 @@ of 95 %, are about pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_transformer.errors import UserError
 from sparse_transformer.tasks import Pair, collate
+from sparse_transformer.tasks.task import by_length
 
 # A task is solved by a model that gets this share of the prompts right.
 SOLVED_ACCURACY = 0.95
@@ -76,7 +77,6 @@ def evaluate_task(
         model: called as `model(tokens, at=last)`, returns logits `(B, 1, V)`.
         pairs: at least 2, in any order.
         pad: a token to pad with; which one makes no difference to a causal model.
-        device: where the model is.
 
     Raises:
         UserError: a logit is not a number.
@@ -85,11 +85,10 @@ def evaluate_task(
     if len(pairs) < 2:
         raise ValueError(f"a score needs at least 2 pairs, got {len(pairs)}")
     margins = torch.empty(len(pairs), 2, dtype=torch.float64)
-    for places in _batches(pairs):
+    for places in by_length(pairs, _BATCH_TOKENS, _BATCH_PAIRS):
         batch = collate([pairs[place] for place in places], pad).to(device)
         logits = model(batch.tokens, at=batch.last)[:, 0]  # (2P, V)
-        answers = torch.stack([batch.right, batch.wrong], 1)
-        right, wrong = logits.gather(1, answers).double().cpu().unbind(1)
+        right, wrong = logits.gather(1, batch.answers).double().cpu().unbind(1)
         margins[torch.tensor(places)] = (right - wrong).view(-1, 2)
     if not margins.isfinite().all():
         raise UserError("the model's logits are not finite: choose another checkpoint with --step")
@@ -128,17 +127,3 @@ def share(shares: Tensor) -> Interval:
     center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return Interval(p, min(p, max(0.0, center - half)), max(p, min(1.0, center + half)))
-
-
-def _batches(pairs: Sequence[Pair]) -> Iterator[list[int]]:
-    """Places of pairs of similar length: at most `_BATCH_PAIRS`, or `_BATCH_TOKENS` if padded."""
-    lengths = [max(len(pair.positive.tokens), len(pair.negative.tokens)) for pair in pairs]
-    batch: list[int] = []
-    for place in sorted(range(len(pairs)), key=lengths.__getitem__):
-        # The next one is the longest so far.
-        full = len(batch) == _BATCH_PAIRS
-        if batch and (full or 2 * (len(batch) + 1) * lengths[place] > _BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(place)
-    yield batch

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import writing
 
 
 def new_folder(root: Path, prefix: str, suffix: str = "") -> Path:
@@ -29,20 +31,31 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.temporary")
+def sync(path: Path) -> None:
+    """Returns when a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another --out"
-        ) from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write what takes the place of `path` at the end of the block.
+
+    What was there stays whole until then, and if the block fails.
+    """
+    beside = path.with_name(f".{path.name}.temporary")
+    try:
+        yield beside
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is never seen half written; a UserError if it cannot be written."""
+    with writing(path, "free some space or choose another --out"), replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")

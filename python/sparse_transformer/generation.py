@@ -7,19 +7,16 @@ context is full, its later half is read again and generation continues.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sparse_transformer.attention import KVCache
-from sparse_transformer.data import END_OF_TEXT, encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from sparse_transformer.tokenizer import END_OF_TEXT, encode
 
 # Below this temperature the likeliest token is certain, and a quotient may overflow.
 _COLDEST = 1e-8
@@ -99,11 +96,7 @@ def stream_text(
 
 
 def _tokenizer(model: Transformer) -> Tokenizer:
-    """The tokenizer that `load_model` gave the model.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The tokenizer that `load_model` gave the model; a ValueError if there is none."""
     if model.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer: load it with load_model, or set its .tokenizer"
@@ -112,11 +105,7 @@ def _tokenizer(model: Transformer) -> Tokenizer:
 
 
 def prompt_tokens(model: Transformer, prompt: str) -> tuple[list[int], int]:
-    """The prompt's last tokens, as many as the model reads; and how many tokens it has.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
+    """The last tokens of a prompt, as many as the model reads; and how many tokens it has."""
     tokenizer = _tokenizer(model)
     # After the end of a file begins the next one.
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -140,11 +129,8 @@ def stream(
     it has no next token, and neither once it has got all of them.
 
     Args:
-        model: the model, whose weights' device and dtype the cache takes.
         prompts: ids, from 1 to `model.config.context` each.
-        tokens: how many for each.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: choose among this many likeliest tokens only.
+        tokens, temperature, top_k: as for `generate`.
         generator: of the model's device; by default torch's global one.
 
     Raises:

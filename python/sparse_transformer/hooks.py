@@ -19,15 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import suggest
 
 if TYPE_CHECKING:
-    from sparse_transformer.model import ModelConfig, Transformer
+    from sparse_transformer.model import Transformer
 
 Replacement = Callable[[Tensor], Tensor]
 Recording = Callable[[Tensor], None]
@@ -79,27 +81,21 @@ class HookPoint(nn.Module):
 
 def names(model: Transformer) -> list[str]:
     """The names of all hook points, in the order in which a forward reaches them."""
-    return _names(model.config.n_layer)
-
-
-def _names(n_layer: int) -> list[str]:
-    found = []
-    for layer in range(n_layer):
-        found += [f"{layer}.attn.{name}" for name in _ATTENTION]
-        found += [f"{layer}.mlp.{name}" for name in _MLP]
-    return [*found, "final_resid"]
+    return list(widths(model.config))
 
 
 def widths(config: ModelConfig) -> dict[str, int]:
     """How many channels flow through each hook point, in the order of `names`."""
-    heads = config.heads * config.d_head
-    local = dict.fromkeys(("q", "k", "v", "y"), heads) | {
-        "act_in": config.d_model + config.positions,
-        "post_act": config.neurons,
+    special = dict.fromkeys(("q", "k", "v", "y"), config.heads * config.d_head)
+    special |= {"act_in": config.d_model + config.positions, "post_act": config.neurons}
+    parts = (("attn", _ATTENTION), ("mlp", _MLP))
+    found = {
+        f"{layer}.{part}.{name}": special.get(name, config.d_model)
+        for layer in range(config.n_layer)
+        for part, names in parts
+        for name in names
     }
-    return {
-        name: local.get(name.rsplit(".", 1)[-1], config.d_model) for name in _names(config.n_layer)
-    }
+    return found | {"final_resid": config.d_model}
 
 
 @torch.no_grad()
@@ -109,7 +105,6 @@ def record(
     """Runs `model` on `tokens (B, T)` and returns its activations by name, without gradients.
 
     Args:
-        model: the model.
         tokens: int64 `(B, T)`.
         which: names; None for all.
 
@@ -128,27 +123,11 @@ def recording(
     """Yields a dict that each forward inside the block fills: name to tensor, the latest.
 
     The tensors are those of the forward itself, with their gradient history; detach what is kept.
-
-    Args:
-        model: the model.
-        which: names; None for all.
-
-    Raises:
-        ValueError: a name that the model has not; the message has the nearest ones.
+    Names and errors are those of `record`.
     """
     seen: dict[str, Tensor] = {}
-
-    def into(name: str) -> Callable[[Tensor], None]:
-        def note(value: Tensor) -> None:
-            seen[name] = value
-
-        return note
-
-    chosen = names(model) if which is None else list(which)
-    points = [_point(model, name) for name in chosen]
-    with ExitStack() as stack:
-        for name, (point, local) in zip(chosen, points, strict=True):
-            stack.enter_context(_attached(point.recordings, (local, into(name))))
+    chosen = names(model) if which is None else which
+    with _attached(model, "recordings", {name: partial(seen.__setitem__, name) for name in chosen}):
         yield seen
 
 
@@ -157,28 +136,32 @@ def replacing(model: Transformer, changes: Mapping[str, Replacement]) -> Iterato
     """Inside the block every forward uses `function(activation)` at each named place.
 
     Args:
-        model: the model.
         changes: name to a function of the activation that returns a new one of its shape.
 
     Raises:
-        ValueError: a name that the model has not; the message has the nearest ones. In the forward:
-            a function that returns another shape.
+        ValueError: as `record`. In the forward: a function that returns another shape.
     """
-    points = [_point(model, name) for name in changes]
-    with ExitStack() as stack:
-        for (name, change), (point, local) in zip(changes.items(), points, strict=True):
-            stack.enter_context(_attached(point.replacements, (local, _checked(name, change))))
+    checked = {name: _checked(name, change) for name, change in changes.items()}
+    with _attached(model, "replacements", checked):
         yield
 
 
 @contextmanager
-def _attached(entries: list[Any], entry: Any) -> Iterator[None]:
-    entries.append(entry)
-    try:
+def _attached(
+    model: Transformer, kind: str, functions: Mapping[str, Callable[[Tensor], Any]]
+) -> Iterator[None]:
+    points = [_point(model, name) for name in functions]
+    with ExitStack() as stack:
+        for (point, local), function in zip(points, functions.values(), strict=True):
+            entries, entry = getattr(point, kind), (local, function)
+            entries.append(entry)
+            stack.callback(_remove, entries, entry)
         yield
-    finally:
-        # By identity: equal entries may be attached twice.
-        del entries[next(place for place, held in enumerate(entries) if held is entry)]
+
+
+def _remove(entries: list[Any], entry: Any) -> None:
+    # By identity: equal entries may be attached twice.
+    del entries[next(place for place, held in enumerate(entries) if held is entry)]
 
 
 def _point(model: Transformer, name: str) -> tuple[HookPoint, str]:

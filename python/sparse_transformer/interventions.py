@@ -43,11 +43,7 @@ class Nodes:
 
     @classmethod
     def parse(cls, model: Transformer, text: str) -> Nodes:
-        """Reads `PLACE`, `PLACE:CHANNEL` or `PLACE:FIRST-LAST`.
-
-        Raises:
-            UserError: it is none of these, or the model has no such place or channel.
-        """
+        """Reads PLACE, PLACE:CHANNEL or PLACE:FIRST-LAST; a UserError if there are none."""
         match = _NODE.fullmatch(text)
         if match is None:
             raise UserError(
@@ -151,7 +147,6 @@ def intervene(
     """Inside the block every forward uses the changed nodes.
 
     Args:
-        model: the model.
         changes: one intervention or several, which act in this order where they are about the same
             node; or a function of the activation for each named place.
         last: int64 `(B,)`, the last position of each prompt; None if there is no padding.
@@ -199,7 +194,6 @@ def answer(
     """Logits `(B, A)` of A answers at each prompt's last token, under the interventions.
 
     Args:
-        model: the model; no gradients are kept.
         tokens: int64 `(B, T)`, padded on the right.
         answers: token ids, A of them for all prompts, or `(B, A)`.
         interventions: see `intervene`.

@@ -26,10 +26,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sparse_transformer.attention import attention_pattern, attention_scores
-from sparse_transformer.data import END_OF_TEXT
 from sparse_transformer.errors import UserError
 from sparse_transformer.functional import RMS_EPS
 from sparse_transformer.model import Transformer
+from sparse_transformer.tokenizer import END_OF_TEXT
 
 try:
     from transformer_lens.config import TransformerBridgeConfig
@@ -49,10 +49,7 @@ ARCHITECTURE = "SparseTransformer"
 
 
 def to_transformer_lens(model: Transformer) -> Any:
-    """A `TransformerBridge` around a copy of the model.
-
-    Args:
-        model: with a tokenizer, if the bridge shall read texts.
+    """A `TransformerBridge` around a copy of the model; with a tokenizer it reads texts.
 
     Raises:
         UserError: embedding and unembedding share their weights.

@@ -45,12 +45,7 @@ class Masked(nn.Module):
 
 
 class MaskedLinear(Masked, nn.Linear):
-    """`nn.Linear` whose weight `project_` keeps sparse; everything about it is dense.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
-        density, min_fan_in, min_fan_out: see `Masked`.
-    """
+    """`nn.Linear` whose weight `project_` keeps sparse, see `Masked`; all of it is dense."""
 
     def __init__(
         self,

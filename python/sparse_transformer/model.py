@@ -1,4 +1,4 @@
-"""The weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), in one file.
+"""The weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653).
 
 A GPT-2-style decoder with RMSNorm, untied embedding and unembedding, and AbsTopK at eight places of
 every block; attention sinks; a bigram table added to the logits. Its matrices are `SparseLinear`s,
@@ -12,10 +12,9 @@ vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,154 +22,16 @@ from torch import Tensor, nn
 import sparse_kernels as sk
 from sparse_transformer import functional
 from sparse_transformer.attention import KVCache, cached_attention, causal_attention
+from sparse_transformer.config import ModelConfig as ModelConfig
 from sparse_transformer.hooks import HookPoint
+from sparse_transformer.layers import AbsTopK, RMSNorm, abs_topk_at, activation, keep_parts
 from sparse_transformer.masked import MaskedEmbedding, MaskedLinear
-from sparse_transformer.ranges import need, need_choices, need_number, need_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Where AbsTopK stands, by the names of the released configurations.
-PLACES = (
-    "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"
-)  # fmt: skip
 # Standard deviation of the initial weights of a dense matrix, as released.
 _INITIAL_STD = 0.02
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture of a model. The defaults are the small model of the published recipe.
-
-    Raises:
-        ValueError: a value that does not fit; the message names it.
-    """
-
-    vocab_size: int = 2048
-    """Tokens of the vocabulary, end-of-text included."""
-    n_layer: int = 4
-    """Blocks."""
-    d_model: int = 256
-    """Channels of the residual stream."""
-    context: int = 256
-    """Tokens that the model reads at once."""
-    d_head: int = 16
-    """Channels of an attention head."""
-    n_head: int | None = None
-    """Attention heads; by default d_model / d_head."""
-    d_mlp: int | None = None
-    """Neurons of a block; by default 4 d_model."""
-    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
-    """Activation function of the neurons; gelu is exact, as released."""
-    active: float | None = 0.25
-    """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
-    active_places: tuple[str, ...] = PLACES
-    """Where AbsTopK stands; by default at all eight places."""
-    linear: Literal["sparse", "masked_dense", "dense"] = "sparse"
-    """Kind of all matrices; masked_dense is as published."""
-    density: float = 1 / 64
-    """Final density of the four matrices of a block."""
-    embedding_density: float = 1 / 16
-    """Final density of embedding and unembedding."""
-    min_nonzeros: int = 4
-    """Minimum fan-in, or fan-out for attn.out and mlp.down."""
-    writers: Literal["fan_out", "fan_in"] = "fan_out"
-    """What attn.out and mlp.down fix."""
-    fans: Mapping[str, int] | None = None
-    """Final fan by name of layer, in place of what follows from the densities."""
-    sinks: bool = True
-    """Learned attention sinks, one for each head."""
-    bigram: bool = True
-    """A learned (vocabulary, vocabulary) table whose row of the current token joins the logits."""
-    bias: bool = True
-    """Biases of all linear layers but the unembedding."""
-    positions: int = 0
-    """Learned position channels, read beside the residual stream and never written."""
-    added_positions: bool = False
-    """GPT-2's learned positions, added to the embedding."""
-    tied: bool = False
-    """Embedding and unembedding share their weights."""
-    logits_bias: bool = False
-    """A learned bias of the logits, as in some released models."""
-    abs_topk: Literal["kernel", "torch"] = "kernel"
-    """How AbsTopK is computed: the kernel of sparse_kernels, or topk and scatter as released."""
-    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
-    """Backend of sparse_kernels; by default the fastest available."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "active_places", tuple(self.active_places))
-        for name in ("vocab_size", "n_layer", "d_model", "context", "d_head", "min_nonzeros"):
-            need_whole(self, name, 1)
-        need_whole(self, "positions", 0)
-        for name in ("n_head", "d_mlp"):
-            if getattr(self, name) is not None:
-                need_whole(self, name, 1)
-        if self.n_head is None:
-            need(self.d_model % self.d_head == 0, "d_head", "a divisor of d_model", self.d_head)
-        for name in ("density", "embedding_density", *(() if self.active is None else ("active",))):
-            need_number(self, name, 0, 1, above=True)
-        need_choices(self)
-        for place in self.active_places:
-            need(place in PLACES, "active_places", f"of {', '.join(PLACES)}", place)
-        fans: Mapping[str, Any] = self.fans or {}
-        for name, fan in fans.items():
-            need(isinstance(fan, int) and fan >= 1, f"the fan of {name}", "at least 1", fan)
-
-    @property
-    def heads(self) -> int:
-        """H."""
-        return self.d_model // self.d_head if self.n_head is None else self.n_head
-
-    @property
-    def neurons(self) -> int:
-        """Width of the MLP."""
-        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
-
-    def values(self, fan_multiple: float = 1.0) -> int:
-        """About how many numbers the parameters of such a model hold (`fans` left aside)."""
-        D, V, W = self.d_model, self.vocab_size, self.heads * self.d_head
-
-        def matrix(rows: int, width: int, density: float, least: int) -> int:
-            if self.linear != "sparse":
-                return rows * width
-            fan = min(width, max(least, round(density * width)))
-            return rows * min(width, round(fan * fan_multiple))
-
-        read, out = D + self.positions, self.writers == "fan_out"
-        block = matrix(3 * W, read, self.density, self.min_nonzeros)
-        block += matrix(self.neurons, read, self.density, self.min_nonzeros)
-        for inputs in (W, self.neurons):
-            rows, width = (inputs, D) if out else (D, inputs)
-            block += matrix(rows, width, self.density, self.min_nonzeros)
-        ends = (1 if self.tied else 2) * matrix(V, D, self.embedding_density, 1)
-        channels = D if self.added_positions else self.positions
-        return self.n_layer * block + ends + self.bigram * V * V + self.context * channels
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `dataclasses.asdict`, also through JSON; refuses names it does not know.
-
-        Raises:
-            ValueError: an unknown name, or a value that does not fit.
-        """
-        unknown = sorted(set(stored) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"the model's configuration has no field {', '.join(unknown)}")
-        return cls(**stored)
-
-
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, so that zero stays zero."""
-
-    def __init__(
-        self, width: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., width)` to the same."""
-        return functional.rms_norm(x, self.weight)
 
 
 class SparseEmbedding(sk.SparseLinear):
@@ -203,9 +64,9 @@ class Attention(nn.Module):
             if config.sinks
             else None
         )
-        self.keep_in = _keeper(config, "attn_in", D + config.positions)
-        self.keep_qkv = _keep_parts([_keeper(config, f"attn_{name}", W) for name in "qkv"])
-        self.keep_out = _keeper(config, "attn_out", D)
+        self.keep_in = abs_topk_at(config, "attn_in", D + config.positions)
+        self.keep_qkv = keep_parts([abs_topk_at(config, f"attn_{name}", W) for name in "qkv"])
+        self.keep_out = abs_topk_at(config, "attn_out", D)
         self.hook_in = HookPoint("act_in")
         self.hook_qkv = HookPoint("q", "k", "v")
         self.hook_y = HookPoint("y")
@@ -248,9 +109,9 @@ class MLP(nn.Module):
         self.position_norm = _position_norm(config, make)
         self.up = make.matrix(f"{prefix}.up", D + config.positions, neurons)
         self.down = make.matrix(f"{prefix}.down", neurons, D, writes=True)
-        self.keep_in = _keeper(config, "mlp_in", D + config.positions)
-        self.neurons = _neurons(config, neurons)
-        self.keep_out = _keeper(config, "mlp_out", D)
+        self.keep_in = abs_topk_at(config, "mlp_in", D + config.positions)
+        self.neurons = activation(config)
+        self.keep_out = abs_topk_at(config, "mlp_out", D)
         self.hook_in = HookPoint("act_in")
         self.hook_neurons = HookPoint("post_act")
         self.hook_out = HookPoint("resid_delta")
@@ -286,8 +147,6 @@ class Transformer(nn.Module):
         fan_multiple: the sparse layers start with that multiple of their final fan, at most dense.
         fans: fans to start with by layer name, for those that `fan_multiple` does not describe.
         generator: draws patterns and weights; by default torch's global one.
-        device: as for `torch.nn.Linear`.
-        dtype: as for `torch.nn.Linear`.
 
     Attributes:
         tokenizer: None, or that of the folder from which the model was read.
@@ -341,8 +200,7 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """A model with the fans and values of a state dict from any point of a training run.
 
-        Raises:
-            RuntimeError, TypeError, ValueError: a state that is not one of such a model.
+        A RuntimeError, TypeError or ValueError for a state that is not one of such a model.
         """
         held, wanted = sum(tensor.numel() for tensor in state.values()), config.values()
         if wanted > 2 * held + 2**20:
@@ -489,10 +347,7 @@ class Transformer(nn.Module):
         """Mean cross-entropy of `targets (B, T)` given `tokens (B, T)`, a scalar.
 
         One `(B T, V)` tensor of logits is made; it becomes its own gradient. Hooks on `unembed` see
-        a copy that stays as it is.
-
-        Raises:
-            ValueError: no tokens, or targets of another shape.
+        a copy that stays as it is. A ValueError for no tokens, or targets of another shape.
         """
         if tokens.numel() == 0:
             raise ValueError(f"a loss needs at least one token, got shape {tuple(tokens.shape)}")
@@ -518,11 +373,7 @@ class Transformer(nn.Module):
         }
 
     def target_fan(self, name: str) -> int:
-        """Fan-in or fan-out of that sparse layer at the end of training.
-
-        Raises:
-            KeyError: no sparse layer has that name.
-        """
+        """Fan-in or fan-out of that sparse layer at the end of training; a KeyError for others."""
         return self._targets[name]
 
     def _residual(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
@@ -566,6 +417,26 @@ class Transformer(nn.Module):
                 f"tokens must be at most context = {self.config.context} in all, "
                 f"got {start} before and {tokens.shape[1]} now"
             )
+
+
+def count_weights(model: Transformer) -> int:
+    """L0: nonzero weights of all matrices, embeddings included, as training reports it."""
+    sparse = model.sparse_layers()
+    if sparse:
+        return sum(layer.weight.numel() for layer in sparse.values())
+    return sum(
+        int(module.weight.count_nonzero())
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    )
+
+
+def dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
+    """`values`, which are as the weight of a sparse layer, as that of the dense one, with zeros."""
+    matrix = sk.to_dense(values, layer.layout)
+    # The layout of an embedding is that of its table, as nn.Embedding has it.
+    is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
+    return matrix.t() if is_transposed else matrix
 
 
 class _Maker:
@@ -659,83 +530,6 @@ class _Maker:
             nn.init.zeros_(layer.bias)
         made: nn.Module = layer
         return made
-
-
-_ACTIVATIONS: dict[str, nn.Module] = {
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU("tanh"),
-    "relu": nn.ReLU(),
-}
-
-
-class AbsTopK(nn.Module):
-    """Of the last axis the `k` of largest magnitude stay; the method is `ModelConfig.abs_topk`."""
-
-    def __init__(self, k: int, method: str, backend: str | None) -> None:
-        super().__init__()
-        self.k, self.method, self.backend = k, method, backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        if self.method == "kernel":
-            return sk.abs_topk(x, self.k, self.backend)
-        places = x.abs().topk(self.k, -1, sorted=False).indices
-        return torch.zeros_like(x).scatter_(-1, places, x.gather(-1, places))
-
-    def of_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """AbsTopK of RMSNorm."""
-        if self.method == "kernel" and norm.weight.dtype == x.dtype:
-            return sk.transformer_ops.rms_norm_abs_topk(
-                x, norm.weight, self.k, functional.RMS_EPS, self.backend
-            )
-        kept: Tensor = self(norm(x))
-        return kept
-
-    def extra_repr(self) -> str:
-        """What `print(layer)` shows."""
-        return str(self.k)
-
-
-class GeluAbsTopK(AbsTopK):
-    """AbsTopK of GELU, in one kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        return sk.transformer_ops.gelu_abs_topk(x, self.k, self.backend)
-
-
-class AbsTopKParts(nn.ModuleList):
-    """Each of the parts along axis 2 by its own rule."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, parts, width)` to the same."""
-        return torch.stack([keep(x[:, :, part]) for part, keep in enumerate(self)], 2)
-
-
-def keep_part(keep: nn.Module, x: Tensor, part: int) -> Tensor:
-    """What `AbsTopKParts`, or the one rule in its place, makes of one part, `(B, T, width)`."""
-    kept: Tensor = (keep[part] if isinstance(keep, AbsTopKParts) else keep)(x)
-    return kept
-
-
-def _keeper(config: ModelConfig, place: str, width: int) -> nn.Module:
-    if config.active is None or place not in config.active_places:
-        return nn.Identity()
-    k = max(1, int(config.active * width))
-    return AbsTopK(k, config.abs_topk, config.backend) if k < width else nn.Identity()
-
-
-def _keep_parts(keeps: Sequence[nn.Module]) -> nn.Module:
-    """Of `(B, T, parts, width)`: all parts at once if they have one rule."""
-    return keeps[0] if len({type(keep) for keep in keeps}) == 1 else AbsTopKParts(keeps)
-
-
-def _neurons(config: ModelConfig, width: int) -> nn.Module:
-    """The activation function and the AbsTopK after it: in one kernel, if there is one."""
-    keep = _keeper(config, "mlp_neuron", width)
-    if isinstance(keep, AbsTopK) and keep.method == "kernel" and config.activation == "gelu":
-        return GeluAbsTopK(keep.k, keep.method, keep.backend)
-    return nn.Sequential(_ACTIVATIONS[config.activation], keep)
 
 
 def _position_norm(config: ModelConfig, make: _Maker) -> RMSNorm | None:

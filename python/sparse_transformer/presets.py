@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig
 from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import TopologyConfig
 
 
-def _published(d_model: int, n_layer: int = 8) -> dict[str, Any]:
+def _published(name: str, train: TrainConfig, d_model: int, n_layer: int = 8) -> Settings:
     """The released script's densities: L0 of a layer is about the same at every width.
 
     With EF = d_model / 256: blocks pfrac / EF^2, embeddings pfrac / EF; its example, 1/64 and 1/16
@@ -19,16 +17,18 @@ def _published(d_model: int, n_layer: int = 8) -> dict[str, Any]:
     """
     expansion = d_model / 256
     density = 0.25 / expansion**2
-    return {
-        "model": ModelConfig(
+    return Settings(
+        preset=name,
+        train=train,
+        model=ModelConfig(
             d_model=d_model,
             n_layer=n_layer,
             density=density,
             embedding_density=0.25 / expansion,
         ),
         # A fan cannot be more than dense.
-        "topology": TopologyConfig(start_multiple=min(8.0, 1 / density)),
-    }
+        topology=TopologyConfig(start_multiple=min(8.0, 1 / density)),
+    )
 
 
 PRESETS: dict[str, Settings] = {
@@ -63,33 +63,17 @@ PRESETS: dict[str, Settings] = {
             topology=TopologyConfig(start_multiple=4.0, anneal_share=0.3),
             optimizer=OptimizerConfig(learning_rate=0.04),
         ),
-        Settings(preset="d256", **_published(256), train=TrainConfig(steps=4000)),
-        Settings(preset="d512", **_published(512), train=TrainConfig(steps=4000)),
-        Settings(
-            preset="d1024",
-            **_published(1024),
-            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=4),
-        ),
-        Settings(
-            preset="d2048",
-            **_published(2048),
-            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=8),
-        ),
-        Settings(
-            preset="475m",
-            **_published(1792, n_layer=12),
-            train=TrainConfig(steps=4000, batch_tokens=131072, accumulate=8),
-        ),
+        _published("d256", TrainConfig(steps=4000), 256),
+        _published("d512", TrainConfig(steps=4000), 512),
+        _published("d1024", TrainConfig(steps=4000, batch_tokens=131072, accumulate=4), 1024),
+        _published("d2048", TrainConfig(steps=4000, batch_tokens=131072, accumulate=8), 2048),
+        _published("475m", TrainConfig(steps=4000, batch_tokens=131072, accumulate=8), 1792, 12),
     )
 }
 
 
 def preset(name: str) -> Settings:
-    """The settings of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The settings of that name; a UserError if there are none."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

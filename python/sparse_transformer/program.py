@@ -9,21 +9,19 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sparse_transformer import _startup
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
+
+Config = TypeVar("Config")
 
 # How torch says, in a RuntimeError, that an allocation failed.
 _NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
 
 
 def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Runs, and returns the exit status: 2 after an error, 130 after Ctrl-C, else what `run` says.
-
-    Args:
-        run: what the program does; None is success.
-        interrupted: what to say after Ctrl-C.
-    """
+    """Runs; returns the exit status: 2 after an error, 130 after Ctrl-C, else what `run` says."""
     _startup.ready()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A text that the terminal cannot show must not end a program.
@@ -47,6 +45,27 @@ def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> i
         return _refuse("there is not enough memory: choose a smaller model or fewer tokens at once")
 
 
+def entry(
+    config: type[Config], name: str, run: Callable[[Config], None], interrupted: str = "interrupted"
+) -> Callable[..., int]:
+    """The `main` of a program, whose options are the fields of `config`, and which `run` is.
+
+    Args:
+        name: of the module, after `sparse_transformer.`.
+        interrupted: what to say after Ctrl-C.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
+        # Those who use the package as a library need no parser.
+        import tyro
+
+        given = tyro.cli(config, prog=f"python -m sparse_transformer.{name}", args=arguments)
+        return status(lambda: run(given), interrupted)
+
+    return main
+
+
 def _refuse(sentence: str) -> int:
     print(f"error: {printable(sentence)}", file=sys.stderr)
     return 2
@@ -58,11 +77,7 @@ def printable(text: str) -> str:
 
 
 def read_text(text: str) -> str:
-    """A text of the command line; "-" stands for what is on standard input.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
+    """A text of the command line, in UTF-8; "-" stands for what is on standard input."""
     try:
         found = sys.stdin.read() if text == "-" else text
         found.encode()
@@ -99,14 +114,6 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes what `--json` asks for.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
+    """Writes what `--json` asks for."""
+    with writing(path, "choose another --json"):
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): choose another --json"
-        ) from error

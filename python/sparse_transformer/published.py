@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def read(directory: str | os.PathLike[str]) -> Published:
     """Reads a folder of any of the three formats.
 
     Raises:
-        UserError: the folder has none of them; or a file of it is missing, damaged or holds more
-            than tensors; or a configuration with parts that are not supported.
+        UserError: the folder has none of them; a file of it is missing, damaged or holds more than
+            tensors; or a configuration with parts that are not supported.
     """
     folder = Path(directory)
     if (folder / RELEASE_CONFIG).exists() or not (folder / _CONFIG).exists():
@@ -211,9 +212,8 @@ def _refuse(config: Mapping[str, Any], only: Mapping[str, Any], file: str) -> No
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        with _opening(path):
+            stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(stored, dict):
@@ -224,10 +224,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
+    with _opening(path):
         file = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from error
     with file:
         try:
             stored = torch.load(file, map_location="cpu", weights_only=True)
@@ -249,16 +247,20 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        with _opening(path):
+            return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): download it again") from error
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot read {path} ({error.strerror or error}): "
-        f"name a folder with {RELEASE_CONFIG} and {RELEASE_WEIGHTS}, or with {_CONFIG} and "
-        f"{_WEIGHTS} or {_PRETRAIN_WEIGHTS[0]}"
-    )
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Inside, what keeps `path` from being read becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): "
+            f"name a folder with {RELEASE_CONFIG} and {RELEASE_WEIGHTS}, or with {_CONFIG} and "
+            f"{_WEIGHTS} or {_PRETRAIN_WEIGHTS[0]}"
+        ) from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
-from sparse_transformer.errors import UserError
-from sparse_transformer.model import PLACES, ModelConfig, SparseEmbedding, Transformer
+from sparse_transformer.config import PLACES, ModelConfig
+from sparse_transformer.errors import UserError, writing
+from sparse_transformer.files import replacing
+from sparse_transformer.model import Transformer, dense_weight
 from sparse_transformer.published import RELEASE_CONFIG, RELEASE_WEIGHTS, Published, read
 
 # Ours, theirs, and the released dataclass's default, which a file may leave out. Other fields of
@@ -146,15 +147,12 @@ def save_released(model: Transformer, directory: str | os.PathLike[str]) -> None
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     weights.setdefault("final_logits_bias", torch.zeros(config.vocab_size))
     folder = Path(directory)
-    try:
+    with writing(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / RELEASE_WEIGHTS, lambda path: torch.save(weights, path))
-        text = json.dumps(_released_config(config), indent=2) + "\n"
-        _replace(folder / RELEASE_CONFIG, lambda path: path.write_text(text))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror or error}): choose another folder"
-        ) from error
+        with replacing(folder / RELEASE_WEIGHTS) as beside:
+            torch.save(weights, beside)
+        with replacing(folder / RELEASE_CONFIG) as beside:
+            beside.write_text(json.dumps(_released_config(config), indent=2) + "\n")
 
 
 def _config(source: Published, linear: Literal["sparse", "dense"]) -> ModelConfig:
@@ -291,20 +289,8 @@ def _dense_state(model: Transformer) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, layer in model.sparse_layers().items():
         del state[f"{name}.indices"]
-        dense = sk.to_dense(layer.weight.detach(), layer.layout)
-        is_table = isinstance(layer, SparseEmbedding)
-        state[f"{name}.weight"] = dense.t() if layer.transpose and not is_table else dense
+        state[f"{name}.weight"] = dense_weight(layer, layer.weight.detach())
     return {
         name: tensor.to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in state.items()
     }
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `path` and renames, so that what is there stays whole until then."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

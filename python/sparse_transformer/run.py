@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sparse_transformer import data as corpora
-from sparse_transformer.data import load_tokenizer
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.model import Transformer, count_weights
 from sparse_transformer.program import printable
+from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint as checkpoints
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokenizers import Tokenizer
 
 _SAMPLE, _SAMPLE_ROWS = "sample.safetensors", 256
 
@@ -32,18 +30,7 @@ _SAMPLE, _SAMPLE_ROWS = "sample.safetensors", 256
 def load_run(
     checkpoint: str | os.PathLike[str], step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a run.
-
-    Args:
-        checkpoint: the folder of a training run, or of one checkpoint in it; or the name of a model
-            that comes with the package.
-        step: the checkpoint of this step, by default the newest.
-        device: where the model goes.
-
-    Raises:
-        UserError: no such device, a checkpoint that cannot be read, or a tokenizer that is missing
-            or does not belong to the model.
-    """
+    """The model of a run, and its tokenizer; arguments and errors are those of `load_model`."""
     folder = checkpoints.find(checkpoint)
     model = load_weights(folder, step, device)
     return model, give_tokenizer(model, tokenizer_of(folder))
@@ -61,11 +48,7 @@ def load_weights(
 
 
 def device_of(name: torch.device | str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The device of that name; a UserError if there is none."""
     try:
         place = torch.device(name)
         torch.empty(0, device=place)
@@ -79,7 +62,7 @@ def device_of(name: torch.device | str) -> torch.device:
 
 
 def give_tokenizer(model: Transformer, path: Path) -> Tokenizer:
-    """Reads the tokenizer in `path`, and sets `model.tokenizer`.
+    """Sets `model.tokenizer` to the one in `path` and returns it.
 
     Raises:
         UserError: it is missing or does not belong to the model.
@@ -111,7 +94,8 @@ def load_model(
         device: where the model goes.
 
     Raises:
-        UserError: as `load_run`.
+        UserError: no such device, a checkpoint that cannot be read, or a tokenizer that is missing
+            or does not belong to the model.
     """
     return load_run(path_or_name, step, device)[0]
 
@@ -181,12 +165,11 @@ def model_card(model: Transformer, name: str) -> str:
     """A README.md for the hub: what the model is, and how it is loaded."""
     config = model.config
     sparse = model.sparse_layers().values()
-    weights = sum(layer.weight.numel() for layer in sparse)
-    dense = sum(layer.in_features * layer.out_features for layer in sparse)
-    if not sparse:
-        matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-        weights = sum(int(matrix.count_nonzero()) for matrix in matrices)
-        dense = sum(matrix.numel() for matrix in matrices)
+    dense = sum(layer.in_features * layer.out_features for layer in sparse) or sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    )
     return f"""---
 library_name: sparse-kernels
 pipeline_tag: text-generation
@@ -202,7 +185,7 @@ A weight-sparse transformer ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)
 |---|---|
 | layers, width | {config.n_layer}, {config.d_model} |
 | context, vocabulary | {config.context}, {config.vocab_size} tokens |
-| weights of its matrices | {weights:,} of {dense:,} in a dense model |
+| weights of its matrices | {count_weights(model):,} of {dense:,} in a dense model |
 
 ```python
 from sparse_transformer import Transformer, generate
@@ -226,8 +209,6 @@ def corpus_sample(
     that it was trained on, in the tokens of its tokenizer.
 
     Args:
-        checkpoint: as for `load_run`.
-        model: of `load_model`.
         data: take windows of these files and folders instead.
         cache_dir: as for `data.prepare`.
 

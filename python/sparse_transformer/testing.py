@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-import sparse_kernels as sk
 from sparse_transformer.attention import KVCache
-from sparse_transformer.model import SparseEmbedding, Transformer
+from sparse_transformer.model import Transformer, dense_weight
 
 # Enough to exercise every operator of the model, few enough for float64.
 WINDOWS, TOKENS = 4, 16
@@ -33,17 +31,9 @@ def densified(model: Transformer) -> Transformer:
     dense = Transformer(replace(model.config, linear="masked_dense"), device=device)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, layer in model.sparse_layers().items():
-        state[f"{name}.weight"] = _dense_weight(layer, layer.weight.detach())
+        state[f"{name}.weight"] = dense_weight(layer, layer.weight.detach())
     dense.load_state_dict(state)
     return dense
-
-
-def _dense_weight(layer: sk.SparseLinear, values: Tensor) -> Tensor:
-    """The weight of the dense layer, from that of the sparse one."""
-    matrix = sk.to_dense(values, layer.layout)
-    # The layout of an embedding is that of its table, as nn.Embedding has it.
-    is_transposed = layer.transpose and not isinstance(layer, SparseEmbedding)
-    return matrix.t() if is_transposed else matrix
 
 
 def check(model: Transformer, *, gradients: bool = True) -> Verdict:
@@ -94,7 +84,7 @@ def compare_gradients(model: Transformer, dense: Transformer) -> str | None:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             values = parameter.detach().requires_grad_()
-            (want,) = torch.autograd.grad(_dense_weight(layer, values), values, want)
+            (want,) = torch.autograd.grad(dense_weight(layer, values), values, want)
         if not float((got - want).abs().max()) <= _EXACT * max(float(want.abs().max()), 1e-30):
             return f"the gradient of {name} in float64 is not that of masked dense"
     return None

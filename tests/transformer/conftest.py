@@ -16,6 +16,21 @@ def one_thread(clean_state):
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def refused(capsys):
+    """Checks that a program ended with status 2 and one sentence; returns what it had printed."""
+
+    def check(status, message):
+        out, error = capsys.readouterr()
+        assert status == 2
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return out
+
+    return check
+
+
 def find_chromium():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = [shutil.which(name) for name in names]

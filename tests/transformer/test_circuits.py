@@ -15,7 +15,7 @@ from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Ablated, Control, Validation
 from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
 from sparse_transformer.circuits.forward import Skipped, answer_logits
-from sparse_transformer.circuits.graph import Edges, Nodes, count_weights
+from sparse_transformer.circuits.graph import Edges, Nodes
 from sparse_transformer.circuits.masks import (
     MaskConfig,
     Price,
@@ -39,6 +39,7 @@ from sparse_transformer.circuits.prune import (
 )
 from sparse_transformer.circuits.search import search
 from sparse_transformer.circuits.validate import _Test, control_tasks, validate, worst_rest
+from sparse_transformer.model import count_weights
 from sparse_transformer.tasks import Pair, Prompt, collate
 
 LINEARS = ("sparse", "masked_dense", "dense")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_transformer import data
+from sparse_transformer import tokenizer as tokenizing
 from sparse_transformer.errors import UserError
 
 VOCAB = 300
@@ -127,7 +128,7 @@ def test_a_damaged_cache_is_built_again(folder, tmp_path, name):
 
 
 def test_task_tokens_are_single(corpus):
-    for token in data.TASK_TOKENS:
+    for token in tokenizing.TASK_TOKENS:
         assert len(corpus.tokenizer.encode(token).ids) == 1, token
     ids = corpus.tokenizer.get_vocab().values()
     assert sorted(ids) == list(range(VOCAB))
@@ -136,17 +137,17 @@ def test_task_tokens_are_single(corpus):
 @pytest.mark.parametrize("learned", range(7))
 def test_task_tokens_are_single_where_some_are_the_rarest_that_were_learned(tmp_path, learned):
     text = "a big " * 40 + "f(\"a\") g('b') " * 20
-    size = data.MIN_VOCAB_SIZE + learned
+    size = tokenizing.MIN_VOCAB_SIZE + learned
     tokenizer = data.prepare(text + "\n", vocab_size=size, cache_dir=tmp_path).tokenizer
-    assert all(len(tokenizer.encode(token).ids) == 1 for token in data.TASK_TOKENS)
+    assert all(len(tokenizer.encode(token).ids) == 1 for token in tokenizing.TASK_TOKENS)
     assert sorted(tokenizer.get_vocab().values()) == list(range(size))
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_end_of_text_inside_a_file_is_ordinary_text(tmp_path):
-    text = source_text(3, 60) + f'EOT = "{data.END_OF_TEXT}"\n' * 40
+    text = source_text(3, 60) + f'EOT = "{tokenizing.END_OF_TEXT}"\n' * 40
     corpus = data.prepare(text, vocab_size=VOCAB, cache_dir=tmp_path)
-    assert "".join(pieces(corpus, corpus.train)).count(data.END_OF_TEXT) >= 30
+    assert "".join(pieces(corpus, corpus.train)).count(tokenizing.END_OF_TEXT) >= 30
     assert (np.asarray(corpus.train) == corpus.end_of_text).sum() + (
         np.asarray(corpus.validation) == corpus.end_of_text
     ).sum() == corpus.files
@@ -194,15 +195,15 @@ def test_a_very_long_word_is_trained_on_in_pieces(tmp_path, character):
     corpus = data.prepare(source_text(4) + word + "\n", vocab_size=VOCAB, cache_dir=tmp_path)
     found = "".join(pieces(corpus, corpus.train) + pieces(corpus, corpus.validation))
     assert found.count(character) >= len(word)
-    assert "".join(data._pieces(word)) == word
-    assert max(map(len, data._pieces(f"x = '{word}'"))) <= 1100
-    assert corpus.tokenizer.decode(data.encode(corpus.tokenizer, word)) == word
+    assert "".join(tokenizing.pieces_of(word)) == word
+    assert max(map(len, tokenizing.pieces_of(f"x = '{word}'"))) <= 1100
+    assert corpus.tokenizer.decode(tokenizing.encode(corpus.tokenizer, word)) == word
 
 
 def test_ordinary_text_is_one_piece():
     text = source_text(4)
-    assert data._pieces(text) == [text]
-    assert data._pieces("") in ([], [""])
+    assert tokenizing.pieces_of(text) == [text]
+    assert tokenizing.pieces_of("") in ([], [""])
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path):
@@ -264,12 +265,12 @@ def test_missing_paths_are_refused(tmp_path):
 def test_foreign_tokenizers_are_refused(corpus, tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="missing or not a tokenizer"):
-        data.load_tokenizer(path)
+        tokenizing.load_tokenizer(path)
     content = (corpus.folder / "tokenizer.json").read_text()
     for broken in (content[:-10], "[]", '{"model": 3}', '{"model": {"type": "BPE"}}', "[" * 10000):
         path.write_text(broken)
         with pytest.raises(UserError, match="missing or not a tokenizer"):
-            data.load_tokenizer(path)
+            tokenizing.load_tokenizer(path)
 
 
 @given(

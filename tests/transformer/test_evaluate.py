@@ -268,39 +268,17 @@ def test_the_scores_are_those_of_the_model(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "absent"], "absent does not exist"),
-        (["--checkpoint", "HERE", "--step", "3"], "there is no checkpoint of step 3"),
         (["--checkpoint", "HERE", "--tasks", "for_wile"], "did you mean for_while"),
         (["--checkpoint", "HERE", "--pairs", "1"], "--pairs must be at least 2, got 1"),
-        (["--checkpoint", "HERE", "--device", "abacus"], "there is no device 'abacus'"),
         (
             ["--checkpoint", "HERE", "--tasks", "for_while", "--json", "absent/x.json"],
             "absent/x.json cannot be written (No such file or directory)",
         ),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(folder, capsys, arguments, message):
+def test_errors_are_one_sentence_and_exit_2(folder, refused, arguments, message):
     arguments = [str(folder) if argument == "HERE" else argument for argument in arguments]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-
-
-def test_a_missing_or_foreign_tokenizer_is_refused(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "run")
-    arguments = ["--checkpoint", str(tmp_path / "run")]
-    config = ModelConfig(vocab_size=399, n_layer=1, d_model=32, context=24)
-    tensors = {f"model.{name}": t for name, t in Transformer(config).state_dict().items()}
-    checkpoint.save(tmp_path / "run", 10, tensors, {"settings": {"model": vars(config)}})
-    assert main(arguments) == 2
-    assert "the tokenizer has 400 tokens and the model 399" in capsys.readouterr().err
-    (tmp_path / "run" / "tokenizer.json").unlink()
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path / 'run' / 'tokenizer.json'} is missing or not a tokenizer" in error
-    assert error.count("\n") == 1
+    refused(main(arguments), message)
 
 
 def test_a_context_too_short_for_a_task_is_a_row(folder, tmp_path, capsys):

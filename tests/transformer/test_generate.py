@@ -195,14 +195,9 @@ def test_characters_wait_for_all_their_bytes(folder, monkeypatch):
         (["--checkpoint", "HERE", "--temperature", "-1"], "the temperature must be 0 or more"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(folder, capsys, arguments, message):
+def test_errors_are_one_sentence_and_exit_2(folder, refused, arguments, message):
     arguments = [str(folder) if argument == "HERE" else argument for argument in arguments]
-    assert main(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert refused(main(arguments), message) == ""
 
 
 def test_a_prompt_that_is_too_long_is_cropped_with_a_note(folder, capsys):

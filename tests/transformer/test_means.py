@@ -62,9 +62,7 @@ def test_snippets_are_the_most_active_places(model, tokens):
     channel, dead = int(active.argmax()), int(active.argmin())
     assert active[channel] >= 2
     assert active[dead] == 0
-    found = means.top_snippets(
-        model, tokens, [(place, channel), (place, dead)], texts, count=2, progress=False
-    )
+    found = means.top_snippets(model, tokens, [(place, channel), (place, dead)], texts, count=2)
     assert found[f"{place}:{dead}"] == ()
     values = seen[place][..., channel]
     best, second = found[f"{place}:{channel}"]

@@ -15,9 +15,10 @@ from benchmarks.experiments.predictions.__main__ import (
     single_double_quote,
 )
 from benchmarks.experiments.predictions.dose_response import dose_response as follow
-from sparse_transformer import ModelConfig, Transformer, UserError, data, tasks
+from sparse_transformer import ModelConfig, Transformer, UserError, tasks
 from sparse_transformer.circuits.circuit import Circuit, Node
 from sparse_transformer.tasks.template import Template
+from sparse_transformer.tokenizer import load_tokenizer
 
 NEURON, VALUE, DEPTH = "0.mlp.post_act:0", "1.attn.v:0", "1.attn.resid_delta:3"
 TRENDS = ["longer_list", "text_before", "open_brackets_before", "double_brackets_before"]
@@ -31,7 +32,7 @@ def tokenizer_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_path):
-    return data.load_tokenizer(tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 CONFIG = ModelConfig(
@@ -389,16 +390,12 @@ def test_the_program_reports_every_prediction(folder, tokenizer, tmp_path, capsy
         (["--step", "3"], "there is no checkpoint of step 3"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(folder, tmp_path, capsys, arguments, message):
+def test_errors_are_one_sentence_and_exit_2(folder, tmp_path, refused, arguments, message):
     other = tmp_path / "circuit.json"
     other.write_text(circuit("for_while").to_json())
     arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
-    assert main(["--checkpoint", str(folder), "--prompts", "2", *arguments]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    arguments = ["--checkpoint", str(folder), "--prompts", "2", *arguments]
+    assert refused(main(arguments), message) == ""
 
 
 def test_ctrl_c_exits_130(folder, monkeypatch):

@@ -421,5 +421,5 @@ def test_refusals(tmp_path, capsys):
     write(tmp_path, "sinks")
     model = load_released(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"):
+    with pytest.raises(UserError, match="cannot be written"):
         save_released(model, tmp_path / "file")

@@ -63,12 +63,8 @@ def test_a_second_run_writes_the_same(tmp_path):
         (["with_as", "--all"], "give NAME --out DIR, --all --out DIR, or --shortcuts"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):
-    assert program.main([*words, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert sentence in error
+def test_errors_are_one_sentence_and_exit_2(tmp_path, refused, words, sentence):
+    refused(program.main([*words, "--out", str(tmp_path / "out")]), sentence)
     assert not (tmp_path / "out").exists()
 
 

@@ -58,12 +58,7 @@ class BridgesConfig:
 
 
 def run(config: BridgesConfig, out: TextIO) -> None:
-    """Does what `config` says and writes a report to `out`.
-
-    Raises:
-        UserError: models that do not fit together, numbers or tasks that do not fit them, or what
-            `load_run` and `corpus_sample` refuse.
-    """
+    """Does what `config` says and writes a report to `out`."""
     chosen = [tasks.get(name) for name in dict.fromkeys(config.tasks)]
     if len(chosen) < 2:
         raise UserError("one task has no other to compare with: give at least two --tasks")
@@ -164,10 +159,7 @@ def text(report: dict[str, Any]) -> str:
     return f"{found}\nanswers of the dense model that flip\n{program.table(rows)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(BridgesConfig, prog="python -m sparse_transformer.bridges", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(BridgesConfig, "bridges", lambda config: run(config, sys.stdout))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,6 @@ def fit(
     """Least squares, then Adam on the mean NMSE and both KLs at a random site.
 
     Args:
-        dense, sparse: with the same tokens and number of layers.
         tokens, keep: as for `losses`.
         steps: of Adam.
         learning_rate: it falls linearly to zero.

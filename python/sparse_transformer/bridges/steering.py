@@ -81,8 +81,7 @@ def find(sparse: Transformer, batch: Batch, site: int, channels: int) -> Edit:
 def margins(model: Transformer, batch: Batch, site: int, change: Tensor) -> Tensor:
     """Logits of the right answers minus those of the wrong ones, `(2P,)`.
 
-    Args:
-        change: `(2P, width)`, added to the stream of each prompt's last token at `site`.
+    `change (2P, width)` is added to the stream of each prompt's last token at `site`.
     """
     rows = torch.arange(len(batch.last))
 
@@ -93,8 +92,7 @@ def margins(model: Transformer, batch: Batch, site: int, change: Tensor) -> Tens
 
     with replaced(model, site, add):
         logits = model(batch.tokens, at=batch.last)[:, 0]
-    answers = torch.stack([batch.right, batch.wrong], 1)
-    right, wrong = logits.gather(1, answers).unbind(1)
+    right, wrong = logits.gather(1, batch.answers).unbind(1)
     return right - wrong
 
 
@@ -104,14 +102,12 @@ def flips(
 ) -> Interval:
     """The share of answers that flip, of all changes together, with an interval over the pairs.
 
-    Only pairs of which the model answers both prompts right without a change are counted.
+    Only pairs of which the model answers both prompts right without a change are counted; a
+    UserError if there are none.
 
     Args:
         changes: `(n, width)`; each is made by itself, times `strength`: subtracted in positive
             prompts, added in negative ones.
-
-    Raises:
-        UserError: there are no such pairs.
     """
     against = torch.where(batch.positive, -strength, strength)[:, None]
     right = (margins(model, batch, site, 0 * against * changes[0]) > 0).view(-1, 2).all(1)

@@ -7,7 +7,6 @@ where in the corpus it is most active, and where the heads look on an example.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,9 @@ import tyro
 from sparse_transformer import program
 from sparse_transformer.browse.content import describe, need_small
 from sparse_transformer.browse.page import render
-from sparse_transformer.circuits.graph import count_weights
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
+from sparse_transformer.model import count_weights
 from sparse_transformer.run import corpus_sample, load_run
 
 # Windows of the corpus from which labels and snippets are; tokens of the example.
@@ -47,13 +46,7 @@ class BrowseConfig:
 
 
 def run(config: BrowseConfig) -> None:
-    """Writes the page and prints how large it is.
-
-    Raises:
-        UserError: a checkpoint or corpus that cannot be read, a model that is too large, or no such
-            folder.
-        OSError: the page cannot be written.
-    """
+    """Writes the page and prints how large it is."""
     name = config.checkpoint.resolve().name
     out = config.out or Path(f"{name}.html")
     if not out.parent.is_dir():
@@ -77,10 +70,7 @@ def run(config: BrowseConfig) -> None:
     print(f"{program.printable(str(out))}: {facts}; {out.stat().st_size / 1e6:.1f} MB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(BrowseConfig, prog="python -m sparse_transformer.browse", args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(BrowseConfig, "browse", run)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import hooks
-from sparse_transformer.attention import attend
 from sparse_transformer.circuits import words
-from sparse_transformer.circuits.examples import strongest
+from sparse_transformer.circuits.activations import attention_of, record_nodes
+from sparse_transformer.circuits.examples import mass_of, strongest
 from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
-from sparse_transformer.circuits.labels import Texts, label_activations, quoted, record_nodes
+from sparse_transformer.circuits.labels import Texts, label_activations, quoted
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.model import Transformer
 
 # Labels take a few milliseconds a node; a larger page would also be slow to open.
 MOST_NODES, MOST_EDGES = 20_000, 400_000
@@ -133,16 +134,11 @@ def need_small(config: ModelConfig, edges: int = 0) -> None:
 def describe(
     model: Transformer, tokenizer: Tokenizer, corpus: Tensor, example: list[int]
 ) -> Content:
-    """Looks at a model.
+    """Looks at a model in evaluation, on the CPU; a UserError if it is too large.
 
     Args:
-        model: in evaluation, on the CPU.
-        tokenizer: the model's.
         corpus: int64 `(rows, T)`; labels are fitted on even rows and scored on odd ones.
         example: ids of the tokens on which attention is shown.
-
-    Raises:
-        UserError: the model is too large.
     """
     config = model.config
     need_small(config)
@@ -182,18 +178,10 @@ def describe(
 
 def patterns(model: Transformer, tokens: Tensor) -> list[Tensor]:
     """The attention `(B, H, T, T)` of each layer; what is missing to 1 goes to the sink."""
-    layers, H, d = range(model.config.n_layer), model.config.heads, model.config.d_head
+    layers = range(model.config.n_layer)
     with hooks.recording(model, [f"{n}.attn.{kind}" for n in layers for kind in "qk"]) as seen:
         model(tokens, last_only=True)
-    found = []
-    for n in layers:
-        q, k = (
-            seen[f"{n}.attn.{kind}"].float().unflatten(-1, (H, d)).transpose(1, 2) for kind in "qk"
-        )
-        sinks = dict(model.get_submodule(f"blocks.{n}.attn").named_parameters()).get("sinks")
-        # The values of position s are the unit vector of s: what arrives is the attention.
-        found.append(attend(q, k, torch.eye(tokens.shape[1]), sinks))
-    return found
+    return [attention_of(model, n, seen[f"{n}.attn.q"], seen[f"{n}.attn.k"]) for n in layers]
 
 
 @dataclass(frozen=True)
@@ -248,12 +236,12 @@ def _heads(model: Transformer, corpus: Tensor, texts: Texts, layer: int) -> _Par
     pattern = patterns(model, corpus)[layer]  # (rows, H, T, T)
     rows, H, T, _ = pattern.shape
     alike = (torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]).sum(0) / T
-    everywhere = _mass(corpus, alike.expand(rows, T) / rows, len(texts.texts))
+    everywhere = mass_of(corpus, alike.expand(rows, T) / rows, len(texts.texts))
     names = []
     for own in pattern.unbind(1):
         own = own / own.sum().clamp_min(1e-9)
         same, previous = (float(own.diagonal(-back, 1, 2).sum()) for back in (0, 1))
-        chosen, share = strongest(_mass(corpus, own.sum(1), len(texts.texts)), everywhere)
+        chosen, share = strongest(mass_of(corpus, own.sum(1), len(texts.texts)), everywhere)
         name = f"{quoted(texts.texts[token] for token in chosen)} ({share:.0%})" if chosen else ""
         if max(same, previous) >= _OFFSET_SHARE:
             which = "its own" if same > previous else "the previous"
@@ -265,11 +253,6 @@ def _heads(model: Transformer, corpus: Tensor, texts: Texts, layer: int) -> _Par
     none = torch.zeros(H)
     peaks = torch.full((H, _SNIPPETS), -1)
     return _Part(names, none, sink, none, peaks[:, :kept], torch.zeros(H, kept, width))
-
-
-def _mass(tokens: Tensor, weights: Tensor, size: int) -> Tensor:
-    """`(V,)`: what each token has of `weights`, which are like `tokens (rows, T)`."""
-    return torch.zeros(size).index_add_(0, tokens.flatten(), weights.flatten())
 
 
 def _largest(table: Tensor, by: Tensor) -> list[list[tuple[int, float]]]:

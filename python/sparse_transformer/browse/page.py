@@ -14,10 +14,7 @@ from sparse_transformer.circuits.viz.page import embedded, escape, fill, templat
 def render(name: str, facts: str, content: Content) -> str:
     """The whole page, which needs neither another file nor the network.
 
-    Args:
-        name: of the model.
-        facts: a line about it.
-        content: what `describe` found.
+    `name` is the model's, `facts` a line about it, `content` what `describe` found.
     """
     own = resources.files(__package__)
     html, css, js = (

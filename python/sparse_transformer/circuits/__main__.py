@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -32,15 +31,16 @@ from sparse_transformer.circuits.activations import fingerprint, mean_activation
 from sparse_transformer.circuits.annotate import annotate
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Circuit, Validation
-from sparse_transformer.circuits.graph import Edges, count_weights
+from sparse_transformer.circuits.graph import Edges
 from sparse_transformer.circuits.objective import PRUNED_UNDER, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit, find_circuit
 from sparse_transformer.circuits.viz import summary, write_html, write_image
 from sparse_transformer.data import default_cache
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.evaluation import SOLVED_ACCURACY
+from sparse_transformer.files import replacing
 from sparse_transformer.memory import keep_freed_memory
-from sparse_transformer.model import Transformer
+from sparse_transformer.model import Transformer, count_weights
 from sparse_transformer.run import corpus_sample, load_run
 from sparse_transformer.train.checkpoint import load
 
@@ -93,11 +93,7 @@ class CircuitConfig:
 
 
 class _Run:
-    """A model with what its tasks share.
-
-    Raises:
-        UserError: a checkpoint or corpus that cannot be read.
-    """
+    """A model with what its tasks share."""
 
     def __init__(self, path: Path, config: CircuitConfig) -> None:
         self.model: Transformer
@@ -126,11 +122,7 @@ class _Run:
     def circuit(
         self, name: str, ablation: str, config: CircuitConfig, folder: Path
     ) -> dict[str, Any]:
-        """Finds, validates and draws one circuit; returns the content of summary.json.
-
-        Raises:
-            UserError: the task cannot be asked, or is not solved, or the target is out of reach.
-        """
+        """Finds, validates and draws one circuit; returns the content of summary.json."""
         done = folder / "summary.json"
         settings = self._settings(config) | {"ablation": ablation}
         stored = _stored(done, settings)
@@ -205,23 +197,15 @@ class _Run:
 
 
 def run(config: CircuitConfig) -> None:
-    """Finds the circuits and prints a few lines about each.
-
-    Raises:
-        UserError: see `_Run`; for one task also what `_Run.circuit` refuses.
-    """
+    """Finds the circuits and prints a few lines about each."""
     if find_spec("pygraphviz") is None:
         raise UserError("drawing needs pygraphviz: pip install '.[transformer]'")
     if bool(config.task) == config.all:
         raise UserError("no task given: use --task NAME or --all")
     if not config.target > 0:
         raise UserError(f"--target must be above 0, got {config.target}: 0.15 is the published one")
-    try:
+    with writing(config.out, "choose another --out"):
         config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{config.out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
     names = list(tasks.TASKS) if config.all else [tasks.get(name).name for name in config.task]
     paths = {path.resolve().name: path for path in (config.checkpoint, *config.against)}
     if len(paths) < 1 + len(config.against):
@@ -239,18 +223,14 @@ def run(config: CircuitConfig) -> None:
         root = config.out / model if config.against else config.out
         for label, (name, ablation) in wanted.items():
             try:
-                rows[label] = prepared.circuit(name, ablation, config, root / label)
+                with writing(root / label, "free some space or choose another --out"):
+                    rows[label] = prepared.circuit(name, ablation, config, root / label)
             except UserError as error:
                 if len(wanted) == 1:
                     raise
                 rows[label] = {"error": str(error)}
                 print(f"{model}, {label}: {error}", file=sys.stderr)
                 continue
-            except OSError as error:
-                raise UserError(
-                    f"{root / label} cannot be written ({error.strerror}): free some space or "
-                    f"choose another --out"
-                ) from error
             print(_sentence(model, label, rows[label], root / label), flush=True)
     _write(config.out / "comparison.json", json.dumps(results, indent=1))
     if config.all or config.against:
@@ -305,16 +285,13 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Atomically, so that an interruption leaves no partial file."""
-    temporary = path.with_name(f".{path.name}.temporary")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(CircuitConfig, prog="python -m sparse_transformer.circuits", args=arguments)
-    return program.status(lambda: run(config), "interrupted: the same command continues the search")
+main = program.entry(
+    CircuitConfig, "circuits", run, "interrupted: the same command continues the search"
+)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+import sparse_kernels as sk
 from sparse_transformer import hooks
 from sparse_transformer.circuits.graph import Edges, Matrix, Nodes
 from sparse_transformer.model import Transformer
@@ -164,25 +164,14 @@ def _removed(model: Transformer, matrix: Matrix, gone: Tensor, baseline: Tensor)
     flat = weight.data.view(-1)
     position = matrix.position[gone].to(flat.device)
     before = flat[position]
-    constant = torch.zeros(
-        *baseline.shape[:-1], _out_features(module), dtype=baseline.dtype, device=baseline.device
-    )
+    assert isinstance(module, (nn.Linear, sk.SparseLinear))
+    constant = baseline.new_zeros(*baseline.shape[:-1], module.out_features)
     inputs, outputs = (which[gone].to(baseline.device) for which in (matrix.inputs, matrix.outputs))
     constant.index_add_(-1, outputs, baseline[..., inputs] * before.to(baseline))
-    hook = module.register_forward_hook(partial(_add, constant))
+    hook = module.register_forward_hook(lambda _, given, output: output + constant)
     flat[position] = 0
     try:
         yield
     finally:
         flat[position] = before
         hook.remove()
-
-
-def _add(constant: Tensor, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    return output + constant
-
-
-def _out_features(module: nn.Module) -> int:
-    features = module.out_features
-    assert isinstance(features, int)
-    return features

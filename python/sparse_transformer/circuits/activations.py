@@ -1,4 +1,4 @@
-"""Activations over a corpus: the means that ablated nodes have, and where a node is most active.
+"""Recorded activations: their means, by which nodes are ablated, where they are largest, attention.
 
 Means are kept in the user's cache, under a hash of the model's weights and of the tokens.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_transformer import hooks
+from sparse_transformer.attention import attention_pattern, attention_scores
 from sparse_transformer.circuits.circuit import Snippet
 from sparse_transformer.circuits.graph import Nodes
 from sparse_transformer.errors import UserError
@@ -37,13 +38,10 @@ def mean_activations(
     """The mean over all tokens by hook point, `{layer}.attn.y` included; float32 `(C,)` each.
 
     Args:
-        model: in evaluation.
         tokens: int64 `(rows, context)`.
-        cache_dir: where to keep the result and to look for it; None does neither.
+        cache_dir: where to keep the result and to look for it; None does neither. A UserError if it
+            cannot be written.
         progress: show a progress bar; by default where stderr is a terminal.
-
-    Raises:
-        UserError: `cache_dir` cannot be written.
     """
     path = None
     if cache_dir is not None:
@@ -53,8 +51,10 @@ def mean_activations(
             return load_file(path)
         except (OSError, SafetensorError):
             pass  # missing or damaged: compute it again
+    nodes = Nodes.of(model.config)
+    names = [*nodes.names, *(name[:-1] + "y" for name in nodes.names if name.endswith(".v"))]
     sums: dict[str, Tensor] = {}
-    for seen in _recorded(model, tokens, "means", progress):
+    for seen in _recorded(model, tokens, names, None if progress is None else not progress):
         for name, value in seen.items():
             total = value.double().sum((0, 1))
             sums[name] = total if name not in sums else sums[name] + total
@@ -82,38 +82,60 @@ def fingerprint(model: Transformer) -> str:
     return digest.hexdigest()[:24]
 
 
+def record_nodes(
+    model: Transformer, tokens: Tensor, nodes: Sequence[tuple[str, int]]
+) -> list[Tensor]:
+    """The activations of each node, hook point and channel, on `tokens`: float `(rows, T)`."""
+    places: dict[str, list[int]] = {}
+    for place, channel in nodes:
+        places.setdefault(place, []).append(channel)
+    parts: dict[str, list[Tensor]] = {place: [] for place in places}
+    for seen in _recorded(model, tokens, list(places)):
+        for place, channels in places.items():
+            parts[place].append(seen[place][..., channels].float().cpu())
+    whole = {place: torch.cat(found).movedim(-1, 0).contiguous() for place, found in parts.items()}
+    return [whole[place][places[place].index(channel)] for place, channel in nodes]
+
+
 def top_snippets(
     model: Transformer,
     tokens: Tensor,
-    nodes: list[tuple[str, int]],
-    texts: list[str],
+    nodes: Sequence[tuple[str, int]],
+    texts: Sequence[str],
     *,
     count: int = 4,
-    progress: bool | None = None,
 ) -> dict[str, tuple[Snippet, ...]]:
     """Where in `tokens` each node's activation is largest in magnitude, by `hook:channel`.
 
-    Args:
-        nodes: hook point and channel of each.
-        texts: of each token id.
-        count: how many snippets, each from another row.
+    There are `count` snippets of each, from different rows; `texts` are those of the vocabulary.
     """
-    by_place: dict[str, list[int]] = {}
-    for place, channel in nodes:
-        by_place.setdefault(place, []).append(channel)
-    kept: dict[str, list[Tensor]] = {place: [] for place in by_place}
-    for seen in _recorded(model, tokens, "snippets", progress):
-        for place, channels in by_place.items():
-            kept[place].append(seen[place][..., channels].clone())
-    found: dict[str, tuple[Snippet, ...]] = {}
-    for place, channels in by_place.items():
-        values = torch.cat(kept[place])  # (rows, T, channels)
-        for column, channel in enumerate(channels):
-            found[f"{place}:{channel}"] = _snippets(values[..., column], tokens, texts, count)
-    return found
+    found = zip(nodes, record_nodes(model, tokens, nodes), strict=True)
+    return {
+        f"{place}:{channel}": _snippets(values, tokens, texts, count)
+        for (place, channel), values in found
+    }
 
 
-def _snippets(values: Tensor, tokens: Tensor, texts: list[str], count: int) -> tuple[Snippet, ...]:
+def attention_of(
+    model: Transformer, layer: int, q: Tensor, k: Tensor, heads: Sequence[int] | None = None
+) -> Tensor:
+    """The attention of a layer, `(B, H, T, T)`; what is missing to 1 in a row goes to the sink.
+
+    Args:
+        q, k: as recorded, `(B, T, W)`.
+        heads: of these alone.
+    """
+    chosen = slice(None) if heads is None else list(heads)
+    d, sinks = model.config.d_head, None
+    q, k = (x.float().unflatten(-1, (-1, d)).transpose(1, 2)[:, chosen] for x in (q, k))
+    if model.config.sinks:
+        sinks = model.get_parameter(f"blocks.{layer}.attn.sinks").detach()[chosen].to(q)
+    return attention_pattern(attention_scores(q, k), sinks)
+
+
+def _snippets(
+    values: Tensor, tokens: Tensor, texts: Sequence[str], count: int
+) -> tuple[Snippet, ...]:
     peaks, places = values.abs().max(1)  # (rows,)
     snippets = []
     for row in peaks.topk(min(count, len(peaks))).indices.tolist():
@@ -134,14 +156,11 @@ def _snippets(values: Tensor, tokens: Tensor, texts: list[str], count: int) -> t
 
 @torch.no_grad()
 def _recorded(
-    model: Transformer, tokens: Tensor, name: str, progress: bool | None
+    model: Transformer, tokens: Tensor, names: Sequence[str], disable: bool | None = True
 ) -> Iterator[dict[str, Tensor]]:
-    """The activations of all nodes, some rows at a time."""
-    nodes = Nodes.of(model.config)
-    names = [*nodes.names, *(name[:-1] + "y" for name in nodes.names if name.endswith(".v"))]
-    disable = None if progress is None else not progress
+    """The activations at these hook points, some rows at a time."""
     device = model.norm.weight.device
-    for rows in tqdm(tokens.split(_ROWS), name, unit=" batches", disable=disable, leave=False):
+    for rows in tqdm(tokens.split(_ROWS), "means", unit=" batches", disable=disable, leave=False):
         with hooks.recording(model, names) as seen:
             model(rows.to(device), last_only=True)
         yield seen

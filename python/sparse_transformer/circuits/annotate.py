@@ -26,6 +26,7 @@ from sparse_transformer.circuits.graph import rows_of
 from sparse_transformer.circuits.labels import Label, label_nodes, quoted
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 from sparse_transformer.circuits.pipeline import FoundCircuit
+from sparse_transformer.tasks.task import prompts
 
 _MOST_TOKENS = 8
 _MOST_ANSWERS = 4
@@ -54,11 +55,8 @@ def annotate(
     """The circuit with what a reader needs to understand it.
 
     Args:
-        found: the circuit in numbers.
-        tokenizer: the model's.
         corpus: int64 `(rows, context)`, from which labels and snippets are.
         target: the loss that it was pruned to.
-        model: facts for the reader.
         progress: importances are left out when its time is over.
     """
     subgraph = found.subgraph
@@ -110,7 +108,7 @@ def annotate(
         edges_before=task.edges.count(subgraph.keep),
         validation=found.validation,
         examples=examples(task, subgraph, found.calibration, few, heads, texts),
-        snippets=top_snippets(task.model, corpus, few, texts, progress=False) if few else {},
+        snippets=top_snippets(task.model, corpus, few, texts) if few else {},
     )
 
 
@@ -239,9 +237,9 @@ def _with_tokens(task: TaskLoss, nodes: list[Node], texts: Sequence[str]) -> lis
 
 def _common_tokens(task: TaskLoss) -> list[int]:
     """Tokens of not too few of the held-out prompts."""
-    prompts = [prompt for pair in task.test for prompt in (pair.positive, pair.negative)]
-    counts = Counter(token for prompt in prompts for token in set(prompt.tokens))
-    return [token for token, count in counts.items() if count >= _COMMON * len(prompts)]
+    asked = prompts(task.test)
+    counts = Counter(token for prompt in asked for token in set(prompt.tokens))
+    return [token for token, count in counts.items() if count >= _COMMON * len(asked)]
 
 
 def _writer(node: Node, edges: list[Edge], ends: list[Node]) -> Node:
@@ -289,7 +287,8 @@ def _ends(task: TaskLoss, nodes: list[Node], texts: list[str]) -> tuple[list[Nod
     model = task.model
     last = model.config.n_layer
     tokens = deciding_tokens(task.test)[:_MOST_TOKENS]
-    answers = [token for token, _ in _answers(task).most_common(_MOST_ANSWERS)]
+    rights = Counter(prompt.right for prompt in prompts(task.test))
+    answers = [token for token, _ in rights.most_common(_MOST_ANSWERS)]
     embedding = rows_of(model.embed, tokens)
     unembedding = rows_of(model.unembed or model.embed, answers) * model.norm.weight
     edges = [
@@ -315,7 +314,3 @@ def _ends(task: TaskLoss, nodes: list[Node], texts: list[str]) -> tuple[list[Nod
         for token in answers
     ]
     return ends, edges
-
-
-def _answers(task: TaskLoss) -> Counter[int]:
-    return Counter(prompt.right for pair in task.test for prompt in (pair.positive, pair.negative))

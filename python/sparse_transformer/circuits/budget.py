@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 
 from tqdm import tqdm
 
+from sparse_transformer.ranges import need
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -36,8 +38,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} must be above 0, got {getattr(self, field.name)}")
+            value = getattr(self, field.name)
+            need(value > 0, field.name, "above 0", value)
 
     def within(self, seconds: float, step: float) -> Budget:
         """The same with as many trials and steps as these seconds allow, if each takes `step`."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sparse_transformer.errors import UserError
 
@@ -221,24 +222,9 @@ class Validation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Validation:
-        """The inverse of `to_dict`.
-
-        Raises:
-            AttributeError, KeyError, TypeError: it is no validation.
-        """
-
-        def ablated(found: Mapping[str, Any]) -> Ablated:
-            return Ablated(**{**found, "draws": tuple(found["draws"])})
-
-        names = {field.name for field in dataclasses.fields(cls)}
-        parts = {
-            part: {name: ablated(found) for name, found in data[part].items()}
-            for part in ("circuit", "without")
-        }
-        model = ablated(data["model"])
-        controls = tuple(Control(**control) for control in data["controls"])
-        rest = {**parts, "model": model, "controls": controls}
-        return cls(**{name: data[name] for name in names} | rest)
+        """The inverse of `to_dict`; an error of `_build` if it is none."""
+        found: Validation = _build(cls, data)
+        return found
 
 
 @dataclass(frozen=True)
@@ -282,11 +268,7 @@ class Circuit:
         return sum(edge.kind == "weight" for edge in self.edges)
 
     def node(self, id: str) -> Node:
-        """The node of that id.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """The node of that id; a KeyError if there is none."""
         for node in self.nodes:
             if node.id == id:
                 return node
@@ -302,30 +284,13 @@ class Circuit:
 
     @classmethod
     def from_json(cls, text: str) -> Circuit:
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: it is no circuit, or one of another schema.
-        """
+        """The inverse of `to_json`; a UserError if it is no circuit, or one of another schema."""
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA!r}")
-            names = {field.name for field in dataclasses.fields(cls)} - {"validation"}
-            proof = data["proof"]
-            return cls(
-                **{name: data[name] for name in names}
-                | {
-                    "validation": Validation.from_dict(proof) if proof else None,
-                    "nodes": tuple(_node(node) for node in data["nodes"]),
-                    "edges": tuple(Edge(**edge) for edge in data["edges"]),
-                    "examples": tuple(_example(example) for example in data["examples"]),
-                    "snippets": {
-                        id: tuple(_snippet(snippet) for snippet in found)
-                        for id, found in data["snippets"].items()
-                    },
-                }
-            )
+            found: Circuit = _build(cls, data | {"validation": data["proof"] or None})
+            return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"this release cannot read the circuit ({error}): "
@@ -333,26 +298,21 @@ class Circuit:
             ) from error
 
 
-def _node(data: dict[str, Any]) -> Node:
-    lists = {name: tuple(data[name]) for name in ("promotes", "suppresses")}
-    return Node(**data | lists | {"sources": tuple((text, w) for text, w in data["sources"])})
+def _build(kind: Any, data: Any) -> Any:
+    """The inverse of `dataclasses.asdict` through JSON, for a type of this file; all fields given.
 
-
-def _example(data: dict[str, Any]) -> Example:
-    traces = {name: _trace(data[name]) for name in ("model", "circuit")}
-    return Example(**data | {"tokens": tuple(data["tokens"])} | traces)
-
-
-def _trace(data: dict[str, Any]) -> Trace:
-    parts = {
-        name: {id: tuple(values) for id, values in data[name].items()}
-        for name in ("activations", "attention")
-    }
-    return Trace(**data | parts)
-
-
-def _snippet(data: dict[str, Any]) -> Snippet:
-    def fixed(values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(values)
-
-    return Snippet(fixed(data["tokens"]), data["at"], fixed(data["activations"]))
+    An AttributeError, KeyError, TypeError or ValueError if it is not of that type.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _build(hint, data[name]) for name, hint in hints.items()})
+    if origin is tuple and parts[-1] is ...:
+        return tuple(_build(parts[0], value) for value in data)
+    if origin is tuple:
+        return tuple(_build(part, value) for part, value in zip(parts, data, strict=True))
+    if origin is Mapping:
+        return {name: _build(parts[1], value) for name, value in data.items()}
+    if origin is UnionType and data is not None:
+        return _build(parts[0], data)
+    return data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,6 @@ def common_tasks(results: Results) -> list[str]:
     ]
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of numbers above 0.
-
-    Raises:
-        ValueError: there are none, or one is not above 0.
-    """
-    if not values or min(values) <= 0:
-        raise ValueError("a geometric mean needs numbers above 0")
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def geometric_means(results: Results, stage: str) -> dict[str, float]:
     """Geometric means of the edges over the common tasks, by model; {} if there is no such task.
 
@@ -56,7 +45,7 @@ def geometric_means(results: Results, stage: str) -> dict[str, float]:
     if not tasks:
         return {}
     return {
-        model: geometric_mean([max(1, rows[task]["sizes"][stage][1]) for task in tasks])
+        model: statistics.geometric_mean([max(1, rows[task]["sizes"][stage][1]) for task in tasks])
         for model, rows in results.items()
         if all(stage in rows[task]["sizes"] for task in tasks)
     }
@@ -76,7 +65,7 @@ def curves(results: Results) -> dict[str, dict[float, float]]:
                 if point is not None:
                     points.setdefault(point[0], []).append(max(1.0, point[2]))
         found[model] = {
-            target: geometric_mean(edges)
+            target: statistics.geometric_mean(edges)
             for target, edges in sorted(points.items())
             if len(edges) == len(tasks)
         }
@@ -84,7 +73,7 @@ def curves(results: Results) -> dict[str, dict[float, float]]:
 
 
 def table(results: Results) -> str:
-    """For people: a line per task, the geometric means, and what could not be compared."""
+    """A line per task, the geometric means, and what could not be compared."""
     models = list(results)
     tasks = sorted({task for rows in results.values() for task in rows})
     lines = [["task", *(f"{model}: {words}" for model in models for words in STAGES.values())]]

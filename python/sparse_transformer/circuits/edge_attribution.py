@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -32,10 +33,49 @@ def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False
 
 
 def edge_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
-    """Estimated rise of the loss if an edge is removed at the mean, `(E,)`."""
-    with EdgeGradients(task) as gradients:
-        _backward(task, subgraph, _mask(subgraph), "mean")
-        return -gradients.take()
+    """Estimated rise of the loss if an edge is removed at the mean, `(E,)`.
+
+    An edge carries `w mean(x) + h w (x - mean(x))`, with h = 1 where it is present and 0 where it
+    is removed. With g the gradient of the loss in what it leads to, summed over tokens,
+    `d loss / d h = sum(g w (x - mean(x))) = w (dw - mean(x) db)`, dw and db being the gradients of
+    the weight and of a bias. No K x N matrix is made but the gradient of a dense layer's weight.
+    """
+    bias_gradients: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(grad: Tensor) -> None:
+            total = grad.sum((0, 1))
+            bias_gradients[name] = bias_gradients[name] + total if name in bias_gradients else total
+
+        def note(module: object, inputs: object, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return note
+
+    names = [matrix.module for matrix in task.edges.matrices]
+    modules = [task.model.get_submodule(name) for name in names]
+    weights = [module.get_parameter("weight").requires_grad_(True) for module in modules]
+    try:
+        with ExitStack() as stack:
+            for name, module in zip(names, modules, strict=True):
+                stack.enter_context(module.register_forward_hook(watch(name)))
+            _backward(task, subgraph, _mask(subgraph), "mean")
+        found = []
+        for matrix, weight in zip(task.edges.matrices, weights, strict=True):
+            if weight.grad is None:
+                # Nothing that counts goes through this matrix.
+                found.append(torch.zeros_like(matrix.weight))
+                continue
+            mean = task.means[matrix.reads][matrix.inputs]
+            dw = weight.grad.reshape(-1)[matrix.position]
+            db = bias_gradients[matrix.module][matrix.outputs]
+            found.append(matrix.weight * (mean * db - dw))
+        return torch.cat(found)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
 
 
 def _mask(subgraph: Subgraph) -> Tensor:
@@ -62,66 +102,3 @@ def _backward(
             diffs = logit_diff(task.model, batch, skipped, shared=not by_position(rest))
             diffs = calibration.apply(diffs, batch.positive)
             (torch.nn.functional.softplus(-diffs).sum() / (2 * len(task.fit))).backward()
-
-
-class EdgeGradients:
-    """Inside the block every backward adds to the gradients in the presence h of each edge.
-
-    An edge carries `w mean(x) + h w (x - mean(x))`, with h = 1 where it is present and 0 where it
-    is removed. With g the gradient of the loss in what it leads to, summed over tokens,
-    `d loss / d h = sum(g w (x - mean(x))) = w (dw - mean(x) db)`, dw and db being the gradients of
-    the weight and of a bias. No K x N matrix is made but the gradient of a dense layer's weight.
-    """
-
-    def __init__(self, task: TaskLoss) -> None:
-        self._task = task
-        self._modules = {
-            matrix.module: task.model.get_submodule(matrix.module) for matrix in task.edges.matrices
-        }
-        self._weights = {
-            name: module.get_parameter("weight") for name, module in self._modules.items()
-        }
-        self._sums: dict[str, Tensor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> EdgeGradients:
-        for name, module in self._modules.items():
-            self._hooks.append(module.register_forward_hook(self._watch(name)))
-        for weight in self._weights.values():
-            weight.requires_grad_(True)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for weight in self._weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
-
-    def take(self) -> Tensor:
-        """`(E,)`, the gradients of the backwards since the last call."""
-        found = []
-        for matrix in self._task.edges.matrices:
-            weight = self._weights[matrix.module]
-            if weight.grad is None:
-                # Nothing that counts goes through this matrix.
-                found.append(torch.zeros_like(matrix.weight))
-                continue
-            mean = self._task.means[matrix.reads][matrix.inputs]
-            db = self._sums[matrix.module][matrix.outputs]
-            dw = weight.grad.reshape(-1)[matrix.position]
-            found.append(matrix.weight * (dw - mean * db))
-            weight.grad = None
-        self._sums.clear()
-        return torch.cat(found)
-
-    def _watch(self, name: str) -> Callable[..., None]:
-        def add(grad: Tensor) -> None:
-            total = grad.sum((0, 1))
-            self._sums[name] = total if name not in self._sums else self._sums[name] + total
-
-        def note(module: object, inputs: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(add)
-
-        return note

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sparse_transformer import hooks
 from sparse_transformer.circuits.ablation import keep_nodes, remove_edges
+from sparse_transformer.circuits.activations import attention_of
 from sparse_transformer.circuits.circuit import Example, Trace
 from sparse_transformer.circuits.objective import Calibration, Subgraph, TaskLoss
-from sparse_transformer.model import Attention
 from sparse_transformer.tasks import Batch, Pair, collate
 
 # Pairs over which it is averaged where a head looks.
@@ -90,10 +90,11 @@ def looks_at(
     found: dict[Head, tuple[list[int], float]] = {}
     batch = collate(task.test[:_PAIRS], task.pad)
     real = torch.arange(batch.tokens.shape[1]) <= batch.last.unsqueeze(1)
-    everywhere = _mass(task, batch, real / real.sum(1, keepdim=True))
+    size = task.model.config.vocab_size
+    everywhere = mass_of(batch.tokens, real / real.sum(1, keepdim=True) / len(real), size)
     for head, pattern in _forward(task, batch, subgraph, (), heads)[2].items():
-        mass = _mass(task, batch, pattern / pattern.sum(1, keepdim=True).clamp_min(1e-9))
-        found[head] = strongest(mass, everywhere)
+        weights = pattern / pattern.sum(1, keepdim=True).clamp_min(1e-9) / len(pattern)
+        found[head] = strongest(mass_of(batch.tokens, weights, size), everywhere)
     return found
 
 
@@ -109,10 +110,9 @@ def strongest(mass: Tensor, everywhere: Tensor) -> tuple[list[int], float]:
     return top.indices[top.values > 0].tolist() if share >= _SHARE else [], share
 
 
-def _mass(task: TaskLoss, batch: Batch, weights: Tensor) -> Tensor:
-    """`(V,)`: the mean over rows of what each token has of `weights (2P, T)`."""
-    mass = torch.zeros(task.model.config.vocab_size)
-    return mass.index_add_(0, batch.tokens.flatten(), weights.flatten() / len(weights))
+def mass_of(tokens: Tensor, weights: Tensor, size: int) -> Tensor:
+    """`(V,)`: what each token has of `weights`, which are like `tokens (rows, T)`."""
+    return torch.zeros(size).index_add_(0, tokens.flatten(), weights.flatten())
 
 
 def _chosen(
@@ -181,24 +181,10 @@ def _forward(
             stack.enter_context(edges)
         seen = stack.enter_context(hooks.recording(task.model, sorted(wanted)))
         logits = task.model(batch.tokens, at=batch.last)[:, 0]
-    rows = torch.arange(len(logits))
-    diffs = logits[rows, batch.right] - logits[rows, batch.wrong]
-    return diffs, seen, {head: _pattern(task, seen, batch, head) for head in heads}
-
-
-def _pattern(task: TaskLoss, seen: dict[str, Tensor], batch: Batch, head: Head) -> Tensor:
-    """Attention of each row's last token; what is missing to 1 goes to the sink."""
-    layer, number = head
-    d = task.model.config.d_head
-    part = slice(number * d, (number + 1) * d)
-    q, k = (seen[f"{layer}.attn.{kind}"][..., part] for kind in "qk")
-    query = q[torch.arange(len(q)), batch.last].unsqueeze(-1)  # (2P, d, 1)
-    scores = (k @ query).squeeze(-1) * d**-0.5
-    later = torch.arange(scores.shape[1]) > batch.last.unsqueeze(1)
-    scores = scores.masked_fill(later, -torch.inf)
-    attention = task.model.get_submodule(f"blocks.{layer}.attn")
-    assert isinstance(attention, Attention)
-    if attention.sinks is None:
-        return scores.softmax(-1)
-    sink = attention.sinks[number].expand(len(scores), 1)
-    return torch.cat([sink, scores], -1).softmax(-1)[:, 1:]
+    right, wrong = logits.gather(1, batch.answers).unbind(1)
+    rows, patterns = torch.arange(len(logits)), {}
+    for layer, number in heads:
+        q, k = (seen[f"{layer}.attn.{kind}"] for kind in "qk")
+        pattern = attention_of(task.model, layer, q, k, [number])
+        patterns[layer, number] = pattern[rows, 0, batch.last]
+    return right - wrong, seen, patterns

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sparse_transformer.attention import attention_pattern, attention_scores, causal_attention
 from sparse_transformer.circuits.ablation import Baseline
 from sparse_transformer.circuits.graph import Nodes
-from sparse_transformer.model import Attention, Block, Transformer, keep_part
+from sparse_transformer.layers import keep_part
+from sparse_transformer.model import Attention, Block, Transformer
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 import sparse_kernels as sk
 from sparse_transformer import hooks
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.config import ModelConfig
+from sparse_transformer.model import Transformer
 
 _KINDS = {
     "act_in": "read",
@@ -84,11 +86,7 @@ class Nodes:
         return "{}:{}".format(*self.locate(index))
 
     def index(self, id: str) -> int:
-        """The inverse of `id`.
-
-        Raises:
-            KeyError: there is no such node.
-        """
+        """The inverse of `id`; a KeyError if there is no such node."""
         name, _, channel = id.partition(":")
         if name not in self.names or not channel.isdecimal():
             raise KeyError(id)
@@ -145,7 +143,7 @@ class Edges:
     def of(cls, model: Transformer) -> Edges:
         """The edges of a model, on the CPU."""
         nodes = Nodes.of(model.config)
-        starts = dict(zip(nodes.names, _starts(nodes.widths), strict=True))
+        starts = dict(zip(nodes.names, accumulate((0, *nodes.widths)), strict=False))
         found = []
         for layer in range(model.config.n_layer):
             for module, reads, sources, targets in _MATRICES:
@@ -186,18 +184,6 @@ class Edges:
         return list(flat.split([len(matrix.source) for matrix in self.matrices]))
 
 
-def count_weights(model: Transformer) -> int:
-    """L0: nonzero weights of all matrices, embeddings included, as training reports it."""
-    sparse = model.sparse_layers()
-    if sparse:
-        return sum(layer.weight.numel() for layer in sparse.values())
-    return sum(
-        int(module.weight.count_nonzero())
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Embedding))
-    )
-
-
 def rows_of(module: nn.Module, tokens: Sequence[int]) -> Tensor:
     """The rows of embedding or unembedding of these tokens, dense `(len(tokens), D)`."""
     weight = module.get_parameter("weight").detach()
@@ -226,7 +212,3 @@ def _nonzero(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = weight.reshape(-1)
     exists = flat.nonzero().squeeze(1)
     return outputs[exists], inputs[exists], exists, flat[exists]
-
-
-def _starts(widths: tuple[int, ...]) -> list[int]:
-    return [sum(widths[:number]) for number in range(len(widths))]

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sparse_transformer import hooks
 from sparse_transformer.circuits import words
+from sparse_transformer.circuits.activations import record_nodes
 from sparse_transformer.model import Transformer
 
 # A label is shown if its score is at least this, and at least so many of its positions are active.
@@ -31,7 +31,6 @@ _MOST_TOKENS, _SHOWN = 12, 3
 _LEAST_ACTIVE = 8
 # A simpler rule is taken unless another is better by this.
 _MARGIN = 0.02
-_ROWS = 16
 _KEYWORDS = (
     "assert", "class", "def", "elif", "else", "except", "for", "from", "if", "import", "raise",
     "return", "while", "with",
@@ -189,9 +188,7 @@ def label_nodes(
     """A label for each node.
 
     Args:
-        model: in evaluation.
         corpus: int64 `(rows, T)`; labels are fitted on even rows and scored on odd ones.
-        tokenizer: the model's.
         nodes: hook point and channel of each. All activations are in memory at once.
         first: tokens that the text of a label names before others, if they are in its set.
     """
@@ -209,25 +206,6 @@ def label_activations(
         for at in (0, 1)
     )
     return [_label(values, halves, first) for values in activations]
-
-
-@torch.no_grad()
-def record_nodes(
-    model: Transformer, tokens: Tensor, nodes: Sequence[tuple[str, int]]
-) -> list[Tensor]:
-    """The activations of each node on `tokens (rows, T)`, float of that shape."""
-    places: dict[str, list[int]] = {}
-    for place, channel in nodes:
-        places.setdefault(place, []).append(channel)
-    parts: dict[str, list[Tensor]] = {place: [] for place in places}
-    device = model.norm.weight.device
-    for rows in tokens.split(_ROWS):
-        with hooks.recording(model, list(places)) as seen:
-            model(rows.to(device), last_only=True)
-        for place, channels in places.items():
-            parts[place].append(seen[place][..., channels].float().cpu())
-    whole = {place: torch.cat(found).movedim(-1, 0).contiguous() for place, found in parts.items()}
-    return [whole[place][places[place].index(channel)] for place, channel in nodes]
 
 
 @dataclass(frozen=True)

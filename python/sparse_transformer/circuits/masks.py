@@ -22,6 +22,7 @@ from sparse_transformer.circuits.objective import (
     by_position,
     logit_diff,
 )
+from sparse_transformer.ranges import need
 
 # Smoothing of the training loss that the price follows, and the largest change of the price in a
 # step.
@@ -62,8 +63,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "pairs", "learning_rate", "temperature", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            need(getattr(self, name) > 0, name, "above 0", getattr(self, name))
 
 
 def train_mask(
@@ -81,9 +81,6 @@ def train_mask(
     raise the loss.
 
     Args:
-        task: the task.
-        config: how it is trained.
-        seed: of the mask, the batches and the random parts of the rest.
         watch: called after each step with the share of the steps that are done, the smoothed
             loss and the mask; it may raise an exception to end the training.
     """

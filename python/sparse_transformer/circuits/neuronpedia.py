@@ -38,11 +38,11 @@ import tyro
 from torch import Tensor
 
 from sparse_transformer import hooks, program
-from sparse_transformer.attention import attention_pattern, attention_scores
+from sparse_transformer.circuits.activations import attention_of
 from sparse_transformer.circuits.circuit import PARTS, Circuit, Node
 from sparse_transformer.circuits.graph import Nodes, rows_of
 from sparse_transformer.circuits.words import visible
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import write_atomically
 from sparse_transformer.functional import RMS_EPS
 from sparse_transformer.generation import prompt_tokens
@@ -216,22 +216,17 @@ class _Flow:
 
     def _attend(self, flows: dict[str, Tensor], v: Node, weight: float) -> None:
         """Adds what v, and q and k of its head, do to one write through `weight`."""
-        d, attention = self.model.config.d_head, self.model.get_submodule(f"blocks.{v.layer}.attn")
         assert v.head is not None
-        part = slice(v.head * d, (v.head + 1) * d)
-        q, k = (self.seen[f"{v.layer}.attn.{kind}"][:, part] for kind in "qk")
-        sinks: Any = getattr(attention, "sinks", None)
-        sink = None if sinks is None else sinks[v.head : v.head + 1].float().cpu()
-        scores = attention_scores(q[None, None], k[None, None])
-        pattern = attention_pattern(scores, sink)[0, 0]  # (T, T)
+        q, k = (self.seen[f"{v.layer}.attn.{kind}"] for kind in "qk")
+        pattern = attention_of(self.model, v.layer, q[None], k[None], [v.head])[0, 0]  # (T, T)
         value = self.activation(v.id)
         flows[v.id] += pattern * value * weight
         y = self.seen[f"{v.layer}.attn.y"][:, v.channel]
         slope = pattern * (value - y[:, None]) * weight
         for node in self.nodes.values():
             if node.kind in ("q", "k") and (node.layer, node.head) == (v.layer, v.head):
-                channel = node.channel - v.head * d
-                change = slope * (q[:, None, channel] * k[None, :, channel]) * d**-0.5
+                share = q[:, None, node.channel] * k[None, :, node.channel]
+                change = slope * share * self.model.config.d_head**-0.5
                 flows[node.id] += change if node.kind == "k" else change.sum(1).diag()
 
     def _direct(self, answer: int) -> Tensor:
@@ -321,11 +316,7 @@ class GraphConfig:
 
 
 def run(config: GraphConfig) -> None:
-    """Writes the graph and lists it.
-
-    Raises:
-        UserError: files that cannot be read or written, or what `to_neuronpedia` refuses.
-    """
+    """Writes the graph and lists it."""
     if config.slug is not None and not re.fullmatch(r"[a-zA-Z0-9-]+", config.slug):
         raise UserError(f"--slug must have letters, digits and hyphens, got {config.slug!r}")
     try:
@@ -342,17 +333,10 @@ def run(config: GraphConfig) -> None:
         slug=config.slug,
         least_share=config.least_share,
     )
-    try:
+    with writing(config.out, "choose another --out"):
         config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{config.out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
-    index, path = (
-        config.out / "graph-metadata.json",
-        config.out / f"{graph['metadata']['slug']}.json",
-    )
-    listed = _listed(index, graph["metadata"]["slug"])
+    slug, index = graph["metadata"]["slug"], config.out / "graph-metadata.json"
+    path, listed = config.out / f"{slug}.json", _listed(index, slug)
     write_atomically(path, json.dumps(graph, allow_nan=False))
     write_atomically(index, json.dumps({"graphs": [*listed, graph["metadata"]]}, indent=1))
     print(f"{path}: {len(graph['nodes'])} nodes, {len(graph['links'])} links")
@@ -370,11 +354,7 @@ def _listed(index: Path, slug: str) -> list[Any]:
         raise UserError(f"{index} cannot be read ({error}): choose another --out") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    name = "python -m sparse_transformer.circuits.neuronpedia"
-    config = tyro.cli(GraphConfig, prog=name, args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(GraphConfig, "circuits.neuronpedia", run)
 
 
 if __name__ == "__main__":

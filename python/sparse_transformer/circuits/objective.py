@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from sparse_transformer.circuits.graph import Edges, Nodes, rows_of
 from sparse_transformer.errors import UserError
 from sparse_transformer.model import Transformer
 from sparse_transformer.tasks import Batch, Pair, Prompt, Task, collate
+from sparse_transformer.tasks.task import by_length, prompts
 
 # Prompts of about equal length go together; a forward has at most this many tokens.
 _MOST_TOKENS = 8192
@@ -83,8 +85,6 @@ class TaskLoss:
 
     Args:
         model: in evaluation mode; its parameters stop requiring gradients.
-        task: the task.
-        tokenizer: the model's.
         means: the mean activations, see activations.py.
         train_pairs, fit_pairs, test_pairs: number of pairs. Masks are trained on the first, pruned
             to the target loss on the second, and validated on the third, which come from the
@@ -99,8 +99,7 @@ class TaskLoss:
             after another. None are known to begin with.
         test: the test pairs of all draws, one draw after another; no prompt is in two of them.
 
-    Raises:
-        UserError: the task cannot be asked with this tokenizer.
+    A UserError if the task cannot be asked with this tokenizer.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class TaskLoss:
 
     def batches(self, pairs: int, seed: int) -> Iterator[Batch]:
         """Endless training batches; pairs of about equal length go together."""
-        ordered = sorted(self.train, key=_length)
+        ordered = sorted(self.train, key=lambda pair: pair.length)
         generator = torch.Generator().manual_seed(seed)
         count = max(1, len(ordered) // pairs)
         while True:
@@ -174,9 +173,8 @@ class TaskLoss:
         """
         if subgraph is not None and ablation == "random":
             subgraph = self.with_random_rest(subgraph, seed)
-        order = sorted(range(len(pairs)), key=lambda number: _length(pairs[number]))
         found = torch.empty(2 * len(pairs))
-        for numbers in _chunks(order, pairs):
+        for numbers in by_length(pairs, _MOST_TOKENS):
             batch = collate([pairs[number] for number in numbers], self.pad)
             rows = torch.tensor([row for number in numbers for row in (2 * number, 2 * number + 1)])
             found[rows] = self._batch_diffs(batch, subgraph, ablation)
@@ -192,7 +190,7 @@ class TaskLoss:
         rows = torch.arange(len(batch.last))
         # The neighbours of a pair are about as long; of those, the prompt with either answer.
         others = rows ^ 1 if ablation == "pair" else (rows + 2 + rows // 2 % 2) % len(rows)
-        return self._activations(_pick(batch, others), batch)
+        return self._activations(batch.pick(others), batch)
 
     def with_random_rest(self, subgraph: Subgraph, seed: int) -> Subgraph:
         """The subgraph and a random share of the rest, itself random between none and all."""
@@ -224,13 +222,12 @@ class TaskLoss:
 
     def probe(self) -> list[Pair]:
         """A few of the prompts for fitting, for what is measured very often."""
-        return sorted(self.fit, key=_length)[::_PROBE_STRIDE]
+        return sorted(self.fit, key=lambda pair: pair.length)[::_PROBE_STRIDE]
 
     def fit_batches(self, subgraph: Subgraph) -> Iterator[tuple[Batch, Calibration]]:
         """The prompts for fitting, batch by batch, and the calibration of `subgraph` on them."""
         calibration = calibrate(*self.logit_diffs(self.fit, subgraph))
-        order = sorted(range(len(self.fit)), key=lambda number: _length(self.fit[number]))
-        for numbers in _chunks(order, self.fit):
+        for numbers in by_length(self.fit, _MOST_TOKENS):
             yield collate([self.fit[number] for number in numbers], self.pad), calibration
 
     def present_edges(self, subgraph: Subgraph) -> Tensor:
@@ -250,50 +247,43 @@ class TaskLoss:
                 return replace(prompt, right=prompt.wrong, wrong=prompt.right)
             return replace(prompt, right=answers[prompt.right], wrong=answers[prompt.wrong])
 
-        made = copy.copy(self)
-        made._ends = None
-        for name in ("train", "fit", "test"):
-            pairs = [Pair(changed(p.positive), changed(p.negative)) for p in getattr(self, name)]
-            setattr(made, name, pairs)
-        return made
+        pairs = {
+            name: [Pair(changed(p.positive), changed(p.negative)) for p in getattr(self, name)]
+            for name in ("train", "fit", "test")
+        }
+        return self._with(**pairs, _ends=None)
 
     def under(self, *ablations: str) -> TaskLoss:
         """The same, pruned under other ablations."""
-        made = copy.copy(self)
-        made.pruned_under = ablations
-        return made
+        return self._with(pruned_under=ablations)
 
     def against(self, live: Tensor) -> TaskLoss:
         """The same with one more adversary."""
-        made = copy.copy(self)
-        made.adversaries = (*self.adversaries, live)
-        return made
+        return self._with(adversaries=(*self.adversaries, live))
 
     def with_model(self, model: Transformer, means: Baseline) -> TaskLoss:
         """The same prompts for another model of the same configuration."""
+        model = model.eval().requires_grad_(False)
+        return self._with(model=model, means=means, edges=Edges.of(model), _ends=None)
+
+    def _with(self, **changes: Any) -> TaskLoss:
         made = copy.copy(self)
-        made._ends = None
-        made.model, made.means = model.eval().requires_grad_(False), means
-        made.edges = Edges.of(model)
+        vars(made).update(changes)
         return made
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """bool `(D,)` twice: channels that tokens of the prompts write, that answers read."""
         if self._ends is None:
-            prompts = [p for pair in self.train + self.fit for p in (pair.positive, pair.negative)]
-            model, tokens = self.model, sorted({t for prompt in prompts for t in prompt.tokens})
-            answers = sorted({prompt.right for prompt in prompts})
+            asked = prompts(self.train + self.fit)
+            model, tokens = self.model, sorted({t for prompt in asked for t in prompt.tokens})
+            answers = sorted({prompt.right for prompt in asked})
             written = rows_of(model.embed, tokens)
             read = rows_of(model.unembed or model.embed, answers)
             self._ends = (written != 0).any(0), (read != 0).any(0)
         return self._ends
 
     def need_solved(self, least: float) -> TaskScore:
-        """The whole model's score on the test prompts.
-
-        Raises:
-            UserError: its accuracy is below `least`.
-        """
+        """The whole model's score on the test prompts; a UserError if it answers too few right."""
         found = self.score(self.test)
         if found.accuracy < least:
             raise UserError(
@@ -340,8 +330,8 @@ def logit_diff(
 ) -> Tensor:
     """Logit of the right answer minus that of the wrong one, `(2P,)`; see `answer_logits`."""
     logits = answer_logits(model, batch.tokens, batch.last, skipped, shared=shared)
-    found: Tensor = logits.gather(1, torch.stack([batch.right, batch.wrong], 1)).float()
-    return found[:, 0] - found[:, 1]
+    right, wrong = logits.gather(1, batch.answers).float().unbind(1)
+    return right - wrong
 
 
 def score(diffs: Tensor, positive: Tensor, calibration: Calibration | None = None) -> TaskScore:
@@ -388,22 +378,3 @@ def calibrate(diffs: Tensor, positive: Tensor) -> Calibration:
             break
     scale, shift = now.tolist()
     return Calibration(scale / size, shift)
-
-
-def _pick(batch: Batch, rows: Tensor) -> Batch:
-    return Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
-
-
-def _length(pair: Pair) -> int:
-    return max(len(pair.positive.tokens), len(pair.negative.tokens))
-
-
-def _chunks(order: Sequence[int], pairs: Sequence[Pair]) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    for number in order:
-        if chunk and 2 * (len(chunk) + 1) * _length(pairs[number]) > _MOST_TOKENS:
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk

@@ -332,8 +332,7 @@ def _control(name: str, asked: TaskLoss, found: Pruned, target: float) -> Contro
 def need_reachable(task: TaskLoss, target: float) -> TaskScore:
     """The whole model's calibrated score on the prompts for fitting.
 
-    Raises:
-        UserError: it is above `target`: no part of the model can be asked for less.
+    A UserError if it is above `target`: no part of the model can be asked for less.
     """
     diffs, positive = task.logit_diffs(task.fit)
     found = score(diffs, positive, calibrate(diffs, positive))

@@ -22,6 +22,7 @@ from sparse_transformer.circuits.activations import mean_activations
 from sparse_transformer.circuits.circuit import Ablated, Validation
 from sparse_transformer.circuits.edge_attribution import node_effects
 from sparse_transformer.circuits.objective import ROBUST_FACTOR, Subgraph, TaskLoss, calibrate
+from sparse_transformer.tasks.task import prompts
 
 # Without the circuit the loss must be at least this; ln 2 = 0.69 is what guessing has.
 NECESSARY_LOSS = 0.6
@@ -110,11 +111,10 @@ def control_tasks(
     Args:
         corpus: int64 `(rows, context)`, for the means of the permuted model; None: there is none.
     """
-    pairs = task.train + task.fit + task.test
-    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-    answers = sorted({answer for prompt in prompts for answer in (prompt.right, prompt.wrong)})
+    asked = prompts(task.train + task.fit + task.test)
+    answers = sorted({answer for prompt in asked for answer in (prompt.right, prompt.wrong)})
     # Tokens that the model knows from these very prompts, and any where those are too few.
-    known = sorted({token for prompt in prompts for token in prompt.tokens} - set(answers))
+    known = sorted({token for prompt in asked for token in prompt.tokens} - set(answers))
     rare = sorted(set(range(task.pad)) - set(known) - set(answers))
     for number in range(count):
         generator = torch.Generator().manual_seed(seed + number)

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from sparse_transformer import program
@@ -17,10 +18,8 @@ from sparse_transformer.errors import UserError
 from sparse_transformer.evaluation import SOLVED_ACCURACY, evaluate_task
 from sparse_transformer.run import load_run
 from sparse_transformer.tasks import TASKS, Pair, Split, get
+from sparse_transformer.tasks.task import prompts
 from sparse_transformer.train.checkpoint import load
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class EvaluateConfig:
 def run(config: EvaluateConfig, out: TextIO) -> None:
     """Evaluates as `config` says and writes the table to `out`.
 
-    Raises:
-        UserError: an unknown task, a number that does not fit, what `load_run` refuses, or a file
-            that cannot be written. A task that this tokenizer or context cannot ask is a row.
+    A task that this tokenizer or context cannot ask is a row.
     """
     chosen = [get(name) for name in dict.fromkeys(config.tasks)] or list(TASKS.values())
     program.need_whole("--pairs", config.pairs, 2)
@@ -99,8 +96,7 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
 
 def _answers(pairs: Sequence[Pair], tokenizer: Tokenizer) -> str:
     """The two answers, or how many different ones there are."""
-    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-    answers = dict.fromkeys(prompt.right for prompt in prompts)
+    answers = dict.fromkeys(prompt.right for prompt in prompts(pairs))
     if len(answers) > 2:
         return f"{len(answers)} kinds"
     return " ".join(repr(tokenizer.decode([answer])) for answer in answers)
@@ -119,7 +115,4 @@ def _save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     program.write_json(config.json, content)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(EvaluateConfig, prog="python -m sparse_transformer.evaluate", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(EvaluateConfig, "evaluate", lambda config: run(config, sys.stdout))

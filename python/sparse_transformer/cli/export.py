@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,16 +27,9 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> None:
-    """Writes the folder and prints how large it is.
-
-    Raises:
-        UserError: see `export_model`.
-    """
+    """Writes the folder and prints how large it is."""
     size = export_model(config.checkpoint, config.out, step=config.step, data=config.data)
     print(f"{program.printable(str(config.out))}: {size / 1e6:.1f} MB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(ExportConfig, prog="python -m sparse_transformer.export", args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(ExportConfig, "export", run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -41,12 +40,7 @@ class GenerateConfig:
 
 
 def run(config: GenerateConfig, out: TextIO) -> None:
-    """Generates as `config` says and writes to `out`, the first continuation as it grows.
-
-    Raises:
-        UserError: a checkpoint that cannot be read, a tokenizer that does not belong to it, or what
-            `generate` refuses.
-    """
+    """Generates as `config` says and writes to `out`, the first continuation as it grows."""
     program.need_whole("--batch", config.batch, 1)
     program.need_whole("--tokens", config.tokens, 0)
     program.need_whole("--seed", config.seed, 0)
@@ -73,7 +67,4 @@ def run(config: GenerateConfig, out: TextIO) -> None:
     out.flush()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(GenerateConfig, prog="python -m sparse_transformer.generate", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(GenerateConfig, "generate", lambda config: run(config, sys.stdout))

@@ -10,16 +10,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparse_transformer import hooks, program, tasks
-from sparse_transformer.data import encode
 from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
 from sparse_transformer.interventions import (
@@ -36,9 +36,7 @@ from sparse_transformer.interventions import (
 )
 from sparse_transformer.model import Transformer
 from sparse_transformer.run import load_run
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from sparse_transformer.tokenizer import encode
 
 # How many of the channels that --show names, and of the likeliest tokens, are shown.
 _SHOWN_CHANNELS, _SHOWN_TOKENS = 8, 5
@@ -99,12 +97,7 @@ class SteerConfig:
 
 
 def run(config: SteerConfig, out: TextIO) -> None:
-    """Does what `config` says and writes a report to `out`.
-
-    Raises:
-        UserError: a checkpoint that cannot be read, or nodes, positions, prompts, answers or a task
-            that do not fit it.
-    """
+    """Does what `config` says and writes a report to `out`."""
     if (config.prompt is None) == (config.task is None):
         raise UserError("one thing can be asked at a time: give either --prompt or --task")
     if config.task is not None and config.answers is not None:
@@ -175,10 +168,9 @@ class _Steering:
             batch = tasks.collate(pairs[first : first + _PAIRS], self.end).to(self.device)
             tokens, last = batch.tokens, batch.last
             interventions = self._interventions(batch)
-            answers = torch.stack([batch.right, batch.wrong], 1)
             logits = torch.stack(
                 [
-                    _finite(answer(self.model, tokens, answers, changes, last=last))
+                    _finite(answer(self.model, tokens, batch.answers, changes, last=last))
                     for changes in ([], interventions)
                 ]
             )  # (2, prompts, 2): before and after, right and wrong
@@ -392,7 +384,4 @@ def _cell(values: dict[str, float], name: str, number: str) -> str:
     return before if before == after else f"{before} -> {after}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(SteerConfig, prog="python -m sparse_transformer.steer", args=arguments)
-    return program.status(lambda: run(config, sys.stdout))
+main = program.entry(SteerConfig, "steer", lambda config: run(config, sys.stdout))

@@ -12,7 +12,6 @@ validation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from sparse_transformer import data, program
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.tasks import TASKS, Task, get, shortcuts
 
 # Whole files go to training or validation.
@@ -48,11 +47,7 @@ class CorpusConfig:
 
 
 def run(config: CorpusConfig) -> None:
-    """Writes the files.
-
-    Raises:
-        UserError: an unknown task, fewer than 1 pair, more than there are, an unwritable folder.
-    """
+    """Writes the files."""
     program.need_whole("--pairs", config.pairs, 1)
     if config.shortcuts:
         chosen = TASKS if config.task is None else {config.task: get(config.task)}
@@ -75,19 +70,12 @@ def _write(task: Task, folder: Path, config: CorpusConfig) -> None:
             f"the task {task.name} has only {len(texts)} different pairs for training: "
             f"use a smaller --pairs"
         )
-    try:
+    with writing(folder, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(texts), _PAIRS_PER_FILE):
             path = folder / f"{task.name}_{first // _PAIRS_PER_FILE:05d}.py"
             path.write_text("".join(texts[first : first + _PAIRS_PER_FILE]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): choose another --out"
-        ) from error
     print(f"{len(texts)} pairs in {folder}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status: 2 after an error, 130 after Ctrl-C."""
-    config = tyro.cli(CorpusConfig, prog="python -m sparse_transformer.tasks", args=arguments)
-    return program.status(lambda: run(config))
+main = program.entry(CorpusConfig, "tasks", run)

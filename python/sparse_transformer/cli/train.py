@@ -12,8 +12,8 @@ from typing import Annotated
 import tyro
 
 from sparse_transformer import program
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
-from sparse_transformer.model import ModelConfig
 from sparse_transformer.presets import PRESETS, preset
 from sparse_transformer.train import checkpoint
 from sparse_transformer.train.loop import train
@@ -57,8 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
     """The command line: settings, the folder of the run, and the step to go on from.
 
     Raises:
-        UserError: options that do not fit together, or the folder. SystemExit: `--help`, or an
-            option that does not exist.
+        UserError: options that do not fit together, or the folder.
+        SystemExit: `--help`, or an option that does not exist.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # The defaults of all other options depend on these.

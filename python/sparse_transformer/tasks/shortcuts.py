@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import embedding_bag, softplus
 
-from sparse_transformer.tasks.task import Pair, Task
+from sparse_transformer.tasks.task import Pair, Task, prompts
 
 # By name: how many of the last tokens are seen, or 0 for the bag of all tokens.
 FEATURES = {"last": 1, "last 2": 2, "last 4": 4, "bag": 0}
@@ -37,11 +37,7 @@ def accuracies(
     seed: int = 0,
     kinds: Iterable[str] = FEATURES,
 ) -> dict[str, float]:
-    """The share of test prompts that is answered rightly, by these kinds of `FEATURES`.
-
-    Raises:
-        UserError: the task cannot be asked of this tokenizer.
-    """
+    """The share of test prompts that is answered rightly, by these kinds of `FEATURES`."""
     train = task.pairs(tokenizer, train_pairs, split="train", seed=seed)
     test = task.pairs(tokenizer, test_pairs, split="test", seed=seed)
     size = tokenizer.get_vocab_size()
@@ -98,11 +94,11 @@ class _Prompts:
     """
 
     def __init__(self, pairs: Sequence[Pair], last: int, vocabulary: int) -> None:
-        prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-        self.answers = torch.tensor([[p.right, p.wrong] for p in prompts])
+        asked = prompts(pairs)
+        self.answers = torch.tensor([[p.right, p.wrong] for p in asked])
         features: list[int] = []
         starts: list[int] = []
-        for prompt in prompts:
+        for prompt in asked:
             starts.append(len(features))
             tokens = prompt.tokens[::-1][: last or None]
             places = range(1, 1 + last * vocabulary, vocabulary) if last else [1] * len(tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Literal
@@ -60,6 +60,11 @@ class Pair:
     positive: Prompt
     negative: Prompt
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longer prompt."""
+        return max(len(self.positive.tokens), len(self.negative.tokens))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -78,9 +83,18 @@ class Batch:
     wrong: Tensor
     positive: Tensor
 
+    @property
+    def answers(self) -> Tensor:
+        """int64 `(2P, 2)`, right and wrong."""
+        return torch.stack([self.right, self.wrong], 1)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same on `device`."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def pick(self, rows: Tensor) -> Batch:
+        """Some of the prompts, int64 `(rows,)`."""
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -216,22 +230,39 @@ class Task:
         )
 
 
-def collate(pairs: Sequence[Pair], pad: int) -> Batch:
-    """The pairs as one batch, padded to the longest with the token `pad`.
+def prompts(pairs: Iterable[Pair]) -> list[Prompt]:
+    """The two prompts of each pair, the positive one first."""
+    return [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
 
-    Raises:
-        ValueError: no pairs.
-    """
+
+def by_length(
+    pairs: Sequence[Pair], most_tokens: int, most_pairs: int | None = None
+) -> Iterator[list[int]]:
+    """Places of pairs of about equal length, with at most so many tokens together when padded."""
+    batch: list[int] = []
+    for place in sorted(range(len(pairs)), key=lambda place: pairs[place].length):
+        # The next one is the longest so far.
+        tokens = 2 * (len(batch) + 1) * pairs[place].length
+        if batch and (tokens > most_tokens or len(batch) == most_pairs):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def collate(pairs: Sequence[Pair], pad: int) -> Batch:
+    """The pairs as one batch, padded to the longest with the token `pad`; at least one pair."""
     if not pairs:
         raise ValueError("a batch must have at least one pair, got none")
-    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-    longest = max(len(prompt.tokens) for prompt in prompts)
+    asked = prompts(pairs)
+    longest = max(pair.length for pair in pairs)
     padding = (pad,) * longest
     return Batch(
-        tokens=torch.tensor([(prompt.tokens + padding)[:longest] for prompt in prompts]),
-        last=torch.tensor([len(prompt.tokens) - 1 for prompt in prompts]),
-        right=torch.tensor([prompt.right for prompt in prompts]),
-        wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+        tokens=torch.tensor([(prompt.tokens + padding)[:longest] for prompt in asked]),
+        last=torch.tensor([len(prompt.tokens) - 1 for prompt in asked]),
+        right=torch.tensor([prompt.right for prompt in asked]),
+        wrong=torch.tensor([prompt.wrong for prompt in asked]),
         positive=torch.tensor([True, False]).repeat(len(pairs)),
     )
 

@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError, one_line, suggest
-from sparse_transformer.files import new_folder, sha256
-from sparse_transformer.model import ModelConfig, Transformer
+from sparse_transformer.files import new_folder, sha256, sync
+from sparse_transformer.model import Transformer
 
 # Where models are found by their names: in the package, then in a checkout beside `python/`.
 MODELS = [
@@ -85,8 +86,7 @@ def models() -> dict[str, Path]:
 def find(path_or_name: str | os.PathLike[str]) -> Path:
     """A path that exists, or else the folder of the model of that name.
 
-    Raises:
-        UserError: neither exists; the sentence has the nearest names.
+    A UserError with the nearest names if neither exists.
     """
     path = Path(path_or_name)
     if path.exists():
@@ -135,7 +135,7 @@ def save(
         temporary = new_folder(root, _TEMPORARY)
         _write(temporary, step, tensors, meta)
         temporary.rename(target)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +164,7 @@ def load(
         option: how the program that asks lets its user choose a step.
 
     Raises:
-        UserError: there is none, or it is truncated or altered; the sentence names the next older.
+        UserError: there is none, or it is damaged; the sentence names the next older one.
     """
     root = find(directory)
     if (match := _STEP.fullmatch(root.name)) and not steps(root):
@@ -195,9 +195,7 @@ def load(
 def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
     """Inside, what a damaged checkpoint raises becomes a UserError that names the next older one.
 
-    Args:
-        path: of the checkpoint.
-        option: how the program that asks lets its user choose a step.
+    `option` is how the program that asks lets its user choose a step.
     """
     try:
         yield
@@ -218,8 +216,7 @@ def damage_named(path: Path, option: str = "--step") -> Iterator[None]:
 def model_of(point: Checkpoint, config: ModelConfig, device: torch.device | str) -> Transformer:
     """The model whose tensors `point` has, as `config` computes it.
 
-    Raises:
-        RuntimeError, TypeError, ValueError: they do not fit each other, or are not finite.
+    A RuntimeError, TypeError or ValueError if they do not fit each other, or are not finite.
     """
     state = part(point.tensors, "model")
     for name, tensor in state.items():
@@ -275,9 +272,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, 
         json.dump(record, file, indent=1, allow_nan=False)
     # safetensors makes files that nobody else can read.
     path.chmod((folder / _META).stat().st_mode)
-    _sync(path)
-    _sync(folder / _META)
-    _sync(folder)
+    sync(path)
+    sync(folder / _META)
+    sync(folder)
 
 
 def _read_meta(path: Path, step: int) -> dict[str, Any]:
@@ -301,14 +298,6 @@ def _read_meta(path: Path, step: int) -> dict[str, Any]:
 def _read_tensors(path: Path, device: str, prefix: str) -> dict[str, Tensor]:
     with safe_open(path / _TENSORS, framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_temporary(root: Path) -> None:

@@ -67,14 +67,11 @@ class Ranks:
         """Compares the topology of all ranks, and hears whether one of them was told to stop.
 
         Args:
-            topology: a hash in hexadecimal.
+            topology: a hash in hexadecimal; a UserError if it is not the same on all.
             stop: the number of the signal that this rank received, or 0.
 
         Returns:
             The largest `stop` of all ranks.
-
-        Raises:
-            UserError: the topologies differ.
         """
         if self.world == 1:
             return stop

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sparse_transformer import program
 from sparse_transformer.data import Corpus, prepare
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import write_atomically
 from sparse_transformer.train import checkpoint, metrics
 from sparse_transformer.train.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         0, or 128 + the signal that ended it (after saving a checkpoint): 130 for Ctrl-C.
 
     Raises:
-        UserError: see `main`; what was written before is unharmed.
+        UserError: what was written before is unharmed.
     """
     config = settings.train
     if config.tensorboard and find_spec("tensorboard") is None:
@@ -221,7 +221,8 @@ class _Output:
         """Says once that threads wait for processors that others use."""
         threads, processors = torch.get_num_threads(), os.cpu_count() or 1
         waiting = os.getloadavg()[0] > processors + 0.5
-        if waiting and threads > 1 and not self._busy_noted and self._trainer.on_cpu:
+        on_cpu = self._trainer.ranks.device.type == "cpu"
+        if waiting and threads > 1 and not self._busy_noted and on_cpu:
             self._busy_noted = True
             self.note(
                 f"note: the machine is busy (load {os.getloadavg()[0]:.1f} on {processors} "
@@ -299,21 +300,18 @@ def _claim(out: Path) -> Iterator[None]:
     """
     lock = out / ".lock"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
+    with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                if os.listdir(out) == [lock.name]:
-                    lock.unlink()
-                    for folder in made:
-                        folder.rmdir()
-    except Timeout as error:
-        raise UserError(
-            f"another process is training in {out}: wait for it or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): choose another --out"
-        ) from error
+        try:
+            with FileLock(lock, timeout=0):
+                try:
+                    yield
+                finally:
+                    if os.listdir(out) == [lock.name]:
+                        lock.unlink()
+                        for folder in made:
+                            folder.rmdir()
+        except Timeout as error:
+            raise UserError(
+                f"another process is training in {out}: wait for it or choose another --out"
+            ) from error

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparse_transformer.errors import UserError
+from sparse_transformer.errors import UserError, writing
+
+_ADVICE = "free some space or make the folder writable, then continue with --resume"
 
 
 class Metrics:
     """Lines of `metrics.jsonl`, each with `step` and `loss`, and the same in TensorBoard.
 
     Args:
-        folder: of the run.
         position: bytes of `metrics.jsonl` that are kept, what follows is cut off; the position of
             the checkpoint from which the run resumes.
         step: the step of that checkpoint, 0 at the start.
-        tensorboard: whether to write events too.
 
     Raises:
-        UserError: the file is shorter than `position`, or cannot be written.
+        UserError: the file is shorter than `position`, or cannot be written, then or later.
     """
 
     def __init__(self, folder: Path, position: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        with _writing(path):
+        with writing(path, _ADVICE):
             size = path.stat().st_size if path.exists() else 0
             if size < position:
                 raise UserError(
@@ -51,12 +49,8 @@ class Metrics:
             )
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line; it is in the file, though not yet on the disk, when this returns.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        with _writing(self._path):
+        """Adds a line; it is in the file, though not yet on the disk, when this returns."""
+        with writing(self._path, _ADVICE):
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
         if self._events is not None:
@@ -66,7 +60,7 @@ class Metrics:
 
     def position(self) -> int:
         """Bytes written, all of them on the disk when this returns."""
-        with _writing(self._path):
+        with writing(self._path, _ADVICE):
             os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -91,12 +85,7 @@ def plot(
 
     Args:
         lines: of `read`.
-        path: of the image.
-        title: above it.
         annealed: the step with which L0 reaches its target, which is marked.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     # Without pyplot, which would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,16 +116,5 @@ def plot(
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    with _writing(path):
+    with writing(path, _ADVICE):
         figure.savefig(path, dpi=120)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or make the folder "
-            f"writable, then continue with --resume"
-        ) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_transformer.model import ModelConfig
+from sparse_transformer.config import ModelConfig
 from sparse_transformer.ranges import need_choices, need_number, need_whole
 from sparse_transformer.train.optimizer import OptimizerConfig
 from sparse_transformer.train.topology import TopologyConfig
@@ -19,8 +19,7 @@ from sparse_transformer.train.topology import TopologyConfig
 class TrainConfig:
     """Training settings other than model, topology and optimizer.
 
-    Raises:
-        ValueError: a value that does not fit; the message names it.
+    A value that does not fit raises a ValueError that names it.
     """
 
     steps: int = 1000
@@ -112,11 +111,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it was written by a release with other settings.
-        """
+        """The inverse of `to_dict`; a KeyError, TypeError or ValueError for other settings."""
         return cls(
             preset=stored["preset"],
             train=TrainConfig(**stored["train"]),

@@ -41,11 +41,8 @@ def why_not(linear: str, world: int) -> str | None:
 def shard_(model: nn.Module, world: int, device: torch.device) -> None:
     """Leaves this rank its slice of every parameter of `model`, a DTensor; all ranks must call it.
 
-    Args:
-        model: has `blocks`, and a method `loss` that may be called like its forward. On each rank
-            the same, on `device`.
-        world: how many ranks there are.
-        device: where this rank computes.
+    The model has `blocks` and a method `loss` that may be called like its forward, and is the same
+    on each of the `world` ranks, on `device`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

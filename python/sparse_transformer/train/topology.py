@@ -121,8 +121,6 @@ class Topology:
         self._candidates: dict[str, sk.FanInLayout] = {}
         self._gradients: dict[str, Tensor] = {}
 
-    # ---- the schedule
-
     def fraction(self, step: int) -> float:
         """L0 at `step` over L0 at the end, as scheduled, before caps and rounding."""
         return annealed_fraction(
@@ -165,16 +163,11 @@ class Topology:
         self._armed = step if wanted else -1
         return wanted
 
-    # ---- the gradient of connections that do not exist
-
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
         """Gathers the gradient at the candidates during forward and backward of the armed step.
 
         Several forwards and backwards inside (gradient accumulation) add up.
-
-        Raises:
-            RuntimeError: `wants_gradients(step)` was not called, or said no.
         """
         if self._armed < 0:
             raise RuntimeError("capture() needs a step whose wants_gradients(step) is True")
@@ -225,7 +218,10 @@ class Topology:
     def _accumulate(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         layer, candidates = self._layers[name], self._candidates[name]
         if x.is_floating_point():
-            gradient = _gradient_at(candidates, x, grad_output, layer.transpose, layer.backend)
+            outputs, inputs = grad_output, x.to(grad_output.dtype)
+            if layer.transpose:  # the layout is that of the transposed matrix
+                outputs, inputs = inputs, outputs
+            gradient = sk.grad_weight(outputs, inputs, candidates, layer.backend)
         else:
             gradient = _embedding_gradient_at(candidates, x, grad_output)
         gradient = gradient.float()
@@ -234,17 +230,12 @@ class Topology:
         else:
             self._gradients[name] = gradient
 
-    # ---- the change
-
     @torch.no_grad()
     def step(self, step: int) -> bool:
         """Shrinks, drops and grows what is due at `step`; call it after `optimizer.step()`.
 
-        Returns whether anything changed. Where fans changed the weights have new shapes.
-
-        Raises:
-            RuntimeError: gradients are due and were not captured.
-            ValueError: a layer's fan is below the schedule's.
+        Returns whether anything changed. Where fans changed the weights have new shapes. A
+        RuntimeError if gradients are due and were not captured.
         """
         if not self.changes(step):
             return False
@@ -270,8 +261,6 @@ class Topology:
             sk.rewire_(layer, self._optimizer, new)
         self._armed, self._gradients, self._candidates = -1, {}, {}
         return True
-
-    # ---- what others need to know
 
     def hash(self) -> str:
         """SHA-256 over all patterns, in the order of the layers; the same on every rank."""
@@ -349,18 +338,8 @@ def rewired(
     return sk.FanInLayout(indices, layout.in_features, layout.out_features, layout.block)
 
 
-def _gradient_at(
-    layout: sk.FanInLayout, x: Tensor, grad_output: Tensor, transpose: bool, backend: str | None
-) -> Tensor:
-    """The gradient of a linear layer's weight at the blocks of `layout`."""
-    outputs, inputs = grad_output, x.to(grad_output.dtype)
-    if transpose:  # the layout is that of the transposed matrix
-        outputs, inputs = inputs, outputs
-    return sk.grad_weight(outputs, inputs, layout, backend)
-
-
 def _embedding_gradient_at(layout: sk.FanInLayout, tokens: Tensor, grad_output: Tensor) -> Tensor:
-    """The same for a lookup: `dW[v, c] = sum of grad_output[t, c] over the tokens t that are v`.
+    """That of a lookup: `dW[v, c] = sum of grad_output[t, c] over the tokens t that are v`.
 
     `layout` has a row for each of the V tokens and C blocks in it: memory of M x C and V x C.
     """

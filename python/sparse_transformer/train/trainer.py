@@ -33,8 +33,6 @@ from sparse_transformer.train.optimizer import learning_rate, make_optimizer, no
 from sparse_transformer.train.settings import Settings, TrainConfig
 from sparse_transformer.train.topology import Topology, annealed_after, annealed_fraction
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Diverged(UserError):
     """Training diverged; the last checkpoint is good."""
@@ -44,7 +42,6 @@ class Trainer:
     """The state of a run, and one step of it. Writes nothing.
 
     Args:
-        settings: of the run.
         corpus: what it trains on.
         here: this process among the ranks.
         point: where to go on, or None to begin.
@@ -62,7 +59,9 @@ class Trainer:
     ) -> None:
         config = settings.train
         self.settings, self.ranks, self.corpus = settings, here, corpus
-        self.dtype = _dtype(config, here.device)
+        if config.dtype == "float16" and here.device.type == "cpu":
+            raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
         if config.shard:
             reason = sharding.why_not(settings.model.linear, here.world)
             if reason:
@@ -146,9 +145,8 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One optimizer step: loss, gradients, update, topology. Returns what there is to report.
 
-        Raises:
-            Diverged: a loss or gradient that is not finite, or a loss that rises and rises. Nothing
-                has been updated then.
+        Diverged is raised, and nothing has been updated, where a loss or gradient is not finite, or
+        the loss rises and rises.
         """
         config, fraction = self.settings.train, self.fraction
         rate = learning_rate(
@@ -203,11 +201,6 @@ class Trainer:
         return float(loss_sum / count)
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether it computes on the CPU."""
-        return self.ranks.device.type == "cpu"
-
-    @property
     def annealed_after(self) -> int | None:
         """The step with which the schedule of L0 reaches its target; None if it has none."""
         settings = self.settings
@@ -250,10 +243,8 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors, and what JSON can hold.
 
-        All ranks must call it; only the first one gets tensors, on the CPU.
-
-        Raises:
-            Diverged: a parameter is not finite, so that this is no state to go back to.
+        All ranks must call it; only the first one gets tensors, on the CPU. Diverged is raised
+        where a parameter is not finite, so that this is no state to go back to.
         """
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(sharding.whole(parameter)).all():
@@ -280,11 +271,7 @@ class Trainer:
         return sharding.gather(tensors, keep=self.ranks.first), meta
 
     def _restore(self, point: Checkpoint, progress: Progress) -> None:
-        """Optimizer, topology and generators; the model has its tensors already.
-
-        Raises:
-            KeyError, RuntimeError, TypeError, ValueError: a part that is missing or does not fit.
-        """
+        """Optimizer, topology and generators; the model has its tensors already."""
         tensors, meta = point.tensors, point.meta
         numbers = {
             parameter: number
@@ -428,17 +415,7 @@ class _RiseWatch:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the meta of a checkpoint says about a run, checked.
-
-    Attributes:
-        settings: as they were.
-        corpus: the key of what it trained on.
-        anneal_steps: see `Topology`.
-        metrics_position: bytes of `metrics.jsonl` that belong to it.
-        seconds: that it had trained.
-        scale, good: of the loss scale.
-        mean_loss, least_loss: of the watch on rising losses.
-    """
+    """What the meta of a checkpoint says about a run, checked; `Trainer.state` has written it."""
 
     settings: Settings
     corpus: str
@@ -452,11 +429,7 @@ class Progress:
 
     @classmethod
     def of(cls, point: Checkpoint) -> Progress:
-        """Reads it.
-
-        Raises:
-            KeyError, TypeError, ValueError: something is missing or has no sensible value.
-        """
+        """Reads it; a KeyError, TypeError or ValueError if something has no sensible value."""
         meta = point.meta
         settings = Settings.from_dict(meta["settings"])
         progress = cls(
@@ -502,12 +475,6 @@ def _check_moments(name: str, state: dict[str, Tensor], shape: torch.Size, step:
             raise ValueError(f"{key} of {name} is not finite")
     if int(state["step"]) != step:
         raise ValueError(f"the optimizer has done {int(state['step'])} steps, and not {step}")
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "float16" and device.type == "cpu":
-        raise UserError("float16 needs a GPU: use --dtype bfloat16 or float32 on the CPU")
-    return _DTYPES[config.dtype]
 
 
 def _windows(config: TrainConfig, context: int, world: int) -> int:

@@ -56,12 +56,7 @@ _LEGEND = (
 
 
 def render(circuit: Circuit, format: str, *, titled: bool) -> bytes:
-    """The drawing as "svg" or "png".
-
-    Args:
-        circuit: what is drawn.
-        format: of the result.
-        titled: with the summary and a legend above it.
+    """The drawing as "svg" or "png"; `titled` with the summary and a legend above it.
 
     Raises:
         ValueError: an edge from or to a node that does not exist; an unknown kind.
@@ -89,11 +84,7 @@ def render(circuit: Circuit, format: str, *, titled: bool) -> bytes:
 
 
 def picture(circuit: Circuit) -> str:
-    """The `<svg>` element for the page.
-
-    Raises:
-        ValueError: see `render`.
-    """
+    """The `<svg>` element for the page; errors are those of `render`."""
     drawn = render(circuit, "svg", titled=False).decode()
     element = drawn[drawn.index("<svg") :]
     # Comments and titles name the nodes of Graphviz.

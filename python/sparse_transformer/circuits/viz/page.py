@@ -19,11 +19,7 @@ from sparse_transformer.circuits.viz.summary import COLUMNS, Summary, summarize
 
 
 def render(circuit: Circuit) -> str:
-    """The whole page.
-
-    Raises:
-        ValueError: an edge from or to a node that does not exist; an unknown kind.
-    """
+    """The whole page."""
     said = summarize(circuit)
     parts = {
         "title": escape(said.task or "circuit"),
