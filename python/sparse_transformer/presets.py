@@ -46,8 +46,7 @@ PRESETS: dict[str, Settings] = {
             model=ModelConfig(
                 n_layer=2, d_model=128, context=128, density=1 / 16, embedding_density=1 / 8
             ),
-            # The best of 0.0128, 0.03, 0.08 and 0.2 at 500 steps.
-            optimizer=OptimizerConfig(learning_rate=0.08),
+            optimizer=OptimizerConfig(learning_rate=0.03),
         ),
         # Solves some of the circuit tasks after an hour on one core.
         Settings(
