@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.autograd import Function, forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparse_kernels import backends, checks
+from sparse_kernels import backends, checks, cpu
 from sparse_kernels.layout import FanInLayout, Layout
 
 
@@ -354,8 +354,11 @@ def _refuse_derivative(name: str, *_: Any) -> None:
     )
 
 
-def _register(op: Op) -> OpOverload:
-    """Defines one op. All devices share an implementation: the backend is an argument."""
+def _register(op: Op) -> Callable[..., Any]:
+    """Defines one op, and returns a function that calls it: at once, or through the dispatcher.
+
+    All devices share an implementation: the backend is an argument.
+    """
     name = op.schema.partition("(")[0]
 
     def run(*arguments: Any) -> Any:
@@ -376,7 +379,13 @@ def _register(op: Op) -> OpOverload:
     refuse = functools.partial(_refuse_derivative, name)
     torch.library.register_autograd(f"sparse_kernels::{name}", refuse, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
-    return overload
+
+    def call(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        at_once = is_plain(*tensors) and not is_differentiated(*tensors)
+        return (run if at_once else overload)(*arguments)
+
+    return call
 
 
 (
@@ -411,8 +420,9 @@ def _register_flops(counter: Any) -> None:
     def count_grad_weight(x: Sequence[int], *_: object, out_shape: Any, **__: object) -> int:
         return count(x, out_shape)
 
-    for op, formula in ((_forward, count), (_grad_input, count), (_grad_weight, count_grad_weight)):
-        counter.register_flop_formula(op._overloadpacket)(formula)
+    library = torch.ops.sparse_kernels
+    counter.register_flop_formula([library.forward, library.grad_input])(count)
+    counter.register_flop_formula(library.grad_weight)(count_grad_weight)
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
@@ -459,29 +469,54 @@ _IDLE_KEYS = _idle_keys()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call may skip the dispatcher: no mode is active, and strided tensors are ordinary.
-
-    The dispatcher takes longer than the product of one token.
-    """
-    if (
+def is_idle() -> bool:
+    """Whether nothing watches what a call does: no mode, transform, tracer or profiler."""
+    return not (
         torch.compiler.is_dynamo_compiling()
         or _active_keys() not in _IDLE_KEYS
         or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()
-        ):
-            return False
-    return True
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call may skip the dispatcher: nothing watches, and strided tensors are ordinary."""
+    return is_idle() and all(
+        tensor is None
+        or (
+            type(tensor) in _PLAIN
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # a transform's, leaked
+        )
+        for tensor in tensors
+    )
+
+
+def try_spmm(
+    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, transpose: bool
+) -> Tensor | None:
+    """`cpu.try_spmm` unless something watches: the product, if nothing about the call is special.
+
+    The checks in Python and the dispatcher take longer than the product of one token.
+    """
+    if isinstance(layout, FanInLayout) and is_idle():
+        return cpu.try_spmm(x, values, layout, bias, transpose)
+    return None
+
+
+# Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
 
 
 def spmm(
     x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
 ) -> Tensor:
-    """`forward`, or `grad_input` if `transpose`, of operands that `check_spmm` has seen."""
+    """`forward`, or `grad_input` if `transpose`; x is a matrix."""
+    if backend == "cpu" and x.dim() == 2:
+        made = try_spmm(x, values, layout, bias, transpose)
+        if made is not None:
+            return made
+    if not torch.compiler.is_dynamo_compiling():
+        _check_matrices(x, values, layout, bias, transpose)
     if isinstance(layout, FanInLayout) and is_plain(x, values, bias):
         run = backends.BACKENDS[backend]
         return (run.grad_input if transpose else run.forward)(x, values, layout, bias)
@@ -490,24 +525,17 @@ def spmm(
     return y
 
 
-# Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
-
-
-def _checked_spmm(
-    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
-) -> Tensor:
-    if not torch.compiler.is_dynamo_compiling():
-        _check_matrices(x, values, layout, bias, transpose)
-    return spmm(x, values, layout, bias, backend, transpose)
-
-
 # (x, values, layout, bias, backend), where layout is a `Layout`, as `reference` specifies.
-forward = functools.partial(_checked_spmm, transpose=False)
-grad_input = functools.partial(_checked_spmm, transpose=True)
+forward = functools.partial(spmm, transpose=False)
+grad_input = functools.partial(spmm, transpose=True)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
+    if backend == "cpu" and isinstance(layout, FanInLayout) and is_idle():
+        made = cpu.try_grad_weight(grad_output, x, layout)
+        if made is not None:
+            return made
     if not torch.compiler.is_dynamo_compiling():
         _check_grad_weight(grad_output, x, layout)
     if isinstance(layout, FanInLayout) and is_plain(grad_output, x):
@@ -562,12 +590,35 @@ def map_samples(
     return torch.stack(list(calls)), 0
 
 
-def apply(function: type[Function], *arguments: Any) -> Any:
+def apply(function: Any, *arguments: Any) -> Any:
     """`function.apply`, under forward mode and transforms with the rules that it has for them.
 
     The rules are its `jvp_rule`, and its `vmap_rule` unless `map_samples` is as good.
     """
-    return (_with_rules(function) if is_transformed() else function).apply(*arguments)
+    if torch.compiler.is_dynamo_compiling():
+        return function.apply(*arguments)
+    if is_transformed():
+        return _with_rules(function).apply(*arguments)
+    if torch.is_grad_enabled():
+        return _with_context(function).apply(*arguments)
+    return function.forward(*arguments)  # nothing is recorded, as in the backward of most steps
+
+
+@functools.cache
+def _with_context(function: Any) -> Any:
+    """A subclass whose forward gets the context.
+
+    Where that is left to `setup_context`, torch inspects the signature of `forward` at each call,
+    which takes longer than a small product.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = function.forward(*arguments)
+        function.setup_context(ctx, arguments, result)
+        return result
+
+    named = {"forward": staticmethod(forward), "setup_context": Function.setup_context}
+    return type(function)(function.__name__, (function,), named)
 
 
 @functools.cache
