@@ -201,7 +201,7 @@ def linear(
     if autocasts:
         x, values = _autocast("x", x), _autocast("values", values)
         bias = None if bias is None else _autocast("bias", bias)
-    ops.check_spmm(x, values, layout, bias, transpose)
+    checks.check_spmm(x, values, layout, bias, transpose)
     name = backends.choose_for(x, "grad_input" if transpose else "forward", backend, layout)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.is_differentiated(x, values, bias):
@@ -233,7 +233,7 @@ def grad_weight(
         TypeError, ValueError, RuntimeError: as for `sparse_linear`.
     """
     check_layout("layout", layout)
-    ops.check_sddmm(grad_output, x, layout)
+    checks.check_sddmm(grad_output, x, layout)
     name = backends.choose_for(x, "grad_weight", backend, layout)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
     values: Tensor = ops.apply(Sddmm, *rows, layout, name)
