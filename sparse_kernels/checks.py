@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from sparse_kernels.layout import Layout
 
 # The lists that a product walks: the inputs of each output, or the outputs of each input.
 Orientation = Literal["rows", "columns"]
@@ -168,6 +171,159 @@ def check_size(name: str, size: int) -> None:
     """Raises ValueError if `size` is negative."""
     if size < 0:
         raise ValueError(f"{name} must be at least 0, got {size}")
+
+
+def check_features(name: str, x: Tensor, layout: Layout, side: str) -> None:
+    """x is `(..., side of the layout)`, on its device."""
+    check_float(name, x)
+    device = layout.indices.device
+    if x.device != device:
+        raise ValueError(f"{name} must be on the layout's device {device}, got {x.device}")
+    width = getattr(layout, side)
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} must have the layout's {side} = {width} as its last dimension, "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def check_spmm(
+    x: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    transpose: bool,
+    name: str = "x",
+) -> None:
+    """The operands of `Y = X W^T (+ b)`, or of `Y = X W (+ b)` if `transpose`; x is `(..., K)`."""
+    check_features(name, x, layout, "out_features" if transpose else "in_features")
+    check_tensor("values", values, layout.values_shape, x.dtype, x.device)
+    if bias is not None:
+        width = layout.in_features if transpose else layout.out_features
+        check_tensor("bias", bias, (width,), x.dtype, x.device)
+
+
+def check_sddmm(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
+    """The operands of `dW = dY^T X`, with any leading dimensions."""
+    check_features("grad_output", grad_output, layout, "out_features")
+    check_features("x", x, layout, "in_features")
+    shape = (*grad_output.shape[:-1], layout.in_features)
+    check_tensor("x", x, shape, grad_output.dtype, grad_output.device)
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Matrices of the shape, dtype and device of the first."""
+    (first, like), *others = tensors.items()
+    check_strided(first, like)
+    if like.dim() != 2:
+        raise ValueError(f"{first} must have two dimensions, got shape {tuple(like.shape)}")
+    for name, tensor in others:
+        check_tensor(name, tensor, like.shape, like.dtype, like.device)
+
+
+def check_matrices(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, transpose: bool
+) -> None:
+    name = "grad_output" if transpose else "x"
+    check_rows(**{name: x})
+    check_spmm(x, values, layout, bias, transpose, name)
+
+
+def check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
+    check_rows(grad_output=grad_output)
+    check_sddmm(grad_output, x, layout)
+
+
+def check_topk(x: Tensor, k: int) -> None:
+    check_rows(x=x)
+    check_kept(k, x.shape[1])
+
+
+def check_norm(x: Tensor, weight: Tensor, k: int, eps: float) -> None:
+    check_topk(x, k)
+    check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
+
+
+def check_bits(bits: Tensor, rows: Tensor, width: int) -> None:
+    """A bit for each entry of rows of `width`."""
+    shape = (rows.shape[0], -(-width // 64))
+    check_tensor("bits", bits, shape, torch.int64, rows.device)
+
+
+def check_topk_backward(grad_output: Tensor, y: Tensor) -> None:
+    check_rows(grad_output=grad_output)
+    if check_strided("y", y).dtype == torch.int64:
+        check_bits(y, grad_output, grad_output.shape[1])
+    else:
+        check_rows(grad_output=grad_output, y=y)
+
+
+def check_unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> None:
+    check_rows(values=values)
+    check_size("width", width)
+    check_bits(bits, values, width)
+
+
+def check_pack(y: Tensor, x: Tensor, room: int) -> None:
+    check_rows(y=y, x=x)
+    check_size("room", room)
+
+
+def check_gelu_packed_backward(grad: Tensor, bits: Tensor, values: Tensor) -> None:
+    check_rows(grad_output=grad)
+    check_rows(values=values)
+    shape = grad.shape[0], values.shape[1]
+    check_tensor("values", values, shape, grad.dtype, grad.device)
+    check_bits(bits, grad, grad.shape[1])
+
+
+def check_norm_backward(grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> None:
+    check_rows(grad_output=grad, y=y, x=x)
+    check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
+    check_tensor("scales", scales, x.shape[:1], wide_dtype(x.dtype), x.device)
+
+
+def check_norm_packed_backward(
+    grad: Tensor, bits: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> None:
+    check_norm_backward(grad, grad, x, weight, scales)
+    check_bits(bits, grad, grad.shape[1])
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """q `(B, T, H, d)`, k and v `(B, S, H, d)` with S at least T and d at least 1, sinks `(H,)`."""
+    check_strided("q", q)
+    check_is_tensor("k", k)
+    if q.dim() != 4 or k.dim() != 4 or q.shape[1] > k.shape[1] or q.shape[3] == 0:
+        raise ValueError(
+            f"q must be (B, T, H, d) and k (B, S, H, d) with S at least T and d at least 1, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    shape = (q.shape[0], k.shape[1], *q.shape[2:])
+    check_tensor("k", k, shape, q.dtype, q.device)
+    check_tensor("v", v, shape, q.dtype, q.device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, q.shape[2:3], q.dtype, q.device)
+
+
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v `(B, T, H, d)`; raises ValueError unless qkv is `(B, T, 3, H, d)`."""
+    check_strided("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
+        raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
+    return q, k, v
+
+
+def check_attention_backward(
+    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
+) -> None:
+    q, k, v = split_heads(qkv)
+    check_attention(q, k, v, sinks)
+    for name, tensor in (("y", y), ("grad_y", grad_y)):
+        check_tensor(name, tensor, q.shape, q.dtype, q.device)
+    B, T, H, _ = q.shape
+    check_tensor("lse", lse, (B, H, T), wide_dtype(q.dtype), q.device)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

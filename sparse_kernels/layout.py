@@ -21,8 +21,9 @@ from sparse_kernels import checks
 
 try:
     from _sparse_kernels_cpu import checksum as _checksum
+    from _sparse_kernels_cpu import has_content as _has_content
 except ImportError:  # no extension, or an old one: `cpu` says which
-    _checksum = None
+    _checksum = _has_content = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class FanInLayout:
     out_features: int = None  # type: ignore[assignment]  # set in __post_init__
     block: tuple[int, int] = (1, 1)
     # What is computed from the pattern, by "transposed" or "<backend>.<lists>"; see `derive`.
-    cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+    cache: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         out_features = cast("int | None", self.out_features)
@@ -276,10 +277,8 @@ class FanInLayout:
         """The same pattern by input block column; built at first use, cached, deterministic."""
         return cast("Transposed", self.derive("transposed", _transpose))
 
-    def derive(
-        self, key: str, build: Callable[[FanInLayout], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """`cache[key]`, made by `build(self)` at first use."""
+    def derive(self, key: str, build: Callable[[FanInLayout], Any]) -> Any:
+        """`cache[key]`, made by `build(self)` at first use: tensors, or an object of a backend."""
         found = self.cache.get(key)
         if found is None:
             checks.refuse_capture(self.device)
@@ -321,11 +320,13 @@ class FanInLayout:
 
         On a CPU it reads `indices` once, at the speed of memory, and compares checksums.
         """
-        if indices.dtype != torch.int32 or indices.shape != self.indices.shape:
-            return False
-        if indices.is_cpu and self.indices.is_cpu:
-            return self.checksum == checksum(indices)
-        return indices.device == self.device and torch.equal(indices, self.indices)
+        same = None
+        if _has_content is not None and indices.is_cpu:
+            same = _has_content(indices, self.indices, self.checksum)
+        if same is None:
+            alike = indices.dtype == torch.int32 and indices.device == self.device
+            same = alike and torch.equal(indices, self.indices)
+        return same
 
     def __copy__(self) -> FanInLayout:
         return self
@@ -389,12 +390,13 @@ def checksum(indices: Tensor) -> int:
     if _checksum is None:
         content = indices.numpy().tobytes()
         return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-    found: int = _checksum(indices.data_ptr(), indices.numel())
+    found: int = _checksum(indices)
     return found
 
 
-def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
+def _can_keep(found: object) -> bool:
     """False for the tensors of a tracer, which are valid only during the trace."""
+    tensors = found if isinstance(found, tuple) else ()
     return not torch.compiler.is_dynamo_compiling() and all(
         type(tensor) is Tensor for tensor in tensors
     )

@@ -203,7 +203,6 @@ class SparseLinear(nn.Module):
             # layers share a graph.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
             return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
-        checks.refuse_jit_trace()
         ranks.check_once(SparseLinear)
         layout = self._layout
         if layout is None or not indices.is_cpu or not layout.is_held_by(indices):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from sparse_kernels import backends, checks, kept, ops
 from sparse_kernels.layout import FanInLayout, Layout, check_layout
@@ -29,8 +29,7 @@ class Spmm(Function):
         backend: str,
         transpose: bool,
     ) -> Tensor:
-        product = ops.grad_input if transpose else ops.forward
-        return product(x, values, layout, bias, backend)
+        return ops.spmm(x, values, layout, bias, backend, transpose)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -181,7 +180,6 @@ def sparse_linear(
     """
     check_layout("layout", layout)
     checks.check_type("transpose", transpose, bool, "a bool")
-    checks.refuse_jit_trace()
     return linear(x, values, layout, bias, backend, transpose)
 
 
@@ -194,10 +192,16 @@ def linear(
     transpose: bool,
 ) -> Tensor:
     """`sparse_linear`; while tracing, `layout` may be a `Pattern`."""
-    if torch._C._is_any_autocast_enabled():
+    autocasts = torch._C._is_any_autocast_enabled()
+    if backend in (None, "cpu") and not autocasts and forward_ad._current_level < 0:
+        done = ops.try_spmm(x, values, layout, bias, transpose)
+        if done is not None:
+            return done
+    checks.refuse_jit_trace()
+    if autocasts:
         x, values = _autocast("x", x), _autocast("values", values)
         bias = None if bias is None else _autocast("bias", bias)
-    ops.check_spmm(x, values, layout, bias, transpose)
+    checks.check_spmm(x, values, layout, bias, transpose)
     name = backends.choose_for(x, "grad_input" if transpose else "forward", backend, layout)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if ops.is_differentiated(x, values, bias):
@@ -229,7 +233,7 @@ def grad_weight(
         TypeError, ValueError, RuntimeError: as for `sparse_linear`.
     """
     check_layout("layout", layout)
-    ops.check_sddmm(grad_output, x, layout)
+    checks.check_sddmm(grad_output, x, layout)
     name = backends.choose_for(x, "grad_weight", backend, layout)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]
     values: Tensor = ops.apply(Sddmm, *rows, layout, name)

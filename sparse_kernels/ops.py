@@ -22,8 +22,8 @@ from torch._ops import OpOverload
 from torch.autograd import Function, forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparse_kernels import backends, checks
-from sparse_kernels.layout import FanInLayout, Layout
+from sparse_kernels import backends, checks, cpu
+from sparse_kernels.layout import FanInLayout
 
 
 class _Known(NamedTuple):
@@ -69,160 +69,6 @@ class Op(NamedTuple):
     fake: Callable[..., Any]
 
 
-def _check_features(name: str, x: Tensor, layout: Layout, side: str) -> None:
-    """x is `(..., side of the layout)`, on its device."""
-    checks.check_float(name, x)
-    device = layout.indices.device
-    if x.device != device:
-        raise ValueError(f"{name} must be on the layout's device {device}, got {x.device}")
-    width = getattr(layout, side)
-    if x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(
-            f"{name} must have the layout's {side} = {width} as its last dimension, "
-            f"got shape {tuple(x.shape)}"
-        )
-
-
-def check_spmm(
-    x: Tensor,
-    values: Tensor,
-    layout: Layout,
-    bias: Tensor | None,
-    transpose: bool,
-    name: str = "x",
-) -> None:
-    """The operands of `Y = X W^T (+ b)`, or of `Y = X W (+ b)` if `transpose`; x is `(..., K)`."""
-    _check_features(name, x, layout, "out_features" if transpose else "in_features")
-    checks.check_tensor("values", values, layout.values_shape, x.dtype, x.device)
-    if bias is not None:
-        width = layout.in_features if transpose else layout.out_features
-        checks.check_tensor("bias", bias, (width,), x.dtype, x.device)
-
-
-def check_sddmm(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
-    """The operands of `dW = dY^T X`, with any leading dimensions."""
-    _check_features("grad_output", grad_output, layout, "out_features")
-    _check_features("x", x, layout, "in_features")
-    shape = (*grad_output.shape[:-1], layout.in_features)
-    checks.check_tensor("x", x, shape, grad_output.dtype, grad_output.device)
-
-
-def _check_rows(**tensors: Tensor) -> None:
-    """Matrices of the shape, dtype and device of the first."""
-    (first, like), *others = tensors.items()
-    checks.check_strided(first, like)
-    if like.dim() != 2:
-        raise ValueError(f"{first} must have two dimensions, got shape {tuple(like.shape)}")
-    for name, tensor in others:
-        checks.check_tensor(name, tensor, like.shape, like.dtype, like.device)
-
-
-def _check_matrices(
-    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, transpose: bool
-) -> None:
-    name = "grad_output" if transpose else "x"
-    _check_rows(**{name: x})
-    check_spmm(x, values, layout, bias, transpose, name)
-
-
-def _check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
-    _check_rows(grad_output=grad_output)
-    check_sddmm(grad_output, x, layout)
-
-
-def _check_topk(x: Tensor, k: int) -> None:
-    _check_rows(x=x)
-    checks.check_kept(k, x.shape[1])
-
-
-def _check_norm(x: Tensor, weight: Tensor, k: int, eps: float) -> None:
-    _check_topk(x, k)
-    checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
-
-
-def _check_bits(bits: Tensor, rows: Tensor, width: int) -> None:
-    shape = (rows.shape[0], -(-width // 64))
-    checks.check_tensor("bits", bits, shape, torch.int64, rows.device)
-
-
-def _check_topk_backward(grad_output: Tensor, y: Tensor) -> None:
-    _check_rows(grad_output=grad_output)
-    if checks.check_strided("y", y).dtype == torch.int64:
-        _check_bits(y, grad_output, grad_output.shape[1])
-    else:
-        _check_rows(grad_output=grad_output, y=y)
-
-
-def _check_unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> None:
-    _check_rows(values=values)
-    checks.check_size("width", width)
-    _check_bits(bits, values, width)
-
-
-def _check_pack(y: Tensor, x: Tensor, room: int) -> None:
-    _check_rows(y=y, x=x)
-    checks.check_size("room", room)
-
-
-def _check_gelu_packed_backward(grad: Tensor, bits: Tensor, values: Tensor) -> None:
-    _check_rows(grad_output=grad)
-    _check_rows(values=values)
-    shape = grad.shape[0], values.shape[1]
-    checks.check_tensor("values", values, shape, grad.dtype, grad.device)
-    _check_bits(bits, grad, grad.shape[1])
-
-
-def _check_norm_backward(
-    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scales: Tensor
-) -> None:
-    _check_rows(grad_output=grad, y=y, x=x)
-    checks.check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
-    checks.check_tensor("scales", scales, x.shape[:1], checks.wide_dtype(x.dtype), x.device)
-
-
-def _check_norm_packed_backward(
-    grad: Tensor, bits: Tensor, x: Tensor, weight: Tensor, scales: Tensor
-) -> None:
-    _check_norm_backward(grad, grad, x, weight, scales)
-    _check_bits(bits, grad, grad.shape[1])
-
-
-def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
-    """q `(B, T, H, d)`, k and v `(B, S, H, d)` with S at least T and d at least 1, sinks `(H,)`."""
-    checks.check_strided("q", q)
-    checks.check_is_tensor("k", k)
-    if q.dim() != 4 or k.dim() != 4 or q.shape[1] > k.shape[1] or q.shape[3] == 0:
-        raise ValueError(
-            f"q must be (B, T, H, d) and k (B, S, H, d) with S at least T and d at least 1, got "
-            f"{tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    shape = (q.shape[0], k.shape[1], *q.shape[2:])
-    checks.check_tensor("k", k, shape, q.dtype, q.device)
-    checks.check_tensor("v", v, shape, q.dtype, q.device)
-    if sinks is not None:
-        checks.check_tensor("sinks", sinks, q.shape[2:3], q.dtype, q.device)
-
-
-def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v `(B, T, H, d)`; raises ValueError unless qkv is `(B, T, 3, H, d)`."""
-    checks.check_strided("qkv", qkv)
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
-        raise ValueError(f"qkv must be (B, T, 3, H, d), d at least 1, got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(2)
-    return q, k, v
-
-
-def _check_attention_backward(
-    qkv: Tensor, sinks: Tensor | None, y: Tensor, lse: Tensor, grad_y: Tensor
-) -> None:
-    q, k, v = split_heads(qkv)
-    check_attention(q, k, v, sinks)
-    for name, tensor in (("y", y), ("grad_y", grad_y)):
-        checks.check_tensor(name, tensor, q.shape, q.dtype, q.device)
-    B, T, H, _ = q.shape
-    checks.check_tensor("lse", lse, (B, H, T), checks.wide_dtype(q.dtype), q.device)
-
-
 def _like_first(first: Tensor, *_: object) -> Tensor:
     return first.new_empty(first.shape)
 
@@ -240,73 +86,73 @@ _PATTERN = "Tensor indices, int in_features, int[2] block, str backend"
 TABLE = (
     Op(
         f"forward(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        functools.partial(_check_matrices, transpose=False),
+        functools.partial(checks.check_matrices, transpose=False),
         lambda x, values, bias, indices, width, block, name: x.new_empty(
             x.shape[0], indices.shape[0] * block[0]
         ),
     ),
     Op(
         f"grad_input(Tensor grad_output, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
-        functools.partial(_check_matrices, transpose=True),
+        functools.partial(checks.check_matrices, transpose=True),
         lambda grad, values, bias, indices, width, *_: grad.new_empty(grad.shape[0], width),
     ),
     Op(
         f"grad_weight(Tensor grad_output, Tensor x, {_PATTERN}) -> Tensor",
-        _check_grad_weight,
+        checks.check_grad_weight,
         lambda grad, x, indices, width, block, name: x.new_empty(*indices.shape, *block),
     ),
     Op(
         "bias_grad(Tensor grad_output, str backend) -> Tensor",
-        lambda grad: _check_rows(grad_output=grad),
+        lambda grad: checks.check_rows(grad_output=grad),
         lambda grad, name: grad.new_empty(grad.shape[1]),
     ),
     Op(
         "pack(Tensor y, Tensor x, int room, str backend) -> (Tensor, Tensor)",
-        _check_pack,
+        checks.check_pack,
         lambda y, x, room, name: _packed_like(x, room),
     ),
     Op(
         "unpack(Tensor values, Tensor bits, int width, bool of_gelu, str backend) -> Tensor",
-        _check_unpack,
+        checks.check_unpack,
         lambda values, bits, width, *_: values.new_empty(values.shape[0], width),
     ),
-    Op("abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
+    Op("abs_topk(Tensor x, int k, str backend) -> Tensor", checks.check_topk, _like_first),
     Op(
         "abs_topk_packed(Tensor x, int k, str backend) -> (Tensor, Tensor)",
-        _check_topk,
+        checks.check_topk,
         lambda x, k, name: (_like_first(x), _packed_like(x, 0)[0]),
     ),
     Op(
         "abs_topk_backward(Tensor grad_output, Tensor y, str backend) -> Tensor",
-        _check_topk_backward,
+        checks.check_topk_backward,
         _like_first,
     ),
-    Op("gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", _check_topk, _like_first),
+    Op("gelu_abs_topk(Tensor x, int k, str backend) -> Tensor", checks.check_topk, _like_first),
     Op(
         "gelu_abs_topk_packed(Tensor x, int k, str backend) -> (Tensor, Tensor, Tensor)",
-        _check_topk,
+        checks.check_topk,
         lambda x, k, name: (_like_first(x), *_packed_like(x, k)),
     ),
     Op(
         "gelu_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, str backend) -> Tensor",
-        lambda grad, y, x: _check_rows(grad_output=grad, y=y, x=x),
+        lambda grad, y, x: checks.check_rows(grad_output=grad, y=y, x=x),
         _like_first,
     ),
     Op(
         "gelu_abs_topk_packed_backward(Tensor grad_output, Tensor bits, Tensor values,"
         " str backend) -> Tensor",
-        _check_gelu_packed_backward,
+        checks.check_gelu_packed_backward,
         _like_first,
     ),
     Op(
         "norm_abs_topk(Tensor x, Tensor weight, int k, float eps, str backend) -> (Tensor, Tensor)",
-        _check_norm,
+        checks.check_norm,
         lambda x, *_: (_like_first(x), _row_sums(x, x.shape[0])),
     ),
     Op(
         "norm_abs_topk_packed(Tensor x, Tensor weight, int k, float eps, str backend)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
-        _check_norm,
+        checks.check_norm,
         lambda x, weight, k, *_: (
             _like_first(x),
             _row_sums(x, x.shape[0]),
@@ -316,24 +162,24 @@ TABLE = (
     Op(
         "norm_abs_topk_backward(Tensor grad_output, Tensor y, Tensor x, Tensor weight,"
         " Tensor scales, str backend) -> (Tensor, Tensor)",
-        _check_norm_backward,
+        checks.check_norm_backward,
         lambda grad, y, x, weight, *_: (_like_first(x), _like_first(weight)),
     ),
     Op(
         "norm_abs_topk_packed_backward(Tensor grad_output, Tensor bits, Tensor x, Tensor weight,"
         " Tensor scales, str backend) -> (Tensor, Tensor)",
-        _check_norm_packed_backward,
+        checks.check_norm_packed_backward,
         lambda grad, bits, x, weight, *_: (_like_first(x), _like_first(weight)),
     ),
     Op(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, str backend) -> (Tensor, Tensor)",
-        check_attention,
+        checks.check_attention,
         lambda q, *_: (_like_first(q), _row_sums(q, q.shape[0], q.shape[2], q.shape[1])),
     ),
     Op(
         "attention_backward(Tensor qkv, Tensor? sinks, Tensor y, Tensor lse, Tensor grad_y,"
         " str backend) -> (Tensor, Tensor)",
-        _check_attention_backward,
+        checks.check_attention_backward,
         lambda qkv, sinks, *_: (
             _like_first(qkv),
             qkv.new_empty(0 if sinks is None else sinks.shape),
@@ -354,8 +200,11 @@ def _refuse_derivative(name: str, *_: Any) -> None:
     )
 
 
-def _register(op: Op) -> OpOverload:
-    """Defines one op. All devices share an implementation: the backend is an argument."""
+def _register(op: Op) -> Callable[..., Any]:
+    """Defines one op, and returns a function that calls it: at once, or through the dispatcher.
+
+    All devices share an implementation: the backend is an argument.
+    """
     name = op.schema.partition("(")[0]
 
     def run(*arguments: Any) -> Any:
@@ -376,7 +225,13 @@ def _register(op: Op) -> OpOverload:
     refuse = functools.partial(_refuse_derivative, name)
     torch.library.register_autograd(f"sparse_kernels::{name}", refuse, lib=_library)
     overload: OpOverload = getattr(torch.ops.sparse_kernels, name).default
-    return overload
+
+    def call(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        at_once = is_plain(*tensors) and not is_differentiated(*tensors)
+        return (run if at_once else overload)(*arguments)
+
+    return call
 
 
 (
@@ -411,8 +266,9 @@ def _register_flops(counter: Any) -> None:
     def count_grad_weight(x: Sequence[int], *_: object, out_shape: Any, **__: object) -> int:
         return count(x, out_shape)
 
-    for op, formula in ((_forward, count), (_grad_input, count), (_grad_weight, count_grad_weight)):
-        counter.register_flop_formula(op._overloadpacket)(formula)
+    library = torch.ops.sparse_kernels
+    counter.register_flop_formula([library.forward, library.grad_input])(count)
+    counter.register_flop_formula(library.grad_weight)(count_grad_weight)
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
@@ -443,45 +299,63 @@ else:
     sys.meta_path.insert(0, _FlopCounterFinder())
 
 
-def _active_keys() -> int:
-    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
-    return keys
-
-
-def _idle_keys() -> frozenset[int]:
-    """The dispatch keys of a thread in which no mode, transform or tracer is active."""
-    with torch.inference_mode():
-        inference = _active_keys()
-    return frozenset((_active_keys(), inference))
-
-
-_IDLE_KEYS = _idle_keys()
+_active_keys = torch._C._dispatch_tls_local_include_set
+# The dispatch keys of a thread in which no mode, transform or tracer is active.
+with torch.inference_mode():
+    _IDLE_KEYS = {_active_keys().raw_repr()}
+_IDLE_KEYS.add(_active_keys().raw_repr())
+_is_profiled = torch._C._autograd._profiler_enabled
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call may skip the dispatcher: no mode is active, and strided tensors are ordinary.
-
-    The dispatcher takes longer than the product of one token.
-    """
-    if (
+def is_idle() -> bool:
+    """Whether nothing watches what a call does: no mode, transform, tracer or profiler."""
+    return not (
         torch.compiler.is_dynamo_compiling()
-        or _active_keys() not in _IDLE_KEYS
-        or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()
-        ):
-            return False
-    return True
+        or _active_keys().raw_repr() not in _IDLE_KEYS
+        or _is_profiled()
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call may skip the dispatcher: nothing watches, and strided tensors are ordinary."""
+    return is_idle() and all(
+        tensor is None
+        or (
+            type(tensor) in _PLAIN
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # a transform's, leaked
+        )
+        for tensor in tensors
+    )
+
+
+def try_spmm(
+    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, transpose: bool
+) -> Tensor | None:
+    """`cpu.try_spmm` unless something watches: the product, if nothing about the call is special.
+
+    The checks in Python and the dispatcher take longer than the product of one token.
+    """
+    if isinstance(layout, FanInLayout) and is_idle():
+        return cpu.try_spmm(x, values, layout, bias, transpose)
+    return None
+
+
+# Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
 
 
 def spmm(
     x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
 ) -> Tensor:
-    """`forward`, or `grad_input` if `transpose`, of operands that `check_spmm` has seen."""
+    """`forward`, or `grad_input` if `transpose`; x is a matrix."""
+    if backend == "cpu" and x.dim() == 2:
+        made = try_spmm(x, values, layout, bias, transpose)
+        if made is not None:
+            return made
+    if not torch.compiler.is_dynamo_compiling():
+        checks.check_matrices(x, values, layout, bias, transpose)
     if isinstance(layout, FanInLayout) and is_plain(x, values, bias):
         run = backends.BACKENDS[backend]
         return (run.grad_input if transpose else run.forward)(x, values, layout, bias)
@@ -490,26 +364,19 @@ def spmm(
     return y
 
 
-# Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
-
-
-def _checked_spmm(
-    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
-) -> Tensor:
-    if not torch.compiler.is_dynamo_compiling():
-        _check_matrices(x, values, layout, bias, transpose)
-    return spmm(x, values, layout, bias, backend, transpose)
-
-
 # (x, values, layout, bias, backend), where layout is a `Layout`, as `reference` specifies.
-forward = functools.partial(_checked_spmm, transpose=False)
-grad_input = functools.partial(_checked_spmm, transpose=True)
+forward = functools.partial(spmm, transpose=False)
+grad_input = functools.partial(spmm, transpose=True)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Tensor:
     """`dW = dY^T X` at the kept blocks: `(M, N)`, `(M, K)` -> values' shape."""
+    if backend == "cpu" and isinstance(layout, FanInLayout) and is_idle():
+        made = cpu.try_grad_weight(grad_output, x, layout)
+        if made is not None:
+            return made
     if not torch.compiler.is_dynamo_compiling():
-        _check_grad_weight(grad_output, x, layout)
+        checks.check_grad_weight(grad_output, x, layout)
     if isinstance(layout, FanInLayout) and is_plain(grad_output, x):
         return backends.BACKENDS[backend].grad_weight(grad_output, x, layout)
     pattern = layout.indices, layout.in_features, layout.block
@@ -562,12 +429,35 @@ def map_samples(
     return torch.stack(list(calls)), 0
 
 
-def apply(function: type[Function], *arguments: Any) -> Any:
+def apply(function: Any, *arguments: Any) -> Any:
     """`function.apply`, under forward mode and transforms with the rules that it has for them.
 
     The rules are its `jvp_rule`, and its `vmap_rule` unless `map_samples` is as good.
     """
-    return (_with_rules(function) if is_transformed() else function).apply(*arguments)
+    if torch.compiler.is_dynamo_compiling():
+        return function.apply(*arguments)
+    if is_transformed():
+        return _with_rules(function).apply(*arguments)
+    if torch.is_grad_enabled():
+        return _with_context(function).apply(*arguments)
+    return function.forward(*arguments)  # nothing is recorded, as in the backward of most steps
+
+
+@functools.cache
+def _with_context(function: Any) -> Any:
+    """A subclass whose forward gets the context.
+
+    Where that is left to `setup_context`, torch inspects the signature of `forward` at each call,
+    which takes longer than a small product.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = function.forward(*arguments)
+        function.setup_context(ctx, arguments, result)
+        return result
+
+    named = {"forward": staticmethod(forward), "setup_context": Function.setup_context}
+    return type(function)(function.__name__, (function,), named)
 
 
 @functools.cache

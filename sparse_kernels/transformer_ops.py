@@ -18,9 +18,11 @@ from sparse_kernels import backends, cpu, kept, ops, reference
 from sparse_kernels.checks import (
     CPU_DTYPES,
     FLOAT_DTYPES,
+    check_attention,
     check_float,
     check_tensor,
     refuse_jit_trace,
+    split_heads,
     wide_dtype,
 )
 from sparse_kernels.topk import abs_topk, choose_backend
@@ -175,8 +177,8 @@ def causal_attention(
     """
     refuse_jit_trace()
     check_float("qkv", qkv, CPU_DTYPES)
-    q, k, v = ops.split_heads(qkv)
-    ops.check_attention(q, k, v, sinks)
+    q, k, v = split_heads(qkv)
+    check_attention(q, k, v, sinks)
     name = backends.choose_for(qkv, "attention", backend)
     if ops.is_transformed():  # the kernel has a backward and no other derivative
         return reference.attention(q, k, v, sinks)[0]
@@ -206,7 +208,7 @@ def cached_attention(
             `causal_attention`.
     """
     check_float("q", q, CPU_DTYPES)
-    ops.check_attention(q, k, v, sinks)
+    check_attention(q, k, v, sinks)
     learned = any(tensor is not None and tensor.requires_grad for tensor in (q, k, v, sinks))
     if torch.is_grad_enabled() and learned:
         raise RuntimeError("cached_attention has no gradient: call it under torch.no_grad()")

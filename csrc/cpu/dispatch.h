@@ -12,11 +12,16 @@ namespace sk {
 enum class DType { kFloat32 = 0, kBfloat16 = 1, kFloat64 = 2 };
 constexpr int kDTypes = 3;
 
+// A matrix of the kernel's type: element (m, f) is at data[m * row_stride + f * col_stride].
+struct MatrixPointer {
+    const void* data;
+    int64_t row_stride, col_stride;
+};
+
 struct SpmmArguments {
     Lists lists;
     Schedule schedule;
-    const void* in;
-    int64_t in_row_stride, in_col_stride;
+    MatrixPointer in;
     const void* values;
     const void* bias;
     void* out;
@@ -27,10 +32,7 @@ struct SpmmArguments {
 struct SddmmArguments {
     Lists lists;
     Schedule schedule;
-    const void* grad_output;
-    int64_t grad_output_row_stride, grad_output_col_stride;
-    const void* input;
-    int64_t input_row_stride, input_col_stride;
+    MatrixPointer grad_output, input;
     void* grad_values;
     int64_t tokens;
     int threads;
@@ -45,8 +47,7 @@ struct Packed {
 
 // The weight, scales (one of each row, in the compute type) and eps are those of RMSNorm.
 struct AbsTopkArguments {
-    const void* x;
-    int64_t row_stride, col_stride;
+    MatrixPointer x;
     const void* weight;
     double eps;
     void *y, *scales;
@@ -56,8 +57,7 @@ struct AbsTopkArguments {
 };
 
 struct AbsTopkBackwardArguments {
-    const void* grad_output;
-    int64_t grad_output_row_stride, grad_output_col_stride;
+    MatrixPointer grad_output;
     Packed packed;
     void* grad_input;
     int64_t rows, cols;
@@ -65,10 +65,7 @@ struct AbsTopkBackwardArguments {
 };
 
 struct PackArguments {
-    const void* y;
-    int64_t y_row_stride, y_col_stride;
-    const void* x;
-    int64_t x_row_stride, x_col_stride;
+    MatrixPointer y, x;
     Packed packed;
     int64_t rows, cols;
     int threads;
@@ -83,18 +80,14 @@ struct UnpackArguments {
 };
 
 struct BiasGradArguments {
-    const void* in;
-    int64_t row_stride;
+    MatrixPointer in;  // with neighbouring columns next to each other
     void* out;
     int64_t tokens, cols;
     int threads;
 };
 
 struct NormAbsTopkBackwardArguments {
-    const void* grad_output;
-    int64_t grad_output_stride;
-    const void* x;
-    int64_t x_stride;
+    MatrixPointer grad_output, x;  // with neighbouring columns next to each other
     const uint64_t* bits;
     const void *weight, *scales;
     void *grad_input, *grad_weight;

@@ -27,11 +27,15 @@ namespace sk {
 namespace {
 
 template <class T>
+Matrix<const T> matrix(const MatrixPointer& pointer) {
+    return {static_cast<const T*>(pointer.data), pointer.row_stride, pointer.col_stride};
+}
+
+template <class T>
 SpmmProblem<T> spmm_problem(const SpmmArguments& arguments) {
     return {arguments.lists,
             arguments.schedule,
-            Matrix<const T>{static_cast<const T*>(arguments.in), arguments.in_row_stride,
-                            arguments.in_col_stride},
+            matrix<T>(arguments.in),
             static_cast<const T*>(arguments.values),
             static_cast<const T*>(arguments.bias),
             static_cast<T*>(arguments.out),
@@ -51,24 +55,20 @@ void run_spmm_scatter(const SpmmArguments& arguments) {
 
 template <class T>
 void run_sddmm(const SddmmArguments& arguments) {
-    sddmm(SddmmProblem<T>{
-        arguments.lists, arguments.schedule,
-        Matrix<const T>{static_cast<const T*>(arguments.grad_output),
-                        arguments.grad_output_row_stride, arguments.grad_output_col_stride},
-        Matrix<const T>{static_cast<const T*>(arguments.input), arguments.input_row_stride,
-                        arguments.input_col_stride},
-        static_cast<T*>(arguments.grad_values), arguments.tokens, arguments.threads});
+    sddmm(SddmmProblem<T>{arguments.lists, arguments.schedule, matrix<T>(arguments.grad_output),
+                          matrix<T>(arguments.input), static_cast<T*>(arguments.grad_values),
+                          arguments.tokens, arguments.threads});
 }
 
 template <class T>
 void run_bias_grad(const BiasGradArguments& arguments) {
-    bias_grad(static_cast<const T*>(arguments.in), arguments.row_stride,
+    bias_grad(static_cast<const T*>(arguments.in.data), arguments.in.row_stride,
               static_cast<T*>(arguments.out), arguments.tokens, arguments.cols, arguments.threads);
 }
 
 template <class T, class Prepare>
 void run_topk(const AbsTopkArguments& a, const Prepare& prepare) {
-    abs_topk<T>({static_cast<const T*>(a.x), a.row_stride, a.col_stride}, static_cast<T*>(a.y),
+    abs_topk<T>(matrix<T>(a.x), static_cast<T*>(a.y),
                 PackedRows<T>{a.packed.bits, static_cast<T*>(a.packed.values), a.packed.room},
                 a.rows, a.cols, a.k, a.threads, prepare);
 }
@@ -92,20 +92,14 @@ void run_norm_abs_topk(const AbsTopkArguments& arguments) {
 }
 
 template <class T>
-Matrix<const T> grad_output_of(const AbsTopkBackwardArguments& a) {
-    return {static_cast<const T*>(a.grad_output), a.grad_output_row_stride,
-            a.grad_output_col_stride};
-}
-
-template <class T>
 void run_abs_topk_backward(const AbsTopkBackwardArguments& a) {
-    abs_topk_backward(grad_output_of<T>(a), a.packed.bits, static_cast<T*>(a.grad_input), a.rows,
-                      a.cols, a.threads);
+    abs_topk_backward(matrix<T>(a.grad_output), a.packed.bits, static_cast<T*>(a.grad_input),
+                      a.rows, a.cols, a.threads);
 }
 
 template <class T>
 void run_gelu_abs_topk_backward(const AbsTopkBackwardArguments& a) {
-    gelu_abs_topk_backward(grad_output_of<T>(a), a.packed.bits,
+    gelu_abs_topk_backward(matrix<T>(a.grad_output), a.packed.bits,
                            static_cast<const T*>(a.packed.values), a.packed.room,
                            static_cast<T*>(a.grad_input), a.rows, a.cols, a.threads);
 }
@@ -113,9 +107,7 @@ void run_gelu_abs_topk_backward(const AbsTopkBackwardArguments& a) {
 template <class T>
 void run_norm_abs_topk_backward(const NormAbsTopkBackwardArguments& arguments) {
     norm_abs_topk_backward(NormAbsTopkBackward<T>{
-        Matrix<const T>{static_cast<const T*>(arguments.grad_output), arguments.grad_output_stride,
-                        1},
-        Matrix<const T>{static_cast<const T*>(arguments.x), arguments.x_stride, 1}, arguments.bits,
+        matrix<T>(arguments.grad_output), matrix<T>(arguments.x), arguments.bits,
         static_cast<const T*>(arguments.weight), static_cast<const Compute<T>*>(arguments.scales),
         static_cast<T*>(arguments.grad_input), static_cast<T*>(arguments.grad_weight),
         arguments.rows, arguments.cols, arguments.threads});
@@ -123,9 +115,8 @@ void run_norm_abs_topk_backward(const NormAbsTopkBackwardArguments& arguments) {
 
 template <class T>
 void run_pack(const PackArguments& a) {
-    pack(Matrix<const T>{static_cast<const T*>(a.y), a.y_row_stride, a.y_col_stride},
-         Matrix<const T>{static_cast<const T*>(a.x), a.x_row_stride, a.x_col_stride}, a.packed.bits,
-         static_cast<T*>(a.packed.values), a.rows, a.cols, a.packed.room, a.threads);
+    pack(matrix<T>(a.y), matrix<T>(a.x), a.packed.bits, static_cast<T*>(a.packed.values), a.rows,
+         a.cols, a.packed.room, a.threads);
 }
 
 template <class T>

@@ -1,8 +1,18 @@
 #include "schedule.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace sk {
+
+int64_t panel_features(const Lists& lists) {
+    constexpr int64_t kMost = 2048;  // a tile of so many fits the cache
+    const int64_t features = lists.cols * lists.in_block;
+    const int64_t size =
+        std::min(features, std::max<int64_t>(1, kMost / lists.in_block) * lists.in_block);
+    const int64_t panels = (features + size - 1) / size;
+    return 4 * panels * lists.rows <= lists.blocks() ? size : features;
+}
 
 void build_schedule(const Lists& lists, int64_t panel_features, int64_t* entry_starts,
                     int32_t* local, int32_t* block_ids) {

@@ -37,6 +37,7 @@ struct Lists {
 
     int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * per_row; }
     int64_t end(int64_t row) const { return offsets ? offsets[row + 1] : (row + 1) * per_row; }
+    int64_t blocks() const { return end(rows - 1); }
     int64_t block_id(int64_t i) const {
         return source_rows ? source_rows[i] * source_per_row + source_slots[i] : i;
     }
