@@ -38,7 +38,7 @@ STEPS, SMOKE_STEPS = 25, 3
 # csrc/cpu/simd_math.h.
 EXP, GELU = 11, 23
 _KERNELS = [(cpu, op.schema.partition("(")[0]) for op in ops.TABLE]
-_KERNELS += [(transformer_ops, "token_losses_")]
+_KERNELS += [(cpu, "try_spmm"), (cpu, "try_grad_weight"), (transformer_ops, "token_losses_")]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not (self.is_in_kernel or func.is_view or "empty" in func.name()):
+        is_ours = self.is_in_kernel or func.namespace == "sparse_kernels"
+        if not (is_ours or func.is_view or "empty" in func.name()):
             named = zip(func._schema.arguments, args, strict=False)
             changed = [value for about, value in named if about.is_write]
             read, written = bytes_of(args, kwargs), bytes_of(changed, result)
@@ -111,13 +112,18 @@ class Recorder(TorchDispatchMode):
             start, self.is_in_kernel = time.perf_counter(), True
             result = kernel(*arguments)
             seconds, self.is_in_kernel = time.perf_counter() - start, False
+            if result is None:  # one that only tried
+                return None
             layout = layout_in(arguments)
             is_last = layout and (layout.out_features, layout.in_features) == self.unembedding
-            part = f"unembed {name}" if is_last else name
+            product = name.removeprefix("try_")
+            if product == "spmm":
+                product = "grad_input" if arguments[-1] else "forward"
+            part = f"unembed {product}" if is_last else product
             self.seconds[part] += seconds
             self.seconds[self.section] -= seconds
             if self.counts:
-                self.works[part].append(work_of(name, arguments, result))
+                self.works[part].append(work_of(product, arguments, result))
             return result
 
         return call

@@ -357,6 +357,14 @@ def test_parts_of_a_step_are_its_kernels_and_add_up() -> None:
     assert step == pytest.approx(sum(row["time_ms"] for row in rows), rel=1e-3)
 
 
+def test_a_kernel_is_no_part_of_the_rest() -> None:
+    recorder, x = parts.Recorder(make_model(tiny("sparse"), "cpu")), torch.randn(3, 8)
+    recorder.count(lambda: sk.abs_topk(x, 2))
+    assert {part: len(works) for part, works in recorder.works.items()} == {"abs_topk": 1}
+    recorder.count(lambda: x.add_(1.0))
+    assert recorder.works["rest"] == [roofline.Work(0.0, 0, x.nbytes, x.nbytes)]
+
+
 def test_work_of_a_part_is_that_of_its_call() -> None:
     x = torch.randn(3, 8)
     y, bits = cpu.abs_topk_packed(x, 2)
