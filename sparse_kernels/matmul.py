@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from sparse_kernels import backends, checks, kept, ops
+from sparse_kernels import backends, checks, cpu, kept, ops
 from sparse_kernels.layout import FanInLayout, Layout, check_layout
 
 
@@ -193,10 +193,17 @@ def linear(
 ) -> Tensor:
     """`sparse_linear`; while tracing, `layout` may be a `Pattern`."""
     autocasts = torch._C._is_any_autocast_enabled()
-    if backend in (None, "cpu") and not autocasts and forward_ad._current_level < 0:
-        done = ops.try_spmm(x, values, layout, bias, transpose)
-        if done is not None:
-            return done
+    if (
+        (backend is None or backend == "cpu")
+        and isinstance(layout, FanInLayout)
+        and ops.is_idle()
+        and not autocasts
+        and forward_ad._current_level < 0
+    ):
+        # The checks and the dispatcher below take longer than the product of one token.
+        made = cpu.try_spmm(x, values, layout, bias, transpose)
+        if made is not None:
+            return made
     checks.refuse_jit_trace()
     if autocasts:
         x, values = _autocast("x", x), _autocast("values", values)
@@ -207,7 +214,7 @@ def linear(
     if ops.is_differentiated(x, values, bias):
         with kept.saving(tokens):
             y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
-    else:  # a Function takes longer than the product of one token
+    else:
         y = ops.spmm(tokens, values, layout, bias, name, transpose)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
