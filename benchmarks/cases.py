@@ -112,9 +112,9 @@ def goal_of(case: AnyCase, product: str) -> float | None:
 
 
 # What the closing sentences and the table of README.md are about.
-_LAYERS = [(1024, 1024, 64), (1024, 4096, 32), (4096, 1024, 128), (2048, 8192, 8)]
+LAYERS = [(1024, 1024, 64), (1024, 4096, 32), (4096, 1024, 128), (2048, 8192, 8)]
 HEADLINES: list[AnyCase] = [
-    *combine([TOKENS], _LAYERS, dtypes=CPU_DTYPES),
+    *combine([TOKENS], LAYERS, dtypes=CPU_DTYPES),
     *combine([TOKENS], [(1024, 1024, 128)], [(16, 1)], CPU_DTYPES),
     *combine([1], [(2048, 8192, 8)], dtypes=CPU_DTYPES),
     TopkCase(TOKENS, 8192, 2048, "float32"),
@@ -130,7 +130,7 @@ MATMUL_CASES: dict[tuple[str, str], list[Case]] = {
     ],
     # In a minute: the headlines in float32, one where dense wins, one token.
     ("cpu", "default"): [
-        *combine([TOKENS], _LAYERS),
+        *combine([TOKENS], LAYERS),
         *combine([TOKENS], [(1024, 1024, 128)], [(16, 1)]),
         *combine([TOKENS], [(1024, 1024, 768)]),
         *combine([1], [(2048, 8192, 8)]),

@@ -37,6 +37,7 @@ VIEWS = {
     "matmul": "benchmarks.tables",
     "activation": "benchmarks.tables",
     "training": "benchmarks.experiments.scaling",  # older files have the parts of both
+    "parts": "benchmarks.parts",
     "inference": "benchmarks.transformer.results",
     "scaling": "benchmarks.experiments.scaling",
     "quality": "benchmarks.experiments.quality",

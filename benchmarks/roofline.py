@@ -1,6 +1,8 @@
-"""The least time that a product can take on this machine: `max(compute, operands, memory)`.
+"""The least time that a product can take on this machine.
 
-docs/benchmarks.md has the equations of the three terms. Nothing is fitted: every rate is measured
+    python -m benchmarks.roofline      beside the time of a loop with nothing else in it
+
+docs/benchmarks.md has the equations of its terms. Nothing is fitted: every rate is measured
 in the same process, with the vectors and the number of threads that the kernels use, as the best of
 several runs. The C++ is csrc/bench/peaks.cpp. Each process compiles it, in two seconds, with the
 compiler that CXX names or c++, g++ or clang++.
@@ -17,8 +19,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from benchmarks import cases
 from benchmarks.cases import DTYPES, Case
-from benchmarks.report import output_of
+from benchmarks.report import number, refuse, table
+from sparse_kernels import cpu
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "bench" / "peaks.cpp"
 FLAGS = ("-ffp-contract=fast", "-fPIC")
@@ -30,11 +36,9 @@ ISA_FLAGS = {
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
 VECTOR_BYTES = {"avx512": 64, "avx512_bf16": 64, "avx2": 32}
-TILE_VECTORS = (1, 2, 4, 8, 16)
-# Where the system does not say how large the first-level data cache is: no smaller than most.
-L1_SIZE_UNKNOWN = 48 * 1024
-# 16 KB a thread lie in every L1 data cache; 160 KB in every second-level cache and in no L1.
-L1_BYTES, L2_BYTES = 16 * 1024, 160 * 1024
+# Tiles of a thread, whose rows are gathered.
+TILE_VECTORS = (1, 2, 4, 8)
+TILE_BYTES = tuple(2**n for n in range(14, 21))  # 16 KB to 1 MB
 SIZES = tuple(2**20 * 4**i for i in range(4))  # 1 MB to 64 MB, all threads together
 SMOKE_SIZES = (2**20, 2**24)
 # Times that each rate is measured, in buffers of its own: another process may disturb one, and the
@@ -53,7 +57,6 @@ class Work:
     read_bytes: int
     write_bytes: int
     loads: float = 1.0  # activations that a multiply-add does read
-    reads_weights: bool = False
     features: int = 1  # that the activations are taken from
 
 
@@ -83,7 +86,6 @@ def count_work(case: Case, product: str, used_in_features: int | None = None) ->
         read_bytes=read,
         write_bytes=write,
         loads=1 / max(case.block),
-        reads_weights=product != "grad_weight",
         features=features,
     )
 
@@ -95,14 +97,13 @@ class Peaks:
     isa: str
     threads: int
     vector_bytes: int
-    l1_size: int  # bytes of one core's data cache
     fma_gflops: float
     bf16_gflops: float
-    l1_read_gbs: float
-    l2_read_gbs: float
+    gather_gbs: tuple[tuple[int, Curve], ...]  # by the vectors of a tile, over its bytes
     read_gbs: Curve
     write_gbs: Curve
     copy_gbs: Curve
+    one_read_gbs: Curve  # of one thread alone
 
     def bound_ms(self, work: Work, dtype: str) -> dict[str, float]:
         """The terms of the bound by their names; the largest is the bound."""
@@ -111,26 +112,28 @@ class Peaks:
         read, write, copy = (
             bandwidth_gbs(curve, total) for curve in (self.read_gbs, self.write_gbs, self.copy_gbs)
         )
-        either = max(read, write, copy)
-        memory = max(work.read_bytes / read, work.write_bytes / write, total / either)
+        memory = max(
+            work.read_bytes / read, work.write_bytes / write, total / max(read, write, copy)
+        )
+        # A thread packs a tile before it multiplies it; its stores leave meanwhile.
+        one_read = self.threads * bandwidth_gbs(self.one_read_gbs, total // self.threads)
+        packed = work.read_bytes / one_read
+        gathered = work.operand_bytes * work.loads / self._gathers(work)
         # Giga-anything per second is a million a millisecond.
         return {
-            "compute": work.flops / rate * 1e-6,
-            "operands": work.operand_bytes * self._operand_ns(work) * 1e-6,
+            "compute": (packed + work.flops / rate) * 1e-6,
+            "operands": (packed + gathered) * 1e-6,
             "memory": memory * 1e-6,
         }
 
-    def _operand_ns(self, work: Work) -> float:
-        """Nanoseconds for each byte of operands, in the best of the tiles."""
-        l1_ns, l2_ns = 1 / self.l1_read_gbs, 1 / self.l2_read_gbs
-
-        def with_tile(vectors: int) -> float:
-            tile = work.features * vectors * self.vector_bytes
-            share = min(1.0, self.l1_size / max(tile, 1))
-            weights = l1_ns / vectors if work.reads_weights else 0.0
-            return work.loads * (share * l1_ns + (1 - share) * l2_ns) + weights
-
-        return min(map(with_tile, TILE_VECTORS))
+    def _gathers(self, work: Work) -> float:
+        """GB/s of gathered activations, from the best of the tiles."""
+        return max(
+            bandwidth_gbs(curve, size)
+            for vectors, curve in self.gather_gbs
+            if (size := work.features * vectors * self.vector_bytes) <= TILE_BYTES[-1]
+            or vectors == TILE_VECTORS[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -158,31 +161,47 @@ def measure_peaks(isa: str, threads: int, *, smoke: bool = False) -> Peaks | str
     library = _load(isa)
     if isinstance(library, str):
         return library
-    sizes = sorted({L1_BYTES * threads, L2_BYTES * threads, *(SMOKE_SIZES if smoke else SIZES)})
+    sizes = SMOKE_SIZES if smoke else SIZES
+    tiles = TILE_BYTES[::6] if smoke else TILE_BYTES
 
-    def best(name: str, *arguments: int) -> float:
-        function = getattr(library, f"peaks_{name}")
-        function.restype = ctypes.c_double
-        function.argtypes = [ctypes.c_int, ctypes.c_size_t][: 1 + len(arguments)]
-        return max(function(threads, *arguments) for _ in range(BUFFERS))
+    def best(name: str, *arguments: int, threads: int = threads) -> float:
+        return max(_call(library, name, threads, *arguments) for _ in range(BUFFERS))
 
-    read, write, copy = (
-        tuple((size, best(f"{name}_gbs", size)) for size in sizes)
-        for name in ("read", "write", "copy")
-    )
+    def curve(name: str, threads: int = threads) -> Curve:
+        return tuple((size, best(f"{name}_gbs", size, threads=threads)) for size in sizes)
+
     return Peaks(
         isa=isa,
         threads=threads,
         vector_bytes=VECTOR_BYTES.get(isa, 16),
-        l1_size=int(output_of("getconf", "LEVEL1_DCACHE_SIZE") or 0) or L1_SIZE_UNKNOWN,
         fma_gflops=best("fma_gflops"),
         bf16_gflops=best("bf16_gflops"),
-        l1_read_gbs=dict(read)[L1_BYTES * threads],
-        l2_read_gbs=dict(read)[L2_BYTES * threads],
-        read_gbs=read,
-        write_gbs=write,
-        copy_gbs=copy,
+        gather_gbs=tuple(
+            (vectors, tuple((size, best("gather_gbs", vectors, size)) for size in tiles))
+            for vectors in TILE_VECTORS
+        ),
+        read_gbs=curve("read"),
+        write_gbs=curve("write"),
+        copy_gbs=curve("copy"),
+        one_read_gbs=curve("read", 1),
     )
+
+
+def product_ms(isa: str, threads: int, case: Case) -> float:
+    """A float32 forward with unstructured weights by a loop that does what the bound counts."""
+    library = _load(isa)
+    assert not isinstance(library, str), library
+    sizes = case.tokens, case.in_features, case.out_features, case.fan_in
+    turns = [vectors for vectors in TILE_VECTORS for _ in range(BUFFERS)]
+    return min(_call(library, "product_ms", threads, vectors, *sizes) for vectors in turns)
+
+
+def _call(library: ctypes.CDLL, name: str, threads: int, *sizes: int) -> float:
+    function = getattr(library, f"peaks_{name}")
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_int, *[ctypes.c_size_t] * len(sizes)]
+    result: float = function(threads, *sizes)
+    return result
 
 
 @functools.cache
@@ -209,3 +228,23 @@ def load(compiler: str, source: Path, *flags: str) -> ctypes.CDLL | str:
         if done.returncode == 0:
             return ctypes.CDLL(library)
     return (done.stderr.strip().splitlines() or ["no message"])[0]
+
+
+def main() -> None:
+    """Prints the bound of each goal, and what of it the loop reaches."""
+    isa, threads = cpu.isa(), torch.get_num_threads()
+    peaks = measure_peaks(isa, threads)
+    if isinstance(peaks, str):
+        refuse("python -m benchmarks.roofline", peaks)
+    lines = []
+    for case in cases.combine([cases.TOKENS], cases.LAYERS):
+        terms = peaks.bound_ms(count_work(case, "forward"), case.dtype)
+        time_ms = product_ms(isa, threads, case)
+        terms_ms = {term: number(ms) for term, ms in terms.items()}
+        reached = f"{max(terms.values()) / time_ms:.0%}"
+        lines.append({"forward": case, **terms_ms, "loop": number(time_ms), "reached": reached})
+    print(f"{isa}, {threads} threads, ms", table(lines), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from benchmarks import (
     tables,
     timing,
 )
-from sparse_kernels import backends
+from sparse_kernels import backends, cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -267,14 +267,13 @@ PEAKS = roofline.Peaks(
     isa="made up",
     threads=1,
     vector_bytes=64,
-    l1_size=5120,
     fma_gflops=100.0,
     bf16_gflops=50.0,
-    l1_read_gbs=200.0,
-    l2_read_gbs=100.0,
+    gather_gbs=((1, ((1000, 120.0), (10_000, 60.0))), (2, ((1000, 150.0), (5000, 90.0)))),
     read_gbs=((1000, 100.0), (100_000, 10.0), (10_000_000, 20.0)),
     write_gbs=((1000, 50.0), (100_000, 5.0), (10_000_000, 5.0)),
     copy_gbs=((1000, 60.0), (100_000, 8.0), (10_000_000, 8.0)),
+    one_read_gbs=((1000, 80.0),),
 )
 
 
@@ -289,32 +288,39 @@ def test_work_and_bound_by_hand() -> None:
     case = cases.Case(10, 40, 20, 8)
     # nnz = 160; X 1600 bytes, Y 800, values 640, 160 indices of 2 bytes.
     work = roofline.count_work(case, "forward")
-    assert work == roofline.Work(3200.0, 6400, 1600 + 640 + 320, 800, 1.0, True, 40)
+    assert work == roofline.Work(3200.0, 6400, 1600 + 640 + 320, 800, 1.0, 40)
     bound = PEAKS.bound_ms(work, "float32")
-    assert bound["compute"] == pytest.approx(3200 / 100e9 * 1e3)
-    # Tiles of 2, 4, 8 and 16 vectors: all of the 40 features fit the first level, half of them,
-    # a quarter, an eighth. A byte takes 1/200 ns from the first level and 1/100 from the second.
-    # 1 + 1/2 first-level reads are as long as 1/2 + 1/4 from it and 1/2 from the second.
-    bytes_ns = [(1 + 1 / 2) / 200, (1 / 2 + 1 / 4) / 200 + 1 / 2 / 100, 1 / 4 / 200 + 3 / 4 / 100]
-    assert bound["operands"] == pytest.approx(6400 * min(bytes_ns) * 1e-6)
+    # One thread reads 2560 bytes, then computes.
+    packed_ns = 2560 / 80
+    assert bound["compute"] == pytest.approx((packed_ns + 3200 / 100) * 1e-6)
+    # A tile of one vector has 2560 bytes, one of two 5120: 120 GB/s and 90.
+    assert bound["operands"] == pytest.approx((packed_ns + 6400 / 120) * 1e-6)
     # 3360 bytes: the fastest of read, write and copy moves 100 GB/s.
     assert bound["memory"] == pytest.approx(3360 / 100e9 * 1e3)
     assert max(bound.values()) == bound["operands"]
-    faster = replace(PEAKS, l1_read_gbs=2000.0, l2_read_gbs=1000.0)
-    bound = faster.bound_ms(work, "float32")
-    assert bound["operands"] == pytest.approx(6400 * min(bytes_ns) * 1e-7)
-    assert max(bound.values()) == bound["memory"]
+    # Two threads do all but the shared memory's part together.
+    two = replace(PEAKS, threads=2).bound_ms(work, "float32")
+    assert two["compute"] == pytest.approx((packed_ns / 2 + 3200 / 100) * 1e-6)
+    assert two["memory"] == bound["memory"]
     bf16 = replace(case, block=(4, 2), dtype="bfloat16")
     work = roofline.count_work(bf16, "grad_input")
     # 20 blocks, shared by the longer side 4; dY 400 bytes, values 320, dX 800.
-    assert work == roofline.Work(3200.0, 3200, 400 + 320 + 40, 800, 1 / 4, True, 20)
-    work = roofline.count_work(case, "grad_weight", used_in_features=30)
-    assert work == roofline.Work(3200.0, 6400, 800 + 1200 + 320, 640, 1.0, False, 20)
-    # 20 features of one vector fit the first level, and no weights are read.
+    assert work == roofline.Work(3200.0, 3200, 400 + 320 + 40, 800, 1 / 4, 20)
+    packed_ns = 760 / 80
+    # A tile of two vectors has 2560 bytes.
     bound = PEAKS.bound_ms(work, "float32")
-    assert bound["operands"] == pytest.approx(6400 / 200e9 * 1e3)
+    assert bound["operands"] == pytest.approx((packed_ns + 3200 / 4 / 150) * 1e-6)
+    work = roofline.count_work(case, "grad_weight", used_in_features=30)
+    assert work == roofline.Work(3200.0, 6400, 800 + 1200 + 320, 640, 1.0, 20)
     # bf16 may be widened: its bound uses the faster of the two multiply-adds.
-    assert PEAKS.bound_ms(work, "bfloat16")["compute"] == pytest.approx(3.2e-5)
+    packed_ns = 2320 / 80
+    assert PEAKS.bound_ms(work, "bfloat16")["compute"] == pytest.approx((packed_ns + 32) * 1e-6)
+
+
+def test_the_loop_of_the_bound_runs() -> None:
+    short, long = cases.Case(256, 64, 64, 8), cases.Case(256, 64, 1024, 8)
+    times = [roofline.product_ms(cpu.isa(), 1, case) for case in (short, long)]
+    assert 0 < 4 * times[0] < times[1]
 
 
 def test_candidates_take_turns_until_the_limit() -> None:

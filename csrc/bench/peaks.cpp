@@ -10,10 +10,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -127,11 +132,16 @@ inline double measure_bf16_gflops(int threads) {
 #endif
 }
 
-// Page-aligned memory that its own thread has touched first, so that it lies near that thread.
+// Memory in huge pages, if it is large, that its own thread has touched first, so that it lies near
+// that thread.
 class Buffers {
 public:
     Buffers(int threads, std::size_t bytes_each) : memory_(static_cast<std::size_t>(threads)) {
         for (auto& memory : memory_) memory.reset(new char[bytes_each + kAlign]);
+#if defined(__linux__)
+        // As the kernels' own memory.
+        for (int i = 0; i < threads; ++i) madvise(at(i), bytes_each, MADV_HUGEPAGE);
+#endif
         best_seconds(threads, 1, [&](int thread) { std::fill_n(at(thread), bytes_each, char{1}); });
     }
     char* at(int thread) const {
@@ -141,7 +151,7 @@ public:
     }
 
 private:
-    static constexpr std::size_t kAlign = 4096;
+    static constexpr std::size_t kAlign = std::size_t{2} << 20;
     std::vector<std::unique_ptr<char[]>> memory_;
 };
 
@@ -249,9 +259,111 @@ inline double measure_copy_gbs(int threads, std::size_t bytes) {
                     measure_copy_once<true>(threads, bytes));
 }
 
+// Rows of a tile, kVectors vectors each, as a product reads them: those of an output in order, at
+// random distances. Each is multiplied by a weight; the sums of an output are put to `y`.
+template <int kVectors, bool kWrites>
+__attribute__((noinline)) void multiply_tile(const Floats* tile,
+                                             const std::vector<std::int32_t>& rows,
+                                             std::size_t fan_in, const float* weight, Floats* y) {
+    for (auto row = rows.begin(); row != rows.end();) {
+        Floats acc[kVectors] = {};
+        for (const auto end = row + static_cast<std::ptrdiff_t>(fan_in); row != end;
+             ++row, ++weight) {
+            const Floats* const from = tile + *row * kVectors;
+            const Floats splat = *weight - Floats{};
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) acc[v] += splat * from[v];
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v, y += kWrites) {
+            kWrites ? stream_store(y, acc[v]) : keep(acc[v]);
+        }
+    }
+}
+
+struct ProductShape {
+    std::size_t features, outputs, fan_in;
+
+    std::vector<std::int32_t> rows() const {
+        std::vector<std::int32_t> out;
+        std::uint32_t state = 1;
+        while (out.size() < outputs * fan_in) {
+            for (std::size_t j = 0; j < fan_in; ++j) {
+                state = state * 1664525u + 1013904223u;
+                out.push_back(static_cast<std::int32_t>((state >> 8) % features));
+            }
+            std::sort(out.end() - static_cast<std::ptrdiff_t>(fan_in), out.end());
+        }
+        return out;
+    }
+};
+
+// GB/s of such rows from a tile that stays in a cache.
+template <int kVectors>
+double measure_gather_gbs(int threads, std::size_t tile_bytes) {
+    const ProductShape shape{tile_bytes / (kVectors * kVecBytes), 512, 32};
+    const auto rows = shape.rows();
+    const std::vector<float> weights(rows.size(), 0.5f);
+    const Buffers tiles(threads, tile_bytes);
+    const double bytes = static_cast<double>(rows.size() * kVectors * kVecBytes);
+    return measure_gbs(threads, rows.size() * kVectors * kVecBytes, bytes, [&](int thread) {
+        multiply_tile<kVectors, false>(reinterpret_cast<const Floats*>(tiles.at(thread)), rows,
+                                       shape.fan_in, weights.data(), nullptr);
+    });
+}
+
+// Milliseconds of a product with nothing in it but what its bound counts: tiles of X are copied,
+// multiplied, and the sums leave past the caches. X and Y lie as the tiles do: nothing is
+// transposed. Each thread has an equal share of the tokens.
+template <int kVectors>
+double measure_product_ms(int threads, std::size_t tokens, const ProductShape& shape) {
+    const std::size_t tiles = tokens / static_cast<std::size_t>(kVectors * kVecLanes * threads);
+    const std::size_t in_bytes = shape.features * kVectors * kVecBytes;
+    const std::size_t out_bytes = shape.outputs * kVectors * kVecBytes;
+    const Buffers x(threads, tiles * in_bytes), y(threads, tiles * out_bytes),
+        tile(threads, in_bytes);
+    const auto rows = shape.rows();
+    const std::vector<float> weights(rows.size(), 0.5f);
+    return 1e3 * best_seconds(threads, 7, [&](int thread) {
+               for (std::size_t t = 0; t < tiles; ++t) {
+                   std::memcpy(tile.at(thread), x.at(thread) + t * in_bytes, in_bytes);
+                   multiply_tile<kVectors, true>(
+                       reinterpret_cast<const Floats*>(tile.at(thread)), rows, shape.fan_in,
+                       weights.data(), reinterpret_cast<Floats*>(y.at(thread) + t * out_bytes));
+               }
+           });
+}
+
+// `measure` for tiles of so many vectors of tokens: 1, 2, 4 or 8.
+template <class Measure>
+double with_vectors(std::size_t vectors, const Measure& measure) {
+    switch (vectors) {
+        case 1:
+            return measure(std::integral_constant<int, 1>());
+        case 2:
+            return measure(std::integral_constant<int, 2>());
+        case 4:
+            return measure(std::integral_constant<int, 4>());
+        default:
+            return measure(std::integral_constant<int, 8>());
+    }
+}
+
 }  // namespace
 
 extern "C" {
+double peaks_gather_gbs(int threads, std::size_t vectors, std::size_t tile_bytes) {
+    threads = usable_threads(threads);
+    return with_vectors(vectors,
+                        [&](auto v) { return measure_gather_gbs<v>(threads, tile_bytes); });
+}
+double peaks_product_ms(int threads, std::size_t vectors, std::size_t tokens, std::size_t features,
+                        std::size_t outputs, std::size_t fan_in) {
+    threads = usable_threads(threads);
+    return with_vectors(vectors, [&](auto v) {
+        return measure_product_ms<v>(threads, tokens, {features, outputs, fan_in});
+    });
+}
 double peaks_fma_gflops(int threads) { return measure_fma_gflops(threads); }
 double peaks_bf16_gflops(int threads) { return measure_bf16_gflops(threads); }
 double peaks_read_gbs(int threads, std::size_t bytes) { return measure_read_gbs(threads, bytes); }

@@ -3,8 +3,8 @@
 // The magnitude's bit pattern is an integer that orders like the magnitude, so the k-th largest is
 // found by searching integers, 16 bits at a time from the top (a radix select): a row's leading
 // digits are few enough bytes for the first-level cache, where a step of the search counts how many
-// reach a middle. The few entries that share the threshold's digit go on to the next digit. The
-// number of steps is bounded by a key's bits, whatever the data.
+// reach a middle. The few entries that share the threshold's digit are sorted, or go on to the next
+// digit. The number of steps is bounded by a key's bits, whatever the data.
 #pragma once
 
 #include <algorithm>
@@ -62,6 +62,18 @@ inline int64_t padded_digits(int64_t count) {
 }
 
 inline int64_t count_reaching(const Digit* digits, int64_t padded, Digit threshold) {
+#if defined(__AVX512BW__)
+    const __m512i least = _mm512_set1_epi16(threshold);
+    int64_t count[4] = {};
+    for (int64_t i = 0; i < padded; i += kDigitStep) {
+        SK_UNROLL
+        for (int u = 0; u < 4; ++u) {
+            const __m512i chunk = _mm512_loadu_si512(digits + i + u * kDigitStep / 4);
+            count[u] += __builtin_popcount(_mm512_cmpge_epi16_mask(chunk, least));
+        }
+    }
+    return (count[0] + count[1]) + (count[2] + count[3]);
+#else
     // A lane must not count further than it can, all four vectors together.
     constexpr int64_t kAtOnce = std::numeric_limits<Digit>::max() / 4 * kDigitStep;
     int64_t sum = 0;
@@ -82,6 +94,7 @@ inline int64_t count_reaching(const Digit* digits, int64_t padded, Digit thresho
         sum += lanes;
     }
     return sum;
+#endif
 }
 
 // At least k digits reach `low` (low_count of them), fewer than k reach `high` (high_count).
@@ -101,56 +114,6 @@ struct Bracket {
     bool done(int64_t k) const { return low_count == k || high - low == 1; }
 };
 
-inline void bisect(const Digit* digits, int64_t padded, int64_t k, Bracket& bracket) {
-    while (!bracket.done(k)) {
-        const int middle = bracket.low + (bracket.high - bracket.low) / 2;
-        bracket.cut(middle, count_reaching(digits, padded, static_cast<Digit>(middle)), k);
-    }
-}
-
-// From this many digits on, one step in kSampleEvery is sampled for a first bracket.
-constexpr int64_t kSampleEvery = 16;
-constexpr int64_t kSampledCount = 4096;
-
-inline void narrow(const Digit* digits, Digit* sample, int64_t padded, int64_t count, int64_t k,
-                   Bracket& bracket) {
-    const auto reaching = [&](int threshold) {
-        return count_reaching(digits, padded, static_cast<Digit>(threshold));
-    };
-    int64_t sampled = 0;
-    for (int64_t i = 0; i + kDigitStep <= count; i += kSampleEvery * kDigitStep) {
-        std::copy(digits + i, digits + i + kDigitStep, sample + sampled);
-        sampled += kDigitStep;
-    }
-    // Three standard deviations of the sample's rank to either side.
-    const double share = static_cast<double>(k) / static_cast<double>(count);
-    const auto margin = static_cast<int64_t>(
-        3.0 * std::sqrt(static_cast<double>(sampled) * share * (1.0 - share)) + 1.0);
-    const auto rank = static_cast<int64_t>(share * static_cast<double>(sampled));
-    int top = bracket.high;
-    for (const int64_t near : {rank - margin, rank + margin}) {
-        if (near < 1 || near >= sampled) continue;
-        Bracket guess{bracket.low, top, sampled, 0};
-        bisect(sample, sampled, near, guess);
-        if (guess.low > bracket.low && guess.low < bracket.high && !bracket.done(k)) {
-            bracket.cut(guess.low, reaching(guess.low), k);
-            top = guess.low + 1;
-        }
-    }
-    // Inside the bracket the digits are spread evenly enough to aim; every third step halves, so
-    // that no data can make this long.
-    for (int step = 1; !bracket.done(k); ++step) {
-        const double aim = step % 3 == 0
-                               ? 0.5
-                               : static_cast<double>(bracket.low_count - k) /
-                                     static_cast<double>(bracket.low_count - bracket.high_count);
-        const int width = bracket.high - bracket.low;
-        const int ahead = static_cast<int>(std::lround(aim * width));
-        const int middle = bracket.low + std::clamp(ahead, 1, width - 1);
-        bracket.cut(middle, reaching(middle), k);
-    }
-}
-
 inline Digit largest(const Digit* digits, int64_t padded) {
     Digits most = Digits{} + kNoDigit;
     for (int64_t i = 0; i < padded; i += kDigitStep / 4) {
@@ -164,13 +127,30 @@ inline Digit largest(const Digit* digits, int64_t padded) {
 }
 
 // Finds the digit of the k-th largest of `count` digits, padded to a whole step, from `lowest` to
-// `highest`.
-inline Bracket search(const Digit* digits, Digit* sample, int64_t count, int64_t k, int lowest,
-                      int highest) {
+// `highest`. The closer it is to `guess`, the sooner: rows of a matrix are often alike.
+inline Bracket search(const Digit* digits, int64_t count, int64_t k, int lowest, int highest,
+                      int guess) {
     const int64_t padded = padded_digits(count);
     Bracket bracket{lowest, highest + 1, count, 0};
-    if (count >= kSampledCount && k < count) narrow(digits, sample, padded, count, k, bracket);
-    bisect(digits, padded, k, bracket);
+    const auto cut = [&](int middle) {
+        middle = std::clamp(middle, bracket.low + 1, bracket.high - 1);
+        bracket.cut(middle, count_reaching(digits, padded, static_cast<Digit>(middle)), k);
+    };
+    // Away from the guess in strides that double, until the digit is between two of them.
+    for (int stride = 4; !bracket.done(k); stride *= 2) {
+        const bool is_above = bracket.low > lowest, is_below = bracket.high <= highest;
+        if (is_above && is_below) break;
+        cut(is_above ? bracket.low + stride : is_below ? bracket.high - stride : guess);
+    }
+    // In between the digits are spread evenly enough to aim; every third step halves, so that no
+    // data can make this long.
+    for (int step = 1; !bracket.done(k); ++step) {
+        const double aim = step % 3 == 0
+                               ? 0.5
+                               : static_cast<double>(bracket.low_count - k) /
+                                     static_cast<double>(bracket.low_count - bracket.high_count);
+        cut(bracket.low + static_cast<int>(std::lround(aim * (bracket.high - bracket.low))));
+    }
     return bracket;
 }
 
@@ -201,7 +181,8 @@ struct Threshold {
 // Working memory of a thread, for rows of `cols`.
 template <class T>
 struct TopkBuffers {
-    Digit *digits, *sample;
+    Digit* digits;
+    int* guess;       // the leading digit of the last threshold
     int32_t* places;  // where the candidates are
     T* row;           // the row as it is selected from, if that is not the user's
     T* ordered;       // a copy of the row with one NaN
@@ -219,6 +200,26 @@ Digit leading_digits(const T* row, int64_t cols, const TopkBuffers<T>& buffers) 
     return largest(buffers.digits, padded);
 }
 
+// So few candidates are sorted.
+constexpr int64_t kFew = 16;
+
+// The threshold that `left` of the candidates reach.
+template <class T>
+Threshold<T> threshold_of_few(const T* row, int64_t candidates, int64_t left,
+                              const int32_t* places) {
+    Bits<T> sorted[kFew];
+    for (int64_t i = 0; i < candidates; ++i) {
+        const Bits<T> key = bits_of(row[places[i]]) & kMagnitude<T>;
+        int64_t at = i;
+        for (; at > 0 && sorted[at - 1] < key; --at) sorted[at] = sorted[at - 1];
+        sorted[at] = key;
+    }
+    const Bits<T> low = sorted[left - 1];
+    if (left == candidates || sorted[left] < low) return {low, low, 0};
+    const auto equal = std::find(sorted, sorted + left, low);
+    return {low, static_cast<Bits<T>>(low + 1), sorted + left - equal};
+}
+
 // The threshold of a row whose leading digits are in `buffers`.
 template <class T>
 Threshold<T> find_threshold(const T* row, int64_t cols, int64_t k, Digit highest,
@@ -227,7 +228,8 @@ Threshold<T> find_threshold(const T* row, int64_t cols, int64_t k, Digit highest
     int shift = kKeyBits<T> - 16;
     int64_t left = k;  // to be kept among the candidates, which share the prefix
     int64_t candidates = cols;
-    Bracket bracket = search(digits, buffers.sample, cols, k, 0, highest);
+    Bracket bracket = search(digits, cols, k, 0, highest, *buffers.guess);
+    *buffers.guess = bracket.low;
     auto prefix = static_cast<Bits<T>>(bracket.low);
     while (bracket.low_count != left && shift > 0) {
         left -= bracket.high_count;
@@ -242,6 +244,7 @@ Threshold<T> find_threshold(const T* row, int64_t cols, int64_t k, Digit highest
             }
             candidates = kept;
         }
+        if (candidates <= kFew) return threshold_of_few(row, candidates, left, buffers.places);
         // Digits of all 16 bits: turned so that they order as signed ones.
         shift -= 16;
         constexpr int kTurn = 0x8000;
@@ -250,8 +253,7 @@ Threshold<T> find_threshold(const T* row, int64_t cols, int64_t k, Digit highest
             digits[i] = static_cast<Digit>(digit - kTurn);
         }
         std::fill(digits + candidates, digits + padded_digits(candidates), kNoDigit);
-        bracket = search(digits, buffers.sample, candidates, left, kNoDigit,
-                         std::numeric_limits<Digit>::max());
+        bracket = search(digits, candidates, left, kNoDigit, std::numeric_limits<Digit>::max(), 0);
         prefix = static_cast<Bits<T>>((uint64_t{prefix} << 16) |
                                       static_cast<uint64_t>(bracket.low + kTurn));
     }
@@ -353,7 +355,6 @@ void abs_topk(const Matrix<const T>& x, T* y, const PackedRows<T>& packed, int64
     const int64_t padded = padded_digits(cols);
     Arena arena;
     const size_t digits_at = arena.reserve<Digit>(threads * padded);
-    const size_t sample_at = arena.reserve<Digit>(threads * padded);
     const size_t places_at = arena.reserve<int32_t>(threads * padded);
     const size_t row_at = arena.reserve<T>(threads * padded);
     const size_t ordered_at = arena.reserve<T>(threads * padded);
@@ -366,8 +367,8 @@ void abs_topk(const Matrix<const T>& x, T* y, const PackedRows<T>& packed, int64
         thread = omp_get_thread_num();
 #endif
         const int64_t mine = thread * padded;
-        const TopkBuffers<T> buffers{arena.at<Digit>(digits_at) + mine,
-                                     arena.at<Digit>(sample_at) + mine,
+        int guess = 0;
+        const TopkBuffers<T> buffers{arena.at<Digit>(digits_at) + mine, &guess,
                                      arena.at<int32_t>(places_at) + mine,
                                      arena.at<T>(row_at) + mine, arena.at<T>(ordered_at) + mine};
 #pragma omp for schedule(static)

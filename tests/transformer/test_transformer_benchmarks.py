@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, devices, inference, report, run, training
+import sparse_kernels as sk
+from benchmarks import baselines, devices, inference, parts, report, roofline, run, training
+from benchmarks.cases import Case as SizedCase
 from benchmarks.experiments import scaling
 from benchmarks.timing import Timing
 from benchmarks.transformer import measure, results
 from benchmarks.transformer.jobs import SMOKE_MODEL, VARIANTS, Case, Job, Training, make_model
 from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
 from benchmarks.transformer.results import PARTS
+from sparse_kernels import cpu
 from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
 from sparse_transformer import testing as check
@@ -339,3 +342,31 @@ def test_a_file_without_its_machine_is_refused(
             report.main(path)
         assert stopped.value.code == 2
         assert "rows.json does not say where it was measured" in capsys.readouterr().err
+
+
+def test_parts_of_a_step_are_its_kernels_and_add_up() -> None:
+    rows = parts.measure_case(tiny("sparse"), parts.Options(smoke=True), CPU)
+    calls = {row["part"]: row["calls"] for row in rows}
+    assert calls["attention"] == calls["attention_backward"] == TINY.n_layer
+    # The forward of a fan-out layer is the product that is a fan-in layer's grad_input.
+    assert calls["forward"] == calls["grad_weight"] == calls["grad_input"] == 4 * TINY.n_layer
+    assert calls["unembed forward"] == calls["token_losses_"] == 1
+    assert min(calls["rest"], calls["optimizer"]) > 0
+    assert all(row["time_ms"] > 0 and row["correct"] for row in rows)
+    step = float(parts.lines(rows).splitlines()[-1].split()[2])
+    assert step == pytest.approx(sum(row["time_ms"] for row in rows), rel=1e-3)
+
+
+def test_work_of_a_part_is_that_of_its_call() -> None:
+    x = torch.randn(3, 8)
+    y, bits = cpu.abs_topk_packed(x, 2)
+    work = parts.work_of("abs_topk_packed", (x, 2), (y, bits))
+    assert (work.read_bytes, work.write_bytes) == (x.nbytes, y.nbytes + bits.nbytes)
+    qkv = torch.randn(2, 5, 3, 4, 16)
+    q, k, v = qkv.unbind(2)
+    work = parts.work_of("attention", (q, k, v, None), cpu.attention(q, k, v, None))
+    assert work.flops == 2 * 2 * 4 * 15 * (2 * 16 + parts.EXP)
+    layout = sk.FanInLayout.random(6, 8, 2)
+    values = torch.randn(layout.values_shape)
+    work = parts.work_of("forward", (x, values, layout, None), None)
+    assert work == roofline.count_work(SizedCase(3, 8, 6, 2), "forward")
