@@ -102,6 +102,8 @@ struct Product {
     Shared pattern;
     bool scatters;
     Shared one_token;  // what a single token scatters over, if that is something else
+    Tensor indices;
+    uint64_t checksum;
     std::array<int64_t, 4> values_shape;
 
     int64_t in_features() const {
@@ -145,25 +147,40 @@ Tensor sddmm(const Pattern& pattern, const Tensor& grad_output, const Tensor& x)
     return out;
 }
 
-// The tensor if only its numbers matter: it is no subclass, nothing is pending (a sign, a gradient
-// to record), it has memory, and that is on the CPU. The names are looked up in PyTorch's own type.
-std::optional<Tensor> plain(py::handle object, bool recording) {
+uint64_t checksum(const Tensor& indices) {
+    return sk::checksum(indices.data<uint32_t>(), indices.count());
+}
+
+// Whether the tensors are alike and the first has this content; nothing if PyTorch must compare.
+std::optional<bool> has_content(const Tensor& indices, const Tensor& like, uint64_t sum) {
+    if (!indices.is_on_cpu() || !like.is_on_cpu() || !indices.is_contiguous()) return {};
+    return indices.type() == like.type() && indices.dims() == like.dims() &&
+           std::equal(like.sizes(), like.sizes() + like.dims(), indices.sizes()) &&
+           checksum(indices) == sum;
+}
+
+// The tensor if it is no subclass and has memory on the CPU.
+std::optional<Tensor> memory(py::handle object) {
     const py::handle type = py::type::handle_of(object);
     if (!type.is(sk::torch.tensor) && !type.is(sk::torch.parameter)) return {};
     try {
         Tensor tensor(py::reinterpret_borrow<py::object>(object));
-        if (!tensor.is_on_cpu() || !sk::has_kernels(tensor.type())) return {};
-        if (!tensor.data() && tensor.count() > 0) return {};
-        if (recording && object.attr(sk::torch.requires_grad).ptr() == Py_True) return {};
-        if (py::object is_neg = py::reinterpret_steal<py::object>(
-                PyObject_CallMethodNoArgs(object.ptr(), sk::torch.is_neg.ptr()));
-            is_neg.ptr() != Py_False) {
-            return {};
-        }
+        if (!tensor.is_on_cpu() || (!tensor.data() && tensor.count() > 0)) return {};
         return tensor;
     } catch (py::error_already_set&) {
         return {};
     }
+}
+
+// The same if only its numbers matter: neither a sign is pending nor a gradient to be recorded.
+std::optional<Tensor> plain(py::handle object, bool recording) {
+    auto tensor = memory(object);
+    if (!tensor || !sk::has_kernels(tensor->type())) return {};
+    if (recording && object.attr(sk::torch.requires_grad).ptr() == Py_True) return {};
+    const auto is_neg = py::reinterpret_steal<py::object>(
+        PyObject_CallMethodNoArgs(object.ptr(), sk::torch.is_neg.ptr()));
+    if (!is_neg) throw py::error_already_set();
+    return is_neg.ptr() == Py_False ? tensor : std::nullopt;
 }
 
 template <size_t kCount>
@@ -184,9 +201,14 @@ std::optional<sk::MatrixPointer> rows_of(const Tensor& x) {
     return sk::MatrixPointer{x.data(), row_stride, x.stride(last)};
 }
 
-// `spmm` if these are plain tensors that fit the product, else nothing.
+// `spmm` if these are plain tensors that fit the product, and unless other indices than the
+// layout's are given, else nothing.
 std::optional<Tensor> try_spmm(const Product& product, py::handle x, py::handle values,
-                               py::handle bias) {
+                               py::handle bias, py::handle indices) {
+    if (!indices.is_none()) {
+        const auto given = memory(indices);
+        if (!given || has_content(*given, product.indices, product.checksum) != true) return {};
+    }
     const bool recording = sk::torch.is_grad_enabled().ptr() == Py_True;
     const auto in = plain(x, recording), weights = plain(values, recording);
     const auto added = bias.is_none() ? Tensor() : plain(bias, recording);
@@ -341,18 +363,6 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets, const Tensor& 
     return losses;
 }
 
-uint64_t checksum(const Tensor& indices) {
-    return sk::checksum(indices.data<uint32_t>(), indices.count());
-}
-
-// Whether the tensors are alike and the first has this content; nothing if PyTorch must compare.
-std::optional<bool> has_content(const Tensor& indices, const Tensor& like, uint64_t sum) {
-    if (!indices.is_on_cpu() || !like.is_on_cpu() || !indices.is_contiguous()) return {};
-    return indices.type() == like.type() && indices.dims() == like.dims() &&
-           std::equal(like.sizes(), like.sizes() + like.dims(), indices.sizes()) &&
-           checksum(indices) == sum;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_sparse_kernels_cpu, module) {
@@ -379,7 +389,7 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         .def_static("columns", columns_of)
         .def("build_schedule", &Pattern::build_schedule);
     py::class_<Product>(module, "Product")
-        .def(py::init<Shared, bool, Shared, std::array<int64_t, 4>>());
+        .def(py::init<Shared, bool, Shared, Tensor, uint64_t, std::array<int64_t, 4>>());
 
     module.def("spmm", spmm);
     module.def("try_spmm", try_spmm);

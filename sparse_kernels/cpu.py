@@ -97,8 +97,8 @@ def _scheduled(layout: FanInLayout, lists: Orientation) -> _extension.Pattern:
 
 
 def _build_forward(layout: FanInLayout) -> _extension.Product:
-    rows = _scheduled(layout, "rows")
-    return _extension.Product(rows, False, None, layout.values_shape)
+    content = layout.indices, layout.checksum, layout.values_shape
+    return _extension.Product(_scheduled(layout, "rows"), False, None, *content)
 
 
 def _build_grad_input(layout: FanInLayout) -> _extension.Product:
@@ -110,29 +110,34 @@ def _build_grad_input(layout: FanInLayout) -> _extension.Product:
     random order.
     """
     block_out, block_in = layout.block
+    content = layout.indices, layout.checksum, layout.values_shape
     is_exact = int(layout.indices.flatten().bincount().max()) <= _LONGEST_SUM
     if is_exact and block_out % 4 == 0 and block_in % 4 != 0:
-        return _extension.Product(_scheduled(layout, "rows"), True, None, layout.values_shape)
+        return _extension.Product(_scheduled(layout, "rows"), True, None, *content)
     one_token = _lists(layout, "rows") if is_exact and layout.block == (1, 1) else None
-    columns = _scheduled(layout, "columns")
-    return _extension.Product(columns, False, one_token, layout.values_shape)
+    return _extension.Product(_scheduled(layout, "columns"), False, one_token, *content)
 
 
 _BUILD = {"cpu.forward": _build_forward, "cpu.grad_input": _build_grad_input}
 
 
 def try_spmm(
-    x: Tensor, values: Tensor, layout: FanInLayout, bias: Tensor | None, transpose: bool
+    x: Tensor,
+    values: Tensor | None,
+    layout: FanInLayout,
+    bias: Tensor | None,
+    transpose: bool,
+    indices: Tensor | None = None,
 ) -> Tensor | None:
     """`forward`, or `grad_input` if `transpose`, if nothing about the call is special, else None.
 
     It is None unless all arguments are plain contiguous CPU tensors that fit each other, x with any
-    strides and leading dimensions, and of none of them a gradient is to be recorded; and at the
-    first call with a layout. Checks everything in C++; the caller makes sure that no mode,
-    transform, tracer, profiler or autocast is active.
+    strides and leading dimensions, of which no gradient is to be recorded; if `indices` are given
+    and are not those of the layout; and at the first call with a layout. Checks everything in C++;
+    the caller makes sure that no mode, transform, tracer, profiler or autocast is active.
     """
     product = layout.cache.get("cpu.grad_input" if transpose else "cpu.forward")
-    return None if product is None else _extension.try_spmm(product, x, values, bias)
+    return None if product is None else _extension.try_spmm(product, x, values, bias, indices)
 
 
 def try_grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparse_kernels import backends, checks, ranks, reference
 from sparse_kernels.layout import FanInLayout, Pattern
-from sparse_kernels.matmul import linear
+from sparse_kernels.matmul import linear, try_linear
 
 _NO_PATTERN = -1  # what `indices` is filled with while a layer has no pattern
 _OVERWRITTEN = (
@@ -198,25 +198,27 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
         indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
+        transpose = self.fan_out is not None
+        if not (torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()):
+            # torch's lookup of a Parameter takes long beside a product of one token.
+            own, layout = self._parameters, self._layout
+            if "weight" in own and "bias" in own:  # neither parametrized nor pruned
+                weight, bias = own["weight"], own["bias"]
+                made = try_linear(x, weight, layout, bias, self.backend, transpose, indices)
+                if made is not None:
+                    return made
         if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
             # layers share a graph.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
-            return linear(x, self.weight, pattern, self.bias, self.backend, self.transpose)
+            return linear(x, self.weight, pattern, self.bias, self.backend, transpose)
         ranks.check_once(SparseLinear)
         layout = self._layout
         if layout is None or not indices.is_cpu or not layout.is_held_by(indices):
             layout = self.layout
         if not indices.is_cpu:
             torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
-        # torch's lookup of a Parameter takes long beside a product of one token.
-        own = self._parameters
-        if "weight" in own and "bias" in own:
-            weight, bias = own["weight"], own["bias"]
-        else:  # parametrized or pruned
-            weight, bias = self.weight, self.bias
-        transpose = self.fan_out is not None
-        return linear(x, weight, layout, bias, self.backend, transpose)  # type: ignore[arg-type]
+        return linear(x, self.weight, layout, self.bias, self.backend, transpose)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""

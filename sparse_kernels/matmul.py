@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from sparse_kernels import backends, checks, kept, ops
+from sparse_kernels import backends, checks, cpu, kept, ops
 from sparse_kernels.layout import FanInLayout, Layout, check_layout
 
 
@@ -183,6 +183,31 @@ def sparse_linear(
     return linear(x, values, layout, bias, backend, transpose)
 
 
+def try_linear(
+    x: Tensor,
+    values: Tensor | None,
+    layout: object,
+    bias: Tensor | None,
+    backend: str | None,
+    transpose: bool,
+    indices: Tensor | None = None,
+) -> Tensor | None:
+    """`sparse_linear` at once if nothing about the call is special, else None; see `cpu.try_spmm`.
+
+    The checks and the dispatcher of `linear` take longer than the product of one token. With
+    `indices` it is also None unless these are the layout's.
+    """
+    if (
+        (backend is None or backend == "cpu")
+        and isinstance(layout, FanInLayout)
+        and ops.is_idle()
+        and not torch._C._is_any_autocast_enabled()
+        and forward_ad._current_level < 0
+    ):
+        return cpu.try_spmm(x, values, layout, bias, transpose, indices)
+    return None
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -192,13 +217,11 @@ def linear(
     transpose: bool,
 ) -> Tensor:
     """`sparse_linear`; while tracing, `layout` may be a `Pattern`."""
-    autocasts = torch._C._is_any_autocast_enabled()
-    if backend in (None, "cpu") and not autocasts and forward_ad._current_level < 0:
-        done = ops.try_spmm(x, values, layout, bias, transpose)
-        if done is not None:
-            return done
+    made = try_linear(x, values, layout, bias, backend, transpose)
+    if made is not None:
+        return made
     checks.refuse_jit_trace()
-    if autocasts:
+    if torch._C._is_any_autocast_enabled():
         x, values = _autocast("x", x), _autocast("values", values)
         bias = None if bias is None else _autocast("bias", bias)
     checks.check_spmm(x, values, layout, bias, transpose)
@@ -207,7 +230,7 @@ def linear(
     if ops.is_differentiated(x, values, bias):
         with kept.saving(tokens):
             y: Tensor = ops.apply(Spmm, tokens, values, bias, layout, name, transpose)
-    else:  # a Function takes longer than the product of one token
+    else:
         y = ops.spmm(tokens, values, layout, bias, name, transpose)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 

