@@ -40,8 +40,9 @@ from sparse_transformer.errors import UserError
 # Circuits are pruned to this share of the target on the prompts for fitting, so that the interval
 # of the loss on others, by default of 12% either way, lies below the target.
 _FIT_SHARE = 0.87
-# Pruning starts from the nodes that reach this share of the target: more of them to choose from.
-_WIDE_SHARE = 0.8
+# Masks are trained for this share of that, and pruning starts from the nodes that reach another:
+# more of them to choose from.
+_MASK_SHARE, _WIDE_SHARE = 0.92, 0.8
 # Target losses of the size curve, beside the one that is asked for.
 CURVE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Sizes at which faithfulness is measured, as shares of all edges.
@@ -226,7 +227,13 @@ def _find(
     """Searches and prunes to the target, on the prompts for fitting."""
     with progress.part(0.0, _MASKS):
         candidates, complete = search(
-            task, target, budget, key=key, journal=journal, seed=seed, progress=progress
+            task,
+            _MASK_SHARE * target,
+            budget,
+            key=key,
+            journal=journal,
+            seed=seed,
+            progress=progress,
         )
     if "adversarial" in task.pruned_under:
         hardened = [_hardened(task, candidate, target, progress) for candidate in candidates]
