@@ -118,9 +118,6 @@ def _build_grad_input(layout: FanInLayout) -> _extension.Product:
     return _extension.Product(_scheduled(layout, "columns"), False, one_token, *content)
 
 
-_BUILD = {"cpu.forward": _build_forward, "cpu.grad_input": _build_grad_input}
-
-
 def try_spmm(
     x: Tensor,
     values: Tensor | None,

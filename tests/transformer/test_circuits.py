@@ -10,6 +10,7 @@ import torch
 from test_model import SMALL, batch, make
 
 from sparse_transformer import ModelConfig, Transformer, UserError, hooks
+from sparse_transformer.circuits import pipeline
 from sparse_transformer.circuits.ablation import keep_nodes, mask_nodes, remove_edges
 from sparse_transformer.circuits.budget import Budget, Progress
 from sparse_transformer.circuits.circuit import Ablated, Control, Validation
@@ -558,6 +559,27 @@ def test_a_circuit_pruned_under_the_mixture_withstands_the_adversary():
     assert found.validation.sufficient
     assert found.validation.robust
     assert task.size(found.subgraph) < len(task.edges.source) / 4
+
+
+@pytest.mark.parametrize("withstood_after", [0, 2, None])
+def test_pruning_is_repeated_with_each_adversary(task, monkeypatch, withstood_after):
+    """Each is a condition of the next time; where they do not end, nothing is pruned."""
+    known = []
+
+    def prune(asked, start, target, **options):
+        known.append(len(asked.adversaries))
+        return dataclasses.replace(start, keep=~start.keep)
+
+    def adversary(asked, subgraph, target):
+        return None if len(asked.adversaries) == withstood_after else subgraph.keep
+
+    monkeypatch.setattr(pipeline, "greedy_prune", prune)
+    monkeypatch.setattr(pipeline, "_adversary", adversary)
+    start = chosen(task, *PLANTED_NODES)
+    few = pipeline._pruned(task, start, 9.0, True, Progress())
+    ended = withstood_after is not None
+    assert torch.equal(few.keep, ~start.keep if ended else start.keep)
+    assert known == list(range(1 + withstood_after if ended else pipeline._HARDENINGS))
 
 
 def test_a_verdict_needs_the_whole_interval(task):
