@@ -131,8 +131,8 @@ class BuildExtension(build_ext):
             graph.rule("compile", "$cmd -MMD -MF $out.d -c $in -o $out", None, "$out.d", deps="gcc")
             graph.rule("link", f"{ninja.escape(shlex.join(link))} $in -o $out")
             for source, command in reversed(commands.items()):  # the longest first
-                extra = ["-O1", *HEADERS] if "bindings" in source else []
-                extra += [] if source.endswith(".cu") else words("CPPFLAGS", "CXXFLAGS")
+                extra = [] if source.endswith(".cu") else words("CPPFLAGS", "CXXFLAGS")
+                extra += HEADERS if "bindings" in source else []
                 cmd = {"cmd": ninja.escape(shlex.join(command + extra))}
                 graph.build(f"{source}.o", "compile", os.path.abspath(source), variables=cmd)
             graph.build(library, "link", [f"{source}.o" for source in commands])

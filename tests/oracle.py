@@ -73,7 +73,7 @@ def kept(dense: Tensor, layout: sk.FanInLayout) -> Tensor:
 
 
 def dense_product(
-    product: str, x: Tensor, grad_output: Tensor, weight: Tensor, bias: Tensor | None
+    product: str, x: Tensor, grad_output: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """One of the three products as a user writes it in dense PyTorch, in the dtype of its inputs.
 

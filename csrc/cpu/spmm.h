@@ -358,33 +358,26 @@ void copy_tokens(const Matrix<const T>& source, int64_t tokens, int64_t features
     }
 }
 
-// A few tokens: a dot product for each output, no tile.
+// Calls `run(first, last)` for each thread's share of `count`. One thread does without OpenMP,
+// whose barrier wakes the threads that do not exist by a call of the system.
+template <class Run>
+void share(int64_t count, int threads, const Run& run) {
+    if (threads == 1) return run(int64_t{0}, count);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int thread = 0; thread < threads; ++thread) {
+        run(count * thread / threads, count * (thread + 1) / threads);
+    }
+}
+
+// Rows first to last of the outputs, for all tokens, whose inputs are `in`.
 template <class T>
-void spmm_dots(const SpmmProblem<T>& problem) {
+void dot_blocks(const SpmmProblem<T>& problem, const Compute<T>* in, int64_t first, int64_t last) {
     using C = Compute<T>;
     const Lists& lists = problem.lists;
     const int64_t outputs = lists.rows * lists.out_block;
     const int64_t features = lists.cols * lists.in_block;
     const int64_t block_size = int64_t{lists.out_block} * lists.in_block;
-    Arena arena;
-    const size_t in_at = arena.reserve<C>(problem.tokens * features);
-    arena.allocate();
-    C* in = arena.at<C>(in_at);
-    copy_tokens(problem.in, problem.tokens, features, in);
-    if (block_size == 1) {
-        const int64_t parts = problem.threads;
-#pragma omp parallel for num_threads(problem.threads) schedule(static)
-        for (int64_t part = 0; part < parts; ++part) {
-            for (int64_t m = 0; m < problem.tokens; ++m) {
-                dot_rows<T>({lists, problem.values, in + m * features}, lists.rows * part / parts,
-                            lists.rows * (part + 1) / parts, problem.bias,
-                            problem.out + m * outputs);
-            }
-        }
-        return;
-    }
-#pragma omp parallel for num_threads(problem.threads) schedule(static)
-    for (int64_t r = 0; r < lists.rows; ++r) {
+    for (int64_t r = first; r < last; ++r) {
         const int64_t begin = lists.begin(r), end = lists.end(r);
         for (int64_t a = 0; a < lists.out_block; ++a) {
             const int64_t n = r * lists.out_block + a;
@@ -404,6 +397,26 @@ void spmm_dots(const SpmmProblem<T>& problem) {
             }
         }
     }
+}
+
+// A few tokens: a dot product for each output, no tile.
+template <class T>
+void spmm_dots(const SpmmProblem<T>& problem) {
+    using C = Compute<T>;
+    const Lists& lists = problem.lists;
+    const int64_t features = lists.cols * lists.in_block;
+    Arena arena;
+    const size_t in_at = arena.reserve<C>(problem.tokens * features);
+    arena.allocate();
+    C* in = arena.at<C>(in_at);
+    copy_tokens(problem.in, problem.tokens, features, in);
+    share(lists.rows, problem.threads, [&](int64_t first, int64_t last) {
+        if (lists.out_block * lists.in_block > 1) return dot_blocks(problem, in, first, last);
+        for (int64_t m = 0; m < problem.tokens; ++m) {
+            dot_rows<T>({lists, problem.values, in + m * features}, first, last, problem.bias,
+                        problem.out + m * lists.rows);
+        }
+    });
 }
 
 // The widest tile, of kVectors vectors or fewer, that fits its cache and still gives every thread

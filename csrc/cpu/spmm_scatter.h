@@ -247,20 +247,22 @@ void scatter_dots(const SpmmProblem<T>& problem) {
     const size_t out_at = arena.reserve<C>(problem.tokens * features);
     const size_t row_at = arena.reserve<C>(problem.tokens * size);
     arena.allocate();
-#pragma omp parallel for num_threads(problem.threads) schedule(static)
-    for (int64_t m = 0; m < problem.tokens; ++m) {
-        C* out = arena.at<C>(out_at) + m * features;
-        C* row = arena.at<C>(row_at) + m * size;
-        copy_bias(problem.bias, features, out);
-        if (size * width == 1) {
-            scatter_weights(problem, m, out);
-        } else {
-            scatter_blocks(problem, m, row, out);
+    const int threads = static_cast<int>(std::min<int64_t>(problem.threads, problem.tokens));
+    share(problem.tokens, threads, [&](int64_t first, int64_t last) {
+        for (int64_t m = first; m < last; ++m) {
+            C* out = arena.at<C>(out_at) + m * features;
+            C* row = arena.at<C>(row_at) + m * size;
+            copy_bias(problem.bias, features, out);
+            if (size * width == 1) {
+                scatter_weights(problem, m, out);
+            } else {
+                scatter_blocks(problem, m, row, out);
+            }
+            for (int64_t f = 0; f < features; ++f) {
+                problem.out[m * features + f] = from_compute<T>(out[f]);
+            }
         }
-        for (int64_t f = 0; f < features; ++f) {
-            problem.out[m * features + f] = from_compute<T>(out[f]);
-        }
-    }
+    });
 }
 
 template <class T>
