@@ -174,7 +174,7 @@ class Training(Job):
             with torch.autocast(self.device, DTYPES[case.dtype], enabled=case.dtype == "bfloat16"):
                 loss = self.model.loss(self.tokens, self.targets)
             loss.backward()
-        # The names of the ranges are parts: see benchmarks.transformer.measure.
+        # The names of the ranges are parts: see benchmarks.parts.
         with record_function("optimizer"):
             self.loss = float(loss.detach())
             normalize_gradients_(self._parameters, clip_only=False)

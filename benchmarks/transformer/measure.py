@@ -1,18 +1,11 @@
-"""Measures a group of cases: time, its parts, and peak memory.
-
-The parts of a step: every operator that torch's profiler sees at the top level belongs to one part
-by its name; what runs between them is "rest". `Training.step` names two ranges itself: "optimizer"
-and "topology".
-"""
+"""Measures a group of cases: time and peak memory."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -20,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.profiler import profile
 
 from benchmarks import baselines, report, timing
 from benchmarks.devices import Device
 from benchmarks.run import Options
-from benchmarks.timing import Candidate, Timing
+from benchmarks.timing import Timing
 from benchmarks.transformer.jobs import SMOKE_MODEL, Case, Group, Job, make_job
 from sparse_kernels import cpu
 from sparse_transformer import keep_freed_memory
@@ -34,20 +26,6 @@ from sparse_transformer.train.topology import TopologyConfig
 # Seconds of timing for a group. Its cases share them; those that are slow take turns until
 # the limit, each at least once.
 BUDGET_S, LIMIT_S, SMOKE_BUDGET_S = 30.0, 45.0, 0.01
-# Without this the profiler reports its start and its end on stderr.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-# The first part of which a word is in the lower-case name; in a backward, of the node's name. GELU
-# and the norms of the blocks belong to abs_topk where one kernel does both, else to the rest.
-_WORDS = {
-    "optimizer": ("optimizer",),
-    "topology": ("topology",),
-    "attention": ("attention",),
-    "abs_topk": ("topk", "scatter", "gather", "aten::abs"),
-    "linears": (
-        "spmm", "sparse_kernels::forward", "sparse_kernels::grad_input",
-        "sparse_kernels::schedule", "aten::linear", "mmbackward",
-    ),
-}  # fmt: skip
 
 
 def has_bf16_dense(options: Options) -> bool:
@@ -82,7 +60,7 @@ def measure_group(group: Group, options: Options, device: Device) -> list[dict[s
     timings = timing.interleave(calls, budget_s=budget_s, limit_s=LIMIT_S)
     return [
         describe(jobs[case], timings) | {"part": group.name, "peak_mb": peaks.get(case)}
-        for case in each("parts", group.cases)
+        for case in group.cases
     ]
 
 
@@ -105,12 +83,7 @@ def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
         return row
     step, rewiring = timings[f"step {case}"], timings.get(f"rewiring {case}")
     change_ms = rewiring.time_ms - 2 * step.time_ms if rewiring else 0.0
-    share_ms = change_ms / TopologyConfig.period
-    step_ms = step.time_ms + share_ms
-    # The parts are scaled to add up to the time without the profiler.
-    parts = measure_parts(job.calls["step"], job.device)
-    parts_ms = {part: step.time_ms * ms / sum(parts.values()) for part, ms in parts.items()}
-    parts_ms["topology"] += share_ms
+    step_ms = step.time_ms + change_ms / TopologyConfig.period
     return row | {
         "step_ms": step_ms,
         "tokens_per_s": 1e3 * job.tokens.numel() / step_ms,
@@ -119,33 +92,9 @@ def describe(job: Job, timings: Mapping[str, Timing]) -> dict[str, Any]:
         "period": TopologyConfig.period if rewiring else None,
         "spread_ms": step.spread_ms,
         "samples": step.samples,
-        "parts_ms": parts_ms,
         "loss": job.loss,
         **job.state_mb(),
     }
-
-
-def part_of(operator: str) -> str:
-    """The part that an operator of the profiler belongs to."""
-    name = operator.lower()
-    found = (part for part, words in _WORDS.items() if any(word in name for word in words))
-    return next(found, "rest")
-
-
-def measure_parts(call: Candidate, device: str) -> dict[str, float]:
-    """Milliseconds of each part of one call, the profiler's own cost included."""
-    on_gpu = device != "cpu"
-    with profile(use_kineto=on_gpu, use_device="cuda" if on_gpu else None) as profiled:
-        start = time.perf_counter()
-        call()
-        whole_ms = 1e3 * (time.perf_counter() - start)
-    parts = dict.fromkeys([*_WORDS, "rest"], 0.0)
-    for event in profiled.function_events or ():
-        if event.cpu_parent is None:
-            time_us = event.device_time_total if on_gpu else event.cpu_time_total
-            parts[part_of(event.name)] += time_us / 1e3
-    parts["rest"] = max(0.0, whole_ms - sum(parts.values()) + parts["rest"])
-    return parts
 
 
 def measure_peak_mb(case: Case, device: str) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from benchmarks import report
 from benchmarks.report import Row, compare, number
 
-PARTS = ("linears", "abs_topk", "attention", "rest", "optimizer", "topology")
 _CALLS = {
     "train": "A training step",
     "prefill": "A prompt of {tokens} tokens",
@@ -18,7 +17,7 @@ _DISTURBED = 0.2
 
 
 def lines(rows: Sequence[Row], style: report.Style = "terminal") -> str:
-    """A line for each row: the step, its parts in milliseconds, its memory."""
+    """A line for each row: the step and its memory."""
     made = []
     for row in rows:
         line = {name: row[name] for name in ("phase", "variant", "dtype", "d_model")}
@@ -30,7 +29,6 @@ def lines(rows: Sequence[Row], style: report.Style = "terminal") -> str:
             line |= {"tokens/s": f"{row['tokens_per_s']:.0f}"}
             line |= {"sparse is faster by": report.ratio(faster)}
             line |= {"rewiring": number(row["rewiring_ms"])}
-            line |= {part: number(row["parts_ms"].get(part)) for part in PARTS}
             line |= {"peak MB": number(row["peak_mb"])}
             line |= {"state MB": f"{row['state_mb']:.1f} + {row['bigram_mb']:.0f}"}
         made.append(line)

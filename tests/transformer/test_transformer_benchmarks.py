@@ -21,18 +21,16 @@ from benchmarks.experiments import scaling
 from benchmarks.timing import Timing
 from benchmarks.transformer import measure, results
 from benchmarks.transformer.jobs import SMOKE_MODEL, VARIANTS, Case, Job, Training, make_model
-from benchmarks.transformer.measure import measure_parts, measure_peak_mb, part_of
-from benchmarks.transformer.results import PARTS
+from benchmarks.transformer.measure import measure_peak_mb
 from sparse_kernels import cpu
-from sparse_kernels.matmul import Spmm
 from sparse_transformer import ModelConfig
 from sparse_transformer import testing as check
 
 CPU = devices.Device()
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = (
-    "variant", "d_model", "n_layer", "density", "tokens", "step_ms", "tokens_per_s", "parts_ms",
-    "peak_mb", "state_mb", "phase", "dtype", "spread_ms", "samples", "bigram_mb",
+    "variant", "d_model", "n_layer", "density", "tokens", "step_ms", "tokens_per_s", "peak_mb",
+    "state_mb", "phase", "dtype", "spread_ms", "samples", "bigram_mb",
 )  # fmt: skip
 TINY = ModelConfig(
     d_model=32, n_layer=1, density=1 / 4, embedding_density=1 / 4, context=16, vocab_size=64,
@@ -71,12 +69,6 @@ def check_row(row: dict[str, Any]) -> None:
     assert row["correct"]
     assert row["step_ms"] > 0
     assert row["tokens_per_s"] == pytest.approx(1e3 * row["tokens"] / row["step_ms"])
-    assert set(row["parts_ms"]) == set(PARTS)
-    assert sum(row["parts_ms"].values()) == pytest.approx(row["step_ms"])
-    for part in ("linears", "attention"):
-        assert row["parts_ms"][part] > 0
-    # A plain model has none; the others must not lose it to the rest.
-    assert (row["parts_ms"]["abs_topk"] > 0) == (row["variant"] != "dense")
 
 
 def check_training_row(row: dict[str, Any]) -> None:
@@ -230,35 +222,6 @@ def test_check_sees_a_wrong_gradient() -> None:
     assert check.check(make_model(tiny("sparse"), "cpu")).failure is None
 
 
-@pytest.mark.parametrize("variant", ["sparse", "masked_dense", "masked_dense_kernel", "dense"])
-def test_parts_are_found_and_change_no_result(variant: str) -> None:
-    plain, split = (Training(tiny(variant), "cpu") for _ in range(2))
-    for _ in range(3):
-        plain.step()
-        parts = measure_parts(split.step, "cpu")
-    assert plain.loss is not None
-    assert plain.loss == split.loss
-    assert math.isfinite(plain.loss)
-    assert set(parts) == set(PARTS)
-    assert all(ms >= 0 for ms in parts.values())
-    wanted = ["linears", "attention", "optimizer", *(["abs_topk"] if variant != "dense" else [])]
-    assert all(parts[part] > 0 for part in wanted)
-    assert variant != "dense" or parts["abs_topk"] == 0
-
-
-def test_operators_of_forward_and_backward_have_one_part() -> None:
-    node = "autograd::engine::evaluate_function: "
-    for part, names in {
-        "linears": (Spmm.__name__, f"{node}{Spmm.__name__}Backward", "aten::linear",
-                    f"{node}MmBackward0", f"{node}AddmmBackward0", "sparse_kernels::grad_input"),
-        "abs_topk": ("GeluAbsTopk", f"{node}NormAbsTopkBackward", "aten::topk", "aten::scatter_"),
-        "attention": ("CausalAttention", "sparse_kernels::attention"),
-        "rest": ("Embed", "CrossEntropy", "aten::gelu", "aten::embedding"),
-        "topology": ("topology",), "optimizer": ("optimizer",),
-    }.items():  # fmt: skip
-        assert {part_of(name) for name in names} == {part}
-
-
 def test_state_by_hand() -> None:
     one = Training(tiny("sparse"), "cpu")
     one.rewire()
@@ -328,8 +291,6 @@ def test_a_step_has_its_share_of_the_rewiring() -> None:
     made = measure.describe(job, timings)
     assert made["rewiring_ms"] == 20.0
     assert made["step_ms"] == pytest.approx(10.0 + 10.0 / 20)
-    assert sum(made["parts_ms"].values()) == pytest.approx(made["step_ms"])
-    assert made["parts_ms"]["topology"] > 10.0 / 20
 
 
 def test_a_file_without_its_machine_is_refused(
