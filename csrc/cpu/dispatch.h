@@ -164,5 +164,7 @@ std::vector<std::string> usable_isas();
 size_t default_isa();
 // Throws std::out_of_range for a number that is no place in usable_isas().
 const KernelTable& table_for(size_t isa);
+// A packed tile of inputs stays below this, to leave room for the rest in a second-level cache.
+int64_t tile_bytes();
 
 }  // namespace sk

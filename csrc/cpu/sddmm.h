@@ -593,7 +593,7 @@ void sddmm_fitting(const SddmmProblem<T>& problem) {
         const int64_t features =
             std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
         const int64_t bytes = features * K::kTokens * int64_t{sizeof(typename K::Element)};
-        if (bytes > kTileBytes || 2 * problem.tokens <= K::kTokens) {
+        if (bytes > tile_bytes() || 2 * problem.tokens <= K::kTokens) {
             return sddmm_fitting<Kernel, kVectors / 2>(problem);
         }
     }

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "dispatch.h"
 #include "scratch.h"
 #include "tile_bf16.h"
 
@@ -18,8 +19,6 @@ inline int shared_outputs(int out_block) {
 // Outputs that are collected feature-major before they leave: as many as fit here, so that each
 // token then gets several neighbouring lines at once.
 constexpr int64_t kChunkBytes = 32 << 10;
-// A packed tile of inputs stays below this, to leave room for the rest in a second-level cache.
-constexpr int64_t kTileBytes = int64_t{5} << 17;
 // Up to this many tokens a row is a dot product per token; beyond, tokens fill vectors.
 constexpr int64_t kDotTokens = 1;
 // The same for blocks of one weight.
@@ -430,7 +429,7 @@ void spmm_fitting(const SpmmProblem<T>& problem) {
             std::min(problem.schedule.panel_features, problem.lists.cols * problem.lists.in_block);
         const int64_t bytes =
             features * TileOf::kTokens * int64_t{sizeof(typename TileOf::Element)};
-        if (bytes > kTileBytes ||
+        if (bytes > tile_bytes() ||
             problem.tokens <= TileOf::kTokens / 2 * (2 * problem.threads - 1)) {
             return spmm_fitting<T, kVectors / 2, kShared>(problem);
         }
