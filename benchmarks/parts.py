@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
             is_last = layout and (layout.out_features, layout.in_features) == self.unembedding
             product = name.removeprefix("try_")
             if product == "spmm":
-                product = "grad_input" if arguments[-1] else "forward"
+                product = "grad_input" if arguments[4] else "forward"
             part = f"unembed {product}" if is_last else product
             self.seconds[part] += seconds
             self.seconds[self.section] -= seconds

@@ -1,6 +1,9 @@
 """Causal attention with sinks: every instruction set against the formula in float64."""
 
 import dataclasses
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -293,3 +296,20 @@ def test_gpus_are_told_where_to_find_theirs():
         backends.choose(problem)
     for name in ("triton", "cuda"):
         assert backends.why_not(name, problem)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    ["attend_one|attention_of_one", "attend_head|attention", "attend_head_backward|attention_back"],
+)
+def test_the_next_head_is_read_ahead(functions):
+    """GCC leaves out calls of a function that only prefetches, unless it is inlined."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump, which comes with the compiler, is not there")
+    command = [objdump, "-dC", "--no-show-raw-insn", cpu._extension.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [part for part in code.split("\n\n") if re.search(rf"::({functions})<.*>:\n", part)]
+    if not found:
+        pytest.skip("the extension has no symbols")
+    assert any(re.search(r"\s(prefetch|prfm)", part) for part in found)

@@ -107,7 +107,9 @@ public:
         head_ = (head + 1) % s.heads;
         exists_ = batch_ < s.batch;
     }
-    void prefetch(const Heads<const T>& heads, int64_t begin, int64_t end) const {
+    // Inlined always: GCC leaves out calls of a function that does nothing but this.
+    __attribute__((always_inline)) void prefetch(const Heads<const T>& heads, int64_t begin,
+                                                 int64_t end) const {
         if (!exists_) return;
         for (int64_t t = begin; t < end; ++t) __builtin_prefetch(heads.row(batch_, t, head_));
     }
@@ -316,12 +318,15 @@ void attend_head(const AttentionShape& s, const C* q, const C* turned, const C* 
 
 // A head's only query, straight from the user's keys and values, whose rows are whole vectors.
 template <class T, class C = Compute<T>>
-C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C* scores, C* y) {
+C attend_one(const AttentionProblem<T>& problem, int64_t number, C* scores, C* y) {
     constexpr int kN = kLanes<C>;
     const AttentionShape& s = problem.shape;
+    const int64_t batch = number / s.heads, head = number % s.heads;
+    const NextHead<T> next(s, number);
     const C scale = C(1) / std::sqrt(static_cast<C>(s.channels));
     const T* const q = problem.q.row(batch, 0, head);
     for (int64_t t = 0; t < s.keys; t += kN) {
+        next.prefetch(problem.k, t, std::min(t + kN, s.keys));
         const T* rows[kN];  // past the end, the last one again
         for (int i = 0; i < kN; ++i)
             rows[i] = problem.k.row(batch, std::min(t + i, s.keys - 1), head);
@@ -340,6 +345,7 @@ C attend_one(const AttentionProblem<T>& problem, int64_t batch, int64_t head, C*
         Vec<C> acc[4] = {};
         int64_t t = 0;
         for (; t + 4 <= s.keys; t += 4) {
+            next.prefetch(problem.v, t, t + 4);
             SK_UNROLL
             for (int i = 0; i < 4; ++i) {
                 acc[i] += load_user(problem.v.row(batch, t + i, head) + c) * scores[t + i];
@@ -371,10 +377,9 @@ void attention_of_one(const AttentionProblem<T>& problem, int threads) {
         C* const y = scores + padded;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < all; ++n) {
-            const int64_t batch = n / s.heads, head = n % s.heads;
-            const C lse = attend_one(problem, batch, head, scores, y);
+            const C lse = attend_one(problem, n, scores, y);
             if (problem.lse) problem.lse[n] = lse;
-            unpack_head(y, C(1), 1, s.channels, out, batch, head);
+            unpack_head(y, C(1), 1, s.channels, out, n / s.heads, n % s.heads);
         }
         stream_fence();
     }
