@@ -300,7 +300,11 @@ def test_gpus_are_told_where_to_find_theirs():
 
 @pytest.mark.parametrize(
     "functions",
-    ["attend_one|attention_of_one", "attend_head|attention", "attend_head_backward|attention_back"],
+    [
+        "attend_one|attention_of_one",
+        "attend_head|attention",
+        "attend_head_backward|attention_backward",
+    ],
 )
 def test_the_next_head_is_read_ahead(functions):
     """GCC leaves out calls of a function that only prefetches, unless it is inlined."""

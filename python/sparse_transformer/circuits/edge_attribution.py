@@ -14,13 +14,7 @@ from sparse_transformer.circuits.ablation import (
     sigmoid_slope,
 )
 from sparse_transformer.circuits.forward import Skipped
-from sparse_transformer.circuits.objective import (
-    Condition,
-    Subgraph,
-    TaskLoss,
-    by_position,
-    logit_diff,
-)
+from sparse_transformer.circuits.objective import Subgraph, TaskLoss, by_position, logit_diff
 
 
 def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False) -> Tensor:
@@ -31,12 +25,11 @@ def node_effects(task: TaskLoss, subgraph: Subgraph, *, everywhere: bool = False
             no v; otherwise they have 0.
     """
     mask = _mask(subgraph).requires_grad_(True)
-    conditions = list(task.conditions(subgraph))
-    for condition in conditions:
-        _backward(task, subgraph, mask, condition, everywhere)
+    for ablation in task.pruned_under:
+        _backward(task, subgraph, mask, ablation, everywhere)
     if mask.grad is None:
         return torch.zeros_like(mask)
-    return -mask.grad / (sigmoid_slope(torch.ones_like(mask), 1.0) * len(conditions))
+    return -mask.grad / (sigmoid_slope(torch.ones_like(mask), 1.0) * len(task.pruned_under))
 
 
 def edge_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
@@ -67,9 +60,7 @@ def edge_effects(task: TaskLoss, subgraph: Subgraph) -> Tensor:
         with ExitStack() as stack:
             for name, module in zip(names, modules, strict=True):
                 stack.enter_context(module.register_forward_hook(watch(name)))
-            for condition in task.conditions(subgraph):
-                if condition.ablation == "mean":
-                    _backward(task, subgraph, _mask(subgraph), condition)
+            _backward(task, subgraph, _mask(subgraph), "mean")
         found = []
         for matrix, weight in zip(task.edges.matrices, weights, strict=True):
             if weight.grad is None:
@@ -92,21 +83,22 @@ def _mask(subgraph: Subgraph) -> Tensor:
 
 
 def _backward(
-    task: TaskLoss, subgraph: Subgraph, mask: Tensor, condition: Condition, everywhere: bool = False
+    task: TaskLoss, subgraph: Subgraph, mask: Tensor, ablation: str, everywhere: bool = False
 ) -> None:
-    """Gradients of the calibrated loss on the prompts for fitting, in what is allowed."""
-    kept, ablation = condition.part.keep, condition.ablation
-    live = kept & ~subgraph.keep if condition.part is not subgraph else None
-    for batch, calibration in task.fit_batches(condition.part, ablation):
+    """Gradients of the calibrated loss on the prompts for fitting."""
+    live = task.with_random_rest(subgraph, 0).keep if ablation == "random" else None
+    kept = subgraph.keep if live is None else live
+    for batch, calibration in task.fit_batches(subgraph):
         rest = task.baseline(batch, ablation)
         skipped = Skipped() if everywhere else Skipped.without(task.nodes, kept, rest)
         if len(skipped.writes) == 2 * task.model.config.n_layer:
             return  # nothing has an effect
         with (
             remove_edges(task.model, task.edges, subgraph.removed, rest),
-            mask_nodes(task.model, mask, rest, live=live),
+            mask_nodes(
+                task.model, mask, rest, live=None if live is None else live & ~subgraph.keep
+            ),
         ):
             diffs = logit_diff(task.model, batch, skipped, shared=not by_position(rest))
             diffs = calibration.apply(diffs, batch.positive)
-            loss = torch.nn.functional.softplus(-diffs).sum() / (2 * len(task.fit))
-            (loss / condition.allowed).backward()
+            (torch.nn.functional.softplus(-diffs).sum() / (2 * len(task.fit))).backward()

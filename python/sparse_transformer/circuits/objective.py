@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -54,20 +53,6 @@ class Subgraph:
 
     keep: Tensor
     removed: Tensor | None = None
-
-
-class Condition(NamedTuple):
-    """What a part must withstand.
-
-    Attributes:
-        part: it with those nodes of the rest that are not ablated.
-        ablation: of `ABLATIONS`, what all others have.
-        allowed: the loss that it may have, in targets.
-    """
-
-    part: Subgraph
-    ablation: str
-    allowed: float
 
 
 @dataclass(frozen=True)
@@ -218,43 +203,30 @@ class TaskLoss:
         """Loss and accuracy, not calibrated."""
         return score(*self.logit_diffs(pairs, subgraph))
 
-    def conditions(self, subgraph: Subgraph) -> Iterator[Condition]:
-        """Those of `pruned_under`, the newest adversary first."""
-        if "adversarial" in self.pruned_under:
-            for live in reversed(self.adversaries):
-                part = replace(subgraph, keep=subgraph.keep | live)
-                yield Condition(part, "mean", ROBUST_FACTOR)
-        for ablation in self.pruned_under:
-            if ablation == "random":
-                yield Condition(self.with_random_rest(subgraph, 0), "mean", ROBUST_FACTOR)
-            elif ablation != "adversarial":
-                yield Condition(subgraph, ablation, 1.0 if ablation == "mean" else ROBUST_FACTOR)
-
-    def calibrated_loss(
-        self, subgraph: Subgraph, pairs: Sequence[Pair] | None = None, limit: float = math.inf
-    ) -> float:
+    def calibrated_loss(self, subgraph: Subgraph, pairs: Sequence[Pair] | None = None) -> float:
         """Loss on `pairs`, by default those for fitting, after calibration on them.
 
-        It is the largest of those under the `conditions`, each in what is allowed there, or the
-        first that is above `limit`.
+        It is the largest of those under the ablations of `pruned_under`, each but the mean divided
+        by `ROBUST_FACTOR`.
         """
-        highest = 0.0
-        for part, ablation, allowed in self.conditions(subgraph):
-            found = self.logit_diffs(self.fit if pairs is None else pairs, part, ablation)
-            highest = max(highest, score(*found, calibrate(*found)).loss / allowed)
-            if highest > limit:
-                break
-        return highest
+        losses = []
+        for ablation in self.pruned_under:
+            parts, allowed = [subgraph], 1.0 if ablation == "mean" else ROBUST_FACTOR
+            if ablation == "adversarial":
+                parts = [replace(subgraph, keep=subgraph.keep | live) for live in self.adversaries]
+                ablation = "mean"
+            for part in parts:
+                found = self.logit_diffs(self.fit if pairs is None else pairs, part, ablation)
+                losses.append(score(*found, calibrate(*found)).loss / allowed)
+        return max(losses)
 
     def probe(self) -> list[Pair]:
         """A few of the prompts for fitting, for what is measured very often."""
         return sorted(self.fit, key=lambda pair: pair.length)[::_PROBE_STRIDE]
 
-    def fit_batches(
-        self, subgraph: Subgraph, ablation: str = "mean"
-    ) -> Iterator[tuple[Batch, Calibration]]:
+    def fit_batches(self, subgraph: Subgraph) -> Iterator[tuple[Batch, Calibration]]:
         """The prompts for fitting, batch by batch, and the calibration of `subgraph` on them."""
-        calibration = calibrate(*self.logit_diffs(self.fit, subgraph, ablation))
+        calibration = calibrate(*self.logit_diffs(self.fit, subgraph))
         for numbers in by_length(self.fit, _MOST_TOKENS):
             yield collate([self.fit[number] for number in numbers], self.pad), calibration
 

@@ -189,10 +189,9 @@ def greedy_prune(
     target: float,
     *,
     edges: bool = True,
-    least: int = 0,
     progress: Progress | None = None,
 ) -> Subgraph:
-    """Removes nodes and edges until nothing can go, `least` edges are left, or the time is over.
+    """Removes nodes and edges until nothing can go or the time is over.
 
     While there are many, those go together that seem cheapest by gradients. Then each is tried by
     itself, and one after another goes that raises the loss least for each edge that goes with it.
@@ -210,10 +209,10 @@ def greedy_prune(
         before = None
         while (size := size_of(task, subgraph)) != before and progress.left >= 0:
             if size.nodes + edges * size.edges <= _MOST_TRIED:
-                return _by_cost(task, subgraph, target, edges, least, progress)
+                return _by_cost(task, subgraph, target, edges, progress)
             before = size
             for kind in (_Nodes, _Edges) if edges else (_Nodes,):
-                subgraph = _many(kind(task, subgraph), share * target, least, progress)
+                subgraph = _many(kind(task, subgraph), share * target, progress)
             progress.advance(0.0, nodes=size.nodes, edges=size.edges)
     return subgraph
 
@@ -255,9 +254,9 @@ class _Edges(_Nodes):
         return on_paths(self.task, replace(self.subgraph, removed=removed))
 
 
-def _many(candidates: _Nodes, target: float, least: int, progress: Progress) -> Subgraph:
+def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
     """Without as many of the candidates that seem cheapest as the target allows together."""
-    task, left = candidates.task, candidates.left()
+    left = candidates.left()
     ordered = left[candidates.effects()[left].argsort(stable=True)]
     best, low, high = candidates.subgraph, 0, len(ordered) + 1
     # Bisection, though the loss need not rise: each result that counts has been measured.
@@ -265,7 +264,7 @@ def _many(candidates: _Nodes, target: float, least: int, progress: Progress) -> 
         # Large steps fail more often than not.
         middle = low + max(1, (high - low) // 3)
         smaller = candidates.without(ordered[:middle])
-        if task.size(smaller) >= least and _fits(task, smaller, target):
+        if _fits(candidates.task, smaller, target):
             best, low = smaller, middle
         else:
             high = middle
@@ -273,7 +272,7 @@ def _many(candidates: _Nodes, target: float, least: int, progress: Progress) -> 
 
 
 def _by_cost(
-    task: TaskLoss, subgraph: Subgraph, target: float, edges: bool, least: int, progress: Progress
+    task: TaskLoss, subgraph: Subgraph, target: float, edges: bool, progress: Progress
 ) -> Subgraph:
     """Without one node or edge after another, that of the least cost first.
 
@@ -301,7 +300,7 @@ def _by_cost(
     heapq.heapify(queue)
     removed = 0
     fresh: dict[tuple[int, int], tuple[Subgraph, float]] = {}
-    while queue and size > least and progress.left >= 0:
+    while queue and progress.left >= 0:
         _, measured, place, number = heapq.heappop(queue)
         kind = kinds[place]
         if not bool((kind(task, subgraph).left() == number).any()):
@@ -313,7 +312,7 @@ def _by_cost(
                 heapq.heappush(queue, (cost, removed, place, number))
             continue
         smaller, loss = fresh[place, number]
-        if task.calibrated_loss(smaller, limit=target) > target:
+        if task.calibrated_loss(smaller) > target:
             continue
         subgraph, now, size = smaller, loss, task.size(smaller)
         removed, fresh = removed + 1, {}
@@ -323,7 +322,6 @@ def _by_cost(
 
 def _fits(task: TaskLoss, subgraph: Subgraph, target: float) -> bool:
     """Whether it reaches the target; what is far from it on the probe is not tried on all."""
-    hopeless = _HOPELESS * target
-    if task.calibrated_loss(subgraph, task.probe(), hopeless) > hopeless:
+    if task.calibrated_loss(subgraph, task.probe()) > _HOPELESS * target:
         return False
-    return task.calibrated_loss(subgraph, limit=target) <= target
+    return task.calibrated_loss(subgraph) <= target
