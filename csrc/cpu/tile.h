@@ -9,12 +9,21 @@
 namespace sk {
 namespace {
 
-// So many rows are read at once that the processor's own prefetchers lose track. (May run past the
-// end: a prefetch cannot fault.)
+// How far from the square at feature f that is which will be packed a little later: so many rows
+// are read at once that the processor's own prefetchers lose track.
 template <class T>
-inline void prefetch_ahead(const T* from) {
-    constexpr int64_t kBytes = 512;
-    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + kBytes));
+inline int64_t later(int64_t f, int64_t features, int64_t next_rows) {
+    constexpr int64_t kAhead = 1024 / sizeof(T);
+    return f + kAhead < features ? kAhead : next_rows + kAhead - features;
+}
+
+// Into the second-level cache: in the first, rows that are a power of two apart evict each other.
+// (May lie past the end: a prefetch cannot fault.)
+template <class T>
+inline void prefetch(const T* from, int64_t ahead) {
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) +
+                                                     static_cast<uintptr_t>(ahead) * sizeof(T)),
+                       0, 2);
 }
 
 // A square of some tokens' rows, with zeros for those that do not exist, so that the last tokens
@@ -28,9 +37,9 @@ struct PaddedRows {
     }
 };
 
-// As many tokens as features, kLanes.
+// As many tokens as features, kLanes; asks for what is `ahead`.
 template <class T, int64_t kTile>
-inline __attribute__((always_inline)) void pack_square(const T* from, int64_t stride,
+inline __attribute__((always_inline)) void pack_square(const T* from, int64_t stride, int64_t ahead,
                                                        Compute<T>* to) {
     using C = Compute<T>;
     constexpr int kN = kLanes<C>;
@@ -38,7 +47,7 @@ inline __attribute__((always_inline)) void pack_square(const T* from, int64_t st
 #pragma GCC unroll 16
     for (int i = 0; i < kN; ++i) {
         rows[i] = load_user(from + i * stride);
-        prefetch_ahead(from + i * stride);
+        prefetch(from + i * stride, ahead);
     }
     transpose<C>(rows);
 #pragma GCC unroll 16
@@ -60,13 +69,16 @@ void pack_tile(const Matrix<const T>& source, int64_t first_token, int64_t token
         int64_t f = 0;
         const int64_t here = std::clamp<int64_t>(tokens - base, 0, kN);
         if (source.col_stride == 1 && here == kN) {
-            for (; f + kN <= features; f += kN)
-                pack_square<T, kTile>(from + f, source.row_stride, tile + f * kTile + base);
+            for (; f + kN <= features; f += kN) {
+                pack_square<T, kTile>(from + f, source.row_stride,
+                                      later<T>(f, features, kN * source.row_stride),
+                                      tile + f * kTile + base);
+            }
         } else if (source.col_stride == 1) {
             PaddedRows<T, kN> rows;
             for (; f + kN <= features; f += kN) {
                 rows.copy(from + f, source.row_stride, here);
-                pack_square<T, kTile>(rows.data[0], kN, tile + f * kTile + base);
+                pack_square<T, kTile>(rows.data[0], kN, 0, tile + f * kTile + base);
             }
         } else if (source.row_stride == 1 && here == kN) {
             for (; f < features; ++f) {

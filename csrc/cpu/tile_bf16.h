@@ -82,13 +82,16 @@ struct Tile<Bf16, kVectors> {
             const int64_t here = std::clamp<int64_t>(tokens - base, 0, 2 * kN);
             int64_t f = 0;
             if (source.col_stride == 1 && here == 2 * kN) {
-                for (; f + 2 * kN <= features; f += 2 * kN)
-                    pack_square(from + f, source.row_stride, tile + f * kTokens + base);
+                for (; f + 2 * kN <= features; f += 2 * kN) {
+                    pack_square(from + f, source.row_stride,
+                                later<Bf16>(f, features, 2 * kN * source.row_stride),
+                                tile + f * kTokens + base);
+                }
             } else if (source.col_stride == 1) {
                 PaddedRows<Bf16, 2 * kN> rows;
                 for (; f + 2 * kN <= features; f += 2 * kN) {
                     rows.copy(from + f, source.row_stride, here);
-                    pack_square(rows.data[0], 2 * kN, tile + f * kTokens + base);
+                    pack_square(rows.data[0], 2 * kN, 0, tile + f * kTokens + base);
                 }
             }
             for (; f < features; ++f) {
@@ -104,7 +107,7 @@ struct Tile<Bf16, kVectors> {
 
     // As many tokens as features, 2 kN, of which a lane is two neighbouring features of one token.
     static inline __attribute__((always_inline)) void pack_square(const Bf16* from, int64_t stride,
-                                                                  Element* to) {
+                                                                  int64_t ahead, Element* to) {
         Vec<float> low[kN], high[kN];
         SK_UNROLL
         for (int i = 0; i < kN; ++i) {
@@ -112,8 +115,8 @@ struct Tile<Bf16, kVectors> {
             const Bf16* other = row + kN * stride;
             low[i] = load_user(reinterpret_cast<const float*>(row));
             high[i] = load_user(reinterpret_cast<const float*>(other));
-            prefetch_ahead(row);
-            prefetch_ahead(other);
+            prefetch(row, ahead);
+            prefetch(other, ahead);
         }
         transpose<float>(low);
         transpose<float>(high);
