@@ -380,6 +380,7 @@ PYBIND11_MODULE(_sparse_kernels_cpu, module) {
         return false;
 #endif
     });
+    module.def("keep_results", sk::Memory::keep);
     module.def("checksum", checksum);
     module.def("has_content", has_content);
 

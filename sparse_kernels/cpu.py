@@ -68,6 +68,16 @@ def use_isa(name: str) -> Iterator[None]:
         _extension.set_isa(before)
 
 
+def keep_results(size: int) -> None:
+    """How many bytes of freed results may serve the next ones, in place of fresh memory: 512 MiB.
+
+    0 is right where the C library keeps all freed memory, as after
+    `sparse_transformer.keep_freed_memory`.
+    """
+    if _extension is not None:
+        _extension.keep_results(size)
+
+
 def why_not(problem: Problem) -> str | None:
     """None if this backend can run `problem`, else a sentence that says why not."""
     if _missing is not None:

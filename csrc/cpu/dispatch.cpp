@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -137,16 +138,92 @@ void use_huge_pages(void* data, size_t bytes) {
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : size_(bytes) {
-    constexpr size_t kLine = 64;
-    allocated_ = std::malloc(bytes + kLine);
-    if (!allocated_) throw std::bad_alloc();
-    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(allocated_) + kLine - 1) / kLine * kLine;
-    data_ = reinterpret_cast<uint8_t*>(aligned);
-    use_huge_pages(data_, bytes);
+namespace {
+
+struct Block {
+    void* data;
+    size_t size;
+};
+
+// Freed blocks, the newest last. Nobody waits for it: a process that was forked from within would
+// do so forever.
+class Pool {
+    std::mutex mutex_;
+    std::vector<Block> blocks_;
+    size_t size_ = 0, limit_ = size_t{512} << 20;
+
+    void trim() {
+        while (size_ > limit_) {
+            std::free(blocks_.front().data);
+            size_ -= blocks_.front().size;
+            blocks_.erase(blocks_.begin());
+        }
+    }
+
+public:
+    void set_limit(size_t limit) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        limit_ = limit;
+        trim();
+    }
+
+    // The smallest that `size` bytes fill to three quarters at least; else {nullptr, 0}.
+    Block take(size_t size) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock) return {nullptr, 0};
+        auto best = blocks_.end();
+        for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+            const bool fits = size <= it->size && it->size / 4 * 3 <= size;
+            if (fits && (best == blocks_.end() || it->size < best->size)) best = it;
+        }
+        if (best == blocks_.end()) return {nullptr, 0};
+        const Block found = *best;
+        blocks_.erase(best);
+        size_ -= found.size;
+        return found;
+    }
+
+    // The oldest go back to the system where there are too many.
+    void give(Block block) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock) return std::free(block.data);
+        blocks_.push_back(block);
+        size_ += block.size;
+        trim();
+    }
+};
+
+// Never destroyed: tensors may be freed later.
+Pool& pool() {
+    static Pool& only = *new Pool;
+    return only;
 }
 
-Memory::~Memory() { std::free(allocated_); }
+constexpr size_t kLine = 64;
+
+}  // namespace
+
+// Taken from malloc as it is and aligned inside: an aligned allocation of glibc before 2.38 does
+// not fit the gap that one of the same size has left.
+Memory::Memory(size_t bytes) {
+    const Block block = pool().take(bytes + kLine);
+    allocated_ = block.data;
+    capacity_ = block.size;
+    if (allocated_) return;
+    capacity_ = bytes + kLine;
+    allocated_ = std::malloc(capacity_);
+    if (!allocated_) throw std::bad_alloc();
+    use_huge_pages(data(), bytes);
+}
+
+Memory::~Memory() { pool().give({allocated_, capacity_}); }
+
+void Memory::keep(size_t bytes) { pool().set_limit(bytes); }
+
+uint8_t* Memory::data() const {
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(allocated_) + kLine - 1) / kLine * kLine;
+    return reinterpret_cast<uint8_t*>(aligned);
+}
 
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {

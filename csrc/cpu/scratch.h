@@ -13,21 +13,21 @@ void* scratch(size_t bytes);
 // Gives back what is more than a thread may keep.
 void trim_scratch();
 
-// Memory of a large result, in huge pages, because small ones fault one by one. It is taken from
-// malloc as it is and aligned inside: an aligned allocation of glibc before 2.38 does not fit the
-// gap that one of the same size has left. Throws std::bad_alloc.
+// Memory of a large result. What was freed serves the next result of about its size, up to a limit:
+// Linux zeroes what it hands out afresh, which can take as long as a product. It is in huge pages,
+// because small ones fault one by one. Throws std::bad_alloc.
 class Memory {
 public:
     explicit Memory(size_t bytes);
     Memory(const Memory&) = delete;
     ~Memory();
-    uint8_t* data() const { return data_; }
-    size_t size() const { return size_; }
+    uint8_t* data() const;
+    // Of what is freed, at most so many bytes.
+    static void keep(size_t bytes);
 
 private:
     void* allocated_;
-    uint8_t* data_;
-    size_t size_;
+    size_t capacity_;
 };
 
 // Hands out aligned pieces of one scratch buffer.

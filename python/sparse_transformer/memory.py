@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import sparse_kernels as sk
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -27,4 +29,7 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # Every block from the heap, none mapped on its own; and the heap never shrinks.
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    if kept:
+        sk.cpu.keep_results(0)  # or what it keeps could serve no other tensors
+    return kept
