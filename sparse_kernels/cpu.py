@@ -7,6 +7,7 @@ in the layout.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,14 +15,14 @@ from types import ModuleType
 import torch  # before the extension, so that both share one OpenMP runtime
 from torch import Tensor
 
-from sparse_kernels.checks import CPU_DTYPES, Orientation, wide_dtype
+from sparse_kernels.checks import CPU_DTYPES, Orientation, check_int, wide_dtype
 from sparse_kernels.layout import FanInLayout, Problem
 
 _missing: str | None = None
 try:
     import _sparse_kernels_cpu as _extension
 
-    if not hasattr(_extension, "try_spmm"):
+    if not hasattr(_extension, "keep_results"):
         raise ImportError("it was built from an older version of the sources")
 except ImportError as error:
     _extension: ModuleType | None = None  # type: ignore[no-redef]
@@ -71,11 +72,15 @@ def use_isa(name: str) -> Iterator[None]:
 def keep_results(size: int) -> None:
     """How many bytes of freed results may serve the next ones, in place of fresh memory: 512 MiB.
 
-    0 is right where the C library keeps all freed memory, as after
-    `sparse_transformer.keep_freed_memory`.
+    A result may take the memory of one that was up to a seventh larger. 0 is right where the C
+    library keeps all freed memory, as after `sparse_transformer.keep_freed_memory`.
+
+    Raises:
+        TypeError: `size` is not an int. ValueError: it is negative.
     """
+    size = check_int("size", size, 0)
     if _extension is not None:
-        _extension.keep_results(size)
+        _extension.keep_results(min(size, sys.maxsize))
 
 
 def why_not(problem: Problem) -> str | None:

@@ -165,6 +165,41 @@ def test_freed_results_serve_the_next_ones():
         assert pool.submit(count_faults, 0).result() > 200
 
 
+def test_results_over_the_limit_drive_nothing_out():
+    """And are not kept themselves."""
+    with ProcessPoolExecutor(1, forked.context) as pool:
+        assert pool.submit(count_faults, (64 << 20) - 1).result() > 200
+        assert pool.submit(count_faults, 64 << 20).result() < 100
+
+
+def call_with_little_memory():
+    """A result of 300 MiB where 448 of 700 are kept."""
+    layer = sk.SparseLinear(16, 4096, fan_in=1, bias=False)
+    layer(torch.ones(70, 16))
+    with open("/proc/self/status") as file:
+        used = next(int(line.split()[1]) for line in file if line.startswith("VmSize")) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)
+    x = torch.ones(19200, 16)
+    with torch.no_grad():
+        kept = [layer(x[:4096]) for _ in range(7)]
+        kept.clear()
+        return layer(x).shape
+
+
+def test_what_is_kept_is_given_back_where_memory_runs_out():
+    with ProcessPoolExecutor(1, forked.context) as pool:
+        assert pool.submit(call_with_little_memory).result() == (19200, 4096)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [(-1, ValueError, "size must be at least 0"), (1.5, TypeError, "size must be an int")],
+)
+def test_a_wrong_limit(size, error, words):
+    with pytest.raises(error, match=words):
+        sk.cpu.keep_results(size)
+
+
 def test_what_is_kept_is_limited():
     """Results of many sizes do not pile up, and those of one size are kept once."""
     program = """

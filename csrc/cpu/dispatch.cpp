@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -136,10 +137,6 @@ void use_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-}  // namespace
-
-namespace {
-
 struct Block {
     void* data;
     size_t size;
@@ -148,12 +145,15 @@ struct Block {
 // Freed blocks, the newest last. Nobody waits for it: a process that was forked from within would
 // do so forever.
 class Pool {
+    static constexpr size_t kMost = 128;  // so many of 4 MiB are the limit, too
+
     std::mutex mutex_;
     std::vector<Block> blocks_;
-    size_t size_ = 0, limit_ = size_t{512} << 20;
+    size_t size_ = 0;
+    std::atomic<size_t> limit_{size_t{512} << 20};
 
-    void trim() {
-        while (size_ > limit_) {
+    void trim(size_t size, size_t count) {
+        while (size_ > size || blocks_.size() > count) {
             std::free(blocks_.front().data);
             size_ -= blocks_.front().size;
             blocks_.erase(blocks_.begin());
@@ -161,19 +161,24 @@ class Pool {
     }
 
 public:
+    Pool() { blocks_.reserve(kMost); }
+
+    void shrink(size_t size) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (lock) trim(size, kMost);
+    }
     void set_limit(size_t limit) {
-        const std::lock_guard<std::mutex> lock(mutex_);
         limit_ = limit;
-        trim();
+        shrink(limit);
     }
 
-    // The smallest that `size` bytes fill to three quarters at least; else {nullptr, 0}.
+    // The smallest that `size` bytes fill to seven eighths at least; else {nullptr, 0}.
     Block take(size_t size) {
         const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
         if (!lock) return {nullptr, 0};
         auto best = blocks_.end();
         for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
-            const bool fits = size <= it->size && it->size / 4 * 3 <= size;
+            const bool fits = size <= it->size && it->size / 8 * 7 <= size;
             if (fits && (best == blocks_.end() || it->size < best->size)) best = it;
         }
         if (best == blocks_.end()) return {nullptr, 0};
@@ -185,11 +190,12 @@ public:
 
     // The oldest go back to the system where there are too many.
     void give(Block block) {
+        const size_t limit = limit_;
         const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-        if (!lock) return std::free(block.data);
+        if (!lock || block.size > limit) return std::free(block.data);
+        trim(limit - block.size, kMost - 1);
         blocks_.push_back(block);
         size_ += block.size;
-        trim();
     }
 };
 
@@ -199,6 +205,17 @@ Pool& pool() {
     return only;
 }
 
+// What `allocate` returns, if need be after the pool has given back all that it has.
+template <class Allocate>
+void* allocated(const Allocate& allocate) {
+    void* data = allocate();
+    if (data) return data;
+    pool().shrink(0);
+    data = allocate();
+    if (!data) throw std::bad_alloc();
+    return data;
+}
+
 constexpr size_t kLine = 64;
 
 }  // namespace
@@ -206,13 +223,12 @@ constexpr size_t kLine = 64;
 // Taken from malloc as it is and aligned inside: an aligned allocation of glibc before 2.38 does
 // not fit the gap that one of the same size has left.
 Memory::Memory(size_t bytes) {
-    const Block block = pool().take(bytes + kLine);
+    const Block block = pool().take(bytes);
     allocated_ = block.data;
     capacity_ = block.size;
     if (allocated_) return;
-    capacity_ = bytes + kLine;
-    allocated_ = std::malloc(capacity_);
-    if (!allocated_) throw std::bad_alloc();
+    capacity_ = bytes;
+    allocated_ = allocated([&] { return std::malloc(bytes + kLine); });
     use_huge_pages(data(), bytes);
 }
 
@@ -228,11 +244,12 @@ uint8_t* Memory::data() const {
 void* scratch(size_t bytes) {
     if (bytes > buffer.size) {
         std::free(buffer.data);
+        buffer.data = nullptr;
         buffer.size = 0;
         const size_t page = bytes < kHugePage ? kPage : kHugePage;
         const size_t rounded = (bytes + page - 1) / page * page;
-        buffer.data = static_cast<char*>(std::aligned_alloc(page, rounded));
-        if (!buffer.data) throw std::bad_alloc();
+        void* const data = allocated([&] { return std::aligned_alloc(page, rounded); });
+        buffer.data = static_cast<char*>(data);
         // A tile is read at random: in small pages, most reads would miss the first-level TLB.
         if (page == kHugePage) use_huge_pages(buffer.data, rounded);
         buffer.size = rounded;

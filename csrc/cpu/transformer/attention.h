@@ -109,9 +109,10 @@ public:
     }
     // Inlined always: GCC leaves out calls of a function that does nothing but this.
     __attribute__((always_inline)) void prefetch(const Heads<const T>& heads, int64_t begin,
-                                                 int64_t end) const {
+                                                 int64_t end, int64_t channel = 0) const {
         if (!exists_) return;
-        for (int64_t t = begin; t < end; ++t) __builtin_prefetch(heads.row(batch_, t, head_));
+        for (int64_t t = begin; t < end; ++t)
+            __builtin_prefetch(heads.row(batch_, t, head_) + channel);
     }
 
 private:
@@ -326,12 +327,12 @@ C attend_one(const AttentionProblem<T>& problem, int64_t number, C* scores, C* y
     const C scale = C(1) / std::sqrt(static_cast<C>(s.channels));
     const T* const q = problem.q.row(batch, 0, head);
     for (int64_t t = 0; t < s.keys; t += kN) {
-        next.prefetch(problem.k, t, std::min(t + kN, s.keys));
         const T* rows[kN];  // past the end, the last one again
         for (int i = 0; i < kN; ++i)
             rows[i] = problem.k.row(batch, std::min(t + i, s.keys - 1), head);
         Vec<C> sums = {};
         for (int64_t c = 0; c < s.channels; c += kN) {
+            next.prefetch(problem.k, t, std::min(t + kN, s.keys), c);
             const Vec<C> query = load_user(q + c) * scale;
             sums += sum_each<C>([&](auto i) __attribute__((always_inline)) {
                 return load_user(rows[i] + c) * query;
@@ -345,7 +346,7 @@ C attend_one(const AttentionProblem<T>& problem, int64_t number, C* scores, C* y
         Vec<C> acc[4] = {};
         int64_t t = 0;
         for (; t + 4 <= s.keys; t += 4) {
-            next.prefetch(problem.v, t, t + 4);
+            next.prefetch(problem.v, t, t + 4, c);
             SK_UNROLL
             for (int i = 0; i < 4; ++i) {
                 acc[i] += load_user(problem.v.row(batch, t + i, head) + c) * scores[t + i];
