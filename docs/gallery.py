@@ -144,6 +144,9 @@ def pages() -> Iterator[tuple[Path, str]]:
     lines = (GALLERY / "stories.txt").read_text(encoding="utf-8").splitlines()
     stories = dict(line.split(": ", 1) for line in lines if line)
     found = circuits()
+    untold = {f"{model}/{task}" for model, tasks in found.items() for task in tasks} - {*stories}
+    if untold:
+        raise SystemExit(f"stories.txt has no story of {', '.join(sorted(untold))}: write them")
     yield GALLERY / "index.md", index(found)
     report = json.loads((GALLERY / "bridges.json").read_text(encoding="utf-8"))
     yield GALLERY / "bridges.md", bridges(report, stories["bridges"])
