@@ -7,7 +7,7 @@ namespace sk {
 namespace {
 
 // Tokens are cut at fixed places, whatever the number of threads, and the parts added in order.
-constexpr int64_t kPartTokens = 1024;
+constexpr int64_t kPartTokens = 512;
 constexpr int64_t kMaxParts = 32;
 // The sums of all parts take at most this much memory: many weights have fewer parts.
 constexpr int64_t kSumBytes = int64_t{48} << 20;
