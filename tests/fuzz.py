@@ -66,8 +66,11 @@ def _matrix(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator
     return wide[:rows, :cols].contiguous()
 
 
-def check(seed: int) -> None:
-    """Raises AssertionError, with the seed, if a product is less accurate than PyTorch allows."""
+def check(seed: int, isas: Sequence[str] = ()) -> None:
+    """Raises AssertionError, with the seed, if a product is less accurate than PyTorch allows.
+
+    One of the instruction sets, by default of all, is drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
     layout = _layout(generator)
     dtype = _pick(DTYPES, generator)
@@ -76,7 +79,7 @@ def check(seed: int) -> None:
     grad_output = _matrix(tokens, layout.out_features, dtype, generator)
     size = layout.block[0] * layout.block[1]
     values = _matrix(layout.num_blocks, size, dtype, generator).reshape(layout.values_shape)
-    isa, threads = _pick(cpu.isas(), generator), _pick((1, 2, 3, 8), generator)
+    isa, threads = _pick(isas or cpu.isas(), generator), _pick((1, 2, 3, 8), generator)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -248,3 +248,10 @@ def test_large_results_do_not_fault_page_by_page():
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzzer(seed):
     fuzz.check(seed)
+
+
+@pytest.mark.parametrize("isa", sk.cpu.isas())
+@pytest.mark.parametrize("seed", [501389, 2000311])
+def test_what_the_fuzzer_found(seed, isa):
+    """Sums over 2,100 tokens: of equal terms in float64, and of very different ones in float32."""
+    fuzz.check(seed, [isa])

@@ -17,10 +17,18 @@ import torch
 import sparse_kernels as sk
 from benchmarks import baselines, devices, inference, parts, report, roofline, run, training
 from benchmarks.cases import Case as SizedCase
-from benchmarks.experiments import scaling
+from benchmarks.experiments import mini_gpt, scaling
 from benchmarks.timing import Timing
 from benchmarks.transformer import measure, results
-from benchmarks.transformer.jobs import SMOKE_MODEL, VARIANTS, Case, Job, Training, make_model
+from benchmarks.transformer.jobs import (
+    SMOKE_MODEL,
+    VARIANTS,
+    Case,
+    Job,
+    Training,
+    make_job,
+    make_model,
+)
 from benchmarks.transformer.measure import measure_peak_mb
 from sparse_kernels import cpu
 from sparse_transformer import ModelConfig
@@ -316,6 +324,24 @@ def test_parts_of_a_step_are_its_kernels_and_add_up() -> None:
     assert all(row["time_ms"] > 0 and row["correct"] for row in rows)
     step = float(parts.lines(rows).splitlines()[-1].split()[2])
     assert step == pytest.approx(sum(row["time_ms"] for row in rows), rel=1e-3)
+
+
+def test_parts_of_a_forward_without_gradients() -> None:
+    """The checked call of a layer has one more argument than that of its backward."""
+    job = make_job(replace(tiny("sparse"), phase="prefill"), "cpu")
+    recorder = parts.Recorder(job.model)
+    job.calls["step"]()
+    taken = recorder.take(job.calls["step"])
+    assert {"forward", "grad_input", "unembed forward"} <= taken.keys()
+
+
+def test_the_peers_example_runs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert mini_gpt.main(["--smoke", "--threads", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {"ours", "dense"} <= {row["layers"] for row in rows}
+    assert {row["part"] for row in rows} == {"mlp", "all"}
+    assert all(row["step_ms"] > 0 for row in rows)
 
 
 def test_a_kernel_is_no_part_of_the_rest() -> None:
