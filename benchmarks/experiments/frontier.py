@@ -234,6 +234,7 @@ def search(found: Trained, task: str, corpus: Corpus, options: Options) -> dict[
         seconds=_SECONDS,
         trials=options.trials,
         steps=options.search_steps,
+        finalists=1,
         test_pairs=options.test_pairs,
     )
     asked = {"weights": fingerprint(model), "target": TARGET, "budget": vars(budget)}

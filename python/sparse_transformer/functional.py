@@ -136,7 +136,7 @@ class CrossEntropy(Function):
             grad = grad * (grad_loss / ctx.over).to(grad.dtype)
         grad_bigram = None
         if ctx.needs_input_grad[2]:
-            grad_bigram = torch.zeros(
-                ctx.rows, grad.shape[1], dtype=ctx.bigram_dtype, device=grad.device
-            ).index_add_(0, tokens, grad.to(ctx.bigram_dtype))
+            grad_bigram = torch.ops.aten.embedding_dense_backward(
+                grad.to(ctx.bigram_dtype), tokens, ctx.rows, -1, False
+            )
         return grad if ctx.needs_input_grad[0] else None, None, grad_bigram, None

@@ -9,6 +9,8 @@ what lies on a path from a token to an answer.
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,9 +22,11 @@ from sparse_transformer.circuits.budget import Progress
 from sparse_transformer.circuits.edge_attribution import edge_effects, node_effects
 from sparse_transformer.circuits.objective import Subgraph, TaskLoss
 
-# Up to so many candidates are tried one by one, and before that the cheapest go together while the
-# loss stays below this share of the target.
-_MOST_TRIED, _BULK_SHARE = 350, 0.5
+# Up to so many candidates are tried one by one, and up to so many where no more go together.
+_MOST_TRIED, _MOST_LEFT = 350, 1000
+# Together they go while the loss stays below a limit that rises to the target in so many rounds;
+# further rounds follow while each takes this share of all away.
+_ROUNDS, _LEAST_SHARE = 4, 0.01
 # What takes a node away and no edge still makes a circuit a little simpler.
 _LEAST_GONE = 0.5
 # What has this multiple of the target on the probe is not tried on all prompts.
@@ -193,8 +197,9 @@ def greedy_prune(
 ) -> Subgraph:
     """Removes nodes and edges until nothing can go or the time is over.
 
-    While there are many, those go together that seem cheapest by gradients. Then each is tried by
-    itself, and one after another goes that raises the loss least for each edge that goes with it.
+    While there are many, those go together that have the least effect by gradients. Then each is
+    tried by itself, and one after another goes that raises the loss least for each edge that goes
+    with it.
 
     Args:
         subgraph: reaches the target.
@@ -204,17 +209,22 @@ def greedy_prune(
     progress = progress or Progress()
     if edges and subgraph.removed is None:
         subgraph = replace(subgraph, removed=torch.zeros(len(task.edges.source), dtype=torch.bool))
-    # The loss that is allowed is for what is chosen with care: the rest shall go for little of it.
-    for share in (_BULK_SHARE, 1.0):
-        before = None
-        while (size := size_of(task, subgraph)) != before and progress.left >= 0:
-            if size.nodes + edges * size.edges <= _MOST_TRIED:
-                return _by_cost(task, subgraph, target, edges, progress)
-            before = size
-            for kind in (_Nodes, _Edges) if edges else (_Nodes,):
-                subgraph = _many(kind(task, subgraph), share * target, progress)
-            progress.advance(0.0, nodes=size.nodes, edges=size.edges)
-    return subgraph
+    loss, before = task.calibrated_loss(subgraph), math.inf
+    for done in itertools.count(1):
+        size = size_of(task, subgraph)
+        candidates = size.nodes + edges * size.edges
+        slow = done > _ROUNDS and candidates > (1 - _LEAST_SHARE) * before
+        if candidates <= _MOST_TRIED or slow or progress.left < 0:
+            break
+        before = candidates
+        # Gradients say little about what many removals do together: they are taken again each time.
+        limit = loss + (target - loss) * min(1.0, done / _ROUNDS)
+        for kind in (_Nodes, _Edges) if edges else (_Nodes,):
+            subgraph = _many(kind(task, subgraph), limit, progress)
+        progress.advance(0.0, nodes=size.nodes, edges=size.edges)
+    if candidates > _MOST_LEFT:
+        return subgraph
+    return _by_cost(task, subgraph, target, edges, progress)
 
 
 class _Nodes:
@@ -255,9 +265,11 @@ class _Edges(_Nodes):
 
 
 def _many(candidates: _Nodes, target: float, progress: Progress) -> Subgraph:
-    """Without as many of the candidates that seem cheapest as the target allows together."""
+    """Without as many of those with the least effect as the target allows together."""
     left = candidates.left()
-    ordered = left[candidates.effects()[left].argsort(stable=True)]
+    # Removing what has a large effect changes the loss in ways that a gradient does not tell, also
+    # where it promises a fall.
+    ordered = left[candidates.effects()[left].abs().argsort(stable=True)]
     best, low, high = candidates.subgraph, 0, len(ordered) + 1
     # Bisection, though the loss need not rise: each result that counts has been measured.
     while high - low > 1 and progress.left >= 0:
