@@ -8,12 +8,19 @@ import shutil
 
 import pytest
 import torch
+from planted import planted_task
 
 
 @pytest.fixture(autouse=True)
 def one_thread(clean_state):
     """`clean_state` puts the threads back."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def task():
+    """The planted circuit's task and model."""
+    return planted_task()
 
 
 @pytest.fixture

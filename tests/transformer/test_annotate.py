@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_circuits import (
+from planted import (
     PLANTED_NODES,
     A,
     B,
