@@ -165,7 +165,7 @@ std::optional<Tensor> memory(py::handle object) {
     if (!type.is(sk::torch.tensor) && !type.is(sk::torch.parameter)) return {};
     try {
         Tensor tensor(py::reinterpret_borrow<py::object>(object));
-        if (!tensor.is_on_cpu() || (!tensor.data() && tensor.count() > 0)) return {};
+        if (!tensor.is_on_cpu()) return {};
         return tensor;
     } catch (py::error_already_set&) {
         return {};

@@ -71,9 +71,15 @@ class Tensor {
 public:
     Tensor() = default;
 
-    // Throws what PyTorch raises for a tensor that has no memory.
+    // Throws what PyTorch raises for a tensor that has no memory, or RuntimeError where that was
+    // given back.
     explicit Tensor(py::object object) : object_(std::move(object)) {
         if (torch.exchange->dltensor_from_py_object_no_sync(object_.ptr(), &view_)) {
+            throw py::error_already_set();
+        }
+        if (!view_.data && count() > 0) {
+            PyErr_SetString(PyExc_RuntimeError,
+                            "a tensor has no memory: its storage was resized to 0");
             throw py::error_already_set();
         }
     }
