@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,6 +105,24 @@ def check_has_values(name: str, tensor: Tensor) -> None:
     if not has_values(tensor):
         kind = "a FakeTensor" if isinstance(tensor, FakeTensor) else "a tensor on the meta device"
         raise ValueError(f"{name} must hold values, got {kind}")
+    if (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.numel()
+        and not tensor.untyped_storage().nbytes()
+    ):
+        raise ValueError(f"{name} must hold values, and its storage was resized to 0")
+
+
+def outside_transforms(tensor: Tensor) -> AbstractContextManager[Any]:
+    """In its body what is made of `tensor` outlives a transform of `torch.func` in progress."""
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or not torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        return nullcontext()
+    return torch._C._DisableFuncTorch()  # type: ignore[attr-defined, no-any-return]
 
 
 def check_is_tensor(name: str, tensor: object) -> Tensor:

@@ -124,7 +124,7 @@ def _check_indices(indices: object, block_rows: int | None, block_cols: int) -> 
             f"got {pair[0]} then {pair[1]} ({kind}) at [{row}, {slot}:{slot + 2}]"
         )
     # A normal tensor even when built in inference mode, so that training may follow.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), checks.outside_transforms(indices):
         return indices.detach().to(torch.int32).clone(memory_format=torch.contiguous_format)
 
 
@@ -282,7 +282,7 @@ class FanInLayout:
         found = self.cache.get(key)
         if found is None:
             checks.refuse_capture(self.device)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), checks.outside_transforms(self.indices):
                 found = build(self)
             if _can_keep(found):
                 checks.finish(self.device)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparse_kernels import backends, checks, ranks, reference
+from sparse_kernels import backends, checks, ops, ranks, reference
 from sparse_kernels.layout import FanInLayout, Pattern
 from sparse_kernels.matmul import linear, try_linear
 
@@ -160,7 +160,7 @@ class SparseLinear(nn.Module):
                 valid pattern.
         """
         self._refresh()
-        if self._layout is None:
+        if self._layout is None or self.indices.is_meta:
             raise RuntimeError(
                 "this SparseLinear has no pattern yet: it was made on the meta device or in a "
                 "FakeTensorMode, or emptied; call load_state_dict, or reset_parameters to draw a "
@@ -197,7 +197,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`; see `sparse_linear` for the errors."""
-        indices: Tensor = self._buffers["indices"]  # type: ignore[assignment]
+        indices = self._buffers.get("indices")
+        if indices is None:
+            raise RuntimeError("a SparseLinear needs its buffer `indices`, which was removed")
         transpose = self.fan_out is not None
         if not (torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()):
             # torch's lookup of a Parameter takes long beside a product of one token.
@@ -207,12 +209,13 @@ class SparseLinear(nn.Module):
                 made = try_linear(x, weight, layout, bias, self.backend, transpose, indices)
                 if made is not None:
                     return made
-        if torch.compiler.is_compiling() or isinstance(indices, FakeTensor):
+        if not (torch.compiler.is_compiling() or isinstance(indices, FakeTensor)):
+            ranks.check_once(SparseLinear)
+        if torch.compiler.is_compiling() or not ops.is_plain(indices):
             # A trace keeps the buffer, so that it uses a pattern that is loaded later, and equal
-            # layers share a graph.
+            # layers share a graph. A transform may map over patterns.
             pattern = Pattern(indices, self._stored_shape[1], self._stored_block)
             return linear(x, self.weight, pattern, self.bias, self.backend, transpose)
-        ranks.check_once(SparseLinear)
         layout = self._layout
         if layout is None or not indices.is_cpu or not layout.is_held_by(indices):
             layout = self.layout
@@ -371,7 +374,7 @@ class SparseLinear(nn.Module):
 
         Errors are appended to the lists; `load_state_dict` raises one error for all layers.
         """
-        before = {**self._parameters, **self._buffers}
+        before, buffers = {**self._parameters, **self._buffers}, set(self._buffers)
         content = {name: None if t is None else t.detach().clone() for name, t in before.items()}
         assign = bool(local_metadata.get("assign_to_params_buffers"))
         missing: list[str] = []
@@ -387,6 +390,8 @@ class SparseLinear(nn.Module):
             errors = refusals or errors
             accepted = not errors and not (strict and (missing or unexpected))
         finally:
+            for name in buffers & set(self._parameters):  # assigned from a Parameter
+                self._buffers[name] = self._parameters.pop(name)
             if not accepted:
                 self._restore(before, content)
         if accepted and layout is not None:

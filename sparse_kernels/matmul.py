@@ -7,11 +7,13 @@ each backward calls the other Function (or itself, transposed) and gradients of 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_leaves
 
 from sparse_kernels import backends, checks, cpu, kept, ops
 from sparse_kernels.layout import FanInLayout, Layout, check_layout
@@ -55,8 +57,8 @@ class Spmm(Function):
         return grad_x, grad_values, grad_bias, None, None, None
 
     @staticmethod
-    def jvp_rule(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        x, values = ctx.saved_tensors
+    def jvp_rule(ctx: Any, saved: Sequence[Tensor], *tangents: Tensor | None) -> Tensor:
+        x, values = saved
         dx, dvalues, dbias = tangents[:3]
         where = (ctx.layout, ctx.backend, ctx.transpose)
         terms = []
@@ -77,7 +79,9 @@ class Spmm(Function):
         bias: Tensor | None,
         *where: Any,
     ) -> tuple[Tensor, int]:
-        if in_dims[1] is None and in_dims[2] is None:  # one matrix: a batch is more tokens
+        if in_dims[0] is not None and not any(
+            isinstance(dim, int) for dim in tree_leaves(in_dims[1:])
+        ):  # one matrix: a batch is more tokens
             samples = x.movedim(in_dims[0], 0)  # type: ignore[arg-type]
             y = ops.apply(Spmm, samples.flatten(0, 1), values, bias, *where)
             return y.unflatten(0, samples.shape[:2]), 0
@@ -113,8 +117,8 @@ class Sddmm(Function):
         return grad_grad_output, grad_x, None, None
 
     @staticmethod
-    def jvp_rule(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        grad_output, x = ctx.saved_tensors
+    def jvp_rule(ctx: Any, saved: Sequence[Tensor], *tangents: Tensor | None) -> Tensor:
+        grad_output, x = saved
         dgrad_output, dx = tangents[:2]
         terms = []
         if dgrad_output is not None:
@@ -141,7 +145,7 @@ class BiasGrad(Function):
         return grads[0].expand(ctx.tokens, -1), None
 
     @staticmethod
-    def jvp_rule(ctx: Any, *tangents: Tensor) -> Tensor:
+    def jvp_rule(ctx: Any, saved: Sequence[Tensor], *tangents: Tensor) -> Tensor:
         y: Tensor = ops.apply(BiasGrad, tangents[0], ctx.backend)
         return y
 

@@ -23,7 +23,7 @@ from torch.autograd import Function, forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_kernels import backends, checks, cpu
-from sparse_kernels.layout import FanInLayout
+from sparse_kernels.layout import FanInLayout, Pattern
 
 
 class _Known(NamedTuple):
@@ -375,12 +375,26 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: Any, backend: str) -> Te
 def is_transformed() -> bool:
     """Whether forward-mode differentiation or a transform of `torch.func` is active.
 
-    Tensors are then differentiated although they do not require a gradient.
+    Tensors are then differentiated although they do not require a gradient. Raises RuntimeError
+    inside torch.compile, whose graph would drop the derivative; unless `fullgraph`, it then runs
+    the code uncompiled.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return False
+    active = _is_transform_active()
+    if active and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "torch.compile cannot trace derivatives by torch.func of the operations of "
+            "sparse_kernels: transform compiled code, as in torch.func.grad(torch.compile(f))"
+        )
+    return active
+
+
+def _is_transform_active() -> bool:
     active: bool = torch._C._are_functorch_transforms_active()
     return active or forward_ad._current_level >= 0
+
+
+# torch.compile executes it while it traces; see `SparseLinear._refresh`.
+_is_transform_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
@@ -389,9 +403,10 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     An exported program only computes. Exported strictly, a Function would become a region without
     gradients, which an error inside leaves switched off.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return not torch.compiler.is_exporting()
-    return is_transformed()
+    if is_transformed():
+        return True
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return learns and not torch.compiler.is_exporting()
 
 
 def map_samples(
@@ -408,7 +423,7 @@ def map_samples(
     calls = (
         function(
             *(
-                argument if dim is None else argument.select(dim, sample)
+                _of_sample(argument, dim, sample)
                 for argument, dim in zip(arguments, in_dims, strict=True)
             )
         )
@@ -417,15 +432,22 @@ def map_samples(
     return torch.stack(list(calls)), 0
 
 
+def _of_sample(argument: Any, dim: Any, sample: int) -> Any:
+    """What one sample has of an argument with a batch dimension, or None, for each of its parts."""
+    if isinstance(argument, Pattern):
+        return argument._replace(indices=_of_sample(argument.indices, dim.indices, sample))
+    return argument if dim is None else argument.select(dim, sample)
+
+
 def apply(function: Any, *arguments: Any) -> Any:
     """`function.apply`, under forward mode and transforms with the rules that it has for them.
 
     The rules are its `jvp_rule`, and its `vmap_rule` unless `map_samples` is as good.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return function.apply(*arguments)
     if is_transformed():
         return _with_rules(function).apply(*arguments)
+    if torch.compiler.is_dynamo_compiling():
+        return function.apply(*arguments)
     if torch.is_grad_enabled():
         return _with_context(function).apply(*arguments)
     return function.forward(*arguments)  # nothing is recorded, as in the backward of most steps
@@ -458,7 +480,14 @@ def _with_rules(function: Any) -> type[Function]:
     def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
         return map_samples(made.apply, info, in_dims, *arguments)
 
-    rules = {"jvp": function.jvp_rule, "vmap": getattr(function, "vmap_rule", vmap)}
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        # Torch switches forward mode off here, and with it that of an enclosing jvp.
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+            tangent: Tensor = function.jvp_rule(ctx, saved, *tangents)
+        return tangent
+
+    rules = {"jvp": jvp, "vmap": getattr(function, "vmap_rule", vmap)}
     named = {name: staticmethod(rule) for name, rule in rules.items()}
     made: type[Function] = type(function)(function.__name__, (function,), named)
     return made

@@ -89,6 +89,8 @@ def check_once(kind: type[SparseLinear]) -> None:
     model = DistributedDataParallel._active_ddp_module
     if model is None or not torch.is_grad_enabled():
         return
+    if torch._C._are_functorch_transforms_active():  # its tensors are no plain ones to gather
+        return
     if model in _compared or model.will_sync_module_buffers():
         return
     compare(model.module, kind, model.process_group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class AbsTopk(Function):
         return ops.apply(KeptGradient, grads[0], y.detach(), ctx.backend), None, None
 
     @staticmethod
-    def jvp_rule(ctx: Any, *tangents: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
+    def jvp_rule(ctx: Any, saved: Sequence[Tensor], *tangents: Tensor) -> Tensor:
+        (y,) = saved
         grad: Tensor = ops.apply(KeptGradient, tangents[0], y.detach(), ctx.backend)
         return grad
 
@@ -78,8 +79,8 @@ class KeptGradient(Function):
         return ops.apply(KeptGradient, grads[0], y, ctx.backend), None, None
 
     @staticmethod
-    def jvp_rule(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        (y,) = ctx.saved_tensors
+    def jvp_rule(ctx: Any, saved: Sequence[Tensor], *tangents: Tensor | None) -> Tensor:
+        (y,) = saved
         if tangents[0] is None:  # only the mask has a tangent, and it is constant
             return torch.zeros_like(y)
         grad: Tensor = ops.apply(KeptGradient, tangents[0], y, ctx.backend)

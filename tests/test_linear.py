@@ -663,3 +663,17 @@ def test_more_blocks_than_int32_can_number_are_refused():
     ):
         with pytest.raises(ValueError, match="2147483648"):
             make()
+
+
+def test_a_pattern_that_is_a_parameter_may_be_assigned():
+    """As in what other libraries load, who make every tensor a Parameter."""
+    layer, other = (sk.SparseLinear(8, 6, fan_in=4) for _ in range(2))
+    state = {k: torch.nn.Parameter(v, v.is_floating_point()) for k, v in other.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.layout == other.layout
+    assert dict(layer.named_buffers()).keys() == {"indices"}
+    bad = {**state, "indices": torch.nn.Parameter(state["indices"] + 99, requires_grad=False)}
+    with pytest.raises(RuntimeError, match="must lie in"):
+        layer.load_state_dict(bad, assign=True)
+    assert layer.layout == other.layout
+    assert dict(layer.named_buffers()).keys() == {"indices"}

@@ -362,3 +362,40 @@ def sharded_from_meta(rank):
 @pytest.mark.slow
 def test_sharded_layers_made_on_meta_get_one_pattern():
     spawn(sharded_from_meta)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "indices"])
+def test_a_tensor_whose_memory_was_given_back_is_not_read(name, recorded):
+    layer, _ = pair()
+    tensors = {"x": torch.randn(3, K), **dict(layer.named_parameters()), "indices": layer.indices}
+    tensors[name].untyped_storage().resize_(0)
+    with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match="resized to 0"):
+        layer(tensors["x"])
+
+
+@pytest.mark.parametrize("name", ["weight", "indices"])
+def test_a_state_whose_memory_was_given_back_is_not_assigned(name):
+    layer, _ = pair()
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    state[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}.* storage was resized to 0"):
+        layer.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_layer_without_its_buffer_does_not_use_its_last_pattern(recorded):
+    (removed, _), (moved, _) = pair(), pair()
+    removed.indices = None
+    moved.indices = moved.indices.to("meta")
+    for layer, message in ((removed, "needs its buffer"), (moved, "has no pattern")):
+        with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match=message):
+            layer(torch.randn(3, K))
+
+
+def test_a_traced_graph_reads_the_buffer():
+    layer, indices = pair()
+    x = torch.randn(3, K)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    layer.indices.copy_(indices)
+    assert torch.equal(graph(x), layer(x))

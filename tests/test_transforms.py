@@ -164,3 +164,87 @@ def test_second_derivatives_of_transforms(name):
     x = torch.randn(2, 6, dtype=torch.float64)
     for order in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
         F64(order(lambda x: sparse(x).pow(3).sum())(x), order(lambda x: dense(x).pow(3).sum())(x))
+
+
+def nested_jvp(function, x, v):
+    return torch.func.jvp(lambda x: torch.func.jvp(function, (x,), (v,))[1], (x,), (v,))
+
+
+def test_a_jvp_inside_a_jvp_has_the_outer_derivative():
+    """PyTorch switches forward mode off while it calls a Function's rule."""
+    torch.manual_seed(2)
+    layer = sk.SparseLinear(6, 6, fan_in=3, dtype=torch.float64)
+    weight = sk.to_dense(layer.weight.detach(), layer.layout)
+    x, v = torch.randn(2, 4, 6, dtype=torch.float64)
+
+    def dense_layer(x):
+        return torch.nn.functional.linear(x, weight, layer.bias)
+
+    for sparse, dense in (
+        (lambda x: layer(layer(x).pow(3)), lambda x: dense_layer(dense_layer(x).pow(3))),
+        (lambda x: sk.abs_topk(x.pow(3), 3), lambda x: abs_topk_dense(x.pow(3), 3)),
+        (
+            lambda x: sk.grad_weight(x, x, layer.layout),
+            lambda x: sk.reference.gather(x.t() @ x, layer.layout),
+        ),
+    ):
+        F64(nested_jvp(sparse, x, v), nested_jvp(dense, x, v))
+
+
+def test_parameters_and_buffers_may_be_arguments_of_a_transform():
+    torch.manual_seed(3)
+    layer, other = (sk.SparseLinear(6, 4, fan_in=3, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    state = [dict(other.named_parameters()), dict(other.named_buffers())]
+
+    def loss(parameters, buffers, x):
+        return torch.func.functional_call(layer, (parameters, buffers), (x,)).square().sum()
+
+    expected = torch.autograd.grad(other(x).square().sum(), list(other.parameters()))
+    F64(tuple(torch.func.grad(loss)(*state, x).values()), expected)
+    per_sample = torch.vmap(torch.func.grad(loss), (None, None, 0))(*state, x)
+    F64(tuple(grad.sum(0) for grad in per_sample.values()), expected)
+    assert layer.layout.indices.equal(layer.indices)
+
+
+@pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
+def test_an_ensemble_maps_over_its_patterns(fan):
+    torch.manual_seed(4)
+    models = [sk.SparseLinear(6, 4, **{fan: 2}, dtype=torch.float64) for _ in range(3)]
+    skeleton = sk.SparseLinear(6, 4, **{fan: 2}, dtype=torch.float64, device="meta")
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(skeleton, (parameters, buffers), (x,))
+
+    expected = torch.stack([model(x) for model in models])
+    F64(torch.vmap(call, (0, 0, None))(parameters, buffers, x), expected)
+    last = {"indices": buffers["indices"].movedim(0, -1)}
+    F64(torch.vmap(call, (0, -1, None))(parameters, last, x), expected)
+
+
+def test_what_a_transform_sees_of_a_layout_does_not_stay():
+    layer, other = (sk.SparseLinear(6, 6, fan_in=3) for _ in range(2))
+    x = torch.randn(4, 6)
+    layer.indices.copy_(other.indices)
+
+    def look(x):
+        assert layer.layout.transposed is not None
+        return x.sum()
+
+    torch.func.grad(look)(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    weight = sk.to_dense(layer.weight.detach(), other.layout)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, -1))
+
+
+def test_compiled_transforms_have_the_derivative_or_are_refused():
+    torch._dynamo.reset()
+    layer, x = sk.SparseLinear(6, 4, fan_in=3), torch.randn(5, 6)
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())
+    got = torch.compile(lambda x: gradient(x), backend="eager")(x)
+    torch.testing.assert_close(got, gradient(x))
+    with pytest.raises(RuntimeError, match="cannot trace derivatives"):
+        torch.compile(lambda x: gradient(x), backend="eager", fullgraph=True)(x)
