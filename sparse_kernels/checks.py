@@ -122,7 +122,7 @@ def outside_transforms(tensor: Tensor) -> AbstractContextManager[Any]:
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     ):
         return nullcontext()
-    return torch._C._DisableFuncTorch()  # type: ignore[attr-defined, no-any-return]
+    return torch._C._DisableFuncTorch()
 
 
 def check_is_tensor(name: str, tensor: object) -> Tensor:

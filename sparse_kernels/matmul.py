@@ -82,7 +82,7 @@ class Spmm(Function):
         if in_dims[0] is not None and not any(
             isinstance(dim, int) for dim in tree_leaves(in_dims[1:])
         ):  # one matrix: a batch is more tokens
-            samples = x.movedim(in_dims[0], 0)  # type: ignore[arg-type]
+            samples = x.movedim(in_dims[0], 0)
             y = ops.apply(Spmm, samples.flatten(0, 1), values, bias, *where)
             return y.unflatten(0, samples.shape[:2]), 0
         each = functools.partial(ops.apply, Spmm)

@@ -5,6 +5,7 @@ always draws the same ones, and prints how to replay a failure.
 """
 
 import os
+import sys
 
 import pytest
 import torch
@@ -64,3 +65,6 @@ def clean_state():
     torch.set_deterministic_debug_mode("default")
     torch.set_rng_state(rng)
     torch.set_num_threads(threads)
+    # Code that failed to compile is not traced again.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -240,6 +240,8 @@ def test_what_a_transform_sees_of_a_layout_does_not_stay():
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, -1))
 
 
+# Torch looks at the gradient of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_transforms_have_the_derivative_or_are_refused():
     torch._dynamo.reset()
     layer, x = sk.SparseLinear(6, 4, fan_in=3), torch.randn(5, 6)
