@@ -1,7 +1,7 @@
 """Causal attention with a learned sink on every device, and the cache of keys and values.
 
 On the CPU the kernels of sparse_kernels do the work. On a GPU PyTorch's own fused kernel does, to
-which `SinkAttention` adds the sink.
+which `FusedAttention` adds the sink.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from sparse_transformer.config import ModelConfig
 
 # What sk.transformer_ops.causal_attention has on the CPU.
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# What PyTorch's memory-efficient kernel has, and how many entries it reads at a time.
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNED = 8
+# It masks later positions (1), and has neither a bias nor sequences of several lengths.
+_CAUSAL: dict[str, Any] = {"custom_mask_type": 1, "dropout_p": 0.0}
+_CAUSAL |= dict.fromkeys(("bias", "cu_seqlens_q", "cu_seqlens_k"))
 
 
 def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -34,14 +40,24 @@ def causal_attention(qkv: Tensor, sinks: Tensor | None = None) -> Tensor:
         return sk.transformer_ops.causal_attention(
             qkv, None if sinks is None else sinks.to(qkv.dtype)
         )
+    if qkv.device.type == "cuda" and _can_be_fused(qkv):
+        y: Tensor = FusedAttention.apply(_aligned(qkv), sinks)
+        return y
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
-    if sinks is None:
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    elif qkv.device.type == "cuda" and qkv.shape[4] % 8 == 0:
-        y = SinkAttention.apply(q, k, v, sinks)
-    else:
-        y = attend(q, k, v, sinks)
-    return y.transpose(1, 2).contiguous()
+    return attend(q, k, v, sinks).transpose(1, 2).contiguous()
+
+
+def _can_be_fused(qkv: Tensor) -> bool:
+    return qkv.dtype in _FUSED_DTYPES and qkv.shape[4] % _ALIGNED == 0 and qkv.numel() > 0
+
+
+def _aligned(qkv: Tensor) -> Tensor:
+    """qkv, or a copy if the kernel could not read its strides or where it starts."""
+    # The compiler copies what does not start aligned.
+    offset = 0 if torch.compiler.is_compiling() else qkv.storage_offset()
+    *strides, last = qkv.stride()
+    is_aligned = last == 1 and all(step % _ALIGNED == 0 for step in (offset, *strides))
+    return qkv if is_aligned else qkv.clone(memory_format=torch.contiguous_format)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -118,53 +134,46 @@ class KVCache:
         self.length = 0
 
 
-class SinkAttention(Function):
-    """Attention with sinks by a fused kernel that knows of none; `(B, H, T, d)` each.
+class FusedAttention(Function):
+    """Attention by PyTorch's memory-efficient kernel, which knows of no sinks.
 
     The kernel returns its result O and `L = log(sum(exp(scores)))`. With the sink in the sum,
     `L' = log(exp(L) + exp(sink))` and `Y = O exp(L - L')`. The kernel's backward, given Y and L' in
     place of O and L, makes the probabilities `exp(scores - L')` and is exact;
     `d sink_h = -sum(exp(sink_h - L') rowsum(dY * Y))`.
+
+    Of PyTorch's kernels it is the one whose backward is deterministic on request: without splits
+    of the keys, whose parts of dQ are added in the order in which they come.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-        y, lse, *rest = _fused(q, k, v)
-        # (B, H, at least T) in float32: the CUDA kernel pads T, with infinities.
-        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        y = y * torch.exp(lse - total)[..., : q.shape[2], None].to(y.dtype)
-        ctx.save_for_backward(q, k, v, sinks, y, total, *rest)
-        return y
+    def forward(ctx: Any, qkv: Tensor, sinks: Tensor | None) -> Tensor:
+        T, kernel = qkv.shape[1], torch.ops.aten._efficient_attention_forward
+        sizes = {"max_seqlen_q": T, "max_seqlen_k": T, "compute_log_sumexp": True}
+        y, lse, *rest = kernel(*qkv.unbind(2), **_CAUSAL, **sizes)[:4]
+        if sinks is not None:
+            # (B, H, at least T) in float32: the kernel pads T, with infinities.
+            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+            share = torch.exp(lse - total)[..., :T]
+            # In place, so that y keeps the strides that the backward takes for granted.
+            y.mul_(share.transpose(1, 2)[..., None])
+            lse = total
+        ctx.save_for_backward(qkv, sinks, y, lse, *rest)
+        result: Tensor = y
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, sinks, y, total, *rest = ctx.saved_tensors
-        grads = _fused_backward(grad_y, q, k, v, y, total, rest)
-        delta = (grad_y.to(total.dtype) * y).sum(-1)
-        share = torch.exp(sinks.to(total.dtype)[:, None] - total[..., : q.shape[2]])
-        return *grads, -(share * delta).sum((0, 2)).to(sinks.dtype)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """PyTorch's causal kernel: the result, the logarithms of the sums, what its backward needs."""
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        flash = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        return tuple(flash)
-    efficient = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
-    return tuple(efficient)
-
-
-def _fused_backward(
-    grad_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, rest: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grad_q, grad_k, grad_v = flash(grad_y, q, k, v, y, lse, 0.0, True)
-        return grad_q, grad_k, grad_v
-    efficient = aten._scaled_dot_product_efficient_attention_backward
-    wanted = [True, True, True, False]
-    found = efficient(grad_y, q, k, v, None, y, lse, *rest, 0.0, wanted, True)
-    return found[0], found[1], found[2]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
+        qkv, sinks, y, lse, seed, offset = ctx.saved_tensors
+        T, kernel = qkv.shape[1], torch.ops.aten._efficient_attention_backward
+        sizes = {"max_seqlen_q": T, "max_seqlen_k": T, "num_splits_key": 1}
+        made = {"out": y, "logsumexp": lse, "philox_seed": seed, "philox_offset": offset}
+        more = {"bias_requires_grad": False}
+        grads = kernel(grad_y, *qkv.unbind(2), **_CAUSAL, **sizes, **made, **more)[:3]
+        grad_sinks = None
+        if sinks is not None:
+            delta = (grad_y.to(lse.dtype) * y).sum(3).transpose(1, 2)  # (B, H, T)
+            share = torch.exp(sinks.to(lse.dtype)[:, None] - lse[..., :T])
+            grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        return torch.stack(grads, 2), grad_sinks
