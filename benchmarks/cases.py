@@ -55,16 +55,18 @@ class Case:
 
 @dataclass(frozen=True)
 class TopkCase:
-    """abs_topk of `M` rows of `D` entries, of which `k` are kept."""
+    """abs_topk of `M` rows of `D` entries, of which `k` are kept, or what is fused with it."""
 
     tokens: int
     width: int
     k: int
     dtype: str
+    op: str = "abs_topk"
 
     @property
     def columns(self) -> dict[str, Any]:
-        return {"M": self.tokens, "D": self.width, "k": self.k, "dtype": self.dtype}
+        sizes = {"M": self.tokens, "D": self.width, "k": self.k}
+        return {"op": self.op, **sizes, "dtype": self.dtype}
 
     def problems(self, device: str) -> list[Problem]:
         return [Problem(device, DTYPES[self.dtype], "abs_topk")]
@@ -73,13 +75,38 @@ class TopkCase:
         return name_of(self.columns)
 
 
-AnyCase = Case | TopkCase
+@dataclass(frozen=True)
+class AttentionCase:
+    """Causal attention with sinks: `B` sequences of `T` positions, `H` heads of `d` entries."""
+
+    batch: int
+    length: int
+    heads: int
+    d_head: int
+    dtype: str
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        sizes = {"B": self.batch, "T": self.length, "H": self.heads, "d": self.d_head}
+        return {"op": "attention", **sizes, "dtype": self.dtype}
+
+    def problems(self, device: str) -> list[Problem]:
+        return [Problem(device, DTYPES[self.dtype], "attention")]
+
+    def __str__(self) -> str:
+        return name_of(self.columns)
+
+
+AnyCase = Case | TopkCase | AttentionCase
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """The name of the case whose columns a row has."""
-    layer = "{K}->{N} fan-in {fan_in} {block} {dtype} M={M}"
-    return ("D={D} k={k} {dtype} M={M}" if "D" in row else layer).format(**row)
+    """The name of the case whose columns a row has; rows of older files lack `op`."""
+    if "K" in row:
+        return "{K}->{N} fan-in {fan_in} {block} {dtype} M={M}".format(**row)
+    sizes = ("D", "k", "dtype", "M") if "D" in row else ("B", "T", "H", "d", "dtype")
+    said = (row[name] if name == "dtype" else f"{name}={row[name]}" for name in sizes)
+    return " ".join([row.get("op", "abs_topk"), *said])
 
 
 def combine(
@@ -103,6 +130,26 @@ GOALS: dict[AnyCase, tuple[float, float | None]] = {
     Case(GPU_TOKENS, 8192, 8192, 896, (128, 128), "bfloat16"): (6.0, 6.0),
     TopkCase(GPU_TOKENS, 8192, 2048, "bfloat16"): (10.0, None),
 }
+
+
+# What else a step of the model does on an H200, at the width of the second goal.
+FUSED: list[AnyCase] = [
+    TopkCase(GPU_TOKENS, 8192, 2048, "bfloat16", "gelu_abs_topk"),
+    TopkCase(GPU_TOKENS, 2048, 512, "bfloat16", "rms_norm_abs_topk"),
+    AttentionCase(GPU_TOKENS // 256, 256, 128, 16, "bfloat16"),
+]
+
+# Tiny ones in their place, for a rehearsal on a CPU.
+REHEARSED: list[AnyCase] = [
+    Case(17, 24, 40, 3, dtype="bfloat16"),
+    Case(9, 64, 64, 32, (32, 32), "bfloat16"),
+    TopkCase(3, 64, 16, "bfloat16"),
+]
+REHEARSED_FUSED: list[AnyCase] = [
+    TopkCase(5, 72, 18, "bfloat16", "gelu_abs_topk"),
+    TopkCase(5, 72, 18, "bfloat16", "rms_norm_abs_topk"),
+    AttentionCase(2, 9, 3, 8, "bfloat16"),
+]
 
 
 def goal_of(case: AnyCase, product: str) -> float | None:

@@ -36,14 +36,11 @@ def over_baselines(row: Row) -> dict[str, float]:
         "best_dense": f"the best dense ({row.get('best_dense_kind')})",
         peer: f"the best sparse peer ({library})",
         "torch": f"torch.topk + scatter ({row.get('torch_kind')})",
+        "plain": "products, mask and softmax",
+        "without_sinks": "PyTorch's attention without sinks",
     }
     found = {name: speedup(row, column) for column, name in names.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def case_name(row: Row) -> str:
-    """`1024->4096 fan-in 32 1x1 float32 M=2048`."""
-    return f"{'abs_topk ' if 'D' in row else ''}{name_of(row)}"
 
 
 def steps(rows: Sequence[Row]) -> list[Row]:
@@ -75,12 +72,12 @@ def lines(rows: Sequence[Row]) -> str:
     """The step of a case, as it is measured."""
     step = rows[-1]
     if not step["correct"]:
-        return f"{case_name(step)}: FAIL, error {step['error']:.1e}"
+        return f"{name_of(step)}: FAIL, error {step['error']:.1e}"
     if "time_ms" not in step:
-        return f"{case_name(step)}: correct"
+        return f"{name_of(step)}: correct"
     time = f"{number(step['time_ms'])} ms"
     over = [compare(value, name) for name, value in over_baselines(step).items()]
-    return f"{case_name(step)}: {', '.join([time, *over])}"
+    return f"{name_of(step)}: {', '.join([time, *over])}"
 
 
 def text(rows: Sequence[Row], style: Style = "terminal") -> str:
@@ -134,7 +131,7 @@ def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
         found = [(value, name) for name, value in over_baselines(row).items()]
         value, what = min(found, default=(1.0, ""))
         if value < 0.95:
-            slower.append((value, f"{case_name(row)} ({compare(value, what)})"))
+            slower.append((value, f"{name_of(row)} ({compare(value, what)})"))
     if slower:
         worst = "; ".join(said for _, said in sorted(slower)[:3])
         return [f"It does not pay in {len(slower)} of {len(steps)} cases: {worst}."]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +17,14 @@ import pytest
 import tile_estimate as estimate
 import torch
 
-from benchmarks import baselines, cases, report
+from benchmarks import baselines, cases, operations, report
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import steps
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
-# What a machine with a GPU may lack: all that the command does not need.
-LACKING = ("matplotlib", "numpy", "optuna", "pytest_xdist", "tabulate", "tqdm", "tyro", "xdist")
+# What the command needs; a machine with a GPU may lack everything else.
+NEEDED = ("hypothesis", "ninja", "pybind11", "pytest", "setuptools", "torch", "triton")
 
 
 @NO_GPU
@@ -65,28 +68,52 @@ def test_the_plan_ends_after_eight_minutes_and_names_what_there_is(tmp_path):
     }
 
 
+def packages_beside(needed):
+    """The modules of installed packages that none of these needs."""
+    found, todo = set(), list(needed)
+    while todo:
+        name = re.split(r"[^\w.-]", todo.pop(), maxsplit=1)[0]
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about = importlib.metadata.distribution(name)
+            if about.name not in found:
+                found.add(about.name)
+                todo += [line for line in about.requires or () if "extra" not in line]
+    modules = importlib.metadata.packages_distributions()
+    # Those of the project are in the checkout.
+    own = {"sparse-kernels"}
+    return sorted(name for name, homes in modules.items() if not {*homes} & (found | own))
+
+
 @pytest.mark.slow
-def test_the_command_needs_no_package_that_a_gpu_machine_lacks():
-    """In a process where they cannot be imported, the command and the tests that it runs load."""
+def test_the_command_needs_no_package_that_a_gpu_machine_lacks(tmp_path):
+    """The command and the tests that it runs load from a checkout, without other packages."""
+    lacking = packages_beside(NEEDED)
+    assert {"matplotlib", "numpy", "tyro"} <= {*lacking}
+    assert not {"torch", "_pytest", "filelock", "hypothesis"} & {*lacking}
     program = f"""
 import sys
 class Lacking:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {LACKING}:
+        # What is installed of the project itself is no checkout.
+        if name.partition(".")[0] in {lacking} or "editable" in name:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Lacking())
-sys.path[:0] = [{str(ROOT / "tests")!r}]
+sys.meta_path[:] = [Lacking(), *(f for f in sys.meta_path if "editable" not in str(f).lower())]
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests/transformer")!r}]
 import benchmarks.gpu.__main__, benchmarks.gpu.steps
 import {", ".join(Path(name).stem for name in gpu.TESTS)}
-print(*sorted(sys.modules.keys() & set({LACKING})))
+print(*sorted(sys.modules.keys() & set({lacking})))
+print(sys.modules["sparse_transformer"].__file__)
 """
     # Triton's interpreter needs numpy; a GPU does not.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    hidden = ("TRITON_INTERPRET", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ""
+    loaded, where = done.stdout.splitlines()
+    assert loaded == ""
+    assert where == str(ROOT / "python/sparse_transformer/__init__.py")
 
 
 def test_estimates_follow_the_counts_and_say_what_they_are():
@@ -131,12 +158,13 @@ def rows(tmp_path):
 
 def test_rows_are_kept_apart_from_the_log_and_failures_are_named(tmp_path):
     printed = ["words", '{"step": "a", "n": 1}', "{cut", "{}", '"0","spmm","3.1"']
+    printed.append('{"step": "a", "n"a warning of another thread: 2}')
     code = f"print(*{printed!r}, sep='\\n'); raise SystemExit(3)"
     commands = {"a": [sys.executable, "-c", code], "b": ["no-such-profiler"], "c": ["true"]}
     commands["d"] = ["A=1", "no-such-sanitizer", "--tool"]
-    assert run_group(tmp_path, gpu.FOREVER, commands) == [
-        "exit status 3", "no-such-profiler is not installed", "passed",
-        "no-such-sanitizer is not installed",
+    assert sorted(run_group(tmp_path, gpu.FOREVER, commands)) == [
+        "exit status 3", "no-such-profiler is not installed",
+        "no-such-sanitizer is not installed", "passed",
     ]  # fmt: skip
     found = rows(tmp_path)
     assert {"step": "a", "n": 1} in found
@@ -183,6 +211,27 @@ def test_a_step_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     assert late == ["not started"]
 
 
+# Says where it was if it is interrupted, as pytest does, or takes no notice.
+SPEAKS = """
+import time
+print("{\\"step\\": \\"speaks\\"}", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("it was here", flush=True)
+    raise SystemExit(2)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_stopped_may_say_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_S", 600)
+    assert run_group(tmp_path, 8, {"speaks": [sys.executable, "-c", SPEAKS]})[0].startswith(
+        "stopped after "
+    )
+    assert (tmp_path / "speaks.log").read_text().splitlines()[-1] == "it was here"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interruption_leaves_the_rows_that_came_before(tmp_path, signal_number):
@@ -218,8 +267,8 @@ shift 4
 exec "$@"
 """
 PROFILER = """#!/bin/sh
-[ "$1 $2 $3 $4" = "--profile-from-start off --csv --metrics" ] || exit 9
-shift 5
+[ "$1 $2 $3 $4 $5 $6" = "--profile-from-start off --clock-control none --csv --metrics" ] || exit 9
+shift 7
 "$@" || exit
 echo '"ID","Kernel Name","Metric Name","Metric Value"'
 echo '"0","spmm_kernel","dram__bytes.sum.per_second","3.1"'
@@ -247,7 +296,7 @@ def test_the_rehearsal_runs_every_step(tmp_path):
         names, "passed"
     )
     found = [row for row in found if "ended" not in row]
-    measured = [row for row in found if row["step"] == "products"]
+    measured = [row for row in found if row["step"] == "goal" and "block" in row]
     assert all(row["masked_dense_ms"] > 0 and row["dense_ms"] > 0 for row in measured)
     assert {(row["block"], row["product"], row["backend"]) for row in measured} == {
         (block, product, backend)
@@ -255,12 +304,20 @@ def test_the_rehearsal_runs_every_step(tmp_path):
         for block, backend in (("1x1", "cuda"), ("32x32", "cuda"), ("32x32", "triton"))
     }
     assert all(row["correct"] and row["time_ms"] > 0 for row in measured)
-    assert {row["backend"] for row in found if row["step"] == "abs_topk"} >= {"cuda", "triton"}
+    others = [row for row in found if row["step"] in ("goal", "fused") and "op" in row]
+    assert all(row["correct"] and row["time_ms"] > 0 for row in others)
+    assert {(row["op"], row["backend"]) for row in others} == {
+        (f"{change}abs_topk", backend)
+        for change in ("", "gelu_", "rms_norm_") for backend in ("cuda", "triton")
+    } | {("attention", "torch")}  # fmt: skip
+    assert all(row["plain_ms"] > 0 < row["without_sinks_ms"] for row in others if "B" in row)
+    assert "FAILED" not in done.stdout
+    assert "WRONG" not in done.stdout
     assert {row["step"] for row in found} >= {"check", "compile", "ceilings", "profile", "machine"}
 
 
 def test_a_wrong_kernel_has_no_time_and_fails_the_step(monkeypatch, capsys):
-    bench = steps.Bench(steps.Device(), [cases.Case(5, 8, 8, 2)], [], steps.Limits(0.01))
+    bench = steps.Bench(steps.Device(), [cases.Case(5, 8, 8, 2)], [], [], steps.Limits(0.01))
     monkeypatch.setattr(steps, "BACKENDS", ("cpu",))
     right = baselines.ours
 
@@ -270,10 +327,79 @@ def test_a_wrong_kernel_has_no_time_and_fails_the_step(monkeypatch, capsys):
 
     monkeypatch.setattr(baselines, "ours", wrong)
     monkeypatch.setattr(steps, "connect", lambda rehearse: bench)
-    assert steps.main(["products"]) == 1
+    assert steps.main(["goal", "0"]) == 1
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["correct"] for row in found] == [True, False, True, False]
     assert ["time_ms" in row for row in found] == [True, False, True, False]
+    said = list(gpu.verdicts(found))
+    assert len(said) == 2
+    assert said[0].startswith("WRONG: cpu 8->8 fan-in 2 1x1 float32 M=5 grad_input, error ")
+
+
+def test_a_backend_that_raises_leaves_the_others(monkeypatch, capsys):
+    """As a kernel does that the device refuses: each is measured alone."""
+    case = cases.Case(5, 8, 8, 2)
+    bench = steps.Bench(steps.Device(), [case], [], [], steps.Limits(0.01))
+    monkeypatch.setattr(steps, "BACKENDS", ("cpu", "reference"))
+    right = baselines.ours
+
+    def refused(operands, product, backend):
+        def raises():
+            raise RuntimeError("too many resources requested for launch")
+
+        return (
+            raises
+            if (product, backend) == ("grad_input", "cpu")
+            else right(operands, product, backend)
+        )
+
+    monkeypatch.setattr(baselines, "ours", refused)
+    monkeypatch.setattr(steps, "connect", lambda rehearse: bench)
+    assert steps.main(["goal", "0"]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["backends"] for row in found if "failed" in row] == [["cpu", "reference"], ["cpu"]]
+    whole = [row for row in found if row.get("product") == "step"]
+    assert [(row["backend"], row["correct"]) for row in whole] == [("reference", True)]
+    said = list(gpu.verdicts(found))
+    assert (
+        said == [f"FAILED: goal {case}: RuntimeError: too many resources requested for launch"] * 2
+    )
+
+
+@pytest.mark.parametrize("case", [*cases.REHEARSED_FUSED, cases.REHEARSED[-1]], ids=str)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_a_wrong_fused_result_is_found(case, step):
+    """One entry more or less, or one that is larger by a tenth."""
+    backend = "torch" if isinstance(case, cases.AttentionCase) else "cpu"
+    for operation in operations.of(case, "cpu", [backend]):
+        if not operation.product.endswith(step):
+            continue
+        right = operation.ours[backend]()
+        assert operation.check(backend, right).correct
+        largest = right[-1].abs().argmax()
+        for change in (0.0, 1.1):
+            wrong = right.clone()
+            wrong[-1].view(-1)[largest] *= change
+            assert not operation.check(backend, wrong).correct
+        if (dropped := right == 0).any():
+            wrong = right + dropped * right.abs().max() / 8
+            assert not operation.check(backend, wrong).correct
+
+
+def test_verdicts_say_how_far_each_goal_is():
+    row = {"step": "goal", **cases.REHEARSED[0].columns, "product": "forward", "correct": True}
+    found = [
+        {**row, "backend": name, "goal": 6.0, "time_ms": ms, "dense_ms": 4.0}
+        for name, ms in (("triton", 2.0), ("cuda", 1.0))
+    ]
+    found += [
+        {"step": "profile", "ended": "ncu is not installed"},
+        {"step": "goal-0", "ended": "passed"},
+    ]
+    assert list(gpu.verdicts(found)) == [
+        "FAILED: profile: ncu is not installed (see profile.log)",
+        "24->40 fan-in 3 1x1 bfloat16 M=17 forward: 4.00 times with cuda, goal 6",
+    ]
 
 
 @pytest.mark.gpu

@@ -7,12 +7,16 @@
     python -m benchmarks.gpu --estimate       what instruction counts promise, without a GPU
 
 Needs a checkout, PyTorch with CUDA, Triton, nvcc, pybind11, setuptools, ninja, pytest, hypothesis;
-no network. --full also needs the packages of the other benchmarks.
+no network, and nothing installed from the checkout. --full also needs the packages of the other
+benchmarks. Extensions that were built for this Python elsewhere need not be built again:
+
+    SPARSE_KERNELS_CUDA=1 SPARSE_KERNELS_CUDA_ARCHS=9.0a python setup.py build_ext --inplace
 
 Each step ends at the latest so many seconds after the start as `plan` says, and a step that ends
 early leaves its time to those that follow. Each row is in the result file (OUT/gpu.json) as soon as
 it is known; all that a step prints is in OUT/STEP.log. A step that fails does not stop the others.
-The exit status is 1 if any failed, or if the kernels of a goal were wrong.
+At the end each goal is printed beside what was measured, and which steps failed. The exit status is
+1 if any failed, or if the kernels of a goal were wrong.
 """
 
 from __future__ import annotations
@@ -32,15 +36,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import devices, report, tables
+from benchmarks import cases, devices, report, tables
+from benchmarks.gpu import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = "python -m benchmarks.gpu"
 # The tests that run on a GPU; others need packages that a machine with a GPU may lack.
 TESTS = [
-    f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_refusals", "gpu_benchmarks")
-]
-PROFILER = ["ncu", "--profile-from-start", "off", "--csv", "--metrics"]
+    f"tests/{name}.py"
+    for name in (
+        "test_cuda", "test_triton", "test_triton_refusals", "test_gpu_benchmarks",
+        "transformer/test_attention",
+    )
+]  # fmt: skip
+# The clocks stay as they are.
+PROFILER = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--metrics"]
 PROFILER += [
     "gpu__time_duration.sum,sm__inst_executed.avg.per_cycle_active,lts__t_bytes.sum.per_second,"
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,dram__bytes.sum.per_second"
@@ -48,6 +58,8 @@ PROFILER += [
 WORKERS = 10
 FOREVER = 1e6
 POLL_S = 0.1
+# What is stopped has so many seconds to say where it was, or which tests failed.
+GRACE_S = 3.0
 
 # The seconds after the start at which steps that run side by side end, and their commands by name.
 Group = tuple[float, dict[str, list[str]]]
@@ -69,17 +81,19 @@ def plan(
     tools = ("memcheck", "racecheck")
     shards = [f"SPARSE_KERNELS_TEST_SHARD={n}/{workers}" for n in range(workers)]
     compilations = {f"compile-{n}": [*step, "compile", str(n)] for n in range(workers)}
+    # The build may leave more, hence ends, not durations.
+    goals = range(len(cases.REHEARSED if rehearse else cases.GOALS))
     groups: list[Group] = [
         (120, build if builds and not rehearse else {}),
-        (135, {"machine": [*step, "machine"]}),
-        (170, {"check-cuda": [*step, "check", "cuda"], **compilations}),
-        (200, {"ceilings": [*step, "ceilings"]}),
-        (290, {"products": [*step, "products"]}),
-        (315, {"abs_topk": [*step, "abs_topk"]}),
-        (340, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
+        (132, {"machine": [*step, "machine"]}),
+        (165, {"check-cuda": [*step, "check", "cuda"], **compilations}),
+        (190, {"ceilings": [*step, "ceilings"]}),
+        *((208 + 18 * n, {f"goal-{n}": [*step, "goal", str(n)]}) for n in goals),
+        (325, {"fused": [*step, "fused"]}),
+        (345, {"streams": [*test, "-k", "graph or stream", TESTS[0]]}),
         (390, {tool: [*sanitize, tool, *step, "check", "cuda"] for tool in tools}),
-        (430, {"profile": [*PROFILER, *step, "launch"]}),
-        (480, {f"tests-{n}": [shard, *test, *TESTS] for n, shard in enumerate(shards)}),
+        (425, {"profile": [*PROFILER, *step, "launch"]}),
+        (480 - GRACE_S, {f"tests-{n}": [shard, *test, *TESTS] for n, shard in enumerate(shards)}),
     ]
     if full:
         options = ["--device", "cuda", "--full", "--json"]
@@ -149,7 +163,9 @@ class Command:
         *lines, self._incomplete = (self._incomplete + self._log.read()).split("\n")
         for line in lines:
             if line.startswith('{"step"'):
-                yield json.loads(line)
+                # A message of another thread may stand in the middle: that row is in the log alone.
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
             elif line.startswith('"'):
                 yield {"step": self.name, "ncu": next(csv.reader([line]))}
 
@@ -159,6 +175,10 @@ class Command:
         if status == 127:
             return f"{next(word for word in self.words if '=' not in word)} is not installed"
         return None if status is None else f"exit status {status}" if status else "passed"
+
+    def interrupt(self) -> None:
+        """Asks it to stop, as Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -175,12 +195,18 @@ def run(until_s: float, commands: Mapping[str, Sequence[str]], record: Record) -
             record.add({"step": name, "ended": "not started: no time was left"})
         return ["not started"] * len(commands)
     running = [Command(name, words, record.out) for name, words in commands.items()]
+    is_late = False
     try:
         while running:
             time.sleep(POLL_S)
-            is_late = record.elapsed_s > until_s
+            if not is_late and (is_late := record.elapsed_s > until_s):
+                for command in running:
+                    command.interrupt()
+            is_over = record.elapsed_s > until_s + GRACE_S
             for command in list(running):
-                ended = command.ended() or (f"stopped after {limit_s:.0f} s" if is_late else None)
+                ended = command.ended()
+                if is_over or (ended not in (None, "passed") and is_late):
+                    ended = f"stopped after {limit_s:.0f} s"
                 for row in command.rows():
                     record.add(row)
                 if ended:
@@ -193,6 +219,25 @@ def run(until_s: float, commands: Mapping[str, Sequence[str]], record: Record) -
         for command in running:
             command.end()
     return endings
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines: what is wrong, which steps failed, and each goal that was measured."""
+    reached: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        name = f"{cases.name_of(row)} {row['product']}" if "correct" in row else row["step"]
+        if not row.get("correct", True):
+            yield f"WRONG: {row['backend']} {name}, error {row['error']:.1e}"
+        elif row.get("failed"):
+            yield f"FAILED: {name} {cases.name_of(row)}: {row['failed']}"
+        elif row.get("ended", "passed") != "passed":
+            yield f"FAILED: {name}: {row['ended']} (see {name}.log)"
+        elif row.get("goal"):
+            over = tables.speedup(row, "dense") or tables.speedup(row, "torch") or 0.0
+            said = f"{over:.2f} times with {row['backend']}, goal {row['goal']:g}"
+            reached[name] = max(reached.get(name, (0.0, "")), (over, said))
+    for name, (_, said) in reached.items():
+        yield f"{name}: {said}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One cache of compiled Triton kernels, deterministic cuBLAS.
     os.environ |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     os.environ |= {"TRITON_CACHE_DIR": f"{out}/triton-cache"}
+    packages = [PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(packages)
     os.environ.pop("SPARSE_KERNELS_CUDA", None)  # it is built for the GPU that is visible
     groups = plan(out, rehearse=rehearse, builds=not options.no_build, full=options.full)
     if rehearse:
@@ -237,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; {len(record.rows)} rows are in {record.path}")
         return report.INTERRUPTED
     record.save(complete=True)
-    print(f"{len(record.rows)} rows are in {record.path}")
+    print("", *verdicts(record.rows), f"{len(record.rows)} rows are in {record.path}", sep="\n")
     return 0 if set(endings) == {"passed"} else 1
 
 

@@ -1,6 +1,6 @@
 """The steps of `python -m benchmarks.gpu`, each a process that prints a row a line, as JSON.
 
-    python -m benchmarks.gpu.steps products
+    python -m benchmarks.gpu.steps goal 0
     python -m benchmarks.gpu.steps check cuda        (what the sanitizers run)
 
 With --rehearse the CPU takes the place of the device: tiny shapes, the Triton kernels interpreted
@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import math
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import cases, operations, report, roofline
-from benchmarks.cases import GOALS, AnyCase, Case, TopkCase
+from benchmarks.cases import GOALS, AnyCase, AttentionCase, TopkCase
 from benchmarks.devices import Device, Gpu
 from benchmarks.operations import Limits, Row
 from sparse_kernels import backends, cuda
@@ -44,7 +46,8 @@ class Bench:
     """Where the steps run, and with what: a GPU, or in a rehearsal the CPU in its place."""
 
     device: Device
-    cases: list[AnyCase]  # those of the goals
+    goals: list[AnyCase]
+    fused: list[AnyCase]  # what else a step of the model does
     small: list[AnyCase]  # odd sizes, for checks
     limits: Limits
 
@@ -53,7 +56,9 @@ class Bench:
         return self.device.name == "cuda"
 
     def able(self, case: AnyCase) -> list[str]:
-        """The backends that can run all products of a case."""
+        """The backends that can run all products of a case; attention is PyTorch's own."""
+        if isinstance(case, AttentionCase):
+            return ["torch"]
         problems = case.problems(self.device.name)
         return [n for n in BACKENDS if all(backends.why_not(n, p) is None for p in problems)]
 
@@ -65,14 +70,12 @@ class Bench:
 def connect(*, rehearse: bool) -> Bench:
     """The GPU and the cases of the goals, or the CPU and tiny ones."""
     if rehearse:
-        tiny: list[AnyCase] = [
-            Case(17, 24, 40, 3, dtype="bfloat16"),
-            Case(9, 64, 64, 32, (32, 32), "bfloat16"),
-            TopkCase(3, 64, 16, "bfloat16"),
-        ]
-        return Bench(Device(), tiny, tiny, Limits(0.01, math.inf, 1))
+        tiny, fused = cases.REHEARSED, cases.REHEARSED_FUSED
+        return Bench(Device(), tiny, fused, [*tiny, *fused], Limits(0.01, math.inf, 1))
     small = [case for choose in cases.CASES.values() for case in choose("cuda", "smoke")]
-    return Bench(Gpu(), list(GOALS), small, Limits(0.6, math.inf, 20))
+    # In what else there is, so that a sanitizer sees the kernels of all operations.
+    small += [case for case in cases.REHEARSED_FUSED if isinstance(case, TopkCase)]
+    return Bench(Gpu(), list(GOALS), cases.FUSED, small, Limits(0.6, math.inf, 20))
 
 
 def machine(bench: Bench) -> Rows:
@@ -80,7 +83,7 @@ def machine(bench: Bench) -> Rows:
     about = bench.device.describe(["-m", "benchmarks.gpu"])
     about["nvcc"] = (report.output_of("nvcc", "--version") or "").splitlines()[-1:]
     yield {"machine": about}
-    problem = bench.cases[1].problems(bench.device.name)[0]
+    problem = bench.goals[1].problems(bench.device.name)[0]
     for name in BACKENDS:
         yield {"backend": name, "why_not": backends.why_not(name, problem)}
 
@@ -89,7 +92,7 @@ def check(bench: Bench, backend: str) -> Rows:
     """Every operation once on small odd sizes."""
     for case in bench.small:
         if backend in bench.able(case):
-            yield from operations.measure(case, bench.device, [backend], None)
+            yield from _measure(bench, case, [backend], None)
 
 
 def compile_one(bench: Bench, number: str) -> Rows:
@@ -100,7 +103,7 @@ def compile_one(bench: Bench, number: str) -> Rows:
     name = bench.device.name
     needed = [
         (case, problem.product)
-        for case in bench.cases
+        for case in bench.goals
         for problem in case.problems(name)
         if backends.why_not("triton", problem) is None
     ]
@@ -120,7 +123,7 @@ def ceilings(bench: Bench) -> Rows:
         yield {"what": "L2 read", **_l2_read()}
         device.prepare(smoke=False)
         yield {"what": "peaks at 8192", **vars(device.peaks)}
-    for case in bench.cases:
+    for case in bench.goals:
         for operation in operations.of(case, device.name, [], dense_only=True):
             row = {"what": "rivals", **case.columns, "product": operation.product}
             yield row | operations.time_in_turns({}, operation, device, bench.limits)[1]
@@ -140,22 +143,45 @@ def _l2_read() -> Row:
     return {"gbs": library.l2_read_gbs(L2_BYTES)}
 
 
-def goals(bench: Bench, kind: type[AnyCase]) -> Rows:
-    """The cases of a kind: each backend checked, and timed in turns with the stock operation."""
+def goal(bench: Bench, number: str) -> Rows:
+    """A case with a goal, each in a process of its own: one that hangs costs no other."""
+    case = bench.goals[int(number)]
     if bench.on_gpu:
         bench.device.prepare(smoke=False)
-    for case in bench.cases:
-        if isinstance(case, kind):
-            names = bench.able(case)
-            for row in operations.measure(case, bench.device, names, bench.limits, dense_only=True):
-                yield row | {"goal": cases.goal_of(case, row["product"])}
+    able = bench.able(case)
+    if not able:
+        yield {**case.columns, "failed": "no backend can run it: see the rows of `machine`"}
+    for row in _measure(bench, case, able, bench.limits):
+        yield row | {"goal": cases.goal_of(case, row.get("product", ""))}
+
+
+def fused(bench: Bench) -> Rows:
+    """What has no goal: abs_topk of GELU and RMSNorm, and attention."""
+    if bench.on_gpu:
+        bench.device.prepare(smoke=False)
+    for case in bench.fused:
+        yield from _measure(bench, case, bench.able(case), bench.limits)
+
+
+def _measure(bench: Bench, case: AnyCase, names: list[str], limits: Limits | None) -> Rows:
+    """Each backend checked, and timed in turns with the stock operation.
+
+    If a backend raises an error, each is measured alone.
+    """
+    try:
+        yield from operations.measure(case, bench.device, names, limits, dense_only=True)
+    except Exception as error:  # noqa: BLE001 (whatever a kernel that never ran may raise)
+        traceback.print_exc()
+        yield {**case.columns, "backends": names, "failed": f"{type(error).__name__}: {error}"}
+        for name in names if len(names) > 1 else []:
+            yield from _measure(bench, case, [name], limits)
 
 
 def launch(bench: Bench) -> Rows:
     """What the profiler runs: it looks only between start and stop."""
     profiled = torch.cuda.profiler.profile if bench.on_gpu else contextlib.nullcontext
     for number, product in PROFILED:
-        case = bench.cases[min(number, len(bench.cases) - 1)]
+        case = bench.goals[min(number, len(bench.goals) - 1)]
         able, problem = bench.able(case), case.problems(bench.device.name)[0]
         name = backends.choose(problem) if bench.on_gpu else able[0]
         for operation in operations.of(case, bench.device.name, [name], dense_only=True):
@@ -173,8 +199,8 @@ STEPS: dict[str, Callable[..., Rows]] = {
     "check": check,
     "compile": compile_one,
     "ceilings": ceilings,
-    "products": partial(goals, kind=Case),
-    "abs_topk": partial(goals, kind=TopkCase),
+    "goal": goal,
+    "fused": fused,
     "launch": launch,
 }
 
@@ -197,9 +223,11 @@ def main(words: list[str]) -> int:
     with connect_extension(rehearse=rehearse):
         for row in STEPS[name](connect(rehearse=rehearse), *arguments):
             print(json.dumps({"step": name, **row}, allow_nan=False), flush=True)
-            wrong += not row.get("correct", True)
+            wrong += "failed" in row or not row.get("correct", True)
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
+    # Stopped in a call that does not return, it says at least in which.
+    faulthandler.register(signal.SIGINT, chain=True)
     sys.exit(main(sys.argv[1:]))
