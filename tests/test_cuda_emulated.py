@@ -8,6 +8,7 @@ same kernels on a GPU.
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import subprocess
@@ -326,6 +327,28 @@ def test_gathered_rows_lie_in_different_banks(extension, product, sizes, rows, l
     result = run(layout)
     assert passes_per_matrix(extension, lambda: run(layout)) <= limit
     assert torch.equal(result, run(sk.FanInLayout(layout.indices.clone(), layout.in_features)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(4096, 4096, 4), (8192, 2048, 8)])
+def test_blocks_of_the_goals_fill_an_h200(sizes, monkeypatch):
+    """One block lies on a multiprocessor at a time; in their last round few of these are idle."""
+    monkeypatch.setenv("SK_EMULATION_COUNT", "1")
+    monkeypatch.setenv("SK_EMULATION_MULTIPROCESSORS", "132")
+    layout = sk.FanInLayout.random(*sizes, generator=torch.Generator().manual_seed(0))
+    x, grad_output = (torch.empty(16384, n, dtype=torch.bfloat16) for n in sizes[1::-1])
+    values = torch.empty(layout.values_shape, dtype=torch.bfloat16)
+    extension = cuda_emulation.counted()
+    blocks, shared_bytes = ctypes.c_uint64(), ctypes.c_uint64()
+    for product in PRODUCTS:
+        with cuda._emulated(extension):
+            sparse_product(product, x, grad_output, values, layout, None, "cuda")
+        ctypes.CDLL(extension.__file__).take_largest_launch(
+            ctypes.byref(blocks), ctypes.byref(shared_bytes)
+        )
+        assert shared_bytes.value > (228 << 10) // 2
+        rounds = blocks.value / 132
+        assert 0.95 <= rounds / math.ceil(rounds) <= 1, (product, blocks.value)
 
 
 @pytest.mark.parametrize("fan_in", [3, 8, 40])

@@ -357,13 +357,20 @@ def test_a_backend_that_raises_leaves_the_others(monkeypatch, capsys):
     monkeypatch.setattr(steps, "connect", lambda rehearse: bench)
     assert steps.main(["goal", "0"]) == 1
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["backends"] for row in found if "failed" in row] == [["cpu", "reference"], ["cpu"]]
+    assert [row["backend"] for row in found if "failed" in row] == ["cpu"]
     whole = [row for row in found if row.get("product") == "step"]
     assert [(row["backend"], row["correct"]) for row in whole] == [("reference", True)]
-    said = list(gpu.verdicts(found))
-    assert (
-        said == [f"FAILED: goal {case}: RuntimeError: too many resources requested for launch"] * 2
-    )
+    message = "RuntimeError: too many resources requested for launch"
+    assert list(gpu.verdicts(found)) == [f"FAILED: cpu {case}: {message}"]
+
+
+def test_a_goal_that_no_backend_can_run_fails(monkeypatch, capsys):
+    bench = steps.Bench(steps.Device(), [cases.Case(5, 8, 8, 2)], [], [], steps.Limits(0.01))
+    monkeypatch.setattr(steps, "BACKENDS", ("cuda",))
+    monkeypatch.setattr(steps, "connect", lambda rehearse: bench)
+    assert steps.main(["goal", "0"]) == 1
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert row["failed"].startswith("no backend can run it")
 
 
 @pytest.mark.parametrize("case", [*cases.REHEARSED_FUSED, cases.REHEARSED[-1]], ids=str)

@@ -6,6 +6,7 @@ because a process that interprets cannot compile.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,10 +14,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.cases import GOALS, Case
+from sparse_kernels import triton
+from sparse_kernels.layout import FanInLayout
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sparse_kernels.triton import configs
+from sparse_kernels.triton import configs, sddmm, spmm
 
 REPORT = Path(__file__).parent / "tile_report.py"
 KIB = 1024
@@ -146,6 +152,45 @@ def test_loops_of_the_goals_stay_short(report):
     }
     assert found.keys() >= LOOPS.keys()
     assert {name: found[name] for name, n in LOOPS.items() if not 0 < found[name] <= 1.05 * n} == {}
+
+
+@pytest.mark.skipif("sm_90" not in FAMILIES, reason="the registers are those of sm_90")
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_programs_of_the_goals_fill_an_h200(report, side, monkeypatch):
+    """In the last round of as many as lie on it at a time, few multiprocessors are idle."""
+    (case,) = (case for case in GOALS if isinstance(case, Case) and case.block == (side, side))
+    programs = []
+
+    def record(kernel, count, *arguments, **constants):
+        programs.append(count)
+
+    monkeypatch.setattr(configs, "family", lambda device: "sm_90")
+    for module in (spmm, sddmm):
+        monkeypatch.setattr(module, "launch_kernel", record)
+    sizes = case.out_features, case.in_features, case.fan_in, case.block
+    layout = FanInLayout.random(*sizes, generator=torch.Generator().manual_seed(0))
+    x, grad_output, values = (
+        torch.empty(shape, dtype=torch.bfloat16)
+        for shape in ((case.tokens, sizes[1]), (case.tokens, sizes[0]), layout.values_shape)
+    )
+    run = {
+        "spmm_kernel own": lambda: triton.forward(x, values, layout),
+        "spmm_kernel transposed": lambda: triton.grad_input(grad_output, values, layout),
+        "sddmm_kernel": lambda: triton.grad_weight(grad_output, x, layout),
+    }
+    for kernel, call in run.items():
+        (made,) = (
+            made
+            for made in report
+            if f"{made['kernel']} {made['what']}" == f"{kernel} {side} to {side}"
+            and (made["capability"], made["dtype"]) == (90, "bfloat16")
+        )
+        programs.clear()
+        call()
+        threads = 32 * made["tile"][2]
+        resident = min(2**16 // (threads * made["registers"]), 228 * KIB // (made["shared"] + KIB))
+        rounds = programs[0] / (132 * resident)
+        assert rounds / math.ceil(rounds) >= 0.95, (kernel, programs[0], resident)
 
 
 def test_sizes_of_one_are_compiled_too(reports):

@@ -8,7 +8,7 @@
 
 Needs a checkout, PyTorch with CUDA, Triton, nvcc, pybind11, setuptools, ninja, pytest, hypothesis;
 no network, and nothing installed from the checkout. --full also needs the packages of the other
-benchmarks. Extensions that were built for this Python elsewhere need not be built again:
+benchmarks. On another machine with the same Python the kernels can be built beforehand:
 
     SPARSE_KERNELS_CUDA=1 SPARSE_KERNELS_CUDA_ARCHS=9.0a python setup.py build_ext --inplace
 
@@ -229,7 +229,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if not row.get("correct", True):
             yield f"WRONG: {row['backend']} {name}, error {row['error']:.1e}"
         elif row.get("failed"):
-            yield f"FAILED: {name} {cases.name_of(row)}: {row['failed']}"
+            yield f"FAILED: {row['backend']} {cases.name_of(row)}: {row['failed']}"
         elif row.get("ended", "passed") != "passed":
             yield f"FAILED: {name}: {row['ended']} (see {name}.log)"
         elif row.get("goal"):

@@ -148,10 +148,7 @@ def goal(bench: Bench, number: str) -> Rows:
     case = bench.goals[int(number)]
     if bench.on_gpu:
         bench.device.prepare(smoke=False)
-    able = bench.able(case)
-    if not able:
-        yield {**case.columns, "failed": "no backend can run it: see the rows of `machine`"}
-    for row in _measure(bench, case, able, bench.limits):
+    for row in _measure(bench, case, bench.able(case), bench.limits):
         yield row | {"goal": cases.goal_of(case, row.get("product", ""))}
 
 
@@ -166,14 +163,20 @@ def fused(bench: Bench) -> Rows:
 def _measure(bench: Bench, case: AnyCase, names: list[str], limits: Limits | None) -> Rows:
     """Each backend checked, and timed in turns with the stock operation.
 
-    If a backend raises an error, each is measured alone.
+    If one of several raises an error, each is measured alone.
     """
+    if not names:
+        yield {**case.columns, "backend": None, "failed": "no backend can run it: see `machine`"}
+        return
     try:
         yield from operations.measure(case, bench.device, names, limits, dense_only=True)
     except Exception as error:  # noqa: BLE001 (whatever a kernel that never ran may raise)
         traceback.print_exc()
-        yield {**case.columns, "backends": names, "failed": f"{type(error).__name__}: {error}"}
-        for name in names if len(names) > 1 else []:
+        if len(names) == 1:
+            message = f"{type(error).__name__}: {error}"
+            yield {**case.columns, "backend": names[0], "failed": message}
+            return
+        for name in names:
             yield from _measure(bench, case, [name], limits)
 
 

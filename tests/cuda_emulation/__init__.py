@@ -96,6 +96,12 @@ def emulated(sanitize: bool = False) -> ModuleType:
     return load(MODULE, build(MODULE, [BINDINGS, *SOURCES], SANITIZE if sanitize else []))
 
 
+def counted() -> ModuleType:
+    """The same with blocks of as many threads as on a GPU, for SK_EMULATION_COUNT."""
+    flags = ["-USK_THREADS", "-O0"]  # the sources have the number of threads
+    return load(MODULE, build(MODULE, [BINDINGS, *SOURCES], flags))
+
+
 def emulated_with(folder: Path, name: str, right: str, wrong: str) -> ModuleType:
     """The same after a change in the file `name` of csrc/cuda; `folder` is for changed copies.
 

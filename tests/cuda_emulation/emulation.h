@@ -517,11 +517,12 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 // The emulated device: the shared memory of compute capability 9.0, and few multiprocessors.
-constexpr int kEmulatedMultiprocessors = 3;
-inline int emulated_shared() {
-    const char* bytes = std::getenv("SK_EMULATION_SHARED");
-    return bytes ? std::atoi(bytes) : 227 << 10;
+inline int emulated_number(const char* name, int otherwise) {
+    const char* number = std::getenv(name);
+    return number ? std::atoi(number) : otherwise;
 }
+inline int emulated_shared() { return emulated_number("SK_EMULATION_SHARED", 227 << 10); }
+inline int emulated_multiprocessors() { return emulated_number("SK_EMULATION_MULTIPROCESSORS", 3); }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaErrorInvalidDevice  ? "cudaErrorInvalidDevice"
@@ -553,8 +554,8 @@ inline cudaError_t cudaSetDevice(int device) {
     return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value =
-        attribute == cudaDevAttrMultiProcessorCount ? kEmulatedMultiprocessors : emulated_shared();
+    *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors()
+                                                         : emulated_shared();
     return cudaSuccess;
 }
 // The dynamic shared memory that a kernel may be launched with, once it was asked for.
@@ -566,6 +567,24 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
     if (bytes > emulated_shared()) return cudaErrorInvalidValue;
     allowed_shared()[kernel] = bytes;
     return cudaSuccess;
+}
+
+// With SK_EMULATION_COUNT no kernel runs: the blocks and the shared memory of the launch that asked
+// for most of it are remembered.
+namespace emulation {
+struct Launch {
+    uint64_t blocks = 0, shared_bytes = 0;
+};
+inline Launch& largest_launch() {
+    static Launch launch;
+    return launch;
+}
+}  // namespace emulation
+extern "C" __attribute__((visibility("default"), used)) inline void take_largest_launch(
+    uint64_t* blocks, uint64_t* shared_bytes) {
+    *blocks = emulation::largest_launch().blocks;
+    *shared_bytes = emulation::largest_launch().shared_bytes;
+    emulation::largest_launch() = {};
 }
 
 namespace sk {
@@ -584,6 +603,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned thr
     const auto asked = allowed_shared().find(reinterpret_cast<const void*>(kernel));
     const int allowed = asked == allowed_shared().end() ? 48 << 10 : asked->second;
     if (shared_bytes > static_cast<size_t>(allowed)) return cudaErrorInvalidValue;
+    if (std::getenv("SK_EMULATION_COUNT")) {
+        if (shared_bytes >= emulation::largest_launch().shared_bytes) {
+            emulation::largest_launch() = {uint64_t{grid.x} * grid.y * grid.z, shared_bytes};
+        }
+        return cudaSuccess;
+    }
     std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
     emulation::launch(grid, threads, shared_bytes, [&] { std::apply(kernel, values); });
     return cudaSuccess;
