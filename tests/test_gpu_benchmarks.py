@@ -130,6 +130,12 @@ def test_estimates_follow_the_counts_and_say_what_they_are():
     assert estimate.terms_us(unstructured, "forward", None)["shared"] == pytest.approx(
         passes / (132 * 1.7e3)
     )
+    # 512 tiles of 32 tokens x 512 blocks of 128 weights x 198, and 34 for 1024 elements of x
+    wide = cases.Case(cases.GPU_TOKENS, 2048, 8192, 8, dtype="bfloat16")
+    issued = 512 * 512 * 198 + 16384 * 2048 / 1024 * 34
+    assert estimate.terms_us(wide, "forward", None)["issue"] == pytest.approx(
+        issued / (132 * 4 * 1.7e3)
+    )
     # as many bytes as the review of the kernels counted for this case: 3.76 GB with 128 tokens
     small = estimate.terms_us(case, "forward", {**tile, "tile": (128, 64, 8, 5)})
     assert small["L2"] * estimate.L2_BYTES_S == pytest.approx(3.76e9 * 1e6, rel=0.01)
@@ -289,7 +295,7 @@ def test_the_rehearsal_runs_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     content = report.read_json(tmp_path / "out" / "gpu.json")
     assert content["complete"]
-    assert content["machine"]["command"] == "python -m benchmarks.gpu"
+    assert content["machine"]["command"] == "python -m benchmarks.gpu --rehearse"
     found = content["rows"]
     names = {name for _, commands in gpu.plan(tmp_path, rehearse=True) for name in commands}
     assert {row["step"]: row["ended"] for row in found if "ended" in row} == dict.fromkeys(

@@ -8,12 +8,13 @@ the machine instructions of their loops are counted. A time is the largest of fo
     compute    multiply-adds over the rate of cuBLAS
     memory     compulsory bytes over the rate of a large copy
 
-Of the CUDA kernels only the last two are printed, and for unstructured weights
+For unstructured weights, whose x is read once, in the place of L2
 
     shared     passes of shared memory for the rows that are gathered, one in a clock
 
-which tests/test_cuda_emulated.py counts: a time of these is at least as long. The rates are
-assumptions; `ceilings` of the command measures them.
+which tests/test_cuda_emulated.py counts, while tests/test_cuda_build.py limits the instructions: a
+time of these is at least as long. The rates are assumptions; `ceilings` of the command measures
+them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ GATHERED = {
     ("grad_weight", 4096): (1.0, 2.2),
     ("grad_weight", 2048): (1.0, 2.2),
 }
+# The most instructions of a warp: for 128 weights, by the tokens of a tile; for 1024 multiply-adds
+# of grad_weight; and for 1024 elements of x that become a tile.
+WORD_INSTRUCTIONS = {8: 130, 16: 136, 32: 198}
+GRAD_WEIGHT_INSTRUCTIONS, FILL_INSTRUCTIONS = 18.4, 34
+# The tokens of a tile by the inputs that lie in shared memory.
+TILE_TOKENS = {2048: 32, 4096: 16, 8192: 8}
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
 
 
@@ -48,6 +55,14 @@ def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str,
         rows, passes = GATHERED[product, inputs]
         matrices = case.tokens / 8 * case.out_features * case.fan_in * rows / 8
         terms["shared"] = matrices * passes / (MULTIPROCESSORS * CLOCK_HZ)
+        weights, filled = case.out_features * case.fan_in * rows, case.tokens * inputs / 1024
+        if product == "grad_weight":
+            issued = case.tokens * weights / 1024 * GRAD_WEIGHT_INSTRUCTIONS
+        else:
+            tokens = TILE_TOKENS[inputs]
+            issued = case.tokens / tokens * weights / 128 * WORD_INSTRUCTIONS[tokens]
+        issued += filled * FILL_INSTRUCTIONS
+        terms["issue"] = issued / (MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ)
     else:
         block_m, block_k, warps, _ = tile["tile"]
         side, rows = case.block[0], case.out_features // case.block[0]

@@ -80,7 +80,8 @@ def connect(*, rehearse: bool) -> Bench:
 
 def machine(bench: Bench) -> Rows:
     """What the numbers were measured on, and which backends run."""
-    about = bench.device.describe(["-m", "benchmarks.gpu"])
+    rehearsal = [] if bench.on_gpu else ["--rehearse"]
+    about = bench.device.describe(["-m", "benchmarks.gpu", *rehearsal])
     about["nvcc"] = (report.output_of("nvcc", "--version") or "").splitlines()[-1:]
     yield {"machine": about}
     problem = bench.goals[1].problems(bench.device.name)[0]
