@@ -155,8 +155,10 @@ class FusedAttention(Function):
             # (B, H, at least T) in float32: the kernel pads T, with infinities.
             total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
             share = torch.exp(lse - total)[..., :T]
-            # In place, so that y keeps the strides that the backward takes for granted.
-            y.mul_(share.transpose(1, 2)[..., None])
+            scaled = y * share.transpose(1, 2)[..., None]  # in float32, contiguous as y is
+            # Compiled by PyTorch 2.11, a result that is another name of an intermediate one, as
+            # after `to` in float32 or an operation in place, would have a gradient of zero.
+            y = scaled if scaled.dtype == y.dtype else scaled.to(y.dtype)
             lse = total
         ctx.save_for_backward(qkv, sinks, y, lse, *rest)
         result: Tensor = y

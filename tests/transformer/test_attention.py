@@ -139,9 +139,10 @@ def test_what_the_kernel_lacks_is_computed_plainly():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_the_fused_kernel_compiles_whole_and_ignores_autocast(sinks):
-    qkv, sink, grad = draw(8, 2, 40, 3, 8, torch.float32, sinks)
+def test_the_fused_kernel_compiles_whole_and_ignores_autocast(sinks, dtype):
+    qkv, sink, grad = draw(8, 2, 40, 3, 8, dtype, sinks)
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with efficient_attention.on_the_cpu():
