@@ -393,8 +393,14 @@ def _is_transform_active() -> bool:
     return active or forward_ad._current_level >= 0
 
 
-# torch.compile executes it while it traces; see `SparseLinear._refresh`.
-_is_transform_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _is_exporting() -> bool:
+    """Whether torch.export traces; in `torch.compiler.is_exporting` 2.11 calls all tracing so."""
+    return torch.compiler._is_exporting_flag
+
+
+# torch.compile executes them while it traces; see `SparseLinear._refresh`.
+for _read in (_is_transform_active, _is_exporting):
+    _read._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
@@ -406,7 +412,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     if is_transformed():
         return True
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return learns and not torch.compiler.is_exporting()
+    return learns and not _is_exporting()
 
 
 def map_samples(

@@ -250,3 +250,14 @@ def test_compiled_transforms_have_the_derivative_or_are_refused():
     torch.testing.assert_close(got, gradient(x))
     with pytest.raises(RuntimeError, match="cannot trace derivatives"):
         torch.compile(lambda x: gradient(x), backend="eager", fullgraph=True)(x)
+
+
+def test_compiled_training_is_no_export(monkeypatch):
+    """PyTorch 2.11 answers that it exports whenever it compiles."""
+    layer, x = sk.SparseLinear(6, 4, fan_in=3), torch.randn(5, 6)
+    layer(x).sum().backward()
+    wanted = layer.weight.grad.clone()
+    layer.zero_grad()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, wanted)
