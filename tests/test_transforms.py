@@ -258,6 +258,7 @@ def test_compiled_training_is_no_export(monkeypatch):
     layer(x).sum().backward()
     wanted = layer.weight.grad.clone()
     layer.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    compiled(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, wanted)
