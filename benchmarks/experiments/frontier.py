@@ -156,7 +156,7 @@ class Options:
     rate: float = 1.0
     """Times the learning rate of each kind; for a sweep, with --most-tasks 0 and few --steps."""
     trials: int = 2
-    """Trials of a search."""
+    """Trials of a search; the best of them is pruned."""
     search_steps: int = 100
     """Steps of a trial."""
     test_pairs: int = 64
