@@ -62,9 +62,10 @@ def tiny(monkeypatch, tmp_path):
     )
     for name, value in (("SEEDS", (0,)), ("QUESTIONS", (TASK,))):
         monkeypatch.setattr(frontier, name, value)
-    few = {"train_pairs": 16, "fit_pairs": 8}
-    monkeypatch.setattr(frontier, "TaskLoss", partial(frontier.TaskLoss, **few))
-    monkeypatch.setattr(frontier, "TARGET", 3.0)
+    monkeypatch.setattr(frontier, "TaskLoss", partial(frontier.TaskLoss, fit_pairs=8))
+    monkeypatch.setattr(frontier, "_TRAIN_PAIRS", 16)
+    monkeypatch.setattr(frontier, "SEARCHED", 3.0)
+    monkeypatch.setattr(results, "TARGET", 3.0)
     monkeypatch.setattr(evaluation, "SOLVED_ACCURACY", 0.0)
     source = Path(data.__file__).parent / "circuits"
     words = f"--out {tmp_path / 'out'} --json {tmp_path / 'rows.json'} --data {source} --steps 4"
@@ -144,10 +145,8 @@ def row(kind, seed, edges, *, missed=(), fan=8, loss=2.0):
     """Edges by task; an edge count of None is a refusal."""
     circuits = {}
     for task, count in edges.items():
-        proof = {
-            "circuit": {"mean": {"loss": 0.1, "low": 0.1, "high": 0.2}},
-            "sufficient": False if task in missed else None,
-        }
+        low = 0.151 if task in missed else 0.1
+        proof = {"circuit": {"mean": {"loss": 0.1, "low": low, "high": 0.2}}}
         circuits[task] = {"sizes": {"edges": [1, count]}, "proof": proof}
         if count is None:
             circuits[task] = {"error": "the whole model has a loss of 0.2"}
