@@ -96,6 +96,17 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     )
 
 
+def busy(machine: Mapping[str, Any]) -> list[str]:
+    """A sentence if other programs wanted the cores when the machine was described."""
+    load, cores = machine.get("load_average"), machine["cores"]
+    if load is None or load <= cores + 0.5 or machine.get("gpu"):
+        return []
+    return [
+        f"The machine is busy (load {load:.1f} on {cores} cores): times are too long, those of "
+        "several threads most. Run again when it is idle."
+    ]
+
+
 def why_not_writable(path: Path) -> str | None:
     """None if a file can be written at `path`, else a sentence. Asked before anything runs."""
     if path.is_dir():

@@ -101,7 +101,8 @@ class Benchmark:
                 bar.set_description("peaks of this machine")
                 sentences = [*device.prepare(smoke=options.smoke), *self.missing(options)]
                 machine.update(device.describe(command))
-                bar.write("\n".join([report.machine_line(machine), *sentences, ""]))
+                about = [report.machine_line(machine), *report.busy(machine)]
+                bar.write("\n".join([*about, *sentences, ""]))
                 bar.update()
                 for case in cases:
                     bar.set_description(str(case))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,15 +131,18 @@ def test_a_wrong_result_has_no_times(
 ONE_CASE = ["--smoke", "--case", "64->48"]
 
 
-def test_check_compares_and_takes_no_times(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_check_compares_and_takes_no_times_on_a_busy_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.json"
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 1.0, 1.0))
     assert matmul.main([*ONE_CASE, "--check", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["correct"] and "time_ms" not in row for row in rows] == [True] * 4
     report.main(path)
-    assert "correct" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "correct" in printed
+    assert printed.count("The machine is busy (load 99.0 on ") == 1
 
 
 @pytest.mark.parametrize(
