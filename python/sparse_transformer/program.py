@@ -100,6 +100,18 @@ def need_whole(option: str, value: int, least: int, most: int = 2**63 - 1) -> No
         raise UserError(f"{option} must be {bound}, got {value}")
 
 
+def need_writable(option: str, path: Path | None) -> None:
+    """Raises UserError if no file can be written at `path`; asked before anything takes time."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it with {option}")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}: choose another {option}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: choose another {option}")
+
+
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns two spaces apart, the first `left` of them flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

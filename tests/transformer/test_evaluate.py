@@ -272,7 +272,7 @@ def test_the_scores_are_those_of_the_model(folder, capsys, tmp_path):
         (["--checkpoint", "HERE", "--pairs", "1"], "--pairs must be at least 2, got 1"),
         (
             ["--checkpoint", "HERE", "--tasks", "for_while", "--json", "absent/x.json"],
-            "absent/x.json cannot be written (No such file or directory)",
+            "there is no folder absent: choose another --json",
         ),
     ],
 )

@@ -386,7 +386,7 @@ def test_the_program_reports_every_prediction(folder, tokenizer, tmp_path, capsy
         (["--prompts", "1"], "--prompts must be at least 2"),
         (["--circuit", "absent.json"], "the circuit absent.json cannot be read"),
         (["--circuit", "OTHER"], "there are no predictions for for_while"),
-        (["--json", "absent/file"], "absent/file cannot be written"),
+        (["--json", "absent/file"], "there is no folder absent: choose another --json"),
         (["--step", "3"], "there is no checkpoint of step 3"),
     ],
 )

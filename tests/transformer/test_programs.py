@@ -263,6 +263,20 @@ def test_paths_to_write(place, tmp_path, monkeypatch, capsys, program, kind):
 
 
 # What a prompt or a name may be.
+@pytest.mark.parametrize("program", ["evaluate", "steer", "bridges", "browse"])
+@pytest.mark.parametrize("path", ["absent/file", "folder"])
+def test_a_file_that_cannot_be_written_is_refused_first(
+    tmp_path, monkeypatch, capsys, program, path
+):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    option = "--out" if program == "browse" else "--json"
+    # There is no model: it is not even looked for.
+    status, error = ask(program, [*arguments_of(program), option, path], capsys)
+    assert status == 2
+    assert option in error
+
+
 TEXTS = ("", "\0", os.fsdecode(b"caf\xe9"), "\ud800", "x" * 200_000, "\N{SNOWMAN}")
 
 

@@ -498,7 +498,10 @@ def test_means_are_taken_from_a_file(run, capsys, tmp_path):
         ),
         (["--prompt", "x", "--answers", "", "d"], "the answer '' is not one token, it is empty"),
         (["--prompt", "x", "--means", "absent"], "the means absent cannot be read"),
-        (["--prompt", "x", "--json", "absent/file"], "absent/file cannot be written"),
+        (
+            ["--prompt", "x", "--json", "absent/file"],
+            "there is no folder absent: choose another --json",
+        ),
         (["--task", "brackets"], "brackets"),
         (["--task", "single_double_quote", "--pairs", "0"], "--pairs must be at least 1"),
     ],

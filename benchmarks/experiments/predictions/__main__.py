@@ -56,6 +56,7 @@ def run(config: PredictionsConfig, out: TextIO) -> None:
     """
     if config.prompts < 2:
         raise UserError(f"--prompts must be at least 2, got {config.prompts}: choose more")
+    program.need_writable("--json", config.json)
     circuit = None if config.circuit is None else _read(config.circuit)
     if circuit is not None and circuit.task not in CHECKS:
         raise UserError(

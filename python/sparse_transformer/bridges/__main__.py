@@ -60,6 +60,7 @@ class BridgesConfig:
 def run(config: BridgesConfig, out: TextIO) -> None:
     """Does what `config` says and writes a report to `out`."""
     chosen = [tasks.get(name) for name in dict.fromkeys(config.tasks)]
+    program.need_writable("--json", config.json)
     if len(chosen) < 2:
         raise UserError("one task has no other to compare with: give at least two --tasks")
     sparse, tokenizer = load_run(config.checkpoint, config.step)

@@ -16,7 +16,6 @@ import tyro
 from sparse_transformer import program
 from sparse_transformer.browse.content import describe, need_small
 from sparse_transformer.browse.page import render
-from sparse_transformer.errors import UserError
 from sparse_transformer.generation import prompt_tokens
 from sparse_transformer.model import count_weights
 from sparse_transformer.run import corpus_sample, load_run
@@ -49,8 +48,7 @@ def run(config: BrowseConfig) -> None:
     """Writes the page and prints how large it is."""
     name = config.checkpoint.resolve().name
     out = config.out or Path(f"{name}.html")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent}: choose another --out")
+    program.need_writable("--out", out)
     model, tokenizer = load_run(config.checkpoint, config.step)
     need_small(model.config)
     corpus = corpus_sample(config.checkpoint, model, data=config.data, cache_dir=config.cache_dir)

@@ -51,6 +51,7 @@ def run(config: EvaluateConfig, out: TextIO) -> None:
     """
     chosen = [get(name) for name in dict.fromkeys(config.tasks)] or list(TASKS.values())
     program.need_whole("--pairs", config.pairs, 2)
+    program.need_writable("--json", config.json)
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
     rows = [["task", "accuracy", "pairs right", "loss, nats", "pairs", "answers", "solved"]]
     results: dict[str, Any] = {}

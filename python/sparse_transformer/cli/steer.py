@@ -99,6 +99,7 @@ class SteerConfig:
 def run(config: SteerConfig, out: TextIO) -> None:
     """Does what `config` says and writes a report to `out`."""
     if (config.prompt is None) == (config.task is None):
+    program.need_writable("--json", config.json)
         raise UserError("one thing can be asked at a time: give either --prompt or --task")
     if config.task is not None and config.answers is not None:
         raise UserError("--answers cannot be used with --task, which has its own answers")
