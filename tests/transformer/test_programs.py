@@ -4,6 +4,7 @@
 fails the test by itself.
 """
 
+import ast
 import dataclasses
 import hashlib
 import itertools
@@ -262,7 +263,6 @@ def test_paths_to_write(place, tmp_path, monkeypatch, capsys, program, kind):
     assert content(place) == before
 
 
-# What a prompt or a name may be.
 @pytest.mark.parametrize("program", ["evaluate", "steer", "bridges", "browse"])
 @pytest.mark.parametrize("path", ["absent/file", "folder"])
 def test_a_file_that_cannot_be_written_is_refused_first(
@@ -277,6 +277,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     assert option in error
 
 
+# What a prompt or a name may be.
 TEXTS = ("", "\0", os.fsdecode(b"caf\xe9"), "\ud800", "x" * 200_000, "\N{SNOWMAN}")
 
 
@@ -636,6 +637,16 @@ def test_a_missing_package_is_a_sentence(tmp_path, program, package):
 def test_there_are_at_least_400_cases():
     cases = (VALUES, TAMPERED, DAMAGED, ASKED * len(TEXTS), READERS * len(PATHS))
     assert sum(map(len, cases)) >= 400
+
+
+def test_the_help_of_an_option_is_one_line_of_source():
+    """Line breaks in it would stay where they are in a terminal of any width."""
+    for path in Path(sparse_transformer.__file__).parent.rglob("*.py"):
+        for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(found, ast.ClassDef):
+                for name, help in itertools.pairwise(found.body):
+                    if isinstance(name, ast.AnnAssign) and isinstance(help, ast.Expr):
+                        assert "\n" not in ast.literal_eval(help.value), (path, help.lineno)
 
 
 def test_choices_are_those_of_the_settings():

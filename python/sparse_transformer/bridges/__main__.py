@@ -30,8 +30,7 @@ class BridgesConfig:
     dense model by edits of a few channels of the sparse one."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The sparse model: the folder of a training run, or of one checkpoint in it; or the name of a
-    model."""
+    """The sparse model: the folder of a training run or checkpoint, or the name of a model."""
     dense: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The dense model, with the same tokenizer and as many layers."""
     tasks: tuple[str, ...] = _TASKS
@@ -49,8 +48,7 @@ class BridgesConfig:
     step: int | None = None
     """The sparse model's checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders to train the maps on; by default the sample that an exported model comes
-    with, or the training files."""
+    """Files to train the maps on; by default the model's sample, or its training files."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -60,9 +58,9 @@ class BridgesConfig:
 def run(config: BridgesConfig, out: TextIO) -> None:
     """Does what `config` says and writes a report to `out`."""
     chosen = [tasks.get(name) for name in dict.fromkeys(config.tasks)]
-    program.need_writable("--json", config.json)
     if len(chosen) < 2:
         raise UserError("one task has no other to compare with: give at least two --tasks")
+    program.need_writable("--json", config.json)
     sparse, tokenizer = load_run(config.checkpoint, config.step)
     dense, other = load_run(config.dense)
     if other.to_str() != tokenizer.to_str() or dense.config.n_layer != sparse.config.n_layer:

@@ -33,13 +33,11 @@ class BrowseConfig:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The page; by default DIR's name with .html, in the current folder."""
     prompt: str | None = None
-    """The text on which attention is shown, of which the last 64 tokens are read; "-" reads it from
-    standard input. By default the beginning of the first window of the corpus."""
+    """Text on which attention is shown ("-": standard input); by default from the corpus."""
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders for labels and snippets; by default the sample that an exported model comes
-    with, or the training files."""
+    """Files for labels and snippets; by default the model's sample, or its training files."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora."""
 

@@ -56,7 +56,7 @@ class CircuitConfig:
     """Finds, validates and draws the circuit of a task in a trained model."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it."""
+    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Output folder, with a subfolder for each task."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
@@ -66,17 +66,13 @@ class CircuitConfig:
     against: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
     """Other runs to compare with; their circuits are found too."""
     target: float = 0.15
-    """Loss that a circuit must reach alone: binary cross-entropy over the two answers, in nats
-    (guessing has 0.69)."""
+    """Loss over the two answers, in nats, that a circuit must reach alone; guessing has 0.69."""
     edges: bool = True
     """Also prune single edges, which the paper does not do."""
     controls: int = 5
-    """Repeat the search for so many nonsense answers, for swapped labels and for permuted weights;
-    0 for none."""
+    """Nonsense answers, beside swapped labels and permuted weights; 0 for no controls."""
     ablation: tuple[Literal["mean", "mixture"], ...] = ("mean",)
-    """What masks are trained and pruned under: the mean, as published, or a mixture of the mean,
-    the pair's other prompt, random parts of the rest and those that hurt most; both for two
-    circuits."""
+    """Train and prune under mean ablation, as published, or four kinds; both: two circuits."""
     solved: float = SOLVED_ACCURACY
     """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)
@@ -84,8 +80,7 @@ class CircuitConfig:
     step: int | None = None
     """The checkpoint of this step, by default the newest."""
     data: tuple[Path, ...] = ()
-    """Files and folders for means and snippets; by default the sample that an exported model comes
-    with, or the training files."""
+    """Files for means and snippets; by default the model's sample, or its training files."""
     cache_dir: Path | None = None
     """Folder for tokenized corpora and means."""
     seed: int = 0

@@ -21,8 +21,7 @@ class GenerateConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: str = ""
-    """Prompt; "-" reads it from standard input. Empty: the model starts a new file. Of a prompt
-    that is longer than the context only the end is read."""
+    """Prompt; "-" reads it from standard input. Empty: the model starts a new file."""
     tokens: int = 128
     """Maximum number of tokens; generation stops earlier at the end of a file."""
     temperature: float = 0.8

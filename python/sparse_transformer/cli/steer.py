@@ -58,8 +58,7 @@ class SteerConfig:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder of a training run, or of one checkpoint in it; or the name of a model."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """Prompt; "-" reads it from standard input. Of one that is longer than the context only the end
-    is read."""
+    """Prompt; "-" reads it from standard input."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Use test prompts of this task, with their right and wrong answers, instead of a prompt."""
     pairs: int = 64
@@ -71,8 +70,7 @@ class SteerConfig:
     ablate: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]")] = ()
     """Make nodes zero, or their means if --means is given."""
     patch: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=TEXT")] = ()
-    """Give nodes the activation that they have in the prompt TEXT; for a task without "=TEXT", in
-    the other prompt of the pair."""
+    """Give nodes their activation in the prompt TEXT; of a task, in the pair's other prompt."""
     set: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=VALUE")] = ()
     """Set nodes to a value."""
     scale: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=VALUE")] = ()
@@ -86,8 +84,7 @@ class SteerConfig:
         tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="NODE [NODE ...]"),
     ] = ()
-    """Show nodes' activations at each token, of a task in its first pair; of many nodes those that
-    change most, or are most active if nothing is changed."""
+    """Show nodes' activations at each token; of many nodes those that change most."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the same there, for programs."""
     step: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -99,10 +96,10 @@ class SteerConfig:
 def run(config: SteerConfig, out: TextIO) -> None:
     """Does what `config` says and writes a report to `out`."""
     if (config.prompt is None) == (config.task is None):
-    program.need_writable("--json", config.json)
         raise UserError("one thing can be asked at a time: give either --prompt or --task")
     if config.task is not None and config.answers is not None:
         raise UserError("--answers cannot be used with --task, which has its own answers")
+    program.need_writable("--json", config.json)
     model, tokenizer = load_run(config.checkpoint, config.step, config.device)
     steering = _Steering(config, model, tokenizer)
     if config.task is not None:

@@ -32,11 +32,9 @@ class _First:
     out: Path | None = None
     """Folder of the run; it must be new or empty, or be continued with --resume."""
     preset: str | None = None
-    """Named settings, which the other options change: tiny, circuits, d256, d512, d1024, d2048 or
-    475m. By default tiny."""
+    """Settings to start from: tiny, circuits, d256, d512, d1024, d2048 or 475m."""
     resume: bool = False
-    """Continue from the newest checkpoint in --out; settings that are not given stay as they
-    were."""
+    """Continue from the newest checkpoint in --out, with its settings where none are given."""
     from_step: int | None = None
     """Continue from the checkpoint of this step; later ones are set aside, not deleted."""
 

@@ -31,16 +31,13 @@ class TrainConfig:
     data: tuple[Path, ...] = ()
     """Files and folders to train on; by default the standard library of the running Python."""
     task_pairs: int = 0
-    """Pairs of task prompts of which each step also learns the answers, so that small models solve
-    the tasks; they are not those that evaluation and validation ask."""
+    """Pairs of task prompts that each step also learns; evaluation asks others."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks of --task-pairs; by default all twenty."""
     bigram_start: Literal["counts", "zero"] = "counts"
-    """How the bigram table starts: as frequencies in the training text, which saves some hundred
-    steps, or at zero as published."""
+    """The bigram table starts as frequencies in the training text, or at zero as published."""
     cache_dir: Path | None = None
-    """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME, or else in
-    ~/.cache."""
+    """Folder for tokenized corpora; by default sparse_transformer in XDG_CACHE_HOME or ~/.cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto uses a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -49,8 +49,7 @@ class TopologyConfig:
     drop_share: float = 0.3
     """Share of each row that the first change replaces; it falls as a half cosine."""
     candidates: float = 0.06
-    """Share of the columns that are sampled as candidates of each row; at least twice as many as
-    grow."""
+    """Share of columns sampled as candidates of each row; at least twice as many as grow."""
     grow: Literal["gradient", "random"] = "gradient"
     """Which candidates grow: those with the largest gradient, or random ones as a control."""
     seed: int = 0
