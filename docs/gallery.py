@@ -59,7 +59,7 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 
 {story.strip()}
 
-![The circuit of {circuit.task}]({circuit.task}.svg)
+[![The circuit of {circuit.task}]({circuit.task}.svg)]({circuit.task}.svg)
 
 {verdicts}
 
@@ -67,7 +67,8 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 
 {shown.note}
 
-The circuit [to explore]({circuit.task}.html), and [as data]({circuit.task}.json). To find it again:
+A click on the picture shows its full size. The circuit [as data]({circuit.task}.json), and on the
+site [to explore]({circuit.task}.html). To find it again:
 
     python -m sparse_transformer.circuits {asked}
 """
