@@ -289,7 +289,8 @@ class TaskLoss:
             raise UserError(
                 f"the model does not solve {self.task.name}: its accuracy is "
                 f"{found.accuracy:.1%} on {len(self.test)} pairs, below {least:.0%}, "
-                f"so there is no circuit to find: train it longer or choose another task"
+                "so there is no circuit to find: train it with --task-pairs, or longer, or choose "
+                "another task"
             )
         return found
 
