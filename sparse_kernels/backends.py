@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
     # The backends to try, fastest first; the others run only when asked for by name.
     order: tuple[str, ...]
-    # Why the first of `order` is taken, and why the others are not although they can run.
+    # Why the first of `order` is chosen, and why the others are not although they can run.
     reasons: dict[str, str]
     # The result file behind the order, or "not measured"; None if speed does not matter.
     source: str | None
@@ -168,9 +168,9 @@ def choose(problem: Problem, backend: str | None = None) -> str:
 
 
 def explain(problem: Problem) -> list[tuple[str, str]]:
-    """Every backend by name, and why `choose(problem)` takes it, or why it does not.
+    """Every backend by name, and why `choose(problem)` chooses it, or why not.
 
-    The sentence of the one that is taken begins with "taken: ".
+    The sentence of the one that is chosen begins with "chosen: ".
     """
     rule = rule_for(problem)
     cannot = {name: why_not(name, problem) for name in NAMES}
@@ -179,9 +179,9 @@ def explain(problem: Problem) -> list[tuple[str, str]]:
 
     def sentence(name: str) -> str:
         if name == chosen and name != rule.order[0]:
-            return f"taken: the first of {', '.join(rule.order)} that can run this" + source
-        taken = "taken: " if name == chosen else ""
-        return cannot[name] or taken + rule.reason(name) + source
+            return f"chosen: the first of {', '.join(rule.order)} that can run this" + source
+        said = "chosen: " if name == chosen else ""
+        return cannot[name] or said + rule.reason(name) + source
 
     return [(name, sentence(name)) for name in NAMES]
 
@@ -218,7 +218,7 @@ def problem_of(x: Tensor, layout: Layout | None, product: str) -> Problem:
 def explain_backend(
     x: Tensor, layout: FanInLayout, product: str = "forward"
 ) -> list[tuple[str, str]]:
-    """Every backend by name, and why it is taken by default, or why it is not.
+    """Every backend by name, and why it is chosen by default, or why it is not.
 
     `sparse_linear` chooses once, for "forward" ("grad_input" if `transpose`), and its derivatives
     run on the same backend.
@@ -230,7 +230,7 @@ def explain_backend(
 
     Returns:
         `[(name, sentence)]` for `reference`, `cpu`, `triton`, `cuda`. The sentence of the backend
-        that is taken begins with "taken: "; if no backend is, none does. The other sentences say
+        that is chosen begins with "chosen: "; if no backend is, none does. The other sentences say
         why the backend cannot run the problem, or why it is not preferred and how that was
         measured.
 

@@ -62,10 +62,10 @@ def test_explain_takes_what_choose_takes_and_has_a_sentence_for_each_other(situa
             with pytest.raises(RuntimeError, match=f"cannot run .* no {asked}"):
                 backends.choose(problem, asked)
     assert [name for name, _ in explained] == list(backends.NAMES)
-    taken = [name for name, sentence in explained if sentence.startswith("taken: ")]
-    assert taken == ([] if chosen is None else [chosen])
+    found = [name for name, sentence in explained if sentence.startswith("chosen: ")]
+    assert found == ([] if chosen is None else [chosen])
     for name, sentence in explained:
-        assert sentence.removeprefix("taken: ").strip()
+        assert sentence.removeprefix("chosen: ").strip()
         assert (sentence == f"no {name}") == (name not in able)
 
 
@@ -75,21 +75,21 @@ def test_explain_backend_on_this_machine(block, product):
     layout = layout_of(block)
     explained = sk.explain_backend(X, layout, product)
     assert explained == backends.explain(backends.problem_of(X, layout, product))
-    taken = backends.choose(backends.problem_of(X, layout, product))
-    assert dict(explained)[taken].startswith("taken: ")
+    chosen = backends.choose(backends.problem_of(X, layout, product))
+    assert dict(explained)[chosen].startswith("chosen: ")
     assert "only when asked for" in dict(explained)["reference"]
     problem = backends.problem_of(X, layout, product)
     cannot = {name: backends.why_not(name, problem) for name in backends.NAMES}
     assert {item for item in cannot.items() if item[1] is not None} <= set(explained)
 
 
-def test_explain_where_no_backend_is_taken():
+def test_explain_where_no_backend_is_chosen():
     explained = dict(sk.explain_backend(X.half(), layout_of()))
-    assert not any(sentence.startswith("taken: ") for sentence in explained.values())
+    assert not any(sentence.startswith("chosen: ") for sentence in explained.values())
     assert "float16" in explained["cpu"]
 
 
-def test_where_no_backend_is_taken_the_error_has_the_sentences_of_explain():
+def test_where_no_backend_is_chosen_the_error_has_the_sentences_of_explain():
     x, layout = X.half(), layout_of((16, 16))
     explained = dict(sk.explain_backend(x, layout))
     with pytest.raises(RuntimeError) as caught:
