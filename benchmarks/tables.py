@@ -133,8 +133,9 @@ def _where_it_does_not_pay(steps: Sequence[Row]) -> list[str]:
         if value < 0.95:
             slower.append((value, f"{name_of(row)} ({compare(value, what)})"))
     if slower:
-        worst = "; ".join(said for _, said in sorted(slower)[:3])
-        return [f"It does not pay in {len(slower)} of {len(steps)} cases: {worst}."]
+        worst = [said for _, said in sorted(slower)[:3]]
+        worst += [f"{len(slower) - 3} more"] * (len(slower) > 3)
+        return [f"It does not pay in {len(slower)} of {len(steps)} cases: {'; '.join(worst)}."]
     if densities := [row["density"] for row in steps if "density" in row]:
         return [
             f"No measured case was slower than a baseline; the densest keeps {max(densities):.2%} "

@@ -46,6 +46,9 @@ def test_sentences_are_computed_from_the_rows() -> None:
     said = tables.sentences([step(), step(best_dense_ms=1.0)])[-1]
     assert "1 of 2 cases" in said
     assert "2 times slower than the best dense (oneDNN fp32)" in said
+    said = tables.sentences([step(best_dense_ms=1.0)] * 5)[-1]
+    assert said.startswith("It does not pay in 5 of 5 cases: ")
+    assert said.endswith("; 2 more.")
 
 
 @pytest.mark.parametrize(
