@@ -40,6 +40,8 @@ def status(run: Callable[[], int | None], interrupted: str = "interrupted") -> i
     except OSError as error:
         return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}: choose another")
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("no backend can run"):
+            return _refuse(str(error))
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         return _refuse("there is not enough memory: choose a smaller model or fewer tokens at once")

@@ -634,6 +634,24 @@ def test_a_missing_package_is_a_sentence(tmp_path, program, package):
     )
 
 
+def test_a_missing_extension_is_a_sentence(place, tmp_path):
+    """As in a checkout that was not built."""
+    (tmp_path / "_sparse_kernels_cpu.py").write_text("raise ImportError('not built')\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "sparse_transformer.generate", "--checkpoint", "run"],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": ":".join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: no backend can run ")
+    assert "(not built); build it with `pip install .`" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
 def test_there_are_at_least_400_cases():
     cases = (VALUES, TAMPERED, DAMAGED, ASKED * len(TEXTS), READERS * len(PATHS))
     assert sum(map(len, cases)) >= 400
