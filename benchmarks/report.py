@@ -259,4 +259,9 @@ def main(file: Path, /, markdown: bool = False, plot: Path | None = None) -> Non
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main, prog="python -m benchmarks.report")
+    try:
+        tyro.cli(main, prog="python -m benchmarks.report")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the text has seen enough; nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -129,6 +131,16 @@ def test_a_wrong_result_has_no_times(
     assert len(rows) == 4
     assert not any(row["correct"] or "time_ms" in row for row in rows)
     assert "4 of 4 rows are WRONG" in capsys.readouterr().out
+
+
+def test_a_report_that_is_cut_off_is_quiet() -> None:
+    """As by `python -m benchmarks.report FILE | head`."""
+    out, into = os.pipe()
+    os.close(out)
+    words = [sys.executable, "-m", "benchmarks.report", str(RESULTS[-1])]
+    done = subprocess.run(words, cwd=ROOT, stdout=into, stderr=subprocess.PIPE, check=False)
+    os.close(into)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 ONE_CASE = ["--smoke", "--case", "64->48"]
