@@ -25,6 +25,7 @@ GALLERY = Path(__file__).parent / "gallery"
 _INDEX = ("task", "nodes", "edges", "loss alone", "nonsense over task", "what holds")
 _MOST_EDGES = 60
 _VERDICTS = ("sufficient", "necessary", "robust")
+_HOLDS = {True: "holds", False: "**does not hold**", None: "**open**"}
 
 
 def copy(model: str, folder: Path) -> None:
@@ -50,7 +51,7 @@ def page(model: str, circuit: Circuit, story: str) -> str:
     table = [("", *summary.COLUMNS), *((label, *values) for label, values in summary.rows(found))]
     asked = f"--checkpoint {model} --task {circuit.task} --out out"
     verdicts = "\n".join(
-        f"- {'holds' if verdict.holds else '**does not hold**'}: {verdict.sentence}"
+        f"- {_HOLDS[verdict.holds]}: {verdict.sentence}"
         for verdict in shown.verdicts
     )
     return f"""# {circuit.task}

@@ -42,10 +42,10 @@ COLUMNS = ("loss", "95% interval", "correct answers")
 
 @dataclass(frozen=True)
 class Verdict:
-    """A sentence, and whether it speaks for the circuit."""
+    """A sentence, and whether it speaks for the circuit; None: it is undecided."""
 
     sentence: str
-    holds: bool
+    holds: bool | None
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
 
 def _verdict(holds: bool | None, name: str, said: str, good: str, bad: str) -> Verdict:
     if holds is None:
-        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {said}.", False)
+        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {said}.", None)
     if holds:
         return Verdict(f"{name}: {said}, {good}.", True)
     return Verdict(f"Not {name.lower()}: {said}, {bad}.", False)
@@ -213,7 +213,7 @@ def _controls(found: Validation) -> Verdict:
     else:
         said = f"Nonsense does not reach the loss of the task ({tried})"
     if found.passed is None:
-        return Verdict(f"Undecided, as the clock ended a control early: {said}.", False)
+        return Verdict(f"Undecided, as the clock ended a control early: {said}.", None)
     if found.passed:
         return Verdict(f"{said}.", True)
     return Verdict(
