@@ -61,10 +61,10 @@ class SparseLinear(nn.Module):
 
     Under DistributedDataParallel that does not broadcast buffers, the first forward with gradients
     enabled compares the patterns of all ranks and raises a RuntimeError if they differ; a forward
-    under `torch.no_grad` does not, and compiled code never does. `reset_parameters` of a layer
-    whose weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes are not
-    compared: call `check_ranks` after rewiring or loading on several ranks, and where the model is
-    compiled.
+    under `torch.no_grad` or in `join` does not, and compiled code never does. `reset_parameters` of
+    a layer whose weight is sharded (FSDP2) gives all ranks the pattern of the first. Later changes
+    are not compared: call `check_ranks` after rewiring or loading on several ranks, and where the
+    model is compiled.
 
     On the meta device, and after `to_empty`, the layer has no pattern: `load_state_dict` brings
     one, `reset_parameters` draws one, forward raises RuntimeError until then. Under a

@@ -84,10 +84,11 @@ def check_once(kind: type[SparseLinear]) -> None:
 
     One collective compares all layers of this `kind`, so the ranks may run them in any order.
     Where DistributedDataParallel broadcasts buffers, patterns cannot differ. A forward without
-    gradients does not compare: one rank alone may evaluate.
+    gradients does not compare: one rank alone may evaluate. Nor does one inside `join`, where the
+    other ranks may have no more inputs.
     """
     model = DistributedDataParallel._active_ddp_module
-    if model is None or not torch.is_grad_enabled():
+    if model is None or not torch.is_grad_enabled() or model._join_config.enable:
         return
     if torch._C._are_functorch_transforms_active():  # its tensors are no plain ones to gather
         return

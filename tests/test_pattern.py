@@ -331,6 +331,23 @@ def test_one_rank_may_evaluate_alone_before_patterns_are_compared():
     spawn(with_one_rank_evaluating)
 
 
+def with_uneven_inputs(rank):
+    torch.manual_seed(0)
+    layer, x = sk.SparseLinear(K, N, fan_in=4), torch.ones(3, K)
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    model = torch.nn.parallel.DistributedDataParallel(
+        layer, process_group=group, broadcast_buffers=False
+    )
+    with model.join():
+        for _ in range(2 * rank):
+            model(x).sum().backward()
+
+
+@pytest.mark.slow
+def test_a_rank_without_inputs_may_join():
+    spawn(with_uneven_inputs)
+
+
 def test_check_ranks_takes_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         sk.check_ranks([1])
