@@ -78,12 +78,6 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     indices: Tensor
 
-    def __new__(cls, *args: Any, **options: Any) -> SparseLinear:
-        """Registers the layer; copies and unpickled layers skip `__init__`."""
-        layer = super().__new__(cls)
-        layers.add(layer)
-        return layer
-
     def __init__(
         self,
         in_features: int,
@@ -99,6 +93,7 @@ class SparseLinear(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        layers.add(self)
         self.block = checks.check_geometry(out_features, in_features, block)
         self.in_features, self.out_features = int(in_features), int(out_features)
         if (fan_in is None) == (fan_out is None):
@@ -136,6 +131,10 @@ class SparseLinear(nn.Module):
         self._seen: tuple[Tensor, int] | None = None
         if device.type != "meta":
             self.reset_parameters(generator)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        layers.add(self)  # copies and unpickled layers skip `__init__`
 
     @property
     def transpose(self) -> bool:

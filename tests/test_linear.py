@@ -1,6 +1,7 @@
 """SparseLinear: what it computes, how it starts, and every way to store, copy and load it."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -135,6 +136,17 @@ def test_initialisation_follows_the_seed():
         assert torch.equal(tensor, made(3).state_dict()[name])
     assert not torch.equal(made(3).indices, made(4).indices)
     assert not torch.equal(made(3).weight, made(4).weight)
+
+
+def test_the_signature_is_that_of_the_constructor():
+    """`torch.nn.utils.skip_init` looks for `device` in it, and editors show it."""
+    parameters = inspect.signature(sk.SparseLinear).parameters
+    assert list(parameters)[:4] == ["in_features", "out_features", "fan_in", "fan_out"]
+    layer = torch.nn.utils.skip_init(sk.SparseLinear, K, N, fan_in=4)
+    with pytest.raises(RuntimeError, match="no pattern yet"):
+        layer(torch.ones(1, K))
+    layer.reset_parameters()
+    layer(torch.ones(1, K))
 
 
 @every_kind
