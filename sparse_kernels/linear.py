@@ -118,11 +118,9 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(
             torch.empty((*shape, block_rows, block_cols), device=device, dtype=dtype)
         )
-        self.bias = (
-            nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
-            if bias
-            else None
-        )
+        own = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
+        # Registered also where it is None, as in `torch.nn.Linear`.
+        self.register_parameter("bias", None if own is None else nn.Parameter(own))
         self.register_buffer(
             "indices", torch.full(shape, _NO_PATTERN, device=device, dtype=torch.int32)
         )
