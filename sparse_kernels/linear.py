@@ -170,9 +170,18 @@ class SparseLinear(nn.Module):
 
         Use this instead of `torch.nn.init.kaiming_uniform_` and the like, which compute the fan-in
         from the shape of a dense weight.
+
+        Raises:
+            RuntimeError: the layer is on the meta device, or its weight or bias is computed from
+                others (parametrized, pruned).
         """
         if self.indices.is_meta:
             raise RuntimeError("a layer on the meta device holds no values: call to_empty first")
+        if not {"weight", "bias"} <= self._parameters.keys():
+            raise RuntimeError(
+                "reset_parameters cannot write to a weight or bias that is computed, and one of "
+                "them is parametrized or pruned: reset the layer before that"
+            )
         self._refresh()
         if self._layout is None and not isinstance(self.indices, FakeTensor):
             layout = FanInLayout.random(

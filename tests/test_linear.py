@@ -619,13 +619,15 @@ def test_a_failing_load_hook_changes_nothing():
     ],
     ids=["parametrized", "pruned"],
 )
-def test_a_layer_whose_weight_is_computed_loads_its_own_state(wrap):
+def test_a_layer_whose_weight_is_computed_loads_its_own_state_and_is_not_reset(wrap):
     one, other = layer_of("fan_in"), layer_of("fan_in")
     wrap(one)
     wrap(other)
     other.load_state_dict(one.state_dict())
     x = torch.randn(5, K)
     assert torch.equal(other(x), one(x))
+    with pytest.raises(RuntimeError, match="parametrized or pruned"):
+        other.reset_parameters()
 
 
 def test_hooks_may_rename_keys():
