@@ -366,6 +366,14 @@ class SparseLinear(nn.Module):
                 indices.fill_(_NO_PATTERN)
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Adds the orientation, which shapes do not tell, to the metadata that torch keeps."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["transpose"] = self.transpose
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -393,6 +401,12 @@ class SparseLinear(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             )
             layout, refusals = self._examine(state_dict, prefix, before, assign)
+            if local_metadata.get("transpose", self.transpose) != self.transpose:
+                saved, own = ("in", "out") if self.transpose else ("out", "in")
+                refusals.append(
+                    f"{prefix}indices must be those of a layer with fan_{own}, got those of one "
+                    f"with fan_{saved}"
+                )
             errors = refusals or errors
             accepted = not errors and not (strict and (missing or unexpected))
         finally:

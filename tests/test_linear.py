@@ -513,6 +513,20 @@ def test_a_state_of_another_fan_in_or_block_is_refused():
             layer.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["fan_in", "fan_out"])
+def test_a_state_of_the_other_orientation_is_refused(kind):
+    """A square layer's shapes do not tell it; the metadata that torch saves beside them does."""
+    other = {"fan_in": "fan_out", "fan_out": "fan_in"}[kind]
+    net, one = (torch.nn.Sequential(sk.SparseLinear(K, K, **{k: 4})) for k in (kind, other))
+    before = copy.deepcopy(net.state_dict())
+    state = through_file(lambda file: torch.save(one.state_dict(), file), torch.load)
+    with pytest.raises(RuntimeError, match=f"0.indices must be .* with {kind}, got .* {other}"):
+        net.load_state_dict(state)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    one.load_state_dict(state)
+
+
 def test_a_dense_state_is_refused_with_words():
     layer = layer_of("fan_in")
     with pytest.raises(RuntimeError, match="indices"):
