@@ -114,6 +114,12 @@ def check_has_values(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must hold values, and its storage was resized to 0")
 
 
+def memory_of(tensor: Tensor) -> int:
+    """A number that two tensors share if they are one or start at the same memory."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and has_values(tensor)
+    return (plain and tensor.data_ptr()) or id(tensor)
+
+
 def outside_transforms(tensor: Tensor) -> AbstractContextManager[Any]:
     """In its body what is made of `tensor` outlives a transform of `torch.func` in progress."""
     if (

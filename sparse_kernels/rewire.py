@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_kernels.checks import check_type
+from sparse_kernels.checks import check_type, memory_of
 from sparse_kernels.layout import FanInLayout, check_layout
 from sparse_kernels.linear import SparseLinear, layers
 
@@ -113,7 +113,8 @@ def _ordinary_weight(layer: SparseLinear) -> nn.Parameter:
             f"layer.weight must be an ordinary Parameter, got a {type(weight.data).__name__}: "
             f"rewire before the weight is sharded or quantized"
         )
-    if any(layer is not other and other._parameters.get("weight") is weight for other in layers):
+    weights = [other._parameters.get("weight") for other in layers if other is not layer]
+    if any(other is not None and memory_of(other) == memory_of(weight) for other in weights):
         raise ValueError(
             "layer.weight must belong to this layer alone, and another SparseLinear shares it, "
             "whose pattern would no longer fit: give one of them a copy of the weight"

@@ -400,6 +400,8 @@ def test_refuses_a_weight_that_another_layer_shares():
     copied = copy.deepcopy(torch.nn.ModuleList([layer, other]))
     assert copied[0].weight is copied[1].weight
     refused(copied[0], None, "shares")
+    other.weight = torch.nn.Parameter(layer.weight.data)
+    refused(layer, None, "shares")
     del other, copied
     gc.collect()
     sk.rewire_(layer, None, other_layout(layer))
