@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from sparse_kernels.checks import check_type
+from sparse_kernels.checks import check_type, memory_of
 from sparse_kernels.linear import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,9 +53,11 @@ def sparsify_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: a size that does not fit (the message names the module); a selected weight or
-            bias that another module uses too, such as a tied embedding; hooks or a replaced
-            `forward` on a selected module, or hooks on its parameters, which would be lost; no
-            module selected; or a model that is itself an `nn.Linear`.
+            bias that another module uses too, such as a tied embedding; a selected module or
+            parameter that a parent also keeps in another attribute, such as a list (as
+            DistributedDataParallel does); hooks or a replaced `forward` on a selected module, or
+            hooks on its parameters, which would be lost; no module selected; or a model that is
+            itself an `nn.Linear`.
     """
     chosen = _choose(model, nn.Linear, filter_fn, "SparseLinear.from_dense(model, ...)")
     if (fan_in is None) == (fan_out is None):
@@ -125,30 +128,47 @@ def _choose(
 
 
 def _check_replaceable(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for chosen modules with hooks, a replaced forward or shared parameters."""
-    users: dict[Tensor, set[nn.Module]] = {}
-    names: dict[Tensor, list[str]] = {}
+    """Raises ValueError for chosen modules that something else depends on.
+
+    That is hooks, a replaced forward, shared parameters, or another attribute that has them.
+    """
+    users: dict[int, set[nn.Module]] = {}
+    names: dict[int, list[str]] = {}
+    keepers: dict[int, str] = {}
     for name, module in model.named_modules():
-        for part, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            users.setdefault(parameter, set()).add(module)
-            names.setdefault(parameter, []).append(f"{name}.{part}")
+        for part, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                users.setdefault(memory_of(tensor), set()).add(module)
+                names.setdefault(memory_of(tensor), []).append(f"{name}.{part}")
+        for attribute, value in vars(module).items():
+            if attribute not in ("_modules", "_parameters", "_buffers"):
+                kept = f"{name}.{attribute}".lstrip(".")
+                keepers |= {id(leaf): kept for leaf in tree_leaves(value)}
     for name, module in chosen.items():
+        parameters = dict(module.named_parameters(name, recurse=False))
+        for part, old in {name: module, **parameters}.items():
+            if id(old) in keepers:
+                raise ValueError(
+                    f"{part!r} is also in the attribute {keepers[id(old)]!r}, which would keep the "
+                    f"old one: remove it there, or leave module {name!r} out with filter_fn"
+                )
         hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
         if any(hooks) or "forward" in vars(module):
             raise ValueError(
                 f"module {name!r} has hooks or a replaced forward, which its replacement would "
                 f"lose: remove them first, or leave it out with filter_fn"
             )
-        for part, parameter in module.named_parameters(recurse=False):
+        for part, parameter in parameters.items():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(
-                    f"parameter '{name}.{part}' has hooks, which its replacement would lose: "
-                    f"remove them first, or leave the module out with filter_fn"
+                    f"parameter {part!r} has hooks, which its replacement would lose: remove them "
+                    f"first, or leave the module out with filter_fn"
                 )
-            if len(users[parameter]) > 1:
+            if len(users[memory_of(parameter)]) > 1:
+                tied = " and ".join(names[memory_of(parameter)])
                 raise ValueError(
-                    f"{' and '.join(names[parameter])} are one Parameter, which the replacement "
-                    f"cannot share: leave it out with filter_fn, or untie it"
+                    f"{tied} are one tensor or share memory, which the replacement cannot: leave "
+                    f"it out with filter_fn, or untie it"
                 )
 
 

@@ -306,12 +306,32 @@ def tied_bias(net):
     net[1].bias = net[0].bias
 
 
+def tied_memory(net):
+    net[1].weight = nn.Parameter(net[0].weight.data)
+
+
+def tied_buffer(net):
+    net.register_buffer("view", net[0].weight.detach())
+
+
+def kept_in_a_list(net):
+    net.history = {"first": [net[0]]}
+
+
+def kept_parameter(net):
+    net.history = [net[0].bias]
+
+
 def own_forward(net):
     net[0].forward = lambda x: x
 
 
 LOST = {
     "bias of two layers": tied_bias,
+    "memory of two layers": tied_memory,
+    "memory of a buffer": tied_buffer,
+    "module in a list": kept_in_a_list,
+    "parameter in a list": kept_parameter,
     "forward of its own": own_forward,
     "forward hook": lambda net: net[0].register_forward_hook(lambda *_: None),
     "state dict hook": lambda net: net[0].register_state_dict_post_hook(lambda *_: None),
@@ -328,7 +348,7 @@ def test_refuses_what_a_replacement_would_lose(name, direction):
         sk.sparsify_(net, fan_in=4)
     LOST[name](net)
     layers = list(net)
-    with pytest.raises(ValueError, match=r"hooks|are one Parameter"):
+    with pytest.raises(ValueError, match=r"hooks|are one tensor|in the attribute 'history'"):
         sk.sparsify_(net, fan_in=4) if direction == "sparsify" else sk.densify_(net)
     assert all(now is before for now, before in zip(net, layers, strict=True))
 
