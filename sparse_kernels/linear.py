@@ -229,6 +229,10 @@ class SparseLinear(nn.Module):
             torch._assert_async(torch.all(indices == layout.indices), _OVERWRITTEN)
         return linear(x, self.weight, layout, self.bias, self.backend, transpose)
 
+    def __prepare_scriptable__(self) -> SparseLinear:
+        """What torch.jit.script calls first."""
+        raise RuntimeError("torch.jit.script cannot compile a SparseLinear: use torch.export")
+
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
         fan = f"fan_out={self.fan_out}" if self.transpose else f"fan_in={self.fan_in}"

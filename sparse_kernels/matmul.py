@@ -260,6 +260,7 @@ def grad_weight(
         TypeError, ValueError, RuntimeError: as for `sparse_linear`.
     """
     check_layout("layout", layout)
+    checks.refuse_jit_trace()
     checks.check_sddmm(grad_output, x, layout)
     name = backends.choose_for(x, "grad_weight", backend, layout)
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x)]

@@ -109,6 +109,10 @@ def test_tracers_are_refused_with_a_sentence():
     layer, x = sk.SparseLinear(6, 8, fan_in=3), torch.randn(2, 6)
     with pytest.raises(RuntimeError, match=r"use torch\.export"):
         torch.jit.trace(layer, (x,))
+    with pytest.raises(RuntimeError, match=r"trace .* use torch\.export"):
+        torch.jit.trace(lambda x: sk.grad_weight(x[:, :1].expand(2, 8), x, layer.layout), (x,))
+    with pytest.raises(RuntimeError, match=r"script .* use torch\.export"):
+        torch.jit.script(torch.nn.Sequential(layer))
     with pytest.raises(TypeError, match=r"symbolic_trace cannot trace it: use torch\.export"):
         torch.fx.symbolic_trace(torch.nn.Sequential(layer))
 
