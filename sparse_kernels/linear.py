@@ -57,7 +57,9 @@ class SparseLinear(nn.Module):
     checksum: a pattern written to `indices` in any way (a collective, `.data`, a load hook) is
     validated and used, or refused with a ValueError. On a GPU the comparison does not wait for the
     device: a write that torch does not count, such as a collective's, raises a device-side assert.
-    To change the pattern during training use `rewire_`.
+    To change the pattern during training use `rewire_`. Do not average patterns: with
+    `use_buffers=True`, `torch.optim.swa_utils.AveragedModel` rounds means of indices, which may be
+    another valid pattern; by default it copies them.
 
     Under DistributedDataParallel that does not broadcast buffers, the first forward with gradients
     enabled compares the patterns of all ranks and raises a RuntimeError if they differ; a forward
