@@ -193,8 +193,7 @@ class SparseLinear(nn.Module):
                 generator=generator,
                 device=self.indices.device,
             )
-            if ranks.is_sharded(self.weight):
-                ranks.broadcast(layout.indices, self.weight)
+            ranks.broadcast(layout.indices, self.weight)
             self._replace_pattern(layout)
         mean_fan_in = self.weight.numel() / self.out_features
         bound = mean_fan_in**-0.5

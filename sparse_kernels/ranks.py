@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from hashlib import blake2b
 from itertools import chain, compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -98,14 +98,9 @@ def check_once(kind: type[SparseLinear]) -> None:
     _compared.add(model)
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether this rank has only a part of `weight`: a DTensor, as FSDP2 makes it."""
-    return hasattr(weight, "device_mesh")
-
-
 def broadcast(indices: Tensor, weight: Tensor) -> None:
-    """Gives `indices` of the first rank to all that share the sharded `weight`."""
-    mesh = weight.device_mesh  # type: ignore[attr-defined]
-    for dim in range(mesh.ndim):
+    """Gives `indices` of the first rank to all that share `weight`, if it is a sharded DTensor."""
+    mesh: Any = getattr(weight, "device_mesh", None)
+    for dim in range(mesh.ndim if mesh else 0):
         group = mesh.get_group(dim)
         dist.broadcast(indices, dist.get_global_rank(group, 0), group)
