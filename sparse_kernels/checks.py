@@ -186,18 +186,6 @@ def check_tensor(
     raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_kept(k: int, width: int) -> None:
-    """Raises ValueError unless `k` entries can be kept of rows of `width`."""
-    if not 1 <= k <= width:
-        raise ValueError(f"k must be from 1 to {width}, the size of the last axis, got {k}")
-
-
-def check_size(name: str, size: int) -> None:
-    """Raises ValueError if `size` is negative."""
-    if size < 0:
-        raise ValueError(f"{name} must be at least 0, got {size}")
-
-
 def check_features(name: str, x: Tensor, layout: Layout, side: str) -> None:
     """x is `(..., side of the layout)`, on its device."""
     check_float(name, x)
@@ -261,7 +249,8 @@ def check_grad_weight(grad_output: Tensor, x: Tensor, layout: Layout) -> None:
 
 def check_topk(x: Tensor, k: int) -> None:
     check_rows(x=x)
-    check_kept(k, x.shape[1])
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k must be from 1 to {x.shape[1]}, the size of the last axis, got {k}")
 
 
 def check_norm(x: Tensor, weight: Tensor, k: int, eps: float) -> None:
@@ -285,13 +274,13 @@ def check_topk_backward(grad_output: Tensor, y: Tensor) -> None:
 
 def check_unpack(values: Tensor, bits: Tensor, width: int, of_gelu: bool) -> None:
     check_rows(values=values)
-    check_size("width", width)
+    check_int("width", width, 0)
     check_bits(bits, values, width)
 
 
 def check_pack(y: Tensor, x: Tensor, room: int) -> None:
     check_rows(y=y, x=x)
-    check_size("room", room)
+    check_int("room", room, 0)
 
 
 def check_gelu_packed_backward(grad: Tensor, bits: Tensor, values: Tensor) -> None:
