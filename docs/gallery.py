@@ -51,8 +51,7 @@ def page(model: str, circuit: Circuit, story: str) -> str:
     table = [("", *summary.COLUMNS), *((label, *values) for label, values in summary.rows(found))]
     asked = f"--checkpoint {model} --task {circuit.task} --out out"
     verdicts = "\n".join(
-        f"- {_HOLDS[verdict.holds]}: {verdict.sentence}"
-        for verdict in shown.verdicts
+        f"- {_HOLDS[verdict.holds]}: {verdict.sentence}" for verdict in shown.verdicts
     )
     return f"""# {circuit.task}
 

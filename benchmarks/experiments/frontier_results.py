@@ -35,6 +35,8 @@ def solved(row: Row) -> list[str]:
 def why_not_reached(row: Row, task: str) -> str | None:
     """Why the model has no circuit of the task that counts; None if it has one."""
     found = row["circuits"].get(task, {"error": "it was not searched"})
+    if "sizes" in found and "edges" not in found["sizes"]:
+        return "no trial reached the loss that is searched for"
     if "sizes" in found and found["proof"]["circuit"]["mean"]["low"] > TARGET:
         return "its held-out loss is above the target"
     return found.get("error")
@@ -123,7 +125,7 @@ def text(rows: Sequence[Row], style: report.Style = "terminal") -> str:
 def circuit_text(row: Row, task: str) -> str | None:
     """Edges and held-out loss of a circuit; None: there is none."""
     found = row["circuits"][task]
-    if "error" in found:
+    if "edges" not in found.get("sizes", ()):
         return None
     loss = found["proof"]["circuit"]["mean"]
     return f"{found['sizes']['edges'][1]} at {Interval(loss['loss'], loss['low'], loss['high'])}"

@@ -188,7 +188,11 @@ def test_a_missed_target_is_reported_and_in_no_mean():
     dense = [row("d", 0, {"a": 40, "b": 9, "c": None}, fan=None, loss=2.5)]
     assert results.common(sparse) == ["a", "c"]
     assert results.common([*sparse, *dense]) == ["a"]
-    # One that was not searched has no circuit that counts.
+    # Nor does one count for which no trial of the search reached its loss, or that was not searched.
+    failed = row("s", 3, {"a": 2})
+    del failed["circuits"]["a"]["sizes"]["edges"]
+    assert results.common([failed]) == []
+    assert any("s-3" in text and "no trial" in text for text in results.text([failed]).splitlines())
     assert results.common([sparse[0], row("s", 2, {"a": 2})]) == ["a"]
     shown = results.text([*sparse, *dense]).splitlines()
     assert shown[2].split("  ")[0].strip() == "s"
