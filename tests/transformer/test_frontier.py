@@ -188,7 +188,7 @@ def test_a_missed_target_is_reported_and_in_no_mean():
     dense = [row("d", 0, {"a": 40, "b": 9, "c": None}, fan=None, loss=2.5)]
     assert results.common(sparse) == ["a", "c"]
     assert results.common([*sparse, *dense]) == ["a"]
-    # Nor does one count for which no trial of the search reached its loss, or that was not searched.
+    # Nor one that was not searched, or whose search did not reach its loss.
     failed = row("s", 3, {"a": 2})
     del failed["circuits"]["a"]["sizes"]["edges"]
     assert results.common([failed]) == []
