@@ -143,6 +143,7 @@ FUSED: list[AnyCase] = [
 REHEARSED: list[AnyCase] = [
     Case(17, 24, 40, 3, dtype="bfloat16"),
     Case(9, 64, 64, 32, (32, 32), "bfloat16"),
+    Case(9, 64, 64, 64, (64, 64), "bfloat16"),
     TopkCase(3, 64, 16, "bfloat16"),
 ]
 REHEARSED_FUSED: list[AnyCase] = [

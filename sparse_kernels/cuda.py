@@ -250,16 +250,19 @@ def _spmm(
         if count and size == 2:
             (slots,) = layout.derive(f"cuda.{lists}.slots", lambda this: _slots(this, lists, queue))
             pointed.set_slots(slots.data_ptr())
-        if transposed and not count:
+        x_matrix, rows = _matrix(x), x.shape[0]
+        hopper = dtype, pointed, x_matrix, values.data_ptr(), rows, queue[0]
+        on_hopper = _extension.spmm_on_hopper(*hopper)
+        if transposed and not count and not on_hopper:
             # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)
             shape = layout.num_blocks, layout.block[0] * layout.block[1] * size, size
             pointers = values.data_ptr(), ordered.data_ptr()
             _extension.pack_blocks(schedule[0].data_ptr(), *shape, *pointers, *queue)
             values = ordered
-        inputs = *_matrix(x), values.data_ptr(), 0 if bias is None else bias.data_ptr()
+        inputs = *x_matrix, values.data_ptr(), 0 if bias is None else bias.data_ptr()
         outputs = words.data_ptr() if count else 0, out.data_ptr()
-        sizes = x.shape[0], _SLICE_FEATURES
+        sizes = rows, _SLICE_FEATURES, on_hopper
         _extension.spmm(product, dtype, pointed, *inputs, *outputs, *sizes, *queue)
     return out
 
@@ -297,14 +300,17 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
     with _on_device_of(x):
         out = x.new_empty(layout.values_shape)
         pointed, _ = _scheduled(layout, "rows")
-        parts = _extension.sddmm_parts(dtype, pointed, x.shape[0])
+        matrices, rows = (_matrix(grad_output), _matrix(x)), x.shape[0]
+        queue = _queue(x)
+        on_hopper = _extension.sddmm_on_hopper(dtype, pointed, *matrices, rows, queue[0])
+        parts = _extension.sddmm_parts(dtype, pointed, rows, on_hopper)
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         if count := _extension.sddmm_gathers(dtype, pointed):
-            (dealt,) = layout.derive("cuda.rows.dealt", lambda this: _dealt(this, count, _queue(x)))
+            (dealt,) = layout.derive("cuda.rows.dealt", lambda this: _dealt(this, count, queue))
             pointed.set_dealt(dealt.data_ptr())
-        inputs, outputs = (*_matrix(grad_output), *_matrix(x)), (partial.data_ptr(), out.data_ptr())
-        sizes = x.shape[0], _GRAD_WEIGHT_SLICE_FEATURES
-        _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *_queue(x))
+        inputs, outputs = (*matrices[0], *matrices[1]), (partial.data_ptr(), out.data_ptr())
+        sizes = rows, _GRAD_WEIGHT_SLICE_FEATURES, on_hopper
+        _extension.sddmm(dtype, pointed, *inputs, *outputs, *sizes, *queue)
     return out
 
 

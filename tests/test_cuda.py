@@ -87,7 +87,16 @@ def test_products_match_dense(
 
 @every_dtype
 @every_product
-@pytest.mark.parametrize("sizes", [(4096, 4096, 32), (16384, 1024, 64), (1024, 16384, 16)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4096, 4096, 32),
+        (16384, 1024, 64),
+        (1024, 16384, 16),
+        (4096, 2048, 256, (64, 64)),
+        (2048, 4096, 896, (128, 128)),
+    ],
+)
 def test_products_at_the_size_of_a_model(dtype, product, sizes):
     case = testing.make_problem(0, 2000, *sizes, dtype=dtype, device="cuda")
     bias = {"forward": case.bias, "grad_input": case.input_bias}.get(product)

@@ -17,8 +17,9 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # .ci/run compiles for the GPU of the goals alone; for a release, for all of them.
 ARCHS = os.environ.get("SPARSE_KERNELS_CUDA_ARCHS", "8.0;9.0a;10.0")
 TARGETS = [f"sm_{arch.replace('.', '')}" for arch in ARCHS.split(";")]
-# Registers of a multiprocessor, and threads of a block: what a thread may have.
+# Registers of a multiprocessor, and threads of a block: what a thread may have, in eights.
 MAX_REGISTERS = 2**16 // 512
+HOPPER_REGISTERS = 2**16 // 384 // 8 * 8
 
 
 @pytest.fixture
@@ -73,7 +74,9 @@ def test_extension_builds_without_spilling(built):
     kernels = re.findall(r"Used (\d+) registers(.*)", log)
     assert len(stacks) == len(kernels) > 0
     assert not [stack for stack in stacks if stack[2] != "0"]
-    assert max(int(registers) for registers, _ in kernels) <= MAX_REGISTERS
+    for (kernel, _, _), (registers, _) in zip(stacks, kernels, strict=True):
+        limit = HOPPER_REGISTERS if "hopper_kernel" in kernel else MAX_REGISTERS
+        assert int(registers) <= limit, kernel
     # All of it is asked for at launch, where it is held against the device's limit.
     assert not [more for _, more in kernels if "smem" in more]
     (extension,) = (folder / "lib").glob("*.so")
@@ -196,6 +199,37 @@ def test_unstructured_products_multiply_matrices(built, dtype, log_vectors, gath
     assert count(inner, "BAR", "CALL", "FFMA") == count(code, "LDL", "STL") == 0
     assert len(inner) <= estimate.WORD_INSTRUCTIONS[8 << log_vectors]
     assert len(innermost_loop(addressed, "STSM")) <= estimate.FILL_INSTRUCTIONS
+
+
+@pytest.mark.slow
+@needs_sm_90a
+@pytest.mark.parametrize("dtype", ["Bf16", "Half"])
+@pytest.mark.parametrize("side", [64, 128])
+@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_weight"])
+def test_blocks_are_multiplied_by_warpgroups(built, product, side, dtype):
+    """A step of 64 along K: a wait for its boxes, eight matrix instructions, one for the last."""
+    file = "sddmm" if product == "grad_weight" else "spmm"
+    columns = "" if product == "grad_weight" else f"ELb{int(product == 'grad_input')}"
+    kernel = rf"hopper_kernel.*{dtype}ELi{side}{columns}E"
+    addressed = machine_code(built[1], f"{file}_hopper.cu", kernel)
+    code, loop = [text for _, text in addressed], innermost_loop(addressed, "HGMMA")
+    steps = count(loop, "HGMMA") // 8
+    kind = f"HGMMA.64x{side}x16.F32" + (".BF16 " if dtype == "Bf16" else " ")
+    assert count(loop, kind) == 8 * steps > 0
+    # One wait of the threads for their instructions: none of these waits for another.
+    assert count(loop, "WARPGROUP.DEPBAR") == count(loop, "WARPGROUP.ARRIVE") == steps
+    assert count(loop, "SYNCS.PHASECHK") == count(loop, "SYNCS.ARRIVE") == steps
+    assert count(loop, "LD", "ST", "MEMBAR", "BAR", "CALL") == 0
+    assert len(loop) <= estimate.HOPPER_INSTRUCTIONS * steps
+    assert count(code, "LDL", "STL", "CALL") == 0
+    assert count(code, "USETMAXREG") == 2
+    assert count(code, "UTMALDG.2D.MULTICAST") > 0
+    assert count(code, "UTMALDG.2D ") > 0
+    assert count(code, "UTMASTG") == (0 if product == "grad_weight" else side // 32)
+    transposed = {"forward": "", "grad_input": "tnspB", "grad_weight": "tnspA.tnspB"}[product]
+    multiplies = [text for text in code if text.startswith("HGMMA")]
+    assert all((transposed or "gdesc") in text for text in multiplies)
+    assert ("tnsp" in "".join(multiplies)) == bool(transposed)
 
 
 GPU = 'case "$1" in -L) echo "GPU 0: H200";; *) echo 9.0; echo 8.6;; esac'

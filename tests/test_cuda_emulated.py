@@ -664,7 +664,7 @@ def test_a_launch_that_fails_names_kernel_and_problem(extension):
     lists, _ = cuda._scheduled(layout, "rows")
     arguments = ["forward", "float32", lists, x.data_ptr(), 6, 1, values.data_ptr(), 0, 0]
     with pytest.raises(RuntimeError, match="choosing device 7 failed: invalid device ordinal"):
-        extension.spmm(*arguments, torch.empty(3, 8).data_ptr(), 3, 2**20, 7, 0)
+        extension.spmm(*arguments, torch.empty(3, 8).data_ptr(), 3, 2**20, False, 7, 0)
 
 
 def test_why_not_says_what_it_lacks(extension):
@@ -847,7 +847,7 @@ SK_EXPORT const char* run_sizes(unsigned x, unsigned y, unsigned z, unsigned thr
 }
 SK_EXPORT const char* run_unasked(int shared_bytes) {
     return message_of([=] {
-        check(launch_kernel(nothing_unasked, 1, kThreads, shared_bytes, nullptr), "unasked");
+        check(launch_kernel(nothing_unasked, 1, 1, kThreads, shared_bytes, nullptr), "unasked");
     });
 }
 SK_EXPORT const char* run_vector(const char* from) {

@@ -151,7 +151,21 @@ def test_estimates_follow_the_counts_and_say_what_they_are():
     assert first.startswith("ESTIMATES")
     assert "nothing here was measured" in first
     assert [line for line in lines if "1x1" in line and "at least" not in line] == []
-    assert sum("goal" in line for line in lines) == 2 * 5
+    assert sum("goal" in line for line in lines) == 2 * (5 + 2)
+    assert sum("(cuda)" in line for line in lines) == 4 * 2
+
+
+def test_estimates_of_the_kernels_for_hopper():
+    case = cases.Case(cases.GPU_TOKENS, 8192, 8192, 896, (128, 128), "bfloat16")
+    forward, grad_weight = (estimate.hopper_terms_us(case, n) for n in ("forward", "grad_weight"))
+    # 32 clusters of tokens x 64 block-rows x 14 steps, in each two of 256 tokens and one of weights
+    steps = 32 * 64 * 14
+    assert forward["L2"] == pytest.approx(steps * (512 + 128) * 128 / 5.5e6)
+    assert forward["issue"] == pytest.approx(steps * 2 * 8 * 68 / (132 * 4 * 1.7e3))
+    assert forward["compute"] == pytest.approx(2 * 16384 * 8192 * 896 / 790e6)
+    # 64 rows in two groups of 4 and 3 blocks, each with the row's dY
+    assert grad_weight["L2"] == pytest.approx(16384 * 64 * (7 + 2) * 128 * 2 / 5.5e6)
+    assert grad_weight["compute"] == pytest.approx(8 / 7 * forward["compute"])
 
 
 # ---- running commands
@@ -310,7 +324,13 @@ def test_the_rehearsal_runs_every_step(tmp_path):
     assert {(row["block"], row["product"], row["backend"]) for row in measured} == {
         (block, product, backend)
         for product in (*cases.PRODUCTS, "step")
-        for block, backend in (("1x1", "cuda"), ("32x32", "cuda"), ("32x32", "triton"))
+        for block, backend in (
+            ("1x1", "cuda"),
+            ("32x32", "cuda"),
+            ("32x32", "triton"),
+            ("64x64", "cuda"),
+            ("64x64", "triton"),
+        )
     }
     assert all(row["correct"] and row["time_ms"] > 0 for row in measured)
     others = [row for row in found if row["step"] in ("goal", "fused") and "op" in row]

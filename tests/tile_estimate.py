@@ -13,8 +13,9 @@ For unstructured weights, whose x is read once, in the place of L2
     shared     passes of shared memory for the rows that are gathered, one in a clock
 
 which tests/test_cuda_emulated.py counts, while tests/test_cuda_build.py limits the instructions: a
-time of these is at least as long. The rates are assumptions; `ceilings` of the command measures
-them.
+time of these is at least as long. Blocks of 64 and 128 have a second line, for backend `cuda` and
+its kernels of compute capability 9.0. The rates are assumptions; `ceilings` of the command
+measures them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ GATHERED = {
 # of grad_weight; and for 1024 elements of x that become a tile.
 WORD_INSTRUCTIONS = {8: 130, 16: 136, 32: 198}
 GRAD_WEIGHT_INSTRUCTIONS, FILL_INSTRUCTIONS = 18.4, 34
+# Of a warp for a step of 64 along K of csrc/cuda/hopper_pipeline.cuh, of a block of so many rows.
+HOPPER_INSTRUCTIONS, HOPPER_WARPS, HOPPER_ROWS, HOPPER_DEPTH = 68, 8, 256, 64
 # The tokens of a tile by the inputs that lie in shared memory.
 TILE_TOKENS = {2048: 32, 4096: 16, 8192: 8}
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
@@ -79,6 +82,31 @@ def terms_us(case: Case, product: str, tile: dict[str, Any] | None) -> dict[str,
     return {name: seconds * 1e6 for name, seconds in terms.items()}
 
 
+def hopper_terms_us(case: Case, product: str) -> dict[str, float]:
+    """The terms of a product by the kernels of compute capability 9.0, in microseconds.
+
+    A cluster of two blocks reads the wide operand of each and one narrow operand. The rows of
+    grad_weight fall into groups of blocks; where a group is not full, what is multiplied is.
+    """
+    side, rows, wide = case.block[0], case.out_features // case.block[0], 2 * HOPPER_ROWS
+    bound = PEAKS.bound_ms(count_work(case, product), case.dtype)
+    terms = {name: ms * 1e-3 for name, ms in bound.items()}
+    if product == "grad_weight":
+        groups = math.ceil(case.fan_in / wide)
+        steps = rows * groups * math.ceil(case.tokens / HOPPER_DEPTH)
+        loaded = steps * HOPPER_DEPTH * (case.fan_in / groups + side)
+    else:
+        weights = case.out_features * case.fan_in
+        steps = math.ceil(case.tokens / wide) * weights / side / HOPPER_DEPTH
+        loaded = steps * HOPPER_DEPTH * (wide + side)
+    flops = 2 * steps * wide * side * HOPPER_DEPTH
+    terms["compute"] = flops / (PEAKS.dense_tflops[case.dtype] * 1e12)
+    issued = 2 * steps * HOPPER_WARPS * HOPPER_INSTRUCTIONS
+    terms["issue"] = issued / (MULTIPROCESSORS * SCHEDULERS * CLOCK_HZ)
+    terms["L2"] = 2 * loaded / L2_BYTES_S
+    return {name: seconds * 1e6 for name, seconds in terms.items()}
+
+
 def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
     """A line for each product of each goal."""
     yield "ESTIMATES from instruction counts and assumed rates: nothing here was measured."
@@ -95,20 +123,28 @@ def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
             yield f"{case}: at least {least_ms * 1e3:.0f} us (memory)"
             continue
         dense_us = 2 * case.tokens * case.in_features * case.out_features / dense_flops * 1e6
-        is_tiled, step_us = case.block != (1, 1), 0.0
+        is_tiled = case.block != (1, 1)
         about, most = ("about", "") if is_tiled else ("at least", "at most ")
-        for product in PRODUCTS:
-            words = {"forward": "own ", "grad_input": "transposed "}.get(product, "")
-            kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
-            key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
-            terms = terms_us(case, product, tiles[key] if is_tiled else None)
-            limit = max(terms, key=lambda name: terms[name])
-            step_us += terms[limit]
-            goal = f" (goal {wanted:g}x)" if (wanted := goal_of(case, product)) else ""
-            over = f"{most}{dense_us / terms[limit]:.1f}x cuBLAS{goal}"
-            yield f"{case} {product}: {about} {terms[limit]:.0f} us ({limit}), {over}"
-        over = f"{most}{len(PRODUCTS) * dense_us / step_us:.1f}x cuBLAS"
-        yield f"{case} step: {about} {step_us:.0f} us, {over} (goal {goal_of(case, 'step'):g}x)"
+        for backend in ("triton", "cuda") if is_tiled else ("cuda",):
+            if is_tiled and backend == "cuda" and case.block[0] < 64:
+                continue
+            step_us, name = 0.0, f" ({backend})" if is_tiled else ""
+            for product in PRODUCTS:
+                words = {"forward": "own ", "grad_input": "transposed "}.get(product, "")
+                kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
+                key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
+                if is_tiled and backend == "cuda":
+                    terms = hopper_terms_us(case, product)
+                else:
+                    terms = terms_us(case, product, tiles[key] if is_tiled else None)
+                limit = max(terms, key=lambda term: terms[term])
+                step_us += terms[limit]
+                goal = f" (goal {wanted:g}x)" if (wanted := goal_of(case, product)) else ""
+                over = f"{most}{dense_us / terms[limit]:.1f}x cuBLAS{goal}"
+                yield f"{case} {product}{name}: {about} {terms[limit]:.0f} us ({limit}), {over}"
+            over = f"{most}{len(PRODUCTS) * dense_us / step_us:.1f}x cuBLAS"
+            goal = f"(goal {goal_of(case, 'step'):g}x)"
+            yield f"{case} step{name}: {about} {step_us:.0f} us, {over} {goal}"
 
 
 if __name__ == "__main__":

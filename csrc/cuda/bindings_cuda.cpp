@@ -110,12 +110,12 @@ PYBIND11_MODULE(SK_MODULE, module) {
     module.def("spmm", [](const std::string& product, const std::string& dtype, const Lists& lists,
                           uintptr_t x, int64_t row_stride, int64_t col_stride, uintptr_t values,
                           uintptr_t bias, uintptr_t words, uintptr_t out, int64_t tokens,
-                          int64_t slice_features, int device, uintptr_t stream) {
+                          int64_t slice_features, bool on_hopper, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
         sk::cuda::spmm(product.c_str(), type, lists, {pointer(x), row_stride, col_stride},
                        pointer(values), pointer(bias), pointer(words), pointer(out), tokens,
-                       slice_features, {device, pointer(stream)});
+                       slice_features, on_hopper, {device, pointer(stream)});
     });
     module.def(
         "pack_blocks", [](uintptr_t ids, int64_t blocks, int64_t block_bytes, int element_bytes,
@@ -131,19 +131,21 @@ PYBIND11_MODULE(SK_MODULE, module) {
         py::gil_scoped_release release;
         sk::cuda::deal_rows(lists, pointer<uint64_t>(dealt), {device, pointer(stream)});
     });
-    module.def("sddmm_parts", [](const std::string& dtype, const Lists& lists, int64_t tokens) {
-        return sk::cuda::sddmm_parts(dtype_from(dtype), lists, tokens);
-    });
+    module.def("sddmm_parts",
+               [](const std::string& dtype, const Lists& lists, int64_t tokens, bool on_hopper) {
+                   return sk::cuda::sddmm_parts(dtype_from(dtype), lists, tokens, on_hopper);
+               });
     module.def("sddmm", [](const std::string& dtype, const Lists& lists, uintptr_t grad_output,
                            int64_t grad_row_stride, int64_t grad_col_stride, uintptr_t x,
                            int64_t row_stride, int64_t col_stride, uintptr_t partial,
                            uintptr_t grad_values, int64_t tokens, int64_t slice_features,
-                           int device, uintptr_t stream) {
+                           bool on_hopper, int device, uintptr_t stream) {
         const DType type = dtype_from(dtype);
         py::gil_scoped_release release;
         sk::cuda::sddmm(type, lists, {pointer(grad_output), grad_row_stride, grad_col_stride},
                         {pointer(x), row_stride, col_stride}, pointer<float>(partial),
-                        pointer(grad_values), tokens, slice_features, {device, pointer(stream)});
+                        pointer(grad_values), tokens, slice_features, on_hopper,
+                        {device, pointer(stream)});
     });
     // A matrix is its address and its two strides.
     using Matrix = std::tuple<uintptr_t, int64_t, int64_t>;
@@ -151,6 +153,18 @@ PYBIND11_MODULE(SK_MODULE, module) {
         const auto [address, row_stride, col_stride] = matrix;
         return Operand{pointer(address), row_stride, col_stride};
     };
+    module.def("spmm_on_hopper",
+               [operand](const std::string& dtype, const Lists& lists, const Matrix& x,
+                         uintptr_t values, int64_t tokens, int device) {
+                   return sk::cuda::spmm_on_hopper(dtype_from(dtype), lists, operand(x),
+                                                   pointer(values), tokens, device);
+               });
+    module.def("sddmm_on_hopper",
+               [operand](const std::string& dtype, const Lists& lists, const Matrix& grad_output,
+                         const Matrix& x, int64_t tokens, int device) {
+                   return sk::cuda::sddmm_on_hopper(dtype_from(dtype), lists, operand(grad_output),
+                                                    operand(x), tokens, device);
+               });
     module.def("abs_topk", [operand](const std::string& dtype, const Matrix& x, uintptr_t y,
                                      int64_t rows, int64_t cols, int64_t k, int64_t held_bytes,
                                      int device, uintptr_t stream) {

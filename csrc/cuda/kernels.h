@@ -29,7 +29,7 @@ struct Operand {
 };
 
 // For each output block-row the input blocks that it reads, ascending. The blocks of the values
-// lie in the order of the lists, except where spmm_words is not 0.
+// lie in the order of the lists, except where spmm_words is not 0, or on Hopper.
 struct Lists {
     int64_t rows;            // output block-rows
     int64_t cols;            // input block-columns
@@ -65,19 +65,29 @@ int64_t spmm_slots(const Lists& lists, int64_t slice_features, int device);
 // pattern alone, and 16-bit spmm with words needs it in `lists`.
 void order_slots(const Lists& lists, int32_t* slots, const Queue& queue);
 
+// Whether the kernels of compute capability 9.0 for square blocks of 64 and 128 in 16 bits serve a
+// product: the device and its driver, the sizes, and where the operands lie. spmm then reads the
+// values where `ids` says.
+bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const void* values,
+                    int64_t tokens, int device);
+bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+                     int64_t tokens, int device);
+
 // out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
 // rows * out_block), contiguous. bias may be null. `product` is its name in messages.
-// `slice_features` bounds the inputs that lie in shared memory at a time (see spmm.cu).
+// `slice_features` bounds the inputs that lie in shared memory at a time (see spmm.cu). `on_hopper`
+// is what spmm_on_hopper said.
 void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x,
           const void* values, const void* bias, void* words, void* out, int64_t tokens,
-          int64_t slice_features, const Queue& queue);
+          int64_t slice_features, bool on_hopper, const Queue& queue);
 
 // packed[i] = values[ids[i]] for blocks of `block_bytes`, which element_bytes (2 or 4) divides.
 void pack_blocks(const int32_t* ids, int64_t blocks, int64_t block_bytes, int element_bytes,
                  const void* values, void* packed, const Queue& queue);
 
-// Parts that sddmm cuts the tokens into, which follow from their number and the lists alone.
-int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens);
+// Parts of the tokens whose sums sddmm keeps in `partial`: they follow from the number of tokens,
+// the lists and the kernel.
+int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens, bool on_hopper);
 
 // Numbers that deal_rows writes: 0 if sddmm needs none of them.
 int64_t sddmm_gathers(DType dtype, const Lists& lists);
@@ -90,7 +100,7 @@ void deal_rows(const Lists& lists, uint64_t* dealt, const Queue& queue);
 // `partial` holds a float for each element of each part: working memory.
 void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
-           const Queue& queue);
+           bool on_hopper, const Queue& queue);
 
 // What a row of x becomes before abs_topk, rounded to its dtype: x P(X <= x) (X standard normal),
 // or x * scales * weight (cols), scales (rows) = 1 / sqrt(mean(x^2) + eps), which is an output.

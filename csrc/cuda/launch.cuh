@@ -58,17 +58,27 @@ inline int64_t multiprocessors(int device) {
 }
 
 #ifndef SK_EMULATION
-// What <<<>>> does; but the result is that of this launch alone, not an error left by an earlier
-// call of somebody else.
+// What <<<>>> does, with `cluster` neighbouring blocks in a cluster; but the result is that of this
+// launch alone, not an error left by an earlier call of somebody else.
 template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                          size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
+                          unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                          Arguments&&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
     return std::apply(
         [&](Parameters&... value) {
             void* pointers[] = {&value...};
-            return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads),
-                                    pointers, shared_bytes, stream);
+            return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
         },
         values);
 }
@@ -93,10 +103,11 @@ inline void refuse_first_use_in_capture(const void* kernel, const std::string& w
     loaded.insert({kernel, queue.device});
 }
 
-// Launches a kernel, which `what` describes, on the current device.
+// Launches a kernel, which `what` describes, on the current device, in clusters of so many blocks.
 template <class... Parameters, class... Arguments>
-void launch(const std::string& what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-            int64_t shared_bytes, const Queue& queue, Arguments&&... arguments) {
+void launch_clusters(const std::string& what, void (*kernel)(Parameters...), dim3 grid,
+                     unsigned cluster, unsigned threads, int64_t shared_bytes, const Queue& queue,
+                     Arguments&&... arguments) {
     const int64_t limit = shared_limit(queue.device);
     if (shared_bytes > limit) {
         throw std::runtime_error(what + " needs " + std::to_string(shared_bytes) +
@@ -113,10 +124,16 @@ void launch(const std::string& what, void (*kernel)(Parameters...), dim3 grid, u
                                    static_cast<int>(limit)),
               what + ", asking for shared memory,");
     }
-    check(launch_kernel(kernel, grid, threads, static_cast<size_t>(shared_bytes),
+    check(launch_kernel(kernel, grid, cluster, threads, static_cast<size_t>(shared_bytes),
                         static_cast<cudaStream_t>(queue.stream),
                         std::forward<Arguments>(arguments)...),
           what + " with " + std::to_string(shared_bytes) + " bytes of shared memory");
+}
+template <class... Parameters, class... Arguments>
+void launch(const std::string& what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            int64_t shared_bytes, const Queue& queue, Arguments&&... arguments) {
+    launch_clusters(what, kernel, grid, 1, threads, shared_bytes, queue,
+                    std::forward<Arguments>(arguments)...);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

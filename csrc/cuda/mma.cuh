@@ -89,7 +89,7 @@ inline void ldmatrix_x4_trans(SharedAddress row, uint32_t (&matrices)[4]) {
     emulation::ldmatrix(row, true, matrices);
 }
 inline void stmatrix_x4_trans(SharedAddress row, const uint32_t (&matrices)[4]) {
-    emulation::stmatrix_trans(row, matrices);
+    emulation::stmatrix(row, true, matrices);
 }
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {

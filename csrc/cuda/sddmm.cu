@@ -6,6 +6,7 @@
 // sums, and each thread has one. Tokens are cut at fixed places into parts, whose sums a second
 // kernel adds in order: no atomics, the same bits every time. Unstructured weights in 16 bits have
 // a kernel of their own, for the first pass.
+#include "hopper.h"
 #include "launch.cuh"
 #include "sddmm_unstructured.cuh"
 
@@ -256,9 +257,13 @@ void choose_kernel(const SddmmProblem& p, int64_t parts, int64_t slice_features,
 }
 
 template <class T>
-void run(SddmmProblem p, void* grad_values, int64_t parts, int64_t slice_features,
-         const Queue& queue) {
-    if (parts > 0) {
+void run(SddmmProblem p, void* grad_values, int64_t parts, int64_t slice_features, DType dtype,
+         bool on_hopper, const Queue& queue) {
+    if (on_hopper) {
+        sddmm_hopper(dtype, p.lists, p.grad_output, p.x, p.partial, grad_values, parts, p.tokens,
+                     queue);
+        if (parts == 0) return;
+    } else if (parts > 0) {
         choose_kernel<T>(p, parts, slice_features, queue);
         if (sizeof(T) == 2 && is_unstructured(p.lists))
             p.part_tokens = unstructured_part_tokens(p.tokens, parts);
@@ -272,8 +277,9 @@ void run(SddmmProblem p, void* grad_values, int64_t parts, int64_t slice_feature
 
 }  // namespace
 
-int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens) {
+int64_t sddmm_parts(DType dtype, const Lists& lists, int64_t tokens, bool on_hopper) {
     if (tokens == 0) return 0;
+    if (on_hopper) return sddmm_hopper_parts(lists, tokens);
     if (dtype != DType::kFloat32 && is_unstructured(lists))
         return unstructured_parts(lists, tokens);
     const int64_t tiles = ceil_div(tokens, (dtype == DType::kFloat32 ? 4 : 8) * kVectors);
@@ -292,17 +298,17 @@ void deal_rows(const Lists& lists, uint64_t* dealt, const Queue& queue) {
 
 void sddmm(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
            float* partial, void* grad_values, int64_t tokens, int64_t slice_features,
-           const Queue& queue) {
+           bool on_hopper, const Queue& queue) {
     const DeviceGuard guard(queue.device);
-    const int64_t parts = sddmm_parts(dtype, lists, tokens);
+    const int64_t parts = sddmm_parts(dtype, lists, tokens, on_hopper);
     const SddmmProblem p{lists, grad_output, x, partial, tokens, 0, 1, 1, 0, false, false};
     switch (dtype) {
         case DType::kFloat32:
-            return run<float>(p, grad_values, parts, slice_features, queue);
+            return run<float>(p, grad_values, parts, slice_features, dtype, on_hopper, queue);
         case DType::kBfloat16:
-            return run<Bf16>(p, grad_values, parts, slice_features, queue);
+            return run<Bf16>(p, grad_values, parts, slice_features, dtype, on_hopper, queue);
         case DType::kFloat16:
-            return run<Half>(p, grad_values, parts, slice_features, queue);
+            return run<Half>(p, grad_values, parts, slice_features, dtype, on_hopper, queue);
     }
 }
 

@@ -15,6 +15,7 @@
 // 16 bits whose inputs need no slices have a kernel of their own.
 #include <type_traits>
 
+#include "hopper.h"
 #include "launch.cuh"
 #include "spmm_unstructured.cuh"
 
@@ -487,9 +488,10 @@ void order_slots(const Lists& lists, int32_t* slots, const Queue& queue) {
 
 void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x,
           const void* values, const void* bias, void* words, void* out, int64_t tokens,
-          int64_t slice_features, const Queue& queue) {
+          int64_t slice_features, bool on_hopper, const Queue& queue) {
     if (tokens == 0) return;
     const DeviceGuard guard(queue.device);
+    if (on_hopper) return spmm_hopper(product, dtype, lists, x, values, bias, out, tokens, queue);
     const SpmmProblem p{lists, x, values, bias, words, out, tokens, 1, 1, 0, 1, false, false};
     switch (dtype) {
         case DType::kFloat32:

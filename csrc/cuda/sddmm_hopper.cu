@@ -1,0 +1,152 @@
+// sddmm of square blocks of 64 and 128 in 16 bits, on compute capability 9.0. K are the tokens; the
+// wide operand are inputs of up to 256 / side blocks of a block-row, the narrow one is the row's
+// dY, and both are MN-major. What is summed is dW transposed, so that neighbouring lanes have
+// neighbouring inputs. Where block-rows are few, tokens are cut into parts, whose sums a second
+// kernel adds (sddmm.cu).
+#include "hopper.h"
+#include "hopper_pipeline.cuh"
+
+namespace sk {
+namespace cuda {
+namespace {
+
+// Blocks that a cluster takes of a row, at most, and into how many groups the row falls.
+int64_t groups_of(const Lists& lists) {
+    return ceil_div(lists.per_row, kClusterBlocks * kWide / lists.out_block);
+}
+
+template <class T, int kBlockSide>
+struct Sddmm {
+    using Element = T;
+    static constexpr int kSide = kBlockSide;
+    static constexpr bool kTransposedA = true, kTransposedB = true;
+
+    CUtensorMap x, grad_output;
+    Lists lists;
+    float* partial;  // of the parts, or null: then there is one, which is the result
+    T* out;
+    int jobs, groups;
+    int all_steps, part_steps;  // of 64 tokens
+
+    // The blocks of a group of a row, for a part of the tokens; each block of threads takes half.
+    struct Job {
+        int row, tiles, first_step, steps;
+        int64_t block;        // the first
+        int64_t elements_at;  // in `partial` or `out`
+        int inputs[kTiles];   // the first of each tile
+        unsigned bytes;
+    };
+    __device__ Job job_at(int number, unsigned rank) const {
+        const int rows = static_cast<int>(lists.rows), per_row = static_cast<int>(lists.per_row);
+        const int rest = number / rows, part = rest / groups, group = rest - part * groups;
+        // The groups of a row are of nearly the same size.
+        const int size = per_row / groups, larger = per_row - size * groups;
+        const int begin = group * size + (group < larger ? group : larger);
+        const int end = begin + size + (group < larger ? 1 : 0);
+        const int half = begin + (end - begin + 1) / 2;
+        Job job;
+        job.row = number - rest * rows;
+        job.tiles = (rank == 0 ? half - begin : end - half) * (kSide / kTileRows);
+        job.first_step = part * part_steps;
+        job.steps = all_steps - job.first_step;
+        job.steps = job.steps < 0 ? 0 : job.steps < part_steps ? job.steps : part_steps;
+        job.block = job.row * lists.per_row + (rank == 0 ? begin : half);
+        job.elements_at = (part * lists.blocks + job.block) * (kSide * kSide);
+        job.bytes = job.tiles * kTileBytes + kSide * kRowBytes;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            const int64_t entry = job.block + i * kTileRows / kSide;
+            job.inputs[i] =
+                i < job.tiles ? lists.wide_columns[entry] * kSide + i * kTileRows % kSide : 0;
+        }
+        return job;
+    }
+
+#ifdef SK_SM_90A
+    __device__ void load(const Job& job, int step, unsigned rank, const Place& place) const {
+        const int token = (job.first_step + step) * kDepth;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            if (i >= job.tiles) continue;
+            load_box(&x, place.wide + i * kTileBytes, job.inputs[i], token, place.full);
+        }
+        load_half<kSide>(&grad_output, place, job.row * kSide, token, rank);
+    }
+
+    // Tiles that no block fills were multiplied, from whatever lay there, and are not stored.
+    __device__ void store(const Job& job, int warpgroup, const float (&d)[2][kSide / 2],
+                          uint32_t) const {
+        const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int tile = warpgroup + i * kConsumers;
+            if (tile >= job.tiles) continue;
+            const int input = tile * kTileRows % kSide + thread / kWarp * 16 + lane / 4;
+            const int64_t at =
+                job.elements_at + int64_t{tile * kTileRows / kSide} * (kSide * kSide) + input;
+#pragma unroll
+            for (int j = 0; j < kSide / 2; ++j) {
+                const int output = j / 4 * 8 + lane % 4 * 2 + j % 2;
+                const int64_t element = at + output * kSide + j / 2 % 2 * 8;
+                if (partial) {
+                    partial[element] = d[i][j];
+                } else {
+                    out[element] = from_float<T>(d[i][j]);
+                }
+            }
+        }
+    }
+    __device__ void finish() const {}
+#endif
+};
+
+template <class T, int kSide>
+void run(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+         float* partial, void* grad_values, int64_t parts, int64_t tokens, const Queue& queue) {
+    const std::string what = describe("grad_weight", lists, tokens);
+    const auto map = [&](const Operand& operand, int64_t features, int box_rows) {
+        const int64_t row = tokens == 1 ? features : operand.row_stride;
+        return make_map(what, dtype, operand.data, tokens, features, 2 * row, box_rows);
+    };
+    Sddmm<T, kSide> p;
+    p.x = map(x, lists.cols * kSide, kDepth);
+    p.grad_output = map(grad_output, lists.rows * kSide, kSide / 2);
+    p.lists = lists;
+    p.partial = parts > 0 ? partial : nullptr;
+    p.out = static_cast<T*>(grad_values);
+    parts = std::max<int64_t>(1, parts);
+    p.groups = static_cast<int>(groups_of(lists));
+    p.jobs = static_cast<int>(lists.rows * p.groups * parts);
+    p.all_steps = static_cast<int>(ceil_div(tokens, kDepth));
+    p.part_steps = static_cast<int>(ceil_div(p.all_steps, parts));
+    launch_hopper(what, p, queue);
+}
+
+}  // namespace
+
+int64_t sddmm_hopper_parts(const Lists& lists, int64_t tokens) {
+    // The fewest that leave few of an H200's clusters idle in the last round; they cost memory.
+    constexpr int64_t kClusters = 66, kLeastSteps = 8, kMostParts = 16;
+    const int64_t steps = ceil_div(tokens, kDepth), jobs = lists.rows * groups_of(lists);
+    const auto busy = [jobs](int64_t parts) {
+        return static_cast<double>(jobs * parts) / (ceil_div(jobs * parts, kClusters) * kClusters);
+    };
+    int64_t best = 1;
+    for (int64_t parts = 2; parts <= std::min(kMostParts, steps / kLeastSteps); ++parts) {
+        if (busy(best) >= 0.9) break;
+        if (busy(parts) > busy(best)) best = parts;
+    }
+    return best > 1 ? best : 0;
+}
+
+void sddmm_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+                  float* partial, void* grad_values, int64_t parts, int64_t tokens,
+                  const Queue& queue) {
+    const bool is_large = lists.out_block == 128, is_half = dtype == DType::kFloat16;
+    const auto kernel = is_half ? (is_large ? run<Half, 128> : run<Half, 64>)
+                                : (is_large ? run<Bf16, 128> : run<Bf16, 64>);
+    kernel(dtype, lists, grad_output, x, partial, grad_values, parts, tokens, queue);
+}
+
+}  // namespace cuda
+}  // namespace sk
