@@ -251,8 +251,8 @@ def _spmm(
             (slots,) = layout.derive(f"cuda.{lists}.slots", lambda this: _slots(this, lists, queue))
             pointed.set_slots(slots.data_ptr())
         x_matrix, rows = _matrix(x), x.shape[0]
-        hopper = dtype, pointed, x_matrix, values.data_ptr(), rows, queue[0]
-        on_hopper = _extension.spmm_on_hopper(*hopper)
+        problem = dtype, pointed, x_matrix, values.data_ptr(), rows
+        on_hopper = _extension.spmm_on_hopper(*problem, *queue)
         if transposed and not count and not on_hopper:
             # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)
@@ -302,7 +302,7 @@ def grad_weight(grad_output: Tensor, x: Tensor, layout: FanInLayout) -> Tensor:
         pointed, _ = _scheduled(layout, "rows")
         matrices, rows = (_matrix(grad_output), _matrix(x)), x.shape[0]
         queue = _queue(x)
-        on_hopper = _extension.sddmm_on_hopper(dtype, pointed, *matrices, rows, queue[0])
+        on_hopper = _extension.sddmm_on_hopper(dtype, pointed, *matrices, rows, *queue)
         parts = _extension.sddmm_parts(dtype, pointed, rows, on_hopper)
         partial = torch.empty((parts, layout.nnz), dtype=torch.float32, device=x.device)
         if count := _extension.sddmm_gathers(dtype, pointed):

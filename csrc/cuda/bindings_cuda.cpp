@@ -153,17 +153,17 @@ PYBIND11_MODULE(SK_MODULE, module) {
         const auto [address, row_stride, col_stride] = matrix;
         return Operand{pointer(address), row_stride, col_stride};
     };
-    module.def("spmm_on_hopper",
-               [operand](const std::string& dtype, const Lists& lists, const Matrix& x,
-                         uintptr_t values, int64_t tokens, int device) {
-                   return sk::cuda::spmm_on_hopper(dtype_from(dtype), lists, operand(x),
-                                                   pointer(values), tokens, device);
-               });
+    module.def("spmm_on_hopper", [operand](const std::string& dtype, const Lists& lists,
+                                           const Matrix& x, uintptr_t values, int64_t tokens,
+                                           int device, uintptr_t stream) {
+        return sk::cuda::spmm_on_hopper(dtype_from(dtype), lists, operand(x), pointer(values),
+                                        tokens, {device, pointer(stream)});
+    });
     module.def("sddmm_on_hopper",
                [operand](const std::string& dtype, const Lists& lists, const Matrix& grad_output,
-                         const Matrix& x, int64_t tokens, int device) {
+                         const Matrix& x, int64_t tokens, int device, uintptr_t stream) {
                    return sk::cuda::sddmm_on_hopper(dtype_from(dtype), lists, operand(grad_output),
-                                                    operand(x), tokens, device);
+                                                    operand(x), tokens, {device, pointer(stream)});
                });
     module.def("abs_topk", [operand](const std::string& dtype, const Matrix& x, uintptr_t y,
                                      int64_t rows, int64_t cols, int64_t k, int64_t held_bytes,

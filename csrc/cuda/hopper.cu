@@ -34,22 +34,22 @@ EncodeTiled encode_tiled() {
 }
 
 // Whether the module has code for a device of this capability; asked once for each.
-bool has_code(int device) {
+bool has_code(const Queue& queue) {
     static std::mutex mutex;
     static std::map<int, bool> known;
     const std::lock_guard<std::mutex> guard(mutex);
-    const auto found = known.find(device);
+    const auto found = known.find(queue.device);
     if (found != known.end()) return found->second;
-    const DeviceGuard guard_device(device);
+    const DeviceGuard device(queue.device);
     const auto* const kernel = reinterpret_cast<const void*>(probe_kernel);
-    refuse_first_use_in_capture(kernel, "a kernel of compute capability 9.0", {device, nullptr});
+    refuse_first_use_in_capture(kernel, "a kernel of compute capability 9.0", queue);
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's code");
-    return known[device] = attributes.maxThreadsPerBlock >= kHopperThreads;
+    return known[queue.device] = attributes.maxThreadsPerBlock >= kHopperThreads;
 }
 
 // What a product must be, wherever its operands lie.
-bool is_served(DType dtype, const Lists& lists, int64_t tokens, int device) {
+bool is_served(DType dtype, const Lists& lists, int64_t tokens, const Queue& queue) {
     const int side = lists.out_block;
     if (dtype == DType::kFloat32 || lists.in_block != side || (side != 64 && side != 128)) {
         return false;
@@ -59,9 +59,9 @@ bool is_served(DType dtype, const Lists& lists, int64_t tokens, int device) {
     return tokens > 0 && tokens <= kMost && lists.blocks <= kMost / side &&
            lists.rows <= kMost / side && lists.cols <= kMost / side &&
            ceil_div(tokens, kWide) <= kMost / std::max(lists.rows, lists.blocks) &&
-           device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
-           device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0 && has_code(device) &&
-           encode_tiled();
+           device_attribute(cudaDevAttrComputeCapabilityMajor, queue.device) == 9 &&
+           device_attribute(cudaDevAttrComputeCapabilityMinor, queue.device) == 0 &&
+           has_code(queue) && encode_tiled();
 }
 
 // Whether a tensor map can describe a matrix of so many features.
@@ -75,17 +75,17 @@ bool is_described(const Operand& x, int64_t tokens, int64_t features) {
 }  // namespace
 
 bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const void* values,
-                    int64_t tokens, int device) {
+                    int64_t tokens, const Queue& queue) {
     return reinterpret_cast<uintptr_t>(values) % 16 == 0 &&
            is_described(x, tokens, lists.cols * lists.in_block) &&
-           is_served(dtype, lists, tokens, device);
+           is_served(dtype, lists, tokens, queue);
 }
 
 bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
-                     int64_t tokens, int device) {
+                     int64_t tokens, const Queue& queue) {
     return is_described(grad_output, tokens, lists.rows * lists.out_block) &&
            is_described(x, tokens, lists.cols * lists.in_block) &&
-           is_served(dtype, lists, tokens, device);
+           is_served(dtype, lists, tokens, queue);
 }
 
 CUtensorMap make_map(const std::string& what, DType dtype, const void* data, int64_t rows,

@@ -10,9 +10,7 @@
 // read the stage. Clusters stay and take job after job, so the loads of a job begin while the one
 // before is being multiplied and stored.
 //
-// A Product says what a job is:
-//     kTransposedA, kTransposedB   whether an operand is MN-major
-//     Element, kSide
+// A Product, a HopperProduct, says what a job is:
 //     jobs                         how many
 //     job_at(number, rank)         with the members `steps` and `bytes` (of A and B, in a step)
 //     load(job, step, rank, at)    starts the loads of a step
@@ -31,6 +29,14 @@ constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kWide = 256, kTileRows = 64, kDepth = 64, kTiles = kWide / kTileRows;
 // Rows of shared memory are 128 bytes: 64 elements.
 constexpr int kRowBytes = 128, kTileBytes = kTileRows * kRowBytes;
+
+// Of elements T and blocks of so many rows and columns, and whether an operand is MN-major.
+template <class T, int kBlockSide, bool kMajorA, bool kMajorB>
+struct HopperProduct {
+    using Element = T;
+    static constexpr int kSide = kBlockSide;
+    static constexpr bool kTransposedA = kMajorA, kTransposedB = kMajorB;
+};
 
 // For other targets the kernel is empty, and it can have no more than a warp: on_hopper asks.
 #if defined(SK_SM_90A) || !defined(__CUDA_ARCH__)

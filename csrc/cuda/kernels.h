@@ -69,9 +69,9 @@ void order_slots(const Lists& lists, int32_t* slots, const Queue& queue);
 // product: the device and its driver, the sizes, and where the operands lie. spmm then reads the
 // values where `ids` says.
 bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const void* values,
-                    int64_t tokens, int device);
+                    int64_t tokens, const Queue& queue);
 bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
-                     int64_t tokens, int device);
+                     int64_t tokens, const Queue& queue);
 
 // out[m, r] = bias[r] + sum over the kept blocks of row r of W[r, c] * x[m, c]; out is (tokens,
 // rows * out_block), contiguous. bias may be null. `product` is its name in messages.

@@ -15,12 +15,8 @@ int64_t groups_of(const Lists& lists) {
     return ceil_div(lists.per_row, kClusterBlocks * kWide / lists.out_block);
 }
 
-template <class T, int kBlockSide>
-struct Sddmm {
-    using Element = T;
-    static constexpr int kSide = kBlockSide;
-    static constexpr bool kTransposedA = true, kTransposedB = true;
-
+template <class T, int kSide>
+struct Sddmm : HopperProduct<T, kSide, true, true> {
     CUtensorMap x, grad_output;
     Lists lists;
     float* partial;  // of the parts, or null: then there is one, which is the result

@@ -9,12 +9,8 @@ namespace sk {
 namespace cuda {
 namespace {
 
-template <class T, int kBlockSide, bool kColumns>
-struct Spmm {
-    using Element = T;
-    static constexpr int kSide = kBlockSide;
-    static constexpr bool kTransposedA = false, kTransposedB = kColumns;
-
+template <class T, int kSide, bool kColumns>
+struct Spmm : HopperProduct<T, kSide, false, kColumns> {
     CUtensorMap x, weights, out;
     Lists lists;
     const T* bias;
