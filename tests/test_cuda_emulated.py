@@ -330,7 +330,15 @@ def test_gathered_rows_lie_in_different_banks(extension, product, sizes, rows, l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(4096, 4096, 4), (8192, 2048, 8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4096, 4096, 4),
+        (8192, 2048, 8),
+        (4096, 4096, 256, (64, 64)),
+        (8192, 8192, 896, (128, 128)),
+    ],
+)
 def test_blocks_of_the_goals_fill_an_h200(sizes, monkeypatch):
     """One block lies on a multiprocessor at a time; in their last round few of these are idle."""
     monkeypatch.setenv("SK_EMULATION_COUNT", "1")

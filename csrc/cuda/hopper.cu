@@ -88,16 +88,15 @@ bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output
            is_served(dtype, lists, tokens, queue);
 }
 
-CUtensorMap make_map(const std::string& what, DType dtype, const void* data, int64_t rows,
-                     int64_t cols, int64_t row_bytes, int box_rows) {
-    CUtensorMap map{};
+void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,
+              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows) {
     const auto size = [](int64_t number) { return static_cast<cuuint64_t>(number); };
     const cuuint64_t sizes[] = {size(cols), size(rows)}, strides[] = {size(row_bytes)};
     const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
     const auto type = dtype == DType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result =
-        encode_tiled()(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+        encode_tiled()(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
@@ -105,7 +104,6 @@ CUtensorMap make_map(const std::string& what, DType dtype, const void* data, int
                                  std::to_string(rows) + " x " + std::to_string(cols) +
                                  " (CUresult " + std::to_string(result) + ")");
     }
-    return map;
 }
 
 }  // namespace cuda

@@ -97,6 +97,7 @@ __device__ void load_half(const CUtensorMap* map, const Place& place, int col, i
              col + (kSplitsColumns ? rank * 64 : 0),
              row + (kSplitsColumns ? 0 : rank * (kSide / 2)), place.full, kAllBlocks);
 }
+
 // One thread: waits until both blocks have read what lay in a stage before, and loads.
 template <class Product>
 __device__ void load_jobs(const Product& p, Stages<Product::kSide> stages, unsigned rank) {
@@ -195,9 +196,11 @@ __global__ void SK_HOPPER_BOUNDS hopper_kernel(const __grid_constant__ Product p
 #endif
 }
 
-// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns.
-CUtensorMap make_map(const std::string& what, DType dtype, const void* data, int64_t rows,
-                     int64_t cols, int64_t row_bytes, int box_rows);
+// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns. It
+// is written in place: the driver wants 64-byte alignment, which GCC does not give to what a
+// function returns.
+void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,
+              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows);
 
 template <class Product>
 void launch_hopper(const std::string& what, const Product& p, const Queue& queue) {

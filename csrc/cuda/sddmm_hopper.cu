@@ -100,13 +100,14 @@ template <class T, int kSide>
 void run(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
          float* partial, void* grad_values, int64_t parts, int64_t tokens, const Queue& queue) {
     const std::string what = describe("grad_weight", lists, tokens);
-    const auto map = [&](const Operand& operand, int64_t features, int box_rows) {
+    const auto describe_to = [&](CUtensorMap* map, const Operand& operand, int64_t features,
+                                 int box_rows) {
         const int64_t row = tokens == 1 ? features : operand.row_stride;
-        return make_map(what, dtype, operand.data, tokens, features, 2 * row, box_rows);
+        make_map(map, what, dtype, operand.data, tokens, features, 2 * row, box_rows);
     };
     Sddmm<T, kSide> p;
-    p.x = map(x, lists.cols * kSide, kDepth);
-    p.grad_output = map(grad_output, lists.rows * kSide, kSide / 2);
+    describe_to(&p.x, x, lists.cols * kSide, kDepth);
+    describe_to(&p.grad_output, grad_output, lists.rows * kSide, kSide / 2);
     p.lists = lists;
     p.partial = parts > 0 ? partial : nullptr;
     p.out = static_cast<T*>(grad_values);

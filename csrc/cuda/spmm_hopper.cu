@@ -108,9 +108,9 @@ void run(const char* product, DType dtype, const Lists& lists, const Operand& x,
     const int64_t inputs = lists.cols * kSide, outputs = lists.rows * kSide;
     const int64_t x_row = tokens == 1 ? inputs : x.row_stride;
     Spmm<T, kSide, kColumns> p;
-    p.x = make_map(what, dtype, x.data, tokens, inputs, 2 * x_row, kWide);
-    p.weights = make_map(what, dtype, values, lists.blocks * kSide, kSide, 2 * kSide, kSide / 2);
-    p.out = make_map(what, dtype, out, tokens, outputs, 2 * outputs, kTileRows);
+    make_map(&p.x, what, dtype, x.data, tokens, inputs, 2 * x_row, kWide);
+    make_map(&p.weights, what, dtype, values, lists.blocks * kSide, kSide, 2 * kSide, kSide / 2);
+    make_map(&p.out, what, dtype, out, tokens, outputs, 2 * outputs, kTileRows);
     p.lists = lists;
     p.bias = static_cast<const T*>(bias);
     p.jobs = static_cast<int>(ceil_div(tokens, kClusterBlocks * kWide) * lists.rows);

@@ -156,11 +156,6 @@ const char* message_of(Run run) {
     return message.c_str();
 }
 
-// Of a matrix of 16-bit elements with rows of `row_elements`.
-CUtensorMap map_of(const void* data, int64_t rows, int64_t cols, int64_t row_elements, int box) {
-    return make_map("a test", DType::kBfloat16, data, rows, cols, 2 * row_elements, box);
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace sk
@@ -174,15 +169,19 @@ SK_EXPORT const char* run_wgmma(const WgmmaProblem* p) {
 SK_EXPORT const char* run_ring(const void* data, int64_t rows, int64_t cols, int64_t row_elements,
                                int col, int row, int rounds, int mistake, unsigned char* out) {
     return message_of([=] {
-        launch_clusters("ring", ring_kernel, 2, 2, 64, 4096, Queue{},
-                        map_of(data, rows, cols, row_elements, 4), col, row, rounds, mistake, out);
+        CUtensorMap map;
+        make_map(&map, "a test", DType::kBfloat16, data, rows, cols, 2 * row_elements, 4);
+        launch_clusters("ring", ring_kernel, 2, 2, 64, 4096, Queue{}, map, col, row, rounds,
+                        mistake, out);
     });
 }
 SK_EXPORT const char* run_store(void* data, int64_t rows, int64_t cols, int64_t row_elements,
                                 int col, int row, int rounds, bool fences, bool waits) {
     return message_of([=] {
-        launch("store", store_kernel, 1, kWarp, 2048, Queue{},
-               map_of(data, rows, cols, row_elements, 8), col, row, rounds, fences, waits);
+        CUtensorMap map;
+        make_map(&map, "a test", DType::kBfloat16, data, rows, cols, 2 * row_elements, 8);
+        launch("store", store_kernel, 1, kWarp, 2048, Queue{}, map, col, row, rounds, fences,
+               waits);
     });
 }
 SK_EXPORT const char* run_disagree(bool barrier) {
