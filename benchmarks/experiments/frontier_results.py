@@ -146,7 +146,7 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
         ValueError: no task is common to all models.
     """
     kinds, tasks = by_kind(rows), common(rows)
-    figure.set_size_inches(7, 4.6)
+    figure.set_size_inches(9.4, 5)
     axes = figure.subplots()
     points = {}
     for name, found in kinds.items():
@@ -156,7 +156,7 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
         ends = [x - min(row["loss"] for row in found)], [max(row["loss"] for row in found) - x]
         axes.errorbar(x, y, [[y - mean.low], [mean.high - y]], ends, c="0.6", lw=0.9, capsize=2)
         axes.annotate(
-            found[0]["kind"]["label"], (x, y), (6, 6), textcoords="offset points", fontsize=8
+            found[0]["kind"]["label"], (x, y), (7, -12), textcoords="offset points", fontsize=8
         )
     for (label, names), color in zip(LINES.items(), ("C0", "C2", "0.3"), strict=True):
         if line := [points[name] for name in names if name in points]:

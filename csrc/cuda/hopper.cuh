@@ -140,6 +140,12 @@ template <int kPending>
 __device__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// No instruction: the compiler, which knows nothing of sums in flight, moves no use of them past.
+template <int kSums>
+__device__ void keep_order(float (&d)[kSums]) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 // "wgmma.mma_async": d (64 x kColumns) += a (64 x 16) b (16 x kColumns), both in shared memory,
 // transposed where they are MN-major. Lane 4 g + t of the warpgroup's warp w has of the rows
@@ -228,6 +234,8 @@ template <int kPending>
 void wgmma_wait() {
     emulation::wgmma_wait(kPending);
 }
+template <int kSums>
+void keep_order(float (&)[kSums]) {}
 template <bool kTransposedA, bool kTransposedB, int kSums, class T>
 void wgmma(float (&d)[kSums], uint64_t a, uint64_t b, T) {
     emulation::wgmma(d, a, b, 2 * kSums, kTransposedA, kTransposedB, true,

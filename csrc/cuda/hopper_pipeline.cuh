@@ -135,6 +135,7 @@ __device__ void multiply_jobs(const Product& p, Stages<Product::kSide> stages, u
         for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
             for (int j = 0; j < kSide / 2; ++j) d[i][j] = 0.0f;
+            keep_order(d[i]);
         }
         for (int step = 0; step < job.steps; ++step, stages.advance()) {
             const Place place = stages.now();
@@ -157,6 +158,8 @@ __device__ void multiply_jobs(const Product& p, Stages<Product::kSide> stages, u
             if (step > 0) release(stages.before());
         }
         wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) keep_order(d[i]);
         if (job.steps > 0) release(stages.before());
         p.store(job, warpgroup, d, staging);
     }
