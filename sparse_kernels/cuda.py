@@ -284,9 +284,9 @@ def grad_input(
 ) -> Tensor:
     """`dX = dY W (+ b)`: (M, N), any strides, to (M, K) contiguous. See `reference.grad_input`.
 
-    Needs working memory of the size of `values` (none for square blocks of 64 and 128 in 16 bits on
-    compute capability 9.0), for 1 x 1 blocks also of their indices; in 16 bits
-    8.5 bytes for each weight of eight neighbouring lists that are as long as their longest.
+    Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices; in 16 bits
+    8.5 bytes for each weight of eight neighbouring lists that are as long as their longest. Square
+    blocks of 64 and 128 in 16 bits on compute capability 9.0 need none.
     """
     return _spmm("grad_input", grad_output, values, layout, bias)
 

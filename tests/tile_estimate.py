@@ -125,15 +125,14 @@ def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         dense_us = 2 * case.tokens * case.in_features * case.out_features / dense_flops * 1e6
         is_tiled = case.block != (1, 1)
         about, most = ("about", "") if is_tiled else ("at least", "at most ")
-        for backend in ("triton", "cuda") if is_tiled else ("cuda",):
-            if is_tiled and backend == "cuda" and case.block[0] < 64:
-                continue
-            step_us, name = 0.0, f" ({backend})" if is_tiled else ""
+        names = [" (triton)"] if is_tiled else [""]
+        for name in names + [" (cuda)"] * (case.block[0] >= 64):
+            step_us = 0.0
             for product in PRODUCTS:
                 words = {"forward": "own ", "grad_input": "transposed "}.get(product, "")
                 kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
                 key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
-                if is_tiled and backend == "cuda":
+                if name == " (cuda)":
                     terms = hopper_terms_us(case, product)
                 else:
                     terms = terms_us(case, product, tiles[key] if is_tiled else None)

@@ -69,8 +69,8 @@ BASE = Settings(
 # Nonzero weights of a token in the embedding and in the unembedding, at every width and L0.
 EMBEDDING_FAN = 32
 SEEDS = (0, 1)
-# Circuits of hundreds of nodes have about 1.3 times the loss on held-out prompts that they have on
-# those they were fitted to: so that held-out ones reach results.TARGET, less is searched for.
+# The target of a search. On held-out prompts the loss of a circuit of hundreds of nodes is about 1.3
+# times that on the prompts it was fitted to; frontier_results.TARGET holds for the held-out ones.
 SEARCHED = 0.12
 # Prompts of a mask, so that none comes twice in the default number of steps.
 _TRAIN_PAIRS = 2400
