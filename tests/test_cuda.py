@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from emulated import bias_for
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -19,7 +20,7 @@ from oracle import (
     tokens,
 )
 from test_abs_topk import KINDS, draw, expected
-from test_cuda_emulated import BLOCKS, bias_for, every_dtype, every_product, make
+from test_cuda_emulated import BLOCKS, every_dtype, every_product, make
 
 import sparse_kernels as sk
 from sparse_kernels import backends, cuda, ops, reference, testing

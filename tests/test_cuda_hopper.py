@@ -12,15 +12,15 @@ import sys
 import cuda_emulation
 import pytest
 import torch
+from emulated import ORDERS, SANITIZED, bias_for, check_product, emulated, run_sanitized
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import PRODUCTS, assert_accurate, dense_product, kept, random, seeds, to_dense
+from oracle import PRODUCTS, kept, random, seeds, to_dense
 from oracle import sparse_product as run_product
-from test_cuda_emulated import SANITIZED, run_sanitized
-from test_hopper_emulation import ORDERS, every_dtype, use
+from test_hopper_emulation import every_dtype, use
 
 import sparse_kernels as sk
-from sparse_kernels import checks, cuda
+from sparse_kernels import cuda
 
 pytestmark = pytest.mark.slow
 every_product = pytest.mark.parametrize("product", PRODUCTS)
@@ -34,9 +34,7 @@ def extension():
 
 @pytest.fixture(autouse=True)
 def _use_it(extension):
-    """The public functions run the emulated kernels, and take float16 as they do on a GPU."""
-    with cuda._emulated(extension), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(checks.DTYPES, "cpu", checks.DTYPES["cuda"])
+    with emulated(extension):
         yield
 
 
@@ -44,29 +42,6 @@ def make(layout, rows, dtype, generator, exact=False):
     x = random((rows, layout.in_features), dtype, generator, exact)
     grad_output = random((rows, layout.out_features), dtype, generator, exact)
     return x, grad_output, random(layout.values_shape, dtype, generator, exact)
-
-
-def bias_for(product, layout, dtype, generator, exact=False):
-    size = {"forward": layout.out_features, "grad_input": layout.in_features}.get(product)
-    return None if size is None else random((size,), dtype, generator, exact)
-
-
-def check_product(product, x, grad_output, values, layout, bias, exact):
-    actual = run_product(product, x, grad_output, values, layout, bias, "cuda")
-    assert actual.dtype == values.dtype
-    assert actual.is_contiguous()
-
-    def dense(convert):
-        tensors = map(convert, (x, grad_output, to_dense(values, layout)))
-        result = dense_product(product, *tensors, None if bias is None else convert(bias))
-        return kept(result, layout) if product == "grad_weight" else result
-
-    truth = dense(torch.Tensor.double)
-    if exact:
-        assert torch.equal(actual, truth.to(values.dtype))
-    else:
-        assert_accurate(actual, dense(lambda t: t), truth, dense(lambda t: t.double().abs()))
-    return actual
 
 
 def is_on_hopper(product, x, grad_output, values, layout):

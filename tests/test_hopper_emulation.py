@@ -9,11 +9,11 @@ import ctypes
 import cuda_emulation
 import pytest
 import torch
+from emulated import ORDERS
 
 pytestmark = pytest.mark.slow
 DTYPES = [torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-ORDERS = ["forward", "reversed", "shuffled"]
 HARNESS = cuda_emulation.EMULATION.parent / "hopper_harness.cu"
 
 

@@ -69,8 +69,8 @@ BASE = Settings(
 # Nonzero weights of a token in the embedding and in the unembedding, at every width and L0.
 EMBEDDING_FAN = 32
 SEEDS = (0, 1)
-# The target of a search. On held-out prompts the loss of a circuit of hundreds of nodes is about 1.3
-# times that on the prompts it was fitted to; frontier_results.TARGET holds for the held-out ones.
+# The target of a search. On held-out prompts the loss of a circuit of hundreds of nodes is about
+# 1.3 times that on the prompts it was fitted to; frontier_results.TARGET is for held-out ones.
 SEARCHED = 0.12
 # Prompts of a mask, so that none comes twice in the default number of steps.
 _TRAIN_PAIRS = 2400

@@ -71,3 +71,16 @@ void __stcs(T* to, T value) {
     emulation::check_alignment(to, sizeof(T));
     *to = value;
 }
+
+// What a call throws, or that it ran.
+template <class Run>
+const char* message_of(Run run) {
+    static std::string message;
+    message = "it ran";
+    try {
+        run();
+    } catch (const std::exception& error) {
+        message = error.what();
+    }
+    return message.c_str();
+}

@@ -144,18 +144,6 @@ __global__ void disagree_kernel(bool barrier) {
     wgmma_wait<0>();
 }
 
-template <class Run>
-const char* message_of(Run run) {
-    static std::string message;
-    message = "it ran";
-    try {
-        run();
-    } catch (const std::exception& error) {
-        message = error.what();
-    }
-    return message.c_str();
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace sk
