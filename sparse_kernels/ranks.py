@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 import weakref
 from hashlib import blake2b
 from itertools import chain, compress
@@ -104,3 +106,15 @@ def broadcast(indices: Tensor, weight: Tensor) -> None:
     for dim in range(mesh.ndim if mesh else 0):
         group = mesh.get_group(dim)
         dist.broadcast(indices, dist.get_global_rank(group, 0), group)
+
+
+@atexit.register
+def _let_gloo_end() -> None:
+    """Waits for gloo's threads where a process ends without `destroy_process_group`.
+
+    A thread that frees what was broadcast last takes the GIL, and aborts the process (PyTorch 2.13)
+    if the interpreter is ending by then. DistributedDataParallel broadcasts `indices` in every
+    forward, so that a process with this layer meets it often.
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(0.02)

@@ -3,6 +3,8 @@
 import copy
 import os
 import pickle
+import subprocess
+import sys
 from datetime import timedelta
 
 import numpy as np
@@ -416,3 +418,22 @@ def test_a_traced_graph_reads_the_buffer():
     graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
     layer.indices.copy_(indices)
     assert torch.equal(graph(x), layer(x))
+
+
+AT_EXIT = """
+import sys, time
+import torch.distributed as dist
+import sparse_kernels
+time.sleep = lambda seconds: print("waits")
+if sys.argv[1] == "group":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+"""
+
+
+@pytest.mark.parametrize(("has_group", "said"), [("group", "waits\n"), ("none", "")])
+def test_a_process_that_ends_with_a_group_lets_gloo_end(has_group, said):
+    """Else a thread of gloo that still frees what was broadcast aborts some of these processes."""
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, has_group], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
