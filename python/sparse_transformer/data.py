@@ -98,6 +98,7 @@ def prepare(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
     vocab_size: int = 2048,
+    tokenizer: Tokenizer | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Corpus:
@@ -112,6 +113,7 @@ def prepare(
             hidden folders and installed packages left out); a file; several of these; or a text,
             which is a string with a line break in it.
         vocab_size: of the tokenizer, end-of-text included.
+        tokenizer: one that `prepare` trained for another corpus, in place of one for this.
         cache_dir: by default `sparse_transformer` in `$XDG_CACHE_HOME` or `~/.cache`.
         progress: show a progress bar; by default where stderr is a terminal.
 
@@ -126,7 +128,7 @@ def prepare(
         )
     disable = None if progress is None else not progress
     documents, skipped = _read(source, disable)
-    key = _key(documents, vocab_size)
+    key = _key(documents, vocab_size, tokenizer)
     root = Path(cache_dir) if cache_dir is not None else default_cache()
     folder = root / key
     try:
@@ -135,7 +137,7 @@ def prepare(
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f"{key}.lock"):
                 if not _complete(folder):
-                    _build(documents, vocab_size, folder, disable)
+                    _build(documents, vocab_size, tokenizer, folder, disable)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
         raise UserError(
@@ -356,8 +358,10 @@ def _parts(name: str, text: str) -> list[_Document]:
     return [_Document(f"{name}#{part:04d}", text) for part, text in enumerate(parts)]
 
 
-def _key(documents: list[_Document], vocab_size: int) -> str:
+def _key(documents: list[_Document], vocab_size: int, tokenizer: Tokenizer | None) -> str:
     digest = hashlib.sha256(f"{_VERSION} {tokenizers.__version__} {vocab_size}".encode())
+    if tokenizer is not None:
+        digest.update(tokenizer.to_str().encode())
     for document in documents:
         content = document.text.encode()
         digest.update(_bytes(f"\0{document.name}\0{len(content)}\0"))
@@ -388,16 +392,18 @@ def _complete(folder: Path) -> bool:
 def _build(
     documents: list[_Document],
     vocab_size: int,
+    tokenizer: Tokenizer | None,
     folder: Path,
     disable: bool | None,
 ) -> None:
     """Writes `folder` under another name, then renames it: who finds it finds all of it."""
     train, validation = _split(documents)
-    sample = train
-    if sum(len(document.text) for document in train) > _SMALL_CORPUS_BYTES:
-        sample = [document for document in train if document.share("bpe") < _TOKENIZER_SHARE]
-    bar = tqdm(sample, "tokenizer", disable=disable, leave=False)
-    tokenizer = train_tokenizer((document.text for document in bar), vocab_size)
+    if tokenizer is None:
+        sample = train
+        if sum(len(document.text) for document in train) > _SMALL_CORPUS_BYTES:
+            sample = [document for document in train if document.share("bpe") < _TOKENIZER_SHARE]
+        bar = tqdm(sample, "tokenizer", disable=disable, leave=False)
+        tokenizer = train_tokenizer((document.text for document in bar), vocab_size)
     for stale in folder.parent.glob(f"{folder.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = new_folder(folder.parent, f"{folder.name}.", ".tmp")

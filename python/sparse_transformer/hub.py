@@ -29,7 +29,6 @@ from sparse_transformer.run import (
     load_weights,
     model_card,
     save_model,
-    tokenizer_of,
 )
 from sparse_transformer.train import checkpoint as checkpoints
 
@@ -48,7 +47,7 @@ def from_pretrained(
     known = Path(name_or_folder).exists() or name in checkpoints.models()
     remote = not known and _NAME.fullmatch(name) is not None
     folder = _download(name, revision, token) if remote else checkpoints.find(name_or_folder)
-    tokenizer = tokenizer_of(folder)
+    tokenizer = checkpoints.tokenizer_of(folder)
     if checkpoints.steps(folder) or folder.name.startswith("step-"):
         model = load_weights(folder, device=place)
     else:

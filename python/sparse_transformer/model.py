@@ -11,6 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -173,12 +174,7 @@ class Transformer(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self._targets = make.targets
         self.embed = make.embedding("embed")
-        channels = D if config.added_positions else config.positions
-        self.positions: nn.Parameter | None = (
-            nn.Parameter(make.normal(torch.empty(config.context, channels, **make.where)))
-            if channels
-            else None
-        )
+        self.positions = make.positions()
         self.blocks = nn.ModuleList(Block(config, layer, make) for layer in range(config.n_layer))
         self.hook_final = HookPoint("final_resid")
         self.norm = RMSNorm(D, device, dtype)
@@ -501,6 +497,24 @@ class _Maker:
         if self.config.linear == "masked_dense":
             return self._initialise(MaskedEmbedding(V, D, density=density, **self.where))
         return self._initialise(nn.Embedding(V, D, **self.where))
+
+    def positions(self) -> nn.Parameter | None:
+        """`(context, D)` to add, or `(context, P)` beside the stream; None if there are none.
+
+        Those beside the stream start as sines and cosines (Vaswani et al. 2017, with wavelengths
+        of 4 to 512 tokens), so that a turn leads from a token's channels to the one's before.
+        """
+        config = self.config
+        channels = config.d_model if config.added_positions else config.positions
+        if not channels:
+            return None
+        values = torch.empty(config.context, channels, **self.where)
+        if config.added_positions:
+            return nn.Parameter(self.normal(values))
+        waves = torch.logspace(2, 9, (channels + 1) // 2, base=2, dtype=torch.float64)
+        angles = torch.outer(torch.arange(config.context), 2 * math.pi / waves)
+        sinusoids = torch.cat([angles.sin(), angles.cos()], 1)[:, :channels]
+        return nn.Parameter(values.copy_(sinusoids))
 
     def normal(self, tensor: Tensor, std: float = _INITIAL_STD) -> Tensor:
         """Fills `tensor`, drawing where the generator lives."""

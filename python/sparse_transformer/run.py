@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sparse_transformer import data as corpora
-from sparse_transformer.config import ModelConfig
 from sparse_transformer.errors import UserError
 from sparse_transformer.files import write_atomically
 from sparse_transformer.model import Transformer, count_weights
@@ -33,18 +32,14 @@ def load_run(
     """The model of a run, and its tokenizer; arguments and errors are those of `load_model`."""
     folder = checkpoints.find(checkpoint)
     model = load_weights(folder, step, device)
-    return model, give_tokenizer(model, tokenizer_of(folder))
+    return model, give_tokenizer(model, checkpoints.tokenizer_of(folder))
 
 
 def load_weights(
     folder: Path, step: int | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
     """The model of `load_run` without a tokenizer."""
-    place = device_of(device)
-    point = checkpoints.load(folder, step, device=place, prefix="model.")
-    with checkpoints.damage_named(point.path):
-        config = ModelConfig.from_dict(point.meta["settings"]["model"])
-        return checkpoints.model_of(point, config, place).eval()
+    return checkpoints.load_weights(folder, step, device_of(device)).eval()
 
 
 def device_of(name: torch.device | str) -> torch.device:
@@ -137,7 +132,7 @@ def export_model(
     settings.get("train", {}).update(data=[], cache_dir=None)
     tensors = {name: _smallest(name, tensor) for name, tensor in point.tensors.items()}
     _write(out, point.step, tensors, settings, model, model_card(model, out.name))
-    metrics = tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")
+    metrics = checkpoints.tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     if measured := [line for line in lines if '"val_loss"' in line]:
         write_atomically(out / "metrics.jsonl", measured[-1] + "\n")
@@ -216,7 +211,7 @@ def corpus_sample(
         UserError: a sample that is damaged; or what `data.prepare` refuses.
     """
     folder = checkpoints.find(checkpoint)
-    stored = tokenizer_of(folder).with_name(_SAMPLE)
+    stored = checkpoints.tokenizer_of(folder).with_name(_SAMPLE)
     context, vocab = model.config.context, model.config.vocab_size
     if not data and stored.exists():
         try:
@@ -271,10 +266,3 @@ def _smallest(name: str, tensor: Tensor, *, exactly: bool = False) -> Tensor:
     if not tensor.is_floating_point() and tensor.numel() and int(tensor.max()) < 2**15:
         return tensor.to(torch.int16)
     return tensor
-
-
-def tokenizer_of(checkpoint: Path) -> Path:
-    """`tokenizer.json` of the run, also where a checkpoint in the run's folder is named."""
-    inside = checkpoint / "tokenizer.json"
-    alone = inside.exists() or not checkpoint.name.startswith("step-")
-    return inside if alone else checkpoint.parent / "tokenizer.json"

@@ -40,6 +40,13 @@ class _First:
 
 
 @dataclass(frozen=True)
+class _Known(_First):
+    """`_First`, and the model that gives the defaults of this one."""
+
+    start_from: Path | None = None
+
+
+@dataclass(frozen=True)
 class Arguments(_First):
     """Trains a weight-sparse transformer on Python code."""
 
@@ -61,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # The defaults of all other options depend on these.
     known, _ = tyro.cli(
-        _First, args=arguments, prog=_PROGRAM, return_unknown_args=True, add_help=False
+        _Known, args=arguments, prog=_PROGRAM, return_unknown_args=True, add_help=False
     )
     stored = None
     if known.out is not None and (known.resume or known.from_step is not None):
@@ -72,6 +79,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
             f"leave --preset out, or start a new run with another --out"
         )
     default = stored or preset(known.preset or "tiny")
+    if stored is None and known.start_from is not None:
+        # The same model, which does not anneal again.
+        default = replace(
+            default,
+            model=checkpoint.load_config(known.start_from),
+            topology=replace(default.topology, start_multiple=1.0),
+        )
     given = tyro.cli(
         Arguments,
         args=arguments,
@@ -93,6 +107,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, int |
         lacks = "has no checkpoint yet" if given.out.exists() else "does not exist"
         print(f"{name} {lacks}: beginning a new run at step 1", file=sys.stderr)
     settings = replace(default, **{part: getattr(given, part) for part in _PARTS})
+    if stored is not None and settings.train.start_from != stored.train.start_from:
+        raise UserError(
+            f"the run in {given.out} has begun: leave --start-from out, or choose another --out"
+        )
     return settings, given.out, given.from_step
 
 

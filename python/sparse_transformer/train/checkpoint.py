@@ -225,6 +225,35 @@ def model_of(point: Checkpoint, config: ModelConfig, device: torch.device | str)
     return Transformer.from_state(config, state, device=device)
 
 
+def load_weights(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The model of a run; arguments and errors are those of `load`."""
+    point = load(directory, step, device=device, prefix="model.")
+    with damage_named(point.path):
+        return model_of(point, _config_of(point), device)
+
+
+def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """That of the model of a run; arguments and errors are those of `load`."""
+    point = load(directory, prefix="model.none")
+    with damage_named(point.path):
+        return _config_of(point)
+
+
+def _config_of(point: Checkpoint) -> ModelConfig:
+    return ModelConfig.from_dict(point.meta["settings"]["model"])
+
+
+def tokenizer_of(checkpoint: Path) -> Path:
+    """`tokenizer.json` of the run, also where a checkpoint in the run's folder is named."""
+    inside = checkpoint / "tokenizer.json"
+    alone = inside.exists() or not checkpoint.name.startswith("step-")
+    return inside if alone else checkpoint.parent / "tokenizer.json"
+
+
 def remove(directory: str | os.PathLike[str], step: int) -> None:
     """Removes a checkpoint; not even a process that dies leaves a part of it under its name."""
     path = folder_of(directory, step)

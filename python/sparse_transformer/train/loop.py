@@ -28,6 +28,7 @@ from sparse_transformer import program
 from sparse_transformer.data import Corpus, prepare
 from sparse_transformer.errors import UserError, writing
 from sparse_transformer.files import write_atomically
+from sparse_transformer.tokenizer import load_tokenizer
 from sparse_transformer.train import checkpoint, metrics
 from sparse_transformer.train.checkpoint import Checkpoint
 from sparse_transformer.train.distributed import ranks
@@ -58,9 +59,14 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
         if here.first:
             stack.enter_context(_claim(out))
         here.wait()
+        tokenizer = None
+        if config.start_from is not None:
+            begun = out if checkpoint.steps(out) else checkpoint.find(config.start_from)
+            tokenizer = load_tokenizer(checkpoint.tokenizer_of(begun))
         corpus = prepare(
             config.data or None,
             vocab_size=settings.model.vocab_size,
+            tokenizer=tokenizer,
             cache_dir=config.cache_dir,
             progress=None if here.first else False,
         )
@@ -78,8 +84,8 @@ def train(settings: Settings, out: Path, *, from_step: int | None = None) -> int
             if point is not None:
                 checkpoint.set_aside(out, point.step)
             write_atomically(out / "config.json", json.dumps(settings.to_dict(), indent=1) + "\n")
-            tokenizer = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
-            write_atomically(out / "tokenizer.json", tokenizer)
+            text = (corpus.folder / "tokenizer.json").read_text(encoding="utf-8")
+            write_atomically(out / "tokenizer.json", text)
             output = _Output(trainer, out, point, l0)
             stack.callback(output.close)
         status = _loop(trainer, signals, out, output)

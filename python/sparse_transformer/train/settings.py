@@ -34,6 +34,8 @@ class TrainConfig:
     """Pairs of task prompts that each step also learns; evaluation asks others."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks of --task-pairs; by default all twenty."""
+    start_from: Path | None = None
+    """Begin with the weights and tokenizer of this run or model; more fan or positions may join."""
     bigram_start: Literal["counts", "zero"] = "counts"
     """The bigram table starts as frequencies in the training text, or at zero as published."""
     cache_dir: Path | None = None
@@ -72,8 +74,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(Path(path) for path in self.data))
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
+        for name in ("cache_dir", "start_from"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         for name in (
             "steps", "batch_tokens", "accumulate", "validate_every", "validation_tokens",
             "save_every", "keep",
@@ -103,7 +106,8 @@ class Settings:
         settings = dataclasses.asdict(self)
         train = settings["train"]
         train["data"] = [str(path.resolve()) for path in self.train.data]
-        train["cache_dir"] = str(self.train.cache_dir) if self.train.cache_dir else None
+        for name in ("cache_dir", "start_from"):
+            train[name] = str(train[name]) if train[name] else None
         return settings
 
     @classmethod

@@ -31,6 +31,7 @@ from sparse_transformer.train.distributed import Ranks
 from sparse_transformer.train.masked_dense import project_
 from sparse_transformer.train.optimizer import learning_rate, make_optimizer, normalize_gradients_
 from sparse_transformer.train.settings import Settings, TrainConfig
+from sparse_transformer.train.start import grown
 from sparse_transformer.train.topology import Topology, annealed_after, annealed_fraction
 
 
@@ -97,7 +98,10 @@ class Trainer:
                 generator=torch.Generator().manual_seed(config.seed),
                 device=here.device,
             )
-            if self.model.bigram is not None and config.bigram_start == "counts":
+            if config.start_from is not None:
+                other = checkpoint.load_weights(config.start_from, device=here.device)
+                self.model = grown(other, self.model)
+            elif self.model.bigram is not None and config.bigram_start == "counts":
                 set_to_counts_(self.model.bigram, corpus.train)
             here.broadcast_(self.model.state_dict().values())
             self._equip()
