@@ -67,8 +67,8 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 
 {shown.note}
 
-A click on the picture shows its full size. The circuit [as data]({circuit.task}.json), and on the
-site [to explore]({circuit.task}.html). To find it again:
+Click the picture for its full size. The circuit is also there [as data]({circuit.task}.json) and, on
+the site, as a [page to explore]({circuit.task}.html). To find it again:
 
     python -m sparse_transformer.circuits {asked}
 """
@@ -92,11 +92,11 @@ def bridges(report: Mapping[str, Any], story: str) -> str:
 
 {story.strip()}
 
-Held-out answers of the dense model that flip, and in the last column of the sparse model:
+Held-out answers that flip, of the dense model and, in the last column, of the sparse model:
 
 {table}
 
-[As data](bridges.json), with how exact the bridge is at each site.
+The same [as data](bridges.json), with the accuracy of the bridge at each site.
 """
 
 
@@ -104,10 +104,10 @@ def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
     """Markdown of the first page."""
     parts = [
         "# Gallery",
-        "Circuits of the models that come with the package. Each was validated on prompts that it "
-        "was not found on, and compared with the controls that the same search gave; "
-        "[Circuits](../circuits.md) has the method. Edits in one of them also steer a dense model: "
-        "[bridges](bridges.md).",
+        "Circuits of the models that come with the package. Each was validated on held-out prompts, "
+        "and compared with controls: circuits that the same search found for nonsense tasks. "
+        "[Circuits](../circuits.md) has the method. Edits of `python-small` also steer a dense "
+        "model: [bridges](bridges.md).",
     ]
     for model, tasks in found.items():
         rows = [_INDEX, *(_row(model, circuit) for circuit in tasks.values())]
