@@ -10,6 +10,7 @@ compiler that CXX names or c++, g++ or clang++.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
 import os
@@ -231,7 +232,12 @@ def load(compiler: str, source: Path, *flags: str) -> ctypes.CDLL | str:
 
 
 def main() -> None:
-    """Prints the bound of each goal, and what of it the loop reaches."""
+    """Prints the bound of each goal, and the share of it that the loop reaches."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     isa, threads = cpu.isa(), torch.get_num_threads()
     peaks = measure_peaks(isa, threads)
     if isinstance(peaks, str):

@@ -67,8 +67,8 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 
 {shown.note}
 
-Click the picture for its full size. The circuit is also there [as data]({circuit.task}.json) and, on
-the site, as a [page to explore]({circuit.task}.html). To find it again:
+Click the picture for its full size. The circuit is also there [as data]({circuit.task}.json)
+and, on the site, as a [page to explore]({circuit.task}.html). To find it again:
 
     python -m sparse_transformer.circuits {asked}
 """
@@ -104,8 +104,8 @@ def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
     """Markdown of the first page."""
     parts = [
         "# Gallery",
-        "Circuits of the models that come with the package. Each was validated on held-out prompts, "
-        "and compared with controls: circuits that the same search found for nonsense tasks. "
+        "Circuits of the models that come with the package. Each was validated on held-out "
+        "prompts and compared with controls, the same search on nonsense tasks. "
         "[Circuits](../circuits.md) has the method. Edits of `python-small` also steer a dense "
         "model: [bridges](bridges.md).",
     ]

@@ -24,11 +24,11 @@ _enabled: ContextVar[bool] = ContextVar("packed_activations", default=False)
 
 @contextlib.contextmanager
 def packed_activations() -> Iterator[None]:
-    """In its body, layers that read a result of a fused AbsTopK keep its packed form for backward.
+    """A context in which layers keep the packed form of a fused AbsTopK's result for backward.
 
-    That is half the memory of a training step, on the CPU, in the same time. The gradients are the
-    same, unless the result is changed before it is read in a way that torch does not count: by
-    `.data`, or through NumPy. Then the gradient of the weights is that of the result as it was.
+    On the CPU this halves the memory of a training step, in the same time. The gradients are the
+    same, unless the result is changed through `.data` or NumPy, which torch does not count, before
+    a layer reads it. Then the gradient of the weights belongs to the unchanged result.
     """
     token = _enabled.set(True)
     try:
@@ -75,9 +75,9 @@ def packed_form(x: Tensor) -> Packed | None:
 
 
 def remember(x: Tensor) -> Callable[[], Tensor]:
-    """A function that returns x, detached, later; until then its packed form is kept if it has one.
+    """Keeps x, in packed form if it has one; returns a function that returns x, detached.
 
-    For hooks that need a layer's input in the backward, as rewiring does.
+    For hooks that need a layer's input in the backward pass, such as those of rewiring.
     """
     packed = None if torch.compiler.is_compiling() else packed_form(x)
     if packed is None:

@@ -242,7 +242,7 @@ def linear(
 def grad_weight(
     grad_output: Tensor, x: Tensor, layout: FanInLayout, backend: str | None = None
 ) -> Tensor:
-    """`dW = dY^T X` at the blocks of any `layout`: the gradient of weights that need not exist.
+    """`dW = dY^T X` at the blocks of any `layout`, also of connections that do not exist.
 
     Rewiring uses it to score the connections that a layer could grow. Differentiable.
 

@@ -59,7 +59,7 @@ def from_dense(
     """The layout of the largest-magnitude blocks of each block-row, and their values.
 
     Blocks are compared by their L2 norm in float64, for `(1, 1)` by `|w|`; among equals the lowest
-    index stays. What is left is the closest fixed-fan-in matrix in the L2 norm.
+    index stays. The result is the closest fixed-fan-in matrix in the L2 norm.
 
     Args:
         weight: `W (N, K)`, floating point, without NaN.

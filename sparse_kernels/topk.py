@@ -91,8 +91,8 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
     """`y_i = x_i` if `|x_i|` is among the `k` largest of its row, else `0`.
 
     Among equal magnitudes the lowest index stays; NaN counts as larger than infinity, as in
-    `torch.topk`. The gradient is that of y where `y` is not zero, and zero elsewhere. Derivatives
-    of any order exist.
+    `torch.topk`. The gradient of x is the gradient of y where y is not zero, and zero elsewhere.
+    Derivatives of any order exist.
 
     Args:
         x: `(..., D)`, any strides, any number of leading dimensions, empty ones included; float32,
@@ -101,8 +101,8 @@ def abs_topk(x: Tensor, k: int, backend: str | None = None) -> Tensor:
         backend: "reference", "cpu", ..., by default the fastest that can run this.
 
     Returns:
-        `(..., D)`, contiguous, in the dtype of x. Of the result a bit for each entry is saved for
-        backward on the CPU; elsewhere, compiled or transformed, the result.
+        `(..., D)`, contiguous, in the dtype of x. Backward saves one bit for each entry of
+        the result on the CPU; on a GPU, compiled or transformed, it saves the result.
 
     Raises:
         TypeError: the type of an argument or the dtype of x is wrong.

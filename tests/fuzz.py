@@ -144,9 +144,9 @@ def _check_product(
 def main() -> None:
     """Runs cases until the time or their number is over; the first failure ends it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=2**62)
+    parser.add_argument("--minutes", type=float, default=1.0, help="time limit")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=2**62, help="number of cases")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     seed = options.seed

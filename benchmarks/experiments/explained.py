@@ -11,9 +11,10 @@ which are fitted on training files. On held-out files, a weight from source i to
 - is explained if precision and recall of this prediction are at least `LEAST`, and it matters at
   `FEWEST` tokens or more.
 
-These thresholds were fixed before any model was measured. What matters nowhere counts as not
-explained. The source of a weight of `attn.out` is what attention read, not a v channel. The control
-shuffles the labels' rules among the nodes of a hook point, and leaves the activations alone.
+These thresholds were fixed before any model was measured. A weight that matters nowhere
+counts as not explained. The source of a weight of `attn.out` is what attention read, not a v
+channel. The control shuffles the labels' rules among the nodes of a hook point, and keeps the
+activations.
 """
 
 from __future__ import annotations

@@ -154,11 +154,11 @@ class Options:
     tasks: list[str] = field(default_factory=list)
     """Search circuits of this task; may be repeated. By default those that most models solve."""
     most_tasks: int = 6
-    """Where no task is named, circuits of at most so many."""
+    """Search circuits of at most this many tasks, if --tasks names none."""
     steps: int = 2000
     """Training steps, of 4096 tokens."""
     rate: float = 1.0
-    """Times the learning rate of each kind; for a sweep, with --most-tasks 0 and few --steps."""
+    """Factor on every learning rate; for a sweep, with --most-tasks 0 and few --steps."""
     trials: int = 2
     """Trials of a search; the best of them is pruned."""
     search_steps: int = 100

@@ -12,9 +12,9 @@ benchmarks. On another machine with the same Python the kernels can be built bef
 
     SPARSE_KERNELS_CUDA=1 SPARSE_KERNELS_CUDA_ARCHS=9.0a python setup.py build_ext --inplace
 
-Each step ends at the latest so many seconds after the start as `plan` says, and a step that ends
-early leaves its time to those that follow. Each row is in the result file (OUT/gpu.json) as soon as
-it is known; all that a step prints is in OUT/STEP.log. A step that fails does not stop the others.
+`plan` has the deadline of each step, in seconds after the start; a step that ends early leaves its
+time to the following steps. Each row is written to OUT/gpu.json at once, and the output of a step
+to OUT/STEP.log. A step that fails does not stop the others.
 At the end each goal is printed beside what was measured, and which steps failed. The exit status is
 1 if any failed, or if the kernels of a goal were wrong.
 """
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
-    parser.add_argument("--full", action="store_true", help="then hours of everything else")
+    parser.add_argument("--full", action="store_true", help="then every case and a search of tiles")
     parser.add_argument("--no-build", action="store_true", help="the kernels are built already")
     parser.add_argument("--estimate", action="store_true", help="only count instructions")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in place of a GPU")

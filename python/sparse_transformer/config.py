@@ -40,7 +40,7 @@ class ModelConfig:
     active: float | None = 0.25
     """Share of each vector that AbsTopK keeps, rounded down; None: there is no AbsTopK."""
     active_places: tuple[str, ...] = PLACES
-    """Where AbsTopK stands; by default at all eight places."""
+    """Where AbsTopK is applied; by default at all eight places."""
     linear: Literal["sparse", "masked_dense", "dense"] = "sparse"
     """Kind of all matrices; masked_dense is as published."""
     density: float = 1 / 64
@@ -52,7 +52,7 @@ class ModelConfig:
     writers: Literal["fan_out", "fan_in"] = "fan_out"
     """What attn.out and mlp.down fix."""
     fans: Mapping[str, int] | None = None
-    """Final fan by name of layer, in place of what follows from the densities."""
+    """Final fan by name of layer, in place of the fan that the densities give."""
     sinks: bool = True
     """Learned attention sinks, one for each head."""
     bigram: bool = True

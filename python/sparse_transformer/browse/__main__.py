@@ -26,10 +26,10 @@ _ROWS, _EXAMPLE = 128, 64
 
 @dataclass(frozen=True)
 class BrowseConfig:
-    """Writes a page to look around in a trained model: its nodes, weights, labels and snippets."""
+    """Writes one page with all nodes of a trained model: their weights, labels and snippets."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The page; by default DIR's name with .html, in the current folder."""
     prompt: str | None = None

@@ -56,7 +56,7 @@ class CircuitConfig:
     """Finds, validates and draws the circuit of a task in a trained model."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Output folder, with a subfolder for each task."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
@@ -70,9 +70,9 @@ class CircuitConfig:
     edges: bool = True
     """Also prune single edges, which the paper does not do."""
     controls: int = 5
-    """Nonsense answers, beside swapped labels and permuted weights; 0 for no controls."""
+    """Number of nonsense tasks, besides swapped labels and permuted weights; 0: no controls."""
     ablation: tuple[Literal["mean", "mixture"], ...] = ("mean",)
-    """Train and prune under mean ablation, as published, or four kinds; both: two circuits."""
+    """mean: as published; mixture: four ablations in turn, a larger circuit; both: two circuits."""
     solved: float = SOLVED_ACCURACY
     """Accuracy from which a model counts as solving a task."""
     budget: Budget = field(default_factory=Budget)

@@ -304,9 +304,9 @@ class GraphConfig:
     circuit: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """A circuit.json."""
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The run that the circuit is of, or the name of a model that comes with the package."""
+    """The circuit's model: the folder of a run or exported model, or the name of a model."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Output folder; graphs that it has stay."""
+    """Output folder; graphs already in it are kept."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Prompt, "-" reads it from standard input; by default the circuit's first example."""
     slug: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None

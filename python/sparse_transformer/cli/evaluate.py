@@ -27,7 +27,7 @@ class EvaluateConfig:
     """Evaluates a trained model on the binary tasks."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     tasks: tuple[str, ...] = ()
     """Task names; by default all twenty."""
     pairs: int = 256

@@ -17,7 +17,7 @@ class ExportConfig:
     """Writes a trained model, without the state of its training, to a folder of its own."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Output folder; it must be new or empty."""
     step: int | None = None

@@ -19,7 +19,7 @@ class GenerateConfig:
     """Continues a prompt with a trained model, token by token."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     prompt: str = ""
     """Prompt; "-" reads it from standard input. Empty: the model starts a new file."""
     tokens: int = 128

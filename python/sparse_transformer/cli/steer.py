@@ -50,13 +50,13 @@ _Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class SteerConfig:
     """Changes nodes of a trained model and shows what it answers before and after.
 
-    A node is PLACE:CHANNEL, PLACE:FIRST-LAST or PLACE, such as 0.mlp.post_act:137; behind it may
-    stand token positions: @3, @2-5, @-1 (the last). Options with nodes may be repeated; about one
-    and the same node they act in the order ablate, patch, set, scale, add.
+    A node is PLACE:CHANNEL, PLACE:FIRST-LAST or PLACE, such as 0.mlp.post_act:137. Token
+    positions may follow: @3, @2-5, @-1 (the last). Options with nodes may be repeated; on the same
+    node they act in the order ablate, patch, set, scale, add.
     """
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder of a training run, or of one checkpoint in it; or the name of a model."""
+    """Folder of a run, of a checkpoint in it or of an exported model; or the name of a model."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Prompt; "-" reads it from standard input."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -70,7 +70,7 @@ class SteerConfig:
     ablate: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]")] = ()
     """Make nodes zero, or their means if --means is given."""
     patch: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=TEXT")] = ()
-    """Give nodes their activation in the prompt TEXT; of a task, in the pair's other prompt."""
+    """Give nodes their activation in the prompt TEXT; with --task, in the pair's other prompt."""
     set: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=VALUE")] = ()
     """Set nodes to a value."""
     scale: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=VALUE")] = ()
@@ -86,7 +86,7 @@ class SteerConfig:
     ] = ()
     """Show nodes' activations at each token; of many nodes those that change most."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the same there, for programs."""
+    """Also write the result to this JSON file."""
     step: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """The checkpoint of this step, by default the newest."""
     device: str = "cpu"

@@ -34,7 +34,7 @@ class _First:
     preset: str | None = None
     """Settings to start from: tiny, circuits, d256, d512, d1024, d2048 or 475m."""
     resume: bool = False
-    """Continue from the newest checkpoint in --out, with its settings where none are given."""
+    """Continue from the newest checkpoint in --out; settings that are not given are the run's."""
     from_step: int | None = None
     """Continue from the checkpoint of this step; later ones are set aside, not deleted."""
 

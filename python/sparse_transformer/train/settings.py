@@ -35,7 +35,7 @@ class TrainConfig:
     tasks: tuple[str, ...] = ()
     """Names of the tasks of --task-pairs; by default all twenty."""
     start_from: Path | None = None
-    """Begin with the weights and tokenizer of this run or model; more fan or positions may join."""
+    """Begin with the weights and tokenizer of this run or model; larger fans and positions add."""
     bigram_start: Literal["counts", "zero"] = "counts"
     """The bigram table starts as frequencies in the training text, or at zero as published."""
     cache_dir: Path | None = None
