@@ -1,7 +1,7 @@
 """Interventions on named nodes: what a model does when neurons or channels are changed.
 
-A node is `PLACE:CHANNEL`, a hook point's name (hooks.py) and a channel of it, such as
-`0.mlp.post_act:137`. `PLACE:3-7` are five nodes, `PLACE` alone is all of them. A change is made at
+A node is `HOOK:CHANNEL`, a hook point's name (hooks.py) and a channel of it, such as
+`0.mlp.post_act:137`. `HOOK:3-7` are five nodes, `HOOK` alone is all of them. A change is made at
 all tokens or at some: `"3"` is the token at position 3, `"-1"` the last one of each prompt, `"2-5"`
 are four tokens and `"-3--1"` the last three.
 
@@ -34,7 +34,7 @@ _POSITIONS = re.compile(r"(-?\d{1,12})(?:-(-?\d{1,12}))?", re.ASCII)
 
 @dataclass(frozen=True)
 class Nodes:
-    """Channels `first` to `last` of a place, both included; `width` is how many it has in all."""
+    """Channels `first` to `last`, both included, of a hook point with `width` channels."""
 
     place: str
     first: int
@@ -43,19 +43,19 @@ class Nodes:
 
     @classmethod
     def parse(cls, model: Transformer, text: str) -> Nodes:
-        """Reads PLACE, PLACE:CHANNEL or PLACE:FIRST-LAST; a UserError if there are none."""
+        """Reads HOOK, HOOK:CHANNEL or HOOK:FIRST-LAST; a UserError if there are none."""
         match = _NODE.fullmatch(text)
         if match is None:
             raise UserError(
-                f"{text!r} is not a node: write PLACE:CHANNEL or PLACE:FIRST-LAST, such as "
+                f"{text!r} is not a node: write HOOK:CHANNEL or HOOK:FIRST-LAST, such as "
                 f"0.mlp.post_act:3-7"
             )
         place, known = match[1], hooks.names(model)
         if place not in known:
             names = [name for name in known if name.startswith("0.") or "." not in name]
             few = f"{', '.join(names)}, and so on for {model.config.n_layer} layers"
-            hint = suggest(place, known, f"places are {few}")
-            raise UserError(f"the model has no place {place!r}: {hint}")
+            hint = suggest(place, known, f"hook points are {few}")
+            raise UserError(f"the model has no hook point {place!r}: {hint}")
         width = hooks.widths(model.config)[place]
         first = int(match[2] or 0)
         last = int(match[3] or match[2] or width - 1)

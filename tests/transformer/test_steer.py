@@ -91,9 +91,9 @@ def test_places_are_as_wide_as_what_flows_there(extra):
     [
         ("0.mlp.post_act:128", "0.mlp.post_act has 128 channels, 0 to 127"),
         ("1.attn.v:7-3", "1.attn.v has 32 channels, 0 to 31, and a range begins"),
-        ("0.mlp.posact:3", "no place '0.mlp.posact': did you mean 0.mlp.post_act"),
-        ("xyz", "no place 'xyz': places are 0.attn.act_in.*final_resid, and so on for 2 layers"),
-        ("0.mlp.post_act:x", "'0.mlp.post_act:x' is not a node: write PLACE:CHANNEL"),
+        ("0.mlp.posact:3", "no hook point '0.mlp.posact': did you mean 0.mlp.post_act"),
+        ("xyz", "no hook point 'xyz': hook points are 0.attn.act_in.*final_resid, and so on for 2"),
+        ("0.mlp.post_act:x", "'0.mlp.post_act:x' is not a node: write HOOK:CHANNEL"),
         ("0.mlp.post_act:-1", "is not a node"),
         ("0.mlp.post_act:1:2", "is not a node"),
         (f"0.mlp.post_act:{'9' * 5000}", "is not a node"),

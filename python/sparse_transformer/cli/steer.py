@@ -50,7 +50,7 @@ _Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class SteerConfig:
     """Changes nodes of a trained model and shows what it answers before and after.
 
-    A node is PLACE:CHANNEL, PLACE:FIRST-LAST or PLACE, such as 0.mlp.post_act:137. Token
+    A node is HOOK:CHANNEL, HOOK:FIRST-LAST or HOOK, such as 0.mlp.post_act:137. Token
     positions may follow: @3, @2-5, @-1 (the last). Options with nodes may be repeated; on the same
     node they act in the order ablate, patch, set, scale, add.
     """
@@ -78,7 +78,7 @@ class SteerConfig:
     add: Annotated[_Texts, tyro.conf.arg(metavar="NODE[@POS]=VALUE")] = ()
     """Add a value to nodes."""
     means: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The mean activations of each place, a safetensors file as circuits keep in the cache."""
+    """The mean activations of each hook point, a safetensors file as circuits keep in the cache."""
     show: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.UseAppendAction,
