@@ -129,7 +129,7 @@ def export_model(
         raise UserError(f"{out} is not empty: choose another --out")
     rows = corpus_sample(checkpoint, model, data=data)
     settings = point.meta["settings"]
-    settings.get("train", {}).update(data=[], cache_dir=None)
+    settings.get("train", {}).update(data=[], cache_dir=None, start_from=None)
     tensors = {name: _smallest(name, tensor) for name, tensor in point.tensors.items()}
     _write(out, point.step, tensors, settings, model, model_card(model, out.name))
     metrics = checkpoints.tokenizer_of(checkpoints.find(checkpoint)).with_name("metrics.jsonl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_transformer
-from sparse_transformer import ModelConfig, Transformer, UserError, load_model
+from sparse_transformer import ModelConfig, Transformer, UserError, export_model, load_model
 from sparse_transformer.cli.train import main, parse
 from sparse_transformer.train import metrics
 from sparse_transformer.train.start import grown
@@ -165,6 +165,9 @@ def test_run_starts_from_a_run(first, tmp_path, capsys):
         torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0, atol=1e-5)
     stored = json.loads((new_run / "config.json").read_text())
     assert stored["train"]["start_from"] == str(old_run)
+    export_model(new_run, tmp_path / "exported", data=[first / "other"])
+    for path in (tmp_path / "exported").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
     shutil.rmtree(old_run)
     assert run(new_run, start_from="python-small", from_step=20) == 2
     assert "has begun: leave --start-from out" in capsys.readouterr().err
