@@ -145,6 +145,7 @@ def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
             "no circuit can have 0.01 to spare",
         ),
         (["--task", TASK, "--target", "0"], "--target must be above 0"),
+        (["--task", TASK, "--controls", "-1"], "--controls must be at least 0"),
         ([], "use --task NAME or --all"),
         (["--task", TASK, "--all"], "use --task NAME or --all"),
         (["--task", TASK, "--step", "99"], "no checkpoint of step 99"),

@@ -345,10 +345,12 @@ def need_reachable(task: TaskLoss, target: float) -> TaskScore:
     diffs, positive = task.logit_diffs(task.fit)
     found = score(diffs, positive, calibrate(diffs, positive))
     if found.loss > _FIT_SHARE * target:
+        # A target above what guessing has would ask for nothing.
+        more = max(found.loss / _FIT_SHARE, target) * 1.5
+        easier = f"ask for --target {more:.2g} or more, or " if more < math.log(2) else ""
         raise UserError(
             f"the whole model has a loss of {found.loss:.3f} on {task.task.name}, so that no "
-            f"circuit can have {target} to spare: ask for --target "
-            f"{max(found.loss / _FIT_SHARE, target) * 1.5:.2g} or more, or train it longer"
+            f"circuit can have {target} to spare: {easier}train it longer"
         )
     return found
 
