@@ -146,6 +146,7 @@ def test_all_and_against_compare(run, tmp_path, capsys, monkeypatch):
         ),
         (["--task", TASK, "--target", "0"], "--target must be above 0"),
         (["--task", TASK, "--controls", "-1"], "--controls must be at least 0"),
+        (["--task", TASK, "--solved", "1.1"], "--solved must be between 0 and 1"),
         ([], "use --task NAME or --all"),
         (["--task", TASK, "--all"], "use --task NAME or --all"),
         (["--task", TASK, "--step", "99"], "no checkpoint of step 99"),

@@ -199,6 +199,8 @@ def run(config: CircuitConfig) -> None:
         raise UserError("no task given: use --task NAME or --all")
     if not config.target > 0:
         raise UserError(f"--target must be above 0, got {config.target}: 0.15 is the published one")
+    if not 0 <= config.solved <= 1:
+        raise UserError(f"--solved must be between 0 and 1, got {config.solved}")
     program.need_whole("--controls", config.controls, 0)
     with writing(config.out, "choose another --out"):
         config.out.mkdir(parents=True, exist_ok=True)
