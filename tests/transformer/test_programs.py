@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import sparse_transformer
 from sparse_transformer import UserError, load_model
+from sparse_transformer import __main__ as listing
 from sparse_transformer.bridges import __main__ as bridges
 from sparse_transformer.browse import __main__ as browse
 from sparse_transformer.circuits import __main__ as circuits
@@ -45,6 +46,10 @@ PROGRAMS = {
     "bridges": bridges.main,
     "browse": browse.main,
 }
+
+
+def test_all_programs_are_listed():
+    assert set(PROGRAMS) == set(listing.PROGRAMS)
 
 
 @pytest.fixture(scope="module")

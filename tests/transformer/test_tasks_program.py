@@ -54,6 +54,18 @@ def test_a_second_run_writes_the_same(tmp_path):
     assert written(tmp_path / "a") == written(tmp_path / "b")
 
 
+def test_tasks_are_listed_and_shown(capsys):
+    assert program.main([]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(TASKS)
+    assert all(TASKS[line.split()[0]].description in line for line in listed)
+    assert program.main(["with_as"]) == 0
+    shown = capsys.readouterr().out
+    draft = next(iter(TASKS["with_as"].drafts("test")))
+    assert draft.positive + draft.right in shown
+    assert draft.negative + draft.wrong in shown
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -8,6 +8,7 @@ from the train split: for all seeds, none of them is a test prompt of `evaluate`
 validation.
 
 `--shortcuts` prints how far linear classifiers get on each task instead (see `tasks.shortcuts`).
+Without `--out` it lists the tasks, or with NAME shows a pair of its prompts.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ _PAIRS_PER_FILE = 100
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Writes solved prompts of a task as Python files to train on."""
+    """Lists the tasks, shows one, or writes solved prompts of it as Python files to train on."""
 
     task: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
-    """Name of the task."""
+    """Name of the task; without --out a pair of its prompts is shown, without NAME all names."""
     all: bool = False
     """Write prompts of every task, each to a folder of its name in DIR."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Output folder; created if it does not exist."""
+    """Write to this folder; it is created if it does not exist."""
     shortcuts: bool = False
     """Print the accuracies of linear classifiers on every task, or on NAME, and write nothing."""
     pairs: int = 20000
@@ -53,12 +54,30 @@ def run(config: CorpusConfig) -> None:
         chosen = TASKS if config.task is None else {config.task: get(config.task)}
         print(program.table(list(shortcuts.rows(chosen, data.prepare().tokenizer))), end="")
         return
+    if config.out is None and not config.all:
+        print(_example(get(config.task)) if config.task else _list(), end="")
+        return
     if config.out is None or (config.task is None) != config.all:
         raise UserError("give NAME --out DIR, --all --out DIR, or --shortcuts")
     if config.task is not None:
         _write(get(config.task), config.out, config)
     for task in TASKS.values() if config.all else ():
         _write(task, config.out / task.name, config)
+
+
+def _list() -> str:
+    """All tasks, and what each asks."""
+    return program.table([(task.name, task.description) for task in TASKS.values()], left=2)
+
+
+def _example(task: Task) -> str:
+    """What the task asks, and a pair of its prompts with their answers."""
+    draft = next(iter(task.drafts("test")))
+    positive, negative = draft.positive + draft.right, draft.negative + draft.wrong
+    return (
+        f"{task.description} The answer is {draft.right!r} to the first prompt and "
+        f"{draft.wrong!r} to the second:\n\n{positive}\n\n{negative}\n"
+    )
 
 
 def _write(task: Task, folder: Path, config: CorpusConfig) -> None:

@@ -195,7 +195,8 @@ def verdicts(found: Validation, target: float) -> Iterator[Verdict]:
 
 def _verdict(holds: bool | None, name: str, said: str, good: str, bad: str) -> Verdict:
     if holds is None:
-        return Verdict(f"Undecided whether {name.lower()}, on so few prompts: {said}.", None)
+        said = f"{said}. More prompts would decide it."
+        return Verdict(f"Undecided whether the circuit is {name.lower()}: {said}", None)
     if holds:
         return Verdict(f"{name}: {said}, {good}.", True)
     return Verdict(f"Not {name.lower()}: {said}, {bad}.", False)
