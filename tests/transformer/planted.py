@@ -34,11 +34,11 @@ class PlantedTask:
         return found
 
 
-def planted(noise=0.02, seed=0):
+def planted(noise=0.02, seed=0, positions=0):
     """Layer 0 reads channel 0, v channel 5 takes the mean over positions, channel 3 is written."""
     config = ModelConfig(
         vocab_size=V, n_layer=2, d_model=D, d_head=4, context=16, active=None, linear="dense",
-        sinks=False, bigram=False,
+        sinks=False, bigram=False, positions=positions,
     )  # fmt: skip
     model = Transformer(config, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

@@ -236,6 +236,11 @@ def test_every_read_has_a_source_in_the_picture():
     assert circuit.node("tokens:4+6").label == "`t4`, `t6`"
 
 
+def test_position_channels_are_called_so():
+    circuit = annotated(task_of(planted(positions=2)), *PLANTED_NODES, f"0.attn.act_in:{D + 1}")
+    assert circuit.node(f"0.attn.act_in:{D + 1}").label == "position channel 1"
+
+
 def test_the_circuits_pattern_is_that_of_its_q_and_k():
     """With q and k frozen alike everywhere the pattern is even; the model's own is not."""
     circuit = annotated(task_of(focused()), *PLANTED_NODES)

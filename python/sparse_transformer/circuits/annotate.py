@@ -118,6 +118,8 @@ def _node(task: TaskLoss, hook: str, channel: int, importance: float | None) -> 
     head = channel // task.nodes.d_head if kind in ("q", "k", "v") else None
     if head is not None:
         label = f"{kind} {channel % task.nodes.d_head} of head {head}"
+    elif kind == "read" and channel >= task.model.config.d_model:
+        label = f"position channel {channel - task.model.config.d_model}"
     else:
         label = f"{kind} {channel}"
     return Node(
