@@ -63,6 +63,18 @@ def test_an_exported_layer_refuses_a_derivative_that_it_would_drop(strict):
         (y.sum() + x.sum()).backward()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_packaged_model_runs_where_the_package_is_imported(tmp_path):
+    """AOTInductor; the operators are Python's, so a process must import sparse_kernels first."""
+    layers = [sk.SparseLinear(32, 64, fan_in=8), torch.nn.GELU()]
+    model = torch.nn.Sequential(*layers, sk.SparseLinear(64, 32, fan_out=8)).eval()
+    x = torch.randn(4, 32)
+    path = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=path)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
+
+
 def test_an_op_sees_indices_that_were_written_to():
     layout, other = (sk.FanInLayout.random(8, 6, 3) for _ in range(2))
     values, x, indices = torch.randn(layout.values_shape), torch.randn(2, 6), layout.indices.clone()
