@@ -43,7 +43,7 @@ def harness():
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     library.run_wgmma.argtypes = [ctypes.POINTER(WgmmaProblem)]
     matrix = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    library.run_ring.argtypes = [*matrix, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    library.run_ring.argtypes = [*matrix, *[ctypes.c_int] * 6, ctypes.c_void_p]
     library.run_store.argtypes = [*matrix, *[ctypes.c_int] * 3, *[ctypes.c_bool] * 2]
     return library
 
@@ -53,9 +53,9 @@ def use(monkeypatch, seed=0, order="forward"):
     monkeypatch.setenv("SK_EMULATION_ORDER", order)
 
 
-def swizzle(address):
-    """CuTe's Swizzle<3, 4, 3> of byte addresses, as PTX names the 128-byte swizzle."""
-    return address ^ (address & 0b111 << 7) >> 3
+def swizzle(address, row_bytes=128):
+    """CuTe's Swizzle<3, 4, 3> of byte addresses, PTX's 128-byte swizzle; <2, 4, 3> is 64-byte."""
+    return address ^ (address & {128: 0b111, 64: 0b11}[row_bytes] << 7) >> 3
 
 
 def canonical(mn, k, transposed, leading, stride):
@@ -162,44 +162,49 @@ MISTAKES_OF_A_RING = [
     "wrong parity",
     "ends early",
     "wrong mask",
+    "too many arrivals",
 ]
 
 
-def ring(harness, data, col, row, rounds=6, mistake="none"):
+def ring(harness, data, col, row, rounds=6, mistake="none", width=64, more=0):
     """What the blocks received, and what was said."""
     out = torch.full((2, rounds, 512), -1, dtype=torch.int16)
     message = harness.run_ring(
         data.data_ptr(),
         *data.shape,
         data.stride(0),
+        width,
         col,
         row,
         rounds,
+        more,
         MISTAKES_OF_A_RING.index(mistake),
         out.data_ptr(),
     )
     return out, message
 
 
-def boxes(data, col, row, rounds=6):
-    """What the ring should receive: 8 rows of 64 elements a round, swizzled, zeros outside."""
-    padded = torch.zeros(row + 8 * rounds + 8, col + 128, dtype=data.dtype)
+def boxes(data, col, row, width, rounds=6):
+    """What the ring should receive: 512 elements a round, swizzled, zeros outside."""
+    count = 512 // width * rounds
+    padded = torch.zeros(row + count, col + 128, dtype=data.dtype)
     rows, cols = (min(a, b) for a, b in zip(data.shape, padded.shape, strict=True))
     padded[:rows, :cols] = data[:rows, :cols]
-    wanted = padded[row : row + 8 * rounds, col : col + 64].reshape(rounds, 512)
-    return wanted[:, swizzle(torch.arange(512) * 2) // 2]
+    wanted = padded[row : row + count, col : col + width].reshape(rounds, 512)
+    return wanted[:, swizzle(torch.arange(512) * 2, 2 * width) // 2]
 
 
+@pytest.mark.parametrize("width", [64, 32])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("col", "row"), [(0, 0), (40, 3), (64, 30), (96, 100)])
-def test_boxes_arrive_as_documented(harness, order, col, row, monkeypatch):
+def test_boxes_arrive_as_documented(harness, order, col, row, width, monkeypatch):
     """Swizzled, with zeros outside of the tensor, in both blocks of the cluster, in any order."""
     data = torch.arange(61 * 104, dtype=torch.int16).view(61, 104)[:, :96]
     for seed in range(4):
         use(monkeypatch, seed, order)
-        received, message = ring(harness, data, col, row)
+        received, message = ring(harness, data, col, row, width=width, more=1)
         assert message == b"it ran"
-        assert torch.equal(received, boxes(data, col, row).expand(2, -1, -1))
+        assert torch.equal(received, boxes(data, col, row, width).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -214,15 +219,17 @@ def test_boxes_arrive_as_documented(harness, order, col, row, monkeypatch):
         ("wrong parity", "32 for an mbarrier"),
         ("ends early", "shared memory of a block that has ended"),
         ("wrong mask", "a mask of blocks that the cluster does not have"),
+        ("too many arrivals", "more arrivals at an mbarrier than a phase has"),
     ],
 )
 def test_a_mistake_with_barriers_is_found(harness, mistake, said, monkeypatch):
     """Threads that wait for each other are reported, they do not hang."""
     data = torch.zeros(64, 64, dtype=torch.int16)
+    more = int(mistake == "too many arrivals")
     messages = []
     for seed in range(12):
         use(monkeypatch, seed)
-        messages.append(ring(harness, data, 0, 0, mistake=mistake)[1].decode())
+        messages.append(ring(harness, data, 0, 0, mistake=mistake, more=more)[1].decode())
     assert any(said in message for message in messages), messages
 
 

@@ -56,6 +56,11 @@ __device__ inline void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
         "r"(rank)
         : "memory");
 }
+// "mbarrier.arrive" at a barrier of this block, so many times.
+__device__ inline void mbarrier_arrive_for(uint32_t barrier, unsigned arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
 // "mbarrier.try_wait": until the phase of this parity has ended.
 __device__ inline void mbarrier_wait(uint32_t barrier, unsigned parity) {
     asm volatile(
@@ -68,6 +73,9 @@ __device__ inline void mbarrier_wait(uint32_t barrier, unsigned parity) {
         "r"(parity)
         : "memory");
 }
+
+// What the matrix instructions of mma.cuh take for an address.
+__device__ inline uint32_t shared_at(uint32_t address) { return address; }
 
 // "barrier.cluster": all threads of the cluster.
 __device__ inline void cluster_barrier() {
@@ -203,6 +211,12 @@ using emulation::wgmma_commit;
 using emulation::wgmma_fence;
 using emulation::window_address;
 inline void mbarrier_init_fence() {}
+inline const unsigned char* shared_at(uint32_t address) {
+    return emulation::at_window(*emulation::block(), address, 16);
+}
+inline void mbarrier_arrive_for(uint32_t barrier, unsigned arrivals) {
+    emulation::mbarrier_arrive(barrier, arrivals);
+}
 inline void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
     emulation::mbarrier_arrive(emulation::mapa(barrier, rank));
 }

@@ -199,18 +199,20 @@ __global__ void SK_HOPPER_BOUNDS hopper_kernel(const __grid_constant__ Product p
 #endif
 }
 
-// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns. It
-// is written in place: the driver wants 64-byte alignment, which GCC does not give to what a
-// function returns.
+// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns or
+// 32, which lie in the swizzle of as many bytes as their rows have. It is written in place: the
+// driver wants 64-byte alignment, which GCC does not give to what a function returns.
 void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,
-              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows);
+              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows, int box_cols = 64);
 
+// Clusters that stay and take job after job.
 template <class Product>
-void launch_hopper(const std::string& what, const Product& p, const Queue& queue) {
+void launch_hopper(const std::string& what, void (*kernel)(Product), const Product& p,
+                   int64_t shared_bytes, const Queue& queue) {
     const int64_t clusters = std::min<int64_t>(
         p.jobs, std::max<int64_t>(1, multiprocessors(queue.device) / kClusterBlocks));
-    launch_clusters(what, hopper_kernel<Product>, static_cast<unsigned>(clusters * kClusterBlocks),
-                    kClusterBlocks, kHopperThreads, Shared<Product::kSide>::kBytes, queue, p);
+    launch_clusters(what, kernel, static_cast<unsigned>(clusters * kClusterBlocks), kClusterBlocks,
+                    kHopperThreads, shared_bytes, queue, p);
 }
 
 }  // namespace cuda

@@ -116,7 +116,7 @@ void run(DType dtype, const Lists& lists, const Operand& grad_output, const Oper
     p.jobs = static_cast<int>(lists.rows * p.groups * parts);
     p.all_steps = static_cast<int>(ceil_div(tokens, kDepth));
     p.part_steps = static_cast<int>(ceil_div(p.all_steps, parts));
-    launch_hopper(what, p, queue);
+    launch_hopper(what, hopper_kernel<decltype(p)>, p, Shared<kSide>::kBytes, queue);
 }
 
 }  // namespace
