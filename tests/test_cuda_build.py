@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -204,8 +205,10 @@ def test_unstructured_products_multiply_matrices(built, dtype, log_vectors, gath
 @pytest.mark.slow
 @needs_sm_90a
 @pytest.mark.parametrize("dtype", ["Bf16", "Half"])
-@pytest.mark.parametrize("side", [64, 128])
-@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize(
+    ("product", "side"),
+    [*itertools.product(["forward", "grad_input", "grad_weight"], [64, 128]), ("grad_weight", 32)],
+)
 def test_blocks_are_multiplied_by_warpgroups(built, product, side, dtype):
     """A step of 64 along K: a wait for its boxes, eight matrix instructions, one for the last."""
     file = "sddmm" if product == "grad_weight" else "spmm"

@@ -58,27 +58,30 @@ def swizzle(address, row_bytes=128):
     return address ^ (address & {128: 0b111, 64: 0b11}[row_bytes] << 7) >> 3
 
 
-def canonical(mn, k, transposed, leading, stride):
-    """Byte address of element (mn, k): PTX's "Canonical Layouts" with 128-byte swizzling.
+def canonical(mn, k, transposed, leading, stride, row_bytes):
+    """Byte address of element (mn, k): PTX's "Canonical Layouts" with 128- and 64-byte swizzling.
 
-    K-major: ((8, m), (T, 2k)) : ((8T, SBO), (1, T)); MN-major: ((T, 8, m), (8, k)) : ((1, T, LBO),
-    (8T, SBO)); T is 8 elements of 16 bits, LBO and SBO are bytes here.
+    P is 8 (128 bytes) or 4 (64). K-major: ((8, m), (T, 2k)) : ((PT, SBO), (1, T)); MN-major:
+    ((T, P, m), (8, k)) : ((1, T, LBO), (PT, SBO)); T is 8 elements of 16 bits, LBO and SBO are
+    bytes here.
     """
+    pieces = row_bytes // 16
     if transposed:
-        return mn % 8 * 2 + mn // 8 % 8 * 16 + mn // 64 * leading + k % 8 * 128 + k // 8 * stride
-    return mn % 8 * 128 + mn // 8 * stride + k % 8 * 2 + k // 8 * 16
+        of_mn = mn % 8 * 2 + mn // 8 % pieces * 16 + mn // 8 // pieces * leading
+        return of_mn + k % 8 * row_bytes + k // 8 * stride
+    return mn % 8 * row_bytes + mn // 8 * stride + k % 8 * 2 + k // 8 * 16
 
 
-def lay_out(memory, start, matrix, transposed, leading, stride):
+def lay_out(memory, start, matrix, transposed, leading, stride, row_bytes):
     """Writes a matrix (mn, k) to `memory`, 16-bit elements at byte addresses / 2."""
     mn, k = (torch.arange(size) for size in matrix.shape)
-    offsets = canonical(mn[:, None], k, transposed, leading, stride)
-    memory[swizzle(start + offsets) // 2] = matrix
+    offsets = canonical(mn[:, None], k, transposed, leading, stride, row_bytes)
+    memory[swizzle(start + offsets, row_bytes) // 2] = matrix
 
 
-def describe(start, leading, stride):
-    """PTX's "Matrix Descriptor Format": the addresses and offsets in 16 bytes; 1 at 62 is 128B."""
-    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
+def describe(start, leading, stride, row_bytes=128):
+    """PTX's "Matrix Descriptor Format": in 16 bytes; 1 at 62 is 128B, 2 is 64B."""
+    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | {128: 1, 64: 2}[row_bytes] << 62
 
 
 def thread_sums(d):
@@ -87,11 +90,14 @@ def thread_sums(d):
     return warps.permute(0, 2, 4, 3, 1, 5).reshape(128, -1).contiguous()
 
 
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("row_bytes", [128, 64])
+@pytest.mark.parametrize("columns", [32, 64, 128])
 @pytest.mark.parametrize("transposed_a", [False, True])
 @pytest.mark.parametrize("transposed_b", [False, True])
 @every_dtype
-def test_wgmma_is_as_documented(harness, dtype, columns, transposed_a, transposed_b, monkeypatch):
+def test_wgmma_is_as_documented(
+    harness, dtype, columns, row_bytes, transposed_a, transposed_b, monkeypatch
+):
     use(monkeypatch, columns + transposed_a)
     generator = torch.Generator().manual_seed(0)
     a, b, d = (
@@ -99,19 +105,19 @@ def test_wgmma_is_as_documented(harness, dtype, columns, transposed_a, transpose
         for shape in ((64, 16), (16, columns), (64, columns))
     )
     # A K-major operand may begin within a row of an atom, an MN-major one at any atom along K.
-    places = {False: (64, 16, 2048), True: (2048, 6144, 1024)}
+    places = {False: (row_bytes // 2, 16, 2048), True: (2048, 6144, 8 * row_bytes)}
     starts = [places[transposed_a][0], 32768 + places[transposed_b][0]]
     strides = [places[transposed_a][1:], places[transposed_b][1:]]
     memory = torch.full((32768,), torch.nan, dtype=dtype)
-    lay_out(memory, starts[0], a, transposed_a, *strides[0])
-    lay_out(memory, starts[1], b.t(), transposed_b, *strides[1])
+    lay_out(memory, starts[0], a, transposed_a, *strides[0], row_bytes)
+    lay_out(memory, starts[1], b.t(), transposed_b, *strides[1], row_bytes)
     for accumulate in (True, False):
         sums = thread_sums(d.float())
         problem = WgmmaProblem(
             memory.data_ptr(),
             sums.data_ptr(),
-            describe(starts[0], *strides[0]),
-            describe(starts[1], *strides[1]),
+            describe(starts[0], *strides[0], row_bytes),
+            describe(starts[1], *strides[1], row_bytes),
             columns,
             transposed_a,
             transposed_b,
@@ -144,7 +150,7 @@ def test_wgmma_that_is_used_wrongly_is_found(harness, monkeypatch):
     assert any((sums == 0).any() for sums in early)  # read before the wait
     assert b"wgmma before wgmma.fence" in run(fenced=False)[0]
     for a in (right & ~(3 << 62), right | 2 << 62, right | 1 << 49):
-        assert b"only descriptors with the swizzle of 128 bytes" in run(a)[0]
+        assert b"only descriptors with the swizzle of 128 or 64 bytes" in run(a)[0]
     assert b"wrong bits in a descriptor" in run(right | 1 << 14)[0]
     assert b"outside shared memory" in run(describe(0, 16, 1 << 17))[0]
     assert b"warps of a warpgroup with different wgmma" in harness.run_disagree(False)

@@ -49,10 +49,9 @@ bool has_code(const Queue& queue) {
 }
 
 // What a product must be, wherever its operands lie.
-bool is_served(DType dtype, const Lists& lists, int least_side, int64_t tokens,
-               const Queue& queue) {
+bool is_served(DType dtype, const Lists& lists, int64_t tokens, const Queue& queue) {
     const int side = lists.out_block;
-    if (dtype == DType::kFloat32 || lists.in_block != side || side < least_side ||
+    if (dtype == DType::kFloat32 || lists.in_block != side ||
         (side != 32 && side != 64 && side != 128)) {
         return false;
     }
@@ -80,14 +79,14 @@ bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const voi
                     int64_t tokens, const Queue& queue) {
     return reinterpret_cast<uintptr_t>(values) % 16 == 0 &&
            is_described(x, tokens, lists.cols * lists.in_block) &&
-           is_served(dtype, lists, 32, tokens, queue);
+           is_served(dtype, lists, tokens, queue);
 }
 
 bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
                      int64_t tokens, const Queue& queue) {
     return is_described(grad_output, tokens, lists.rows * lists.out_block) &&
            is_described(x, tokens, lists.cols * lists.in_block) &&
-           is_served(dtype, lists, 64, tokens, queue);
+           is_served(dtype, lists, tokens, queue);
 }
 
 void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,

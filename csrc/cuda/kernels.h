@@ -76,9 +76,9 @@ int64_t spmm_slots(const Lists& lists, int64_t slice_features, int device);
 // pattern alone, and 16-bit spmm with words needs it in `lists`.
 void order_slots(const Lists& lists, int32_t* slots, const Queue& queue);
 
-// Whether the kernels of compute capability 9.0 for square blocks in 16 bits serve a product: sides
-// of 64 and 128, and of 32 in spmm, which then needs `groups`; the device and its driver, the
-// sizes, and where the operands lie. spmm then reads the values where `ids` says.
+// Whether the kernels of compute capability 9.0 for square blocks of 32, 64 and 128 in 16 bits
+// serve a product: the device and its driver, the sizes, and where the operands lie. spmm then
+// reads the values where `ids` says, and needs `groups` for blocks of 32.
 bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const void* values,
                     int64_t tokens, const Queue& queue);
 bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,

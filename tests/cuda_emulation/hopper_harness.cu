@@ -140,9 +140,9 @@ __global__ void disagree_kernel(bool barrier) {
         return;
     }
     float d[32] = {};
-    const uint64_t a = matrix_descriptor(memory + (other ? 1024 : 0), 8192);
+    const uint64_t a = matrix_descriptor<kRowBytes>(memory + (other ? 1024 : 0), 8192);
     wgmma_fence();
-    wgmma<false, false>(d, a, matrix_descriptor(memory + 32768, 8192), Bf16{});
+    wgmma<false, false>(d, a, matrix_descriptor<kRowBytes>(memory + 32768, 8192), Bf16{});
     wgmma_commit();
     wgmma_wait<0>();
 }
