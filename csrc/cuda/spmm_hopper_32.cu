@@ -9,9 +9,10 @@
 // stages with two mbarriers each: `full` counts bytes, `empty` the warps of both blocks that have
 // read a stage. The loading warp arrives there for those that do not read it.
 //
-// A parity tells two rounds of the ring apart and not more, so no warp may be a round behind what
-// it waits for: all warps wait for each eighth column, which is loaded when all columns up to eight
-// before it have come. With column n that of n + 8 - 16 has come.
+// A parity tells two rounds of the ring apart and not more, so a warp may wait for a column only if
+// the one 16 earlier, of the same stage, is known to have come. All warps wait for each eighth
+// column, and column n is loaded when all up to n - 8 have come: whoever saw n may wait for any up
+// to n + 8.
 #include "hopper.h"
 #include "hopper_pipeline.cuh"
 #include "mma.cuh"
