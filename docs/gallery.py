@@ -68,7 +68,8 @@ def page(model: str, circuit: Circuit, story: str) -> str:
 {shown.note}
 
 Click the picture for its full size. The circuit is also there [as data]({circuit.task}.json)
-and, on the site, as a [page to explore]({circuit.task}.html). To search again (later versions of the search may find another circuit):
+and, on the site, as a [page to explore]({circuit.task}.html). To search
+again, where a later version may find another circuit:
 
     python -m sparse_transformer.circuits {asked}
 """

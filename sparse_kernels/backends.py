@@ -91,7 +91,7 @@ RULES = {
         ("triton", "cuda"),
         {
             "triton": "a block with both sides at least 16 fills the operands of a tensor core",
-            "cuda": "it uses tensor cores only for square blocks of 64 and 128 in 16 bits on "
+            "cuda": "it uses tensor cores only for square blocks of 32, 64 and 128 in 16 bits on "
             "compute capability 9.0",
         },
         "not measured",

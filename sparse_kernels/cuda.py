@@ -1,7 +1,7 @@
 """The CUDA backend: allocates, and hands addresses to the CUDA kernels; `ops` checks arguments.
 
 The kernels (`csrc/cuda/`) keep a tile of tokens in shared memory and stream the blocks past it, so
-they serve unstructured weights and small blocks; square blocks of 64 and 128 in 16 bits have
+they serve unstructured weights and small blocks; square blocks from 32 to 128 in 16 bits have
 kernels of their own on compute capability 9.0. They are launched on PyTorch's current stream and
 nothing here waits for the device, so that CUDA graphs can capture them.
 """
@@ -61,6 +61,8 @@ _MAX_BLOCKS = 2**31 - 1
 _MAX_ROW = 2**30
 # Neighbouring units that the order of the columns keeps together: csrc/cuda/spmm.cu.
 _RUN = 32
+# Block-rows that the kernel of 32 x 32 blocks takes together: csrc/cuda/kernels.h.
+_GROUP_ROWS = 22
 # The most features of a tile in shared memory at a time, if they fit. Tests lower them.
 _SLICE_FEATURES = 2**20
 _GRAD_WEIGHT_SLICE_FEATURES = 2**20
@@ -198,6 +200,34 @@ def _slots(layout: FanInLayout, lists: Orientation, queue: tuple[int, int]) -> t
     return (slots,)
 
 
+def build_groups(layout: FanInLayout, lists: Orientation) -> tuple[Tensor, ...]:
+    """The groups of block-rows that the kernel of 32 x 32 blocks takes together (`Groups`).
+
+    Rows are dealt to groups, and to the blocks of threads and warps of each, the longest first.
+    """
+    columns, count = layout.indices.flatten(), layout.block_cols
+    lengths = columns.new_full((layout.block_rows,), layout.blocks_per_row)
+    if lists == "columns":
+        columns, count = layout.transposed.rows, layout.block_rows
+        lengths = layout.transposed.offsets.diff()
+    rows = len(lengths)
+    groups = -(-rows // _GROUP_ROWS)
+    places = torch.arange(rows, device=columns.device)
+    order = lengths.argsort(descending=True, stable=True)
+    members = torch.full((groups, _GROUP_ROWS), -1, dtype=torch.int32, device=columns.device)
+    members[places % groups, places // groups] = order.to(torch.int32)
+    group_of = torch.empty_like(places)
+    group_of[order] = places % groups
+    entries = group_of.repeat_interleave(lengths)
+    # Each column of a group once, ascending.
+    keys, found, readers = (entries * count + columns).unique(
+        return_inverse=True, return_counts=True
+    )
+    begins = torch.searchsorted(keys, torch.arange(groups + 1, device=keys.device) * count)
+    read = torch.stack((keys % count, readers), 1)
+    return tuple(part.to(torch.int32) for part in (members, begins, read, found - begins[entries]))
+
+
 def _dealt(layout: FanInLayout, count: int, queue: tuple[int, int]) -> tuple[Tensor]:
     """How the rows that `grad_weight` gathers are dealt to matrices."""
     dealt = torch.empty(count, dtype=torch.int64, device=layout.device)
@@ -254,6 +284,9 @@ def _spmm(
         x_matrix, rows = _matrix(x), x.shape[0]
         problem = dtype, pointed, x_matrix, values.data_ptr(), rows
         on_hopper = _extension.spmm_on_hopper(*problem, *queue)
+        if on_hopper and layout.block == (32, 32):
+            groups = layout.derive(f"cuda.{lists}.groups", lambda this: build_groups(this, lists))
+            pointed.set_groups(*(part.data_ptr() for part in groups))
         if transposed and not count and not on_hopper:
             # Each tile of tokens reads all values in the order of the lists: sort them once.
             ordered = torch.empty_like(values)
@@ -286,7 +319,7 @@ def grad_input(
 
     Needs working memory of the size of `values`, for 1 x 1 blocks also of their indices; in 16 bits
     8.5 bytes for each weight of eight neighbouring lists that are as long as their longest. Square
-    blocks of 64 and 128 in 16 bits on compute capability 9.0 need none.
+    blocks of 32, 64 and 128 in 16 bits on compute capability 9.0 need none.
     """
     return _spmm("grad_input", grad_output, values, layout, bias)
 

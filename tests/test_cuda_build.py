@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -204,8 +205,10 @@ def test_unstructured_products_multiply_matrices(built, dtype, log_vectors, gath
 @pytest.mark.slow
 @needs_sm_90a
 @pytest.mark.parametrize("dtype", ["Bf16", "Half"])
-@pytest.mark.parametrize("side", [64, 128])
-@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize(
+    ("product", "side"),
+    [*itertools.product(["forward", "grad_input", "grad_weight"], [64, 128]), ("grad_weight", 32)],
+)
 def test_blocks_are_multiplied_by_warpgroups(built, product, side, dtype):
     """A step of 64 along K: a wait for its boxes, eight matrix instructions, one for the last."""
     file = "sddmm" if product == "grad_weight" else "spmm"
@@ -230,6 +233,27 @@ def test_blocks_are_multiplied_by_warpgroups(built, product, side, dtype):
     multiplies = [text for text in code if text.startswith("HGMMA")]
     assert all((transposed or "gdesc") in text for text in multiplies)
     assert ("tnsp" in "".join(multiplies)) == bool(transposed)
+
+
+@pytest.mark.slow
+@needs_sm_90a
+@pytest.mark.parametrize("dtype", ["Bf16", "Half"])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_blocks_of_32_are_multiplied_by_warps(built, transposed, dtype):
+    """A block of weights and 128 tokens: two waits for boxes, 64 matrix instructions."""
+    kernel = rf"spmm_32_hopper_kernel.*{dtype}ELb{transposed}E"
+    addressed = machine_code(built[1], "spmm_hopper_32.cu", kernel)
+    code, loop = [text for _, text in addressed], innermost_loop(addressed, "HMMA")
+    assert count(loop, "HMMA.16816.F32" + (".BF16 " if dtype == "Bf16" else " ")) == 64
+    assert count(loop, "LDSM.16.MT88.4") == 4 * transposed
+    assert count(loop, "LDSM.16.M88.4") == 20 - 4 * transposed
+    assert count(loop, "UTMALDG.2D ") == 1
+    assert count(loop, "MEMBAR", "BAR", "CALL", "STS", "STG", "LDS ") == 0
+    assert len(loop) <= estimate.BLOCK_32_INSTRUCTIONS
+    assert count(code, "LDL", "STL", "CALL") == 0
+    assert count(code, "UTMALDG.2D.MULTICAST") > 0
+    assert count(code, "UTMASTG.2D") == 4
+    assert count(code, "STSM") == 16
 
 
 GPU = 'case "$1" in -L) echo "GPU 0: H200";; *) echo 9.0; echo 8.6;; esac'

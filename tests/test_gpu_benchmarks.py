@@ -17,9 +17,11 @@ import pytest
 import tile_estimate as estimate
 import torch
 
+import sparse_kernels as sk
 from benchmarks import baselines, cases, operations, report
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import steps
+from sparse_kernels import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see -m gpu")
@@ -151,8 +153,8 @@ def test_estimates_follow_the_counts_and_say_what_they_are():
     assert first.startswith("ESTIMATES")
     assert "nothing here was measured" in first
     assert [line for line in lines if "1x1" in line and "at least" not in line] == []
-    assert sum("goal" in line for line in lines) == 2 * (5 + 2)
-    assert sum("(cuda)" in line for line in lines) == 4 * 2
+    assert sum("goal" in line for line in lines) == 2 * (5 + 3)
+    assert sum("(cuda)" in line for line in lines) == 4 * 3
 
 
 def test_estimates_of_the_kernels_for_hopper():
@@ -166,6 +168,23 @@ def test_estimates_of_the_kernels_for_hopper():
     # 64 rows in two groups of 4 and 3 blocks, each with the row's dY
     assert grad_weight["L2"] == pytest.approx(16384 * 64 * (7 + 2) * 128 * 2 / 5.5e6)
     assert grad_weight["compute"] == pytest.approx(8 / 7 * forward["compute"])
+
+
+def test_estimates_of_the_kernel_for_blocks_of_32():
+    """The columns that a group reads are those of a random layout."""
+    case = cases.Case(cases.GPU_TOKENS, 4096, 4096, 416, (32, 32), "bfloat16")
+    layout = sk.FanInLayout.random(4096, 4096, 416, (32, 32))
+    for product, lists in (("forward", "rows"), ("grad_input", "columns")):
+        terms = estimate.block_32_terms_us(case, product)
+        members, begins, *_ = cuda.build_groups(layout, lists)
+        # 128 tiles of 128 tokens: x of each column of 6 groups, and all weights
+        loaded = 128 * (begins[-1].item() * 128 * 64 + 128 * 13 * 2048)
+        assert members.shape == (6, estimate.GROUP_ROWS)
+        assert terms["L2"] == pytest.approx(loaded / 5.5e6, rel=0.03)
+        # 12 rounds of 768 jobs, of 128 / 12 block-rows in a block of threads, 3 in 11 a scheduler
+        clocks = 12 * 128 / 12 * 13 * 64 * 8 * 3 / 11
+        assert terms["compute"] == pytest.approx(clocks / 1.7e3)
+        assert terms["issue"] == pytest.approx(12 * 128 / 12 * 13 * 260 / 4 / 1.7e3)
 
 
 # ---- running commands

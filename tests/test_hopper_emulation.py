@@ -43,7 +43,7 @@ def harness():
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     library.run_wgmma.argtypes = [ctypes.POINTER(WgmmaProblem)]
     matrix = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    library.run_ring.argtypes = [*matrix, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    library.run_ring.argtypes = [*matrix, *[ctypes.c_int] * 6, ctypes.c_void_p]
     library.run_store.argtypes = [*matrix, *[ctypes.c_int] * 3, *[ctypes.c_bool] * 2]
     return library
 
@@ -53,32 +53,35 @@ def use(monkeypatch, seed=0, order="forward"):
     monkeypatch.setenv("SK_EMULATION_ORDER", order)
 
 
-def swizzle(address):
-    """CuTe's Swizzle<3, 4, 3> of byte addresses, as PTX names the 128-byte swizzle."""
-    return address ^ (address & 0b111 << 7) >> 3
+def swizzle(address, row_bytes=128):
+    """CuTe's Swizzle<3, 4, 3> of byte addresses, PTX's 128-byte swizzle; <2, 4, 3> is 64-byte."""
+    return address ^ (address & {128: 0b111, 64: 0b11}[row_bytes] << 7) >> 3
 
 
-def canonical(mn, k, transposed, leading, stride):
-    """Byte address of element (mn, k): PTX's "Canonical Layouts" with 128-byte swizzling.
+def canonical(mn, k, transposed, leading, stride, row_bytes):
+    """Byte address of element (mn, k): PTX's "Canonical Layouts" with 128- and 64-byte swizzling.
 
-    K-major: ((8, m), (T, 2k)) : ((8T, SBO), (1, T)); MN-major: ((T, 8, m), (8, k)) : ((1, T, LBO),
-    (8T, SBO)); T is 8 elements of 16 bits, LBO and SBO are bytes here.
+    P is 8 (128 bytes) or 4 (64). K-major: ((8, m), (T, 2k)) : ((PT, SBO), (1, T)); MN-major:
+    ((T, P, m), (8, k)) : ((1, T, LBO), (PT, SBO)); T is 8 elements of 16 bits, LBO and SBO are
+    bytes here.
     """
+    pieces = row_bytes // 16
     if transposed:
-        return mn % 8 * 2 + mn // 8 % 8 * 16 + mn // 64 * leading + k % 8 * 128 + k // 8 * stride
-    return mn % 8 * 128 + mn // 8 * stride + k % 8 * 2 + k // 8 * 16
+        of_mn = mn % 8 * 2 + mn // 8 % pieces * 16 + mn // 8 // pieces * leading
+        return of_mn + k % 8 * row_bytes + k // 8 * stride
+    return mn % 8 * row_bytes + mn // 8 * stride + k % 8 * 2 + k // 8 * 16
 
 
-def lay_out(memory, start, matrix, transposed, leading, stride):
+def lay_out(memory, start, matrix, transposed, leading, stride, row_bytes):
     """Writes a matrix (mn, k) to `memory`, 16-bit elements at byte addresses / 2."""
     mn, k = (torch.arange(size) for size in matrix.shape)
-    offsets = canonical(mn[:, None], k, transposed, leading, stride)
-    memory[swizzle(start + offsets) // 2] = matrix
+    offsets = canonical(mn[:, None], k, transposed, leading, stride, row_bytes)
+    memory[swizzle(start + offsets, row_bytes) // 2] = matrix
 
 
-def describe(start, leading, stride):
-    """PTX's "Matrix Descriptor Format": the addresses and offsets in 16 bytes; 1 at 62 is 128B."""
-    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
+def describe(start, leading, stride, row_bytes=128):
+    """PTX's "Matrix Descriptor Format": in 16 bytes; 1 at 62 is 128B, 2 is 64B."""
+    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | {128: 1, 64: 2}[row_bytes] << 62
 
 
 def thread_sums(d):
@@ -87,11 +90,14 @@ def thread_sums(d):
     return warps.permute(0, 2, 4, 3, 1, 5).reshape(128, -1).contiguous()
 
 
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("row_bytes", [128, 64])
+@pytest.mark.parametrize("columns", [32, 64, 128])
 @pytest.mark.parametrize("transposed_a", [False, True])
 @pytest.mark.parametrize("transposed_b", [False, True])
 @every_dtype
-def test_wgmma_is_as_documented(harness, dtype, columns, transposed_a, transposed_b, monkeypatch):
+def test_wgmma_is_as_documented(
+    harness, dtype, columns, row_bytes, transposed_a, transposed_b, monkeypatch
+):
     use(monkeypatch, columns + transposed_a)
     generator = torch.Generator().manual_seed(0)
     a, b, d = (
@@ -99,19 +105,19 @@ def test_wgmma_is_as_documented(harness, dtype, columns, transposed_a, transpose
         for shape in ((64, 16), (16, columns), (64, columns))
     )
     # A K-major operand may begin within a row of an atom, an MN-major one at any atom along K.
-    places = {False: (64, 16, 2048), True: (2048, 6144, 1024)}
+    places = {False: (row_bytes // 2, 16, 2048), True: (2048, 6144, 8 * row_bytes)}
     starts = [places[transposed_a][0], 32768 + places[transposed_b][0]]
     strides = [places[transposed_a][1:], places[transposed_b][1:]]
     memory = torch.full((32768,), torch.nan, dtype=dtype)
-    lay_out(memory, starts[0], a, transposed_a, *strides[0])
-    lay_out(memory, starts[1], b.t(), transposed_b, *strides[1])
+    lay_out(memory, starts[0], a, transposed_a, *strides[0], row_bytes)
+    lay_out(memory, starts[1], b.t(), transposed_b, *strides[1], row_bytes)
     for accumulate in (True, False):
         sums = thread_sums(d.float())
         problem = WgmmaProblem(
             memory.data_ptr(),
             sums.data_ptr(),
-            describe(starts[0], *strides[0]),
-            describe(starts[1], *strides[1]),
+            describe(starts[0], *strides[0], row_bytes),
+            describe(starts[1], *strides[1], row_bytes),
             columns,
             transposed_a,
             transposed_b,
@@ -144,7 +150,7 @@ def test_wgmma_that_is_used_wrongly_is_found(harness, monkeypatch):
     assert any((sums == 0).any() for sums in early)  # read before the wait
     assert b"wgmma before wgmma.fence" in run(fenced=False)[0]
     for a in (right & ~(3 << 62), right | 2 << 62, right | 1 << 49):
-        assert b"only descriptors with the swizzle of 128 bytes" in run(a)[0]
+        assert b"only descriptors with the swizzle of 128 or 64 bytes" in run(a)[0]
     assert b"wrong bits in a descriptor" in run(right | 1 << 14)[0]
     assert b"outside shared memory" in run(describe(0, 16, 1 << 17))[0]
     assert b"warps of a warpgroup with different wgmma" in harness.run_disagree(False)
@@ -162,44 +168,49 @@ MISTAKES_OF_A_RING = [
     "wrong parity",
     "ends early",
     "wrong mask",
+    "too many arrivals",
 ]
 
 
-def ring(harness, data, col, row, rounds=6, mistake="none"):
+def ring(harness, data, col, row, rounds=6, mistake="none", width=64, more=0):
     """What the blocks received, and what was said."""
     out = torch.full((2, rounds, 512), -1, dtype=torch.int16)
     message = harness.run_ring(
         data.data_ptr(),
         *data.shape,
         data.stride(0),
+        width,
         col,
         row,
         rounds,
+        more,
         MISTAKES_OF_A_RING.index(mistake),
         out.data_ptr(),
     )
     return out, message
 
 
-def boxes(data, col, row, rounds=6):
-    """What the ring should receive: 8 rows of 64 elements a round, swizzled, zeros outside."""
-    padded = torch.zeros(row + 8 * rounds + 8, col + 128, dtype=data.dtype)
+def boxes(data, col, row, width, rounds=6):
+    """What the ring should receive: 512 elements a round, swizzled, zeros outside."""
+    count = 512 // width * rounds
+    padded = torch.zeros(row + count, col + 128, dtype=data.dtype)
     rows, cols = (min(a, b) for a, b in zip(data.shape, padded.shape, strict=True))
     padded[:rows, :cols] = data[:rows, :cols]
-    wanted = padded[row : row + 8 * rounds, col : col + 64].reshape(rounds, 512)
-    return wanted[:, swizzle(torch.arange(512) * 2) // 2]
+    wanted = padded[row : row + count, col : col + width].reshape(rounds, 512)
+    return wanted[:, swizzle(torch.arange(512) * 2, 2 * width) // 2]
 
 
+@pytest.mark.parametrize("width", [64, 32])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("col", "row"), [(0, 0), (40, 3), (64, 30), (96, 100)])
-def test_boxes_arrive_as_documented(harness, order, col, row, monkeypatch):
+def test_boxes_arrive_as_documented(harness, order, col, row, width, monkeypatch):
     """Swizzled, with zeros outside of the tensor, in both blocks of the cluster, in any order."""
     data = torch.arange(61 * 104, dtype=torch.int16).view(61, 104)[:, :96]
     for seed in range(4):
         use(monkeypatch, seed, order)
-        received, message = ring(harness, data, col, row)
+        received, message = ring(harness, data, col, row, width=width, more=1)
         assert message == b"it ran"
-        assert torch.equal(received, boxes(data, col, row).expand(2, -1, -1))
+        assert torch.equal(received, boxes(data, col, row, width).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -214,15 +225,17 @@ def test_boxes_arrive_as_documented(harness, order, col, row, monkeypatch):
         ("wrong parity", "32 for an mbarrier"),
         ("ends early", "shared memory of a block that has ended"),
         ("wrong mask", "a mask of blocks that the cluster does not have"),
+        ("too many arrivals", "more arrivals at an mbarrier than a phase has"),
     ],
 )
 def test_a_mistake_with_barriers_is_found(harness, mistake, said, monkeypatch):
     """Threads that wait for each other are reported, they do not hang."""
     data = torch.zeros(64, 64, dtype=torch.int16)
+    more = int(mistake == "too many arrivals")
     messages = []
     for seed in range(12):
         use(monkeypatch, seed)
-        messages.append(ring(harness, data, 0, 0, mistake=mistake)[1].decode())
+        messages.append(ring(harness, data, 0, 0, mistake=mistake, more=more)[1].decode())
     assert any(said in message for message in messages), messages
 
 

@@ -13,8 +13,8 @@ For unstructured weights, whose x is read once, in the place of L2
     shared     passes of shared memory for the rows that are gathered, one in a clock
 
 which tests/test_cuda_emulated.py counts, while tests/test_cuda_build.py limits the instructions: a
-time of these is at least as long. Blocks of 64 and 128 have a second line, for backend `cuda` and
-its kernels of compute capability 9.0. The rates are assumptions; `ceilings` of the command
+time of these is at least as long. Square blocks have a second line, for backend `cuda` and its
+kernels of compute capability 9.0. The rates are assumptions; `ceilings` of the command
 measures them.
 """
 
@@ -44,6 +44,10 @@ WORD_INSTRUCTIONS = {8: 130, 16: 136, 32: 198}
 GRAD_WEIGHT_INSTRUCTIONS, FILL_INSTRUCTIONS = 18.4, 34
 # Of a warp for a step of 64 along K of csrc/cuda/hopper_pipeline.cuh, of a block of so many rows.
 HOPPER_INSTRUCTIONS, HOPPER_WARPS, HOPPER_ROWS, HOPPER_DEPTH = 68, 8, 256, 64
+# Of a warp for a block of 32 x 32 and 128 tokens (csrc/cuda/spmm_hopper_32.cu), of which matrix
+# instructions, with the clocks of a scheduler for one: half of the rate of wgmma, by assumption.
+BLOCK_32_INSTRUCTIONS, BLOCK_32_MULTIPLIES, MULTIPLY_CLOCKS = 260, 64, 8
+GROUP_ROWS, GROUP_TOKENS = 22, 128
 # The tokens of a tile by the inputs that lie in shared memory.
 TILE_TOKENS = {2048: 32, 4096: 16, 8192: 8}
 PEAKS, L2_BYTES_S = GpuPeaks({"bfloat16": 790.0}, copy_gbs=4300.0), 5.5e12
@@ -107,6 +111,33 @@ def hopper_terms_us(case: Case, product: str) -> dict[str, float]:
     return {name: seconds * 1e6 for name, seconds in terms.items()}
 
 
+def block_32_terms_us(case: Case, product: str) -> dict[str, float]:
+    """The same of the kernel for blocks of 32: a cluster takes a group of block-rows at a time.
+
+    For each column that any of the rows reads it loads x once. Three of a block's 11 rows share a
+    scheduler. Shared memory moves 128 bytes in a clock.
+    """
+    side, tiles = case.block[0], math.ceil(case.tokens / GROUP_TOKENS)
+    rows, cols = case.out_features // side, case.in_features // side
+    blocks = rows * case.fan_in // side
+    if product == "grad_input":
+        rows, cols = cols, rows
+    groups = math.ceil(rows / GROUP_ROWS)
+    columns = cols * (1 - (1 - blocks / rows / cols) ** (rows / groups))
+    bound = PEAKS.bound_ms(count_work(case, product), case.dtype)
+    terms = {name: ms * 1e-3 for name, ms in bound.items()}
+    box, block = 2 * side * GROUP_TOKENS, 2 * side * side  # bytes
+    terms["L2"] = tiles * (groups * columns * box + blocks * block) / L2_BYTES_S
+    rounds = math.ceil(tiles * groups / (MULTIPROCESSORS // 2))
+    clocks = rounds / CLOCK_HZ
+    own = blocks / groups / 2  # of a block of threads, in a job
+    terms["issue"] = clocks * own * BLOCK_32_INSTRUCTIONS / SCHEDULERS
+    terms["compute"] = clocks * own * BLOCK_32_MULTIPLIES * MULTIPLY_CLOCKS * 3 / (GROUP_ROWS / 2)
+    moved = own * (box + block + block) + columns * box + 2 * rows / groups / 2 * box
+    terms["shared"] = clocks * moved / 128
+    return {name: seconds * 1e6 for name, seconds in terms.items()}
+
+
 def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
     """A line for each product of each goal."""
     yield "ESTIMATES from instruction counts and assumed rates: nothing here was measured."
@@ -126,13 +157,15 @@ def lines(tiles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         is_tiled = case.block != (1, 1)
         about, most = ("about", "") if is_tiled else ("at least", "at most ")
         names = [" (triton)"] if is_tiled else [""]
-        for name in names + [" (cuda)"] * (case.block[0] >= 64):
+        for name in names + [" (cuda)"] * is_tiled:
             step_us = 0.0
             for product in PRODUCTS:
                 words = {"forward": "own ", "grad_input": "transposed "}.get(product, "")
                 kernel = "sddmm_kernel" if product == "grad_weight" else "spmm_kernel"
                 key = (kernel, f"{words}{case.block[1]} to {case.block[0]}")
-                if name == " (cuda)":
+                if name == " (cuda)" and case.block[0] == 32 and product != "grad_weight":
+                    terms = block_32_terms_us(case, product)
+                elif name == " (cuda)":
                     terms = hopper_terms_us(case, product)
                 else:
                     terms = terms_us(case, product, tiles[key] if is_tiled else None)

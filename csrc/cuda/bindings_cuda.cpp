@@ -92,6 +92,12 @@ PYBIND11_MODULE(SK_MODULE, module) {
         .def_static("columns", lists_of_columns)
         .def("set_dealt",
              [](Lists& lists, uintptr_t dealt) { lists.dealt = pointer<const uint64_t>(dealt); })
+        .def("set_groups",
+             [](Lists& lists, uintptr_t rows, uintptr_t offsets, uintptr_t columns,
+                uintptr_t places) {
+                 lists.groups = {pointer<const int32_t>(rows), pointer<const int32_t>(offsets),
+                                 pointer<const int32_t>(columns), pointer<const int32_t>(places)};
+             })
         .def("set_slots",
              [](Lists& lists, uintptr_t slots) { lists.slots = pointer<const int32_t>(slots); });
 

@@ -51,7 +51,8 @@ bool has_code(const Queue& queue) {
 // What a product must be, wherever its operands lie.
 bool is_served(DType dtype, const Lists& lists, int64_t tokens, const Queue& queue) {
     const int side = lists.out_block;
-    if (dtype == DType::kFloat32 || lists.in_block != side || (side != 64 && side != 128)) {
+    if (dtype == DType::kFloat32 || lists.in_block != side ||
+        (side != 32 && side != 64 && side != 128)) {
         return false;
     }
     // Coordinates and jobs are counted in 32 bits.
@@ -89,16 +90,18 @@ bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output
 }
 
 void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,
-              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows) {
+              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows, int box_cols) {
     const auto size = [](int64_t number) { return static_cast<cuuint64_t>(number); };
     const cuuint64_t sizes[] = {size(cols), size(rows)}, strides[] = {size(row_bytes)};
-    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t steps[] = {1, 1};
+    const auto swizzle = box_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     const auto type = dtype == DType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result =
         encode_tiled()(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         throw std::runtime_error("CUDA: " + what + ": the driver refused to describe a tensor of " +
                                  std::to_string(rows) + " x " + std::to_string(cols) +

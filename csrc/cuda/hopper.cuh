@@ -18,14 +18,16 @@ namespace cuda {
 
 constexpr int kWarpgroup = 128;
 
-// "Matrix Descriptor Format" and "Strides" (wgmma): rows of 128 bytes in the swizzle of 128 bytes,
-// eight of them (an atom) in 1024 bytes. K-major, a row has 64 elements along K, and atoms follow
-// along M or N. MN-major, a row has 64 elements along M or N, atoms follow along K, and the next 64
-// lie `leading` bytes further.
+// "Matrix Descriptor Format" and "Strides" (wgmma): rows of 128 (64) bytes in the swizzle of as
+// many, eight of them (an atom) in a piece. K-major, a row has 64 (32) elements along K, and atoms
+// follow along M or N. MN-major, a row has so many along M or N, atoms follow along K, and the next
+// elements along M or N lie `leading` bytes further.
+template <int kRowBytes>
 __device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
-    constexpr uint64_t kAtom = 1024 >> 4, kSwizzle128 = 1;
+    static_assert(kRowBytes == 64 || kRowBytes == 128, "the swizzles that the kernels use");
+    constexpr uint64_t kAtom = 8 * kRowBytes >> 4, kSwizzle = kRowBytes == 128 ? 1 : 2;
     return ((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 | kAtom << 32 |
-           kSwizzle128 << 62;
+           kSwizzle << 62;
 }
 
 #ifndef SK_EMULATION
@@ -56,6 +58,11 @@ __device__ inline void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
         "r"(rank)
         : "memory");
 }
+// "mbarrier.arrive" at a barrier of this block, so many times.
+__device__ inline void mbarrier_arrive_for(uint32_t barrier, unsigned arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
 // "mbarrier.try_wait": until the phase of this parity has ended.
 __device__ inline void mbarrier_wait(uint32_t barrier, unsigned parity) {
     asm volatile(
@@ -68,6 +75,9 @@ __device__ inline void mbarrier_wait(uint32_t barrier, unsigned parity) {
         "r"(parity)
         : "memory");
 }
+
+// What the matrix instructions of mma.cuh take for an address.
+__device__ inline uint32_t shared_at(uint32_t address) { return address; }
 
 // "barrier.cluster": all threads of the cluster.
 __device__ inline void cluster_barrier() {
@@ -153,6 +163,13 @@ __device__ void keep_order(float (&d)[kSums]) {
 #define SK_D8(i)                                                                                \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SK_WGMMA_32(type)                                                                        \
+    asm volatile(                                                                                \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                              \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, " \
+        "1, 1, %18, %19;"                                                                        \
+        : SK_D8(0), SK_D8(8)                                                                     \
+        : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB))
 #define SK_WGMMA_64(type)                                                                         \
     asm volatile(                                                                                 \
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                               \
@@ -171,6 +188,14 @@ __device__ void keep_order(float (&d)[kSums]) {
         : SK_D8(0), SK_D8(8), SK_D8(16), SK_D8(24), SK_D8(32), SK_D8(40), SK_D8(48), SK_D8(56)    \
         : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB))
 template <bool kTransposedA, bool kTransposedB>
+__device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, Bf16) {
+    SK_WGMMA_32("bf16");
+}
+template <bool kTransposedA, bool kTransposedB>
+__device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, Half) {
+    SK_WGMMA_32("f16");
+}
+template <bool kTransposedA, bool kTransposedB>
 __device__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, Bf16) {
     SK_WGMMA_64("bf16");
 }
@@ -188,6 +213,7 @@ __device__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, Half) {
 }
 #undef SK_WGMMA_128
 #undef SK_WGMMA_64
+#undef SK_WGMMA_32
 #undef SK_D8
 #endif
 #else
@@ -203,6 +229,12 @@ using emulation::wgmma_commit;
 using emulation::wgmma_fence;
 using emulation::window_address;
 inline void mbarrier_init_fence() {}
+inline const unsigned char* shared_at(uint32_t address) {
+    return emulation::at_window(*emulation::block(), address, 16);
+}
+inline void mbarrier_arrive_for(uint32_t barrier, unsigned arrivals) {
+    emulation::mbarrier_arrive(barrier, arrivals);
+}
 inline void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
     emulation::mbarrier_arrive(emulation::mapa(barrier, rank));
 }

@@ -27,8 +27,13 @@ constexpr int kClusterBlocks = 2, kStages = 4, kConsumers = 2;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 // Rows of A in a block of threads, in tiles of 64 (the rows of a wgmma), and what a step has of K.
 constexpr int kWide = 256, kTileRows = 64, kDepth = 64, kTiles = kWide / kTileRows;
-// Rows of shared memory are 128 bytes: 64 elements.
+// Rows of shared memory are 128 bytes, 64 elements; MN-major operands of blocks of 32 have 64.
 constexpr int kRowBytes = 128, kTileBytes = kTileRows * kRowBytes;
+template <int kSide>
+constexpr int kRowBytesOf = kSide == 32 ? 64 : kRowBytes;
+// Rows of half of an MN-major B (see load_half).
+template <int kSide>
+constexpr int kHalfRows = kSide == 128 ? kDepth : kDepth / 2;
 
 // Of elements T and blocks of so many rows and columns, and whether an operand is MN-major.
 template <class T, int kBlockSide, bool kMajorA, bool kMajorB>
@@ -87,7 +92,7 @@ struct Stages {
 constexpr uint16_t kAllBlocks = (1 << kClusterBlocks) - 1;
 
 // Loads half of B, which is MN-major, for both blocks of the cluster: (row, col) is the first of
-// its 64 rows, along K, and of its columns. Of 128 columns a half has 64, of 64 all, but half of
+// its 64 rows, along K, and of its columns. Of 128 columns a half has 64, of fewer all, but half of
 // the rows.
 template <int kSide>
 __device__ void load_half(const CUtensorMap* map, const Place& place, int col, int row,
@@ -95,7 +100,7 @@ __device__ void load_half(const CUtensorMap* map, const Place& place, int col, i
     constexpr bool kSplitsColumns = kSide == 128;
     load_box(map, place.narrow + rank * (kSide / 2 * kRowBytes),
              col + (kSplitsColumns ? rank * 64 : 0),
-             row + (kSplitsColumns ? 0 : rank * (kSide / 2)), place.full, kAllBlocks);
+             row + (kSplitsColumns ? 0 : rank * kHalfRows<kSide>), place.full, kAllBlocks);
 }
 
 // One thread: waits until both blocks have read what lay in a stage before, and loads.
@@ -124,9 +129,10 @@ template <class Product>
 __device__ void multiply_jobs(const Product& p, Stages<Product::kSide> stages, unsigned rank,
                               int warpgroup, uint32_t staging) {
     constexpr int kSide = Product::kSide, kOwn = kTiles / kConsumers, kWgmmaDepth = 16;
+    constexpr int kBytes = kRowBytesOf<kSide>;
     // From one wgmma to the next along K; K-major operands lie in one atom of 64 elements.
-    constexpr uint32_t kStepA = kWgmmaDepth * (Product::kTransposedA ? kRowBytes : 2);
-    constexpr uint32_t kStepB = kWgmmaDepth * (Product::kTransposedB ? kRowBytes : 2);
+    constexpr uint32_t kStepA = kWgmmaDepth * (Product::kTransposedA ? kBytes : 2);
+    constexpr uint32_t kStepB = kWgmmaDepth * (Product::kTransposedB ? kBytes : 2);
     for (int number = blockIdx.x / kClusterBlocks; number < p.jobs;
          number += gridDim.x / kClusterBlocks) {
         const auto job = p.job_at(number, rank);
@@ -140,8 +146,10 @@ __device__ void multiply_jobs(const Product& p, Stages<Product::kSide> stages, u
         for (int step = 0; step < job.steps; ++step, stages.advance()) {
             const Place place = stages.now();
             mbarrier_wait(place.full, stages.parity);
-            const uint64_t a = matrix_descriptor(place.wide + warpgroup * kTileBytes, kTileBytes);
-            const uint64_t b = matrix_descriptor(place.narrow, kTileBytes);
+            constexpr uint32_t kLeading = kDepth * kBytes;
+            const uint64_t a =
+                matrix_descriptor<kBytes>(place.wide + warpgroup * kTileBytes, kLeading);
+            const uint64_t b = matrix_descriptor<kBytes>(place.narrow, kLeading);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kDepth / kWgmmaDepth; ++k) {
@@ -199,18 +207,20 @@ __global__ void SK_HOPPER_BOUNDS hopper_kernel(const __grid_constant__ Product p
 #endif
 }
 
-// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns. It
-// is written in place: the driver wants 64-byte alignment, which GCC does not give to what a
-// function returns.
+// A tensor map of a matrix of 16-bit elements, rows `row_bytes` apart, for boxes of 64 columns or
+// 32, which lie in the swizzle of as many bytes as their rows have. It is written in place: the
+// driver wants 64-byte alignment, which GCC does not give to what a function returns.
 void make_map(CUtensorMap* map, const std::string& what, DType dtype, const void* data,
-              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows);
+              int64_t rows, int64_t cols, int64_t row_bytes, int box_rows, int box_cols = 64);
 
+// Clusters that stay and take job after job.
 template <class Product>
-void launch_hopper(const std::string& what, const Product& p, const Queue& queue) {
+void launch_hopper(const std::string& what, void (*kernel)(Product), const Product& p,
+                   int64_t shared_bytes, const Queue& queue) {
     const int64_t clusters = std::min<int64_t>(
         p.jobs, std::max<int64_t>(1, multiprocessors(queue.device) / kClusterBlocks));
-    launch_clusters(what, hopper_kernel<Product>, static_cast<unsigned>(clusters * kClusterBlocks),
-                    kClusterBlocks, kHopperThreads, Shared<Product::kSide>::kBytes, queue, p);
+    launch_clusters(what, kernel, static_cast<unsigned>(clusters * kClusterBlocks), kClusterBlocks,
+                    kHopperThreads, shared_bytes, queue, p);
 }
 
 }  // namespace cuda

@@ -28,6 +28,16 @@ struct Operand {
     int64_t col_stride;
 };
 
+// Block-rows that the kernel for blocks of 32 on compute capability 9.0 takes together. For each
+// block-column that any of them reads, ascending, `columns` has it and the number of its readers.
+constexpr int kGroupRows = 22;
+struct Groups {
+    const int32_t* rows;     // (groups, kGroupRows) the rows of each group, or -1
+    const int32_t* offsets;  // (groups + 1) of the group's columns in `columns`
+    const int32_t* columns;  // (columns of all groups, 2)
+    const int32_t* places;   // (blocks) where its column is among those of its row's group
+};
+
 // For each output block-row the input blocks that it reads, ascending. The blocks of the values
 // lie in the order of the lists, except where spmm_words is not 0, or on Hopper.
 struct Lists {
@@ -48,10 +58,11 @@ struct Lists {
     int64_t octet_blocks;
     const int32_t* slots;   // (spmm_slots) of order_slots, or null
     const uint64_t* dealt;  // (sddmm_gathers) of deal_rows, or null
-    int32_t out_block;      // outputs of a block, in the direction of this product
-    int32_t in_block;       // inputs of a block
-    int32_t out_stride;     // distance in the stored block between neighbouring outputs ...
-    int32_t in_stride;      // ... and neighbouring inputs
+    Groups groups;
+    int32_t out_block;   // outputs of a block, in the direction of this product
+    int32_t in_block;    // inputs of a block
+    int32_t out_stride;  // distance in the stored block between neighbouring outputs ...
+    int32_t in_stride;   // ... and neighbouring inputs
 };
 
 // Entries of working memory, of a float and an index if T is float, else of 4 bytes, that spmm
@@ -65,9 +76,9 @@ int64_t spmm_slots(const Lists& lists, int64_t slice_features, int device);
 // pattern alone, and 16-bit spmm with words needs it in `lists`.
 void order_slots(const Lists& lists, int32_t* slots, const Queue& queue);
 
-// Whether the kernels of compute capability 9.0 for square blocks of 64 and 128 in 16 bits serve a
-// product: the device and its driver, the sizes, and where the operands lie. spmm then reads the
-// values where `ids` says.
+// Whether the kernels of compute capability 9.0 for square blocks of 32, 64 and 128 in 16 bits
+// serve a product: the device and its driver, the sizes, and where the operands lie. spmm then
+// reads the values where `ids` says, and needs `groups` for blocks of 32.
 bool spmm_on_hopper(DType dtype, const Lists& lists, const Operand& x, const void* values,
                     int64_t tokens, const Queue& queue);
 bool sddmm_on_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,

@@ -1,6 +1,6 @@
-// sddmm of square blocks of 64 and 128 in 16 bits, on compute capability 9.0. K are the tokens; the
-// wide operand are inputs of up to 256 / side blocks of a block-row, the narrow one is the row's
-// dY, and both are MN-major. What is summed is dW transposed, so that neighbouring lanes have
+// sddmm of square blocks of 32, 64 and 128 in 16 bits, on compute capability 9.0. K are the tokens;
+// the wide operand are inputs of up to 256 / side blocks of a block-row, the narrow one is the
+// row's dY, and both are MN-major. What is summed is dW transposed, so that neighbouring lanes have
 // neighbouring inputs. Where block-rows are few, tokens are cut into parts, whose sums a second
 // kernel adds (sddmm.cu).
 #include "hopper.h"
@@ -17,6 +17,9 @@ int64_t groups_of(const Lists& lists) {
 
 template <class T, int kSide>
 struct Sddmm : HopperProduct<T, kSide, true, true> {
+    // A box of x: up to 64 inputs of a block.
+    static constexpr int kPiece = kSide < kTileRows ? kSide : kTileRows;
+    static constexpr int kPieces = kWide / kPiece, kPieceBytes = kDepth * kPiece * 2;
     CUtensorMap x, grad_output;
     Lists lists;
     float* partial;  // of the parts, or null: then there is one, which is the result
@@ -26,10 +29,10 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
 
     // The blocks of a group of a row, for a part of the tokens; each block of threads takes half.
     struct Job {
-        int row, tiles, first_step, steps;
+        int row, pieces, first_step, steps;
         int64_t block;        // the first
         int64_t elements_at;  // in `partial` or `out`
-        int inputs[kTiles];   // the first of each tile
+        int inputs[kPieces];  // the first of each piece
         unsigned bytes;
     };
     __device__ Job job_at(int number, unsigned rank) const {
@@ -42,18 +45,18 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
         const int half = begin + (end - begin + 1) / 2;
         Job job;
         job.row = number - rest * rows;
-        job.tiles = (rank == 0 ? half - begin : end - half) * (kSide / kTileRows);
+        job.pieces = (rank == 0 ? half - begin : end - half) * (kSide / kPiece);
         job.first_step = part * part_steps;
         job.steps = all_steps - job.first_step;
         job.steps = job.steps < 0 ? 0 : job.steps < part_steps ? job.steps : part_steps;
         job.block = job.row * lists.per_row + (rank == 0 ? begin : half);
         job.elements_at = (part * lists.blocks + job.block) * (kSide * kSide);
-        job.bytes = job.tiles * kTileBytes + kSide * kRowBytes;
+        job.bytes = job.pieces * kPieceBytes + kSide * kRowBytes;
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-            const int64_t entry = job.block + i * kTileRows / kSide;
+        for (int i = 0; i < kPieces; ++i) {
+            const int64_t entry = job.block + i * kPiece / kSide;
             job.inputs[i] =
-                i < job.tiles ? lists.wide_columns[entry] * kSide + i * kTileRows % kSide : 0;
+                i < job.pieces ? lists.wide_columns[entry] * kSide + i * kPiece % kSide : 0;
         }
         return job;
     }
@@ -62,24 +65,23 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
     __device__ void load(const Job& job, int step, unsigned rank, const Place& place) const {
         const int token = (job.first_step + step) * kDepth;
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-            if (i >= job.tiles) continue;
-            load_box(&x, place.wide + i * kTileBytes, job.inputs[i], token, place.full);
+        for (int i = 0; i < kPieces; ++i) {
+            if (i >= job.pieces) continue;
+            load_box(&x, place.wide + i * kPieceBytes, job.inputs[i], token, place.full);
         }
         load_half<kSide>(&grad_output, place, job.row * kSide, token, rank);
     }
 
-    // Tiles that no block fills were multiplied, from whatever lay there, and are not stored.
+    // Rows that no block fills were multiplied, from whatever lay there, and are not stored.
     __device__ void store(const Job& job, int warpgroup, const float (&d)[2][kSide / 2],
                           uint32_t) const {
         const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int tile = warpgroup + i * kConsumers;
-            if (tile >= job.tiles) continue;
-            const int input = tile * kTileRows % kSide + thread / kWarp * 16 + lane / 4;
-            const int64_t at =
-                job.elements_at + int64_t{tile * kTileRows / kSide} * (kSide * kSide) + input;
+            const int first = (warpgroup + i * kConsumers) * kTileRows + thread / kWarp * 16;
+            if (first / kPiece >= job.pieces) continue;
+            const int64_t at = job.elements_at + int64_t{first / kSide} * (kSide * kSide) +
+                               first % kSide + lane / 4;
 #pragma unroll
             for (int j = 0; j < kSide / 2; ++j) {
                 const int output = j / 4 * 8 + lane % 4 * 2 + j % 2;
@@ -103,11 +105,12 @@ void run(DType dtype, const Lists& lists, const Operand& grad_output, const Oper
     const auto describe_to = [&](CUtensorMap* map, const Operand& operand, int64_t features,
                                  int box_rows) {
         const int64_t row = tokens == 1 ? features : operand.row_stride;
-        make_map(map, what, dtype, operand.data, tokens, features, 2 * row, box_rows);
+        make_map(map, what, dtype, operand.data, tokens, features, 2 * row, box_rows,
+                 kRowBytesOf<kSide> / 2);
     };
     Sddmm<T, kSide> p;
     describe_to(&p.x, x, lists.cols * kSide, kDepth);
-    describe_to(&p.grad_output, grad_output, lists.rows * kSide, kSide / 2);
+    describe_to(&p.grad_output, grad_output, lists.rows * kSide, kHalfRows<kSide>);
     p.lists = lists;
     p.partial = parts > 0 ? partial : nullptr;
     p.out = static_cast<T*>(grad_values);
@@ -116,7 +119,16 @@ void run(DType dtype, const Lists& lists, const Operand& grad_output, const Oper
     p.jobs = static_cast<int>(lists.rows * p.groups * parts);
     p.all_steps = static_cast<int>(ceil_div(tokens, kDepth));
     p.part_steps = static_cast<int>(ceil_div(p.all_steps, parts));
-    launch_hopper(what, p, queue);
+    launch_hopper(what, hopper_kernel<decltype(p)>, p, Shared<kSide>::kBytes, queue);
+}
+
+template <class T>
+void choose_kernel(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
+                   float* partial, void* grad_values, int64_t parts, int64_t tokens,
+                   const Queue& queue) {
+    const int side = lists.out_block;
+    const auto kernel = side == 128 ? run<T, 128> : side == 64 ? run<T, 64> : run<T, 32>;
+    kernel(dtype, lists, grad_output, x, partial, grad_values, parts, tokens, queue);
 }
 
 }  // namespace
@@ -139,9 +151,7 @@ int64_t sddmm_hopper_parts(const Lists& lists, int64_t tokens) {
 void sddmm_hopper(DType dtype, const Lists& lists, const Operand& grad_output, const Operand& x,
                   float* partial, void* grad_values, int64_t parts, int64_t tokens,
                   const Queue& queue) {
-    const bool is_large = lists.out_block == 128, is_half = dtype == DType::kFloat16;
-    const auto kernel = is_half ? (is_large ? run<Half, 128> : run<Half, 64>)
-                                : (is_large ? run<Bf16, 128> : run<Bf16, 64>);
+    const auto kernel = dtype == DType::kFloat16 ? choose_kernel<Half> : choose_kernel<Bf16>;
     kernel(dtype, lists, grad_output, x, partial, grad_values, parts, tokens, queue);
 }
 

@@ -491,7 +491,10 @@ void spmm(const char* product, DType dtype, const Lists& lists, const Operand& x
           int64_t slice_features, bool on_hopper, const Queue& queue) {
     if (tokens == 0) return;
     const DeviceGuard guard(queue.device);
-    if (on_hopper) return spmm_hopper(product, dtype, lists, x, values, bias, out, tokens, queue);
+    if (on_hopper) {
+        const auto kernel = lists.out_block == 32 ? spmm_hopper_32 : spmm_hopper;
+        return kernel(product, dtype, lists, x, values, bias, out, tokens, queue);
+    }
     const SpmmProblem p{lists, x, values, bias, words, out, tokens, 1, 1, 0, 1, false, false};
     switch (dtype) {
         case DType::kFloat32:

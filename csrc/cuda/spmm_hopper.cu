@@ -114,7 +114,7 @@ void run(const char* product, DType dtype, const Lists& lists, const Operand& x,
     p.lists = lists;
     p.bias = static_cast<const T*>(bias);
     p.jobs = static_cast<int>(ceil_div(tokens, kClusterBlocks * kWide) * lists.rows);
-    launch_hopper(what, p, queue);
+    launch_hopper(what, hopper_kernel<decltype(p)>, p, Shared<kSide>::kBytes, queue);
 }
 
 template <class T>

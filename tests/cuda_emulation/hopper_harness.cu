@@ -58,19 +58,21 @@ enum Mistake {
     kWrongParity,
     kEndsEarly,
     kWrongMask,
+    kTooManyArrivals,
 };
 
-// Boxes of 4 rows of 64 elements: each of two blocks loads every second one for both, to one of two
-// stages; a warp of each copies what arrives to `out` (blocks, rounds, 1024 bytes).
-__global__ void ring_kernel(const __grid_constant__ CUtensorMap map, int col, int row, int rounds,
-                            int mistake, unsigned char* out) {
+// Boxes of 512 bytes: each of two blocks loads every second one for both, to one of two stages; a
+// warp of each copies what arrives to `out` (blocks, rounds, 1024 bytes). The loading thread
+// arrives `more` times for others.
+__global__ void ring_kernel(const __grid_constant__ CUtensorMap map, int box_rows, int col, int row,
+                            int rounds, int more, int mistake, unsigned char* out) {
     SharedMemory shared;
     const uint32_t memory = aligned_memory(shared, 2 * 1024 + 32), barriers = memory + 2 * 1024;
     const unsigned rank = blockIdx.x % 2;
     const auto full = [&](int n) { return barriers + n % 2 * 16; };
     const auto empty = [&](int n) { return barriers + n % 2 * 16 + 8; };
     if (threadIdx.x == 0 && mistake != kNoInit) {
-        for (int i = 0; i < 2; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 2);
+        for (int i = 0; i < 2; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 2 + more);
         mbarrier_init_fence();
     }
     cluster_barrier();
@@ -79,8 +81,9 @@ __global__ void ring_kernel(const __grid_constant__ CUtensorMap map, int col, in
             if (mistake != kNoWaitForEmpty) mbarrier_wait(empty(n), (n / 2 & 1) ^ 1);
             const int wrong = mistake == kTooManyBytes ? 16 : mistake == kTooFewBytes ? -16 : 0;
             mbarrier_arrive_expect(full(n), 1024 + wrong);
-            load_box(&map, memory + n % 2 * 1024 + rank * 512, col, row + 8 * n + 4 * rank, full(n),
-                     mistake == kWrongMask ? 5 : 3);
+            if (more) mbarrier_arrive_for(empty(n), more + (mistake == kTooManyArrivals ? 3 : 0));
+            load_box(&map, memory + n % 2 * 1024 + rank * 512, col, row + box_rows * (2 * n + rank),
+                     full(n), mistake == kWrongMask ? 5 : 3);
         }
     } else if (threadIdx.x >= kWarp) {
         for (int n = 0; n < rounds; ++n) {
@@ -137,9 +140,9 @@ __global__ void disagree_kernel(bool barrier) {
         return;
     }
     float d[32] = {};
-    const uint64_t a = matrix_descriptor(memory + (other ? 1024 : 0), 8192);
+    const uint64_t a = matrix_descriptor<kRowBytes>(memory + (other ? 1024 : 0), 8192);
     wgmma_fence();
-    wgmma<false, false>(d, a, matrix_descriptor(memory + 32768, 8192), Bf16{});
+    wgmma<false, false>(d, a, matrix_descriptor<kRowBytes>(memory + 32768, 8192), Bf16{});
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -155,12 +158,15 @@ SK_EXPORT const char* run_wgmma(const WgmmaProblem* p) {
         [=] { launch("wgmma", wgmma_kernel, 1, kWarpgroup, kSpace + 1024, Queue{}, *p); });
 }
 SK_EXPORT const char* run_ring(const void* data, int64_t rows, int64_t cols, int64_t row_elements,
-                               int col, int row, int rounds, int mistake, unsigned char* out) {
+                               int box_cols, int col, int row, int rounds, int more, int mistake,
+                               unsigned char* out) {
     return message_of([=] {
         CUtensorMap map;
-        make_map(&map, "a test", DType::kBfloat16, data, rows, cols, 2 * row_elements, 4);
-        launch_clusters("ring", ring_kernel, 2, 2, 64, 4096, Queue{}, map, col, row, rounds,
-                        mistake, out);
+        const int box_rows = 256 / box_cols;
+        make_map(&map, "a test", DType::kBfloat16, data, rows, cols, 2 * row_elements, box_rows,
+                 box_cols);
+        launch_clusters("ring", ring_kernel, 2, 2, 64, 4096, Queue{}, map, box_rows, col, row,
+                        rounds, more, mistake, out);
     });
 }
 SK_EXPORT const char* run_store(void* data, int64_t rows, int64_t cols, int64_t row_elements,

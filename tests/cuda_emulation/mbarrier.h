@@ -42,12 +42,13 @@ inline void mbarrier_init(uint32_t address, unsigned count) {
     cluster()->state<Mbarriers>().of[place] = {count, count, 0, false};
 }
 
-inline void mbarrier_arrive(uint32_t address) {
+inline void mbarrier_arrive(uint32_t address, unsigned arrivals = 1) {
     Mbarrier& barrier = mbarrier_at(*block(), address);
-    if (barrier.pending == 0) {
+    if (arrivals == 0) throw std::runtime_error("emulation: no arrival at an mbarrier");
+    if (barrier.pending < arrivals) {
         throw std::runtime_error("emulation: more arrivals at an mbarrier than a phase has");
     }
-    --barrier.pending;
+    barrier.pending -= arrivals;
     barrier.settle();
 }
 

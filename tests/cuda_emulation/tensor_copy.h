@@ -20,7 +20,11 @@ enum CUtensorMapDataType {
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9
 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 };
-enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapSwizzle {
+    CU_TENSOR_MAP_SWIZZLE_NONE = 0,
+    CU_TENSOR_MAP_SWIZZLE_64B = 2,
+    CU_TENSOR_MAP_SWIZZLE_128B = 3
+};
 enum CUtensorMapL2promotion {
     CU_TENSOR_MAP_L2_PROMOTION_NONE = 0,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3
@@ -30,12 +34,11 @@ enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 namespace emulation {
 
 constexpr uint64_t kMapMagic = 0x7ab1e0fb0c5;
-constexpr uint32_t kBoxRowBytes = 128;
 
 }  // namespace emulation
 
-// Matrices of 16-bit elements, boxes of rows of 128 bytes with the swizzle of 128 bytes; refuses
-// what the driver refuses.
+// Matrices of 16-bit elements, boxes of rows of 128 or 64 bytes with the swizzle of as many;
+// refuses what the driver refuses.
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
                                        void* address, const cuuint64_t* sizes,
                                        const cuuint64_t* strides, const cuuint32_t* box,
@@ -47,9 +50,10 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
                        is_multiple(reinterpret_cast<uintptr_t>(address), 16) && sizes[0] > 0 &&
                        sizes[1] > 0 && sizes[0] <= 1ull << 32 && sizes[1] <= 1ull << 32 &&
                        is_multiple(strides[0], 16) && strides[0] < 1ull << 40 &&
-                       strides[0] >= 2 * sizes[0] && 2 * box[0] == emulation::kBoxRowBytes &&
-                       box[1] > 0 && box[1] <= 256 && steps[0] == 1 && steps[1] == 1 &&
-                       swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+                       strides[0] >= 2 * sizes[0] && box[1] > 0 && box[1] <= 256 && steps[0] == 1 &&
+                       steps[1] == 1 &&
+                       ((box[0] == 64 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B) ||
+                        (box[0] == 32 && swizzle == CU_TENSOR_MAP_SWIZZLE_64B));
     if (!right) return CUDA_ERROR_INVALID_VALUE;
     *map = {static_cast<unsigned char*>(address),
             sizes[0],
@@ -64,8 +68,10 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
 
 namespace emulation {
 
-// The swizzle of 128 bytes: the address's bits 7 to 9 turn its bits 4 to 6.
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// The swizzle of 128 bytes: the address's bits 7 to 9 turn its bits 4 to 6; of 64: 7, 8 turn 4, 5.
+inline uint32_t swizzled(uint32_t address, uint32_t row_bytes = 128) {
+    return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
+}
 
 // For each 16 bytes of a box their place in the window of `b`, the bytes of the tensor, or null
 // outside of it, and how many of them are inside.
@@ -74,8 +80,9 @@ void for_each_piece(Block& b, const CUtensorMap& map, uint32_t window, int32_t c
                     Use use) {
     if (map.magic != kMapMagic) throw std::runtime_error("emulation: this is no tensor map");
     if (window % 128) throw std::runtime_error("emulation: a box not aligned to 128 bytes");
+    const uint32_t box_row_bytes = 2 * map.box_cols;
     for (uint32_t r = 0; r < map.box_rows; ++r) {
-        for (uint32_t piece = 0; piece < kBoxRowBytes / 16; ++piece) {
+        for (uint32_t piece = 0; piece < box_row_bytes / 16; ++piece) {
             const int64_t at_row = int64_t{row} + r, at_col = int64_t{col} + piece * 8;
             int64_t inside = 0;
             if (at_row >= 0 && at_row < static_cast<int64_t>(map.rows) && at_col >= 0) {
@@ -83,13 +90,13 @@ void for_each_piece(Block& b, const CUtensorMap& map, uint32_t window, int32_t c
             }
             const auto offset = at_row * static_cast<int64_t>(map.row_bytes) + at_col * 2;
             unsigned char* const place =
-                at_window(b, swizzled(window + r * kBoxRowBytes + piece * 16), 16);
+                at_window(b, swizzled(window + r * box_row_bytes + piece * 16, box_row_bytes), 16);
             use(place, inside ? map.address + offset : nullptr, static_cast<size_t>(inside) * 2);
         }
     }
 }
 
-inline unsigned box_bytes(const CUtensorMap& map) { return map.box_rows * kBoxRowBytes; }
+inline unsigned box_bytes(const CUtensorMap& map) { return map.box_rows * map.box_cols * 2; }
 
 // Loads a box to the same place of each block of the mask, and completes its bytes on the barrier
 // at the same place of each.

@@ -9,7 +9,7 @@ namespace emulation {
 
 // An operand in shared memory: "Matrix Descriptor Format" and "Strides" of the PTX ISA.
 struct Descriptor {
-    uint32_t start, leading, stride;
+    uint32_t start, leading, stride, row_bytes;
     bool transposed;
 
     Descriptor(uint64_t bits, bool transposed_) : transposed(transposed_) {
@@ -17,23 +17,28 @@ struct Descriptor {
             return static_cast<uint32_t>(bits >> at & 0x3fff) << 4;
         };
         start = field(0), leading = field(16), stride = field(32);
-        constexpr uint64_t kSwizzle128 = 1;
-        if (bits >> 62 != kSwizzle128 || (bits >> 49 & 7) != 0) {
+        constexpr uint64_t kSwizzle128 = 1, kSwizzle64 = 2;
+        const uint64_t swizzle = bits >> 62;
+        if ((swizzle != kSwizzle128 && swizzle != kSwizzle64) || (bits >> 49 & 7) != 0) {
             throw std::runtime_error(
-                "emulation: only descriptors with the swizzle of 128 bytes and base offset 0");
+                "emulation: only descriptors with the swizzle of 128 or 64 bytes and base offset "
+                "0");
         }
+        row_bytes = swizzle == kSwizzle128 ? 128 : 64;
         const uint64_t unused = 3ull << 14 | 3ull << 30 | 7ull << 46 | 0x3ffull << 52;
         if (bits & unused) throw std::runtime_error("emulation: wrong bits in a descriptor");
     }
 
     // Where element k of the row `mn` of A, or of the column `mn` of B, lies. Eight rows of 128
-    // bytes are an atom. K-major: a row has 64 k, and atoms follow each other in `stride` along mn.
-    // MN-major: a row has 64 mn; atoms follow in `stride` along k, in `leading` along mn.
+    // (64) bytes are an atom. K-major: a row has 64 (32) k, and atoms follow each other in `stride`
+    // along mn. MN-major: a row has so many mn; atoms follow in `stride` along k, in `leading`
+    // along mn.
     uint32_t address(unsigned mn, unsigned k) const {
-        const uint32_t offset = transposed
-                                    ? mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                    : mn / 8 * stride + mn % 8 * 128 + k * 2;
-        return swizzled(start + offset);
+        const uint32_t of_row = row_bytes / 2;
+        const uint32_t offset = transposed ? mn / of_row * leading + mn % of_row * 2 +
+                                                 k / 8 * stride + k % 8 * row_bytes
+                                           : mn / 8 * stride + mn % 8 * row_bytes + k * 2;
+        return swizzled(start + offset, row_bytes);
     }
 };
 
