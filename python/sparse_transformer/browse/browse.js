@@ -54,9 +54,10 @@
   const inOrder = places.filter(([, of]) => of === "read" || of === "write");
   // Channels of the residual stream have one number everywhere; others that are read are positions.
   const streamWidth = places.at(-1)[2];
+  const isPosition = (node) => kind(node) === "read" && channel(node) >= streamWidth;
   function stream(node, of, later) {
     const number = channel(node);
-    if (number >= streamWidth) return [];
+    if (isPosition(node)) return [];
     const here = inOrder.indexOf(placeOf[node]);
     const along = inOrder.filter((place, at) => place[1] === of && (here < 0 || at > here === later));
     const found = along.map(([place]) => first.get(place) + number);
@@ -103,12 +104,14 @@
     write: "what a sublayer adds to the residual stream",
     residual: "a direction of the residual stream, which sublayers write to and read from",
   };
+  const meaning = (node) => (isPosition(node) ? "a channel that says where a token stands, beside the residual stream" : MEANING[kind(node)]);
   function whereOf(node) {
     if (kind(node) === "residual") return `residual direction ${channel(node)}`;
     let part = "";
     if (kind(node).length === 1) part = `head ${Math.floor(channel(node) / content.dHead)}, `;
     if (kind(node) === "read" || kind(node) === "write") part = hook(node).includes(".mlp.") ? "MLP, " : "attention, ";
-    return `${kind(node)} ${channel(node)}, ${part}layer ${layer(node)}`;
+    const name = isPosition(node) ? `position channel ${channel(node) - streamWidth}` : `${kind(node)} ${channel(node)}`;
+    return `${name}, ${part}layer ${layer(node)}`;
   }
   const nameOf = (node) => names[node] || whereOf(node);
 
@@ -165,7 +168,7 @@
     }
     const facts = element("dl", {});
     const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
-    fact("kind", MEANING[of]);
+    fact("kind", meaning(node));
     fact(of === "head" ? "id" : "hook point", idOf(node));
     if (scores[node]) fact("score of its label", `${scores[node].toFixed(2)} balanced accuracy on held-out text`);
     if (of === "head") fact("to the sink", `${(100 * means[node]).toFixed(0)}% of its attention`);
