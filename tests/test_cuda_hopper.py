@@ -395,7 +395,11 @@ MISTAKES = {
     ),
     "32: a block that ends early": ("spmm_32", "cluster_barrier();  // nobody", ""),
     "32: the list's order in place of the stored": ("spmm_32", "p.lists.ids[next]", "next"),
-    "a wrong count of bytes in dW": ("sddmm", "job.pieces * kPieceBytes", "kPieces * kPieceBytes"),
+    "a wrong count of bytes in dW": (
+        "sddmm",
+        "job.pieces * kPieceBytes<kSide>",
+        "kPieces<kSide> * kPieceBytes<kSide>",
+    ),
     "a wrong fragment of dW": ("sddmm", "lane % 4 * 2 + j % 2", "lane % 4 + j % 2 * 4"),
 }
 
