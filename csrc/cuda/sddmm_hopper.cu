@@ -15,11 +15,16 @@ int64_t groups_of(const Lists& lists) {
     return ceil_div(lists.per_row, kClusterBlocks * kWide / lists.out_block);
 }
 
+// A box of x: up to 64 inputs of a block.
+template <int kSide>
+constexpr int kPiece = kSide < kTileRows ? kSide : kTileRows;
+template <int kSide>
+constexpr int kPieces = kWide / kPiece<kSide>;
+template <int kSide>
+constexpr int kPieceBytes = kDepth * kPiece<kSide> * 2;
+
 template <class T, int kSide>
 struct Sddmm : HopperProduct<T, kSide, true, true> {
-    // A box of x: up to 64 inputs of a block.
-    static constexpr int kPiece = kSide < kTileRows ? kSide : kTileRows;
-    static constexpr int kPieces = kWide / kPiece, kPieceBytes = kDepth * kPiece * 2;
     CUtensorMap x, grad_output;
     Lists lists;
     float* partial;  // of the parts, or null: then there is one, which is the result
@@ -30,9 +35,9 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
     // The blocks of a group of a row, for a part of the tokens; each block of threads takes half.
     struct Job {
         int row, pieces, first_step, steps;
-        int64_t block;        // the first
-        int64_t elements_at;  // in `partial` or `out`
-        int inputs[kPieces];  // the first of each piece
+        int64_t block;               // the first
+        int64_t elements_at;         // in `partial` or `out`
+        int inputs[kPieces<kSide>];  // the first of each piece
         unsigned bytes;
     };
     __device__ Job job_at(int number, unsigned rank) const {
@@ -45,18 +50,18 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
         const int half = begin + (end - begin + 1) / 2;
         Job job;
         job.row = number - rest * rows;
-        job.pieces = (rank == 0 ? half - begin : end - half) * (kSide / kPiece);
+        job.pieces = (rank == 0 ? half - begin : end - half) * (kSide / kPiece<kSide>);
         job.first_step = part * part_steps;
         job.steps = all_steps - job.first_step;
         job.steps = job.steps < 0 ? 0 : job.steps < part_steps ? job.steps : part_steps;
         job.block = job.row * lists.per_row + (rank == 0 ? begin : half);
         job.elements_at = (part * lists.blocks + job.block) * (kSide * kSide);
-        job.bytes = job.pieces * kPieceBytes + kSide * kRowBytes;
+        job.bytes = job.pieces * kPieceBytes<kSide> + kSide * kRowBytes;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            const int64_t entry = job.block + i * kPiece / kSide;
+        for (int i = 0; i < kPieces<kSide>; ++i) {
+            const int64_t entry = job.block + i * kPiece<kSide> / kSide;
             job.inputs[i] =
-                i < job.pieces ? lists.wide_columns[entry] * kSide + i * kPiece % kSide : 0;
+                i < job.pieces ? lists.wide_columns[entry] * kSide + i * kPiece<kSide> % kSide : 0;
         }
         return job;
     }
@@ -65,9 +70,9 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
     __device__ void load(const Job& job, int step, unsigned rank, const Place& place) const {
         const int token = (job.first_step + step) * kDepth;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
+        for (int i = 0; i < kPieces<kSide>; ++i) {
             if (i >= job.pieces) continue;
-            load_box(&x, place.wide + i * kPieceBytes, job.inputs[i], token, place.full);
+            load_box(&x, place.wide + i * kPieceBytes<kSide>, job.inputs[i], token, place.full);
         }
         load_half<kSide>(&grad_output, place, job.row * kSide, token, rank);
     }
@@ -79,7 +84,7 @@ struct Sddmm : HopperProduct<T, kSide, true, true> {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int first = (warpgroup + i * kConsumers) * kTileRows + thread / kWarp * 16;
-            if (first / kPiece >= job.pieces) continue;
+            if (first / kPiece<kSide> >= job.pieces) continue;
             const int64_t at = job.elements_at + int64_t{first / kSide} * (kSide * kSide) +
                                first % kSide + lane / 4;
 #pragma unroll

@@ -27,7 +27,6 @@ constexpr int kWarpRows = kHopperThreads / kWarp - 1;  // block-rows of a block 
 static_assert(kGroupRows == kClusterBlocks * kWarpRows, "a warp has one block-row");
 constexpr int kTileTokens = 128, kHalfBytes = kTileTokens / 2 * kBlockRowBytes;
 constexpr int kBoxes = 16, kBoxBytes = 2 * kHalfBytes;  // of x
-constexpr int kShared = kBoxes / 2;                     // from one that all read to the next
 constexpr int kSlots = 3;                               // for the weights of a warp
 constexpr int kOutTokens = 32;                          // that a warp stores at a time
 static_assert(kOutTokens * kBlockRowBytes == kBlockBytes, "results lie beside the slots");
@@ -37,11 +36,6 @@ constexpr int kAtom = 1024, kWarpAt = kBoxes * kBoxBytes, kWarpBytes = (kSlots +
 constexpr int kFullAt = kWarpAt + kWarpRows * kWarpBytes, kEmptyAt = kFullAt + kBoxes * 8;
 constexpr int kSlotsAt = kEmptyAt + kBoxes * 8;
 constexpr int kSharedBytes = (kAtom + kSlotsAt + kWarpRows * kSlots * 8 + 15) / 16 * 16;
-
-// Rows of 64 bytes lie in the swizzle of 64 bytes: bits 7 and 8 of an address turn bits 4 and 5.
-__device__ inline uint32_t place_in_box(uint32_t row, uint32_t piece) {
-    return row * kBlockRowBytes + ((piece ^ (row / 2 % 4)) * 16);
-}
 
 // Where the list of a row begins.
 template <bool kColumns>
@@ -58,6 +52,13 @@ struct Problem {
 };
 
 #ifdef SK_SM_90A
+constexpr int kShared = kBoxes / 2;  // from a column that all warps wait for to the next
+
+// Rows of 64 bytes lie in the swizzle of 64 bytes: bits 7 and 8 of an address turn bits 4 and 5.
+__device__ inline uint32_t place_in_box(uint32_t row, uint32_t piece) {
+    return row * kBlockRowBytes + ((piece ^ (row / 2 % 4)) * 16);
+}
+
 // The jobs of a cluster: `groups` for each 128 tokens.
 template <class Use>
 __device__ void for_each_job(int groups, int jobs, Use use) {
