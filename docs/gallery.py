@@ -105,8 +105,8 @@ def index(found: Mapping[str, Mapping[str, Circuit]]) -> str:
     """Markdown of the first page."""
     parts = [
         "# Gallery",
-        "Circuits of `python-small`, which comes with the package, and of `python-base`, in `models/` of "
-        "the repository. Each was validated on held-out "
+        "Circuits of `python-small`, which comes with the package, and of `python-base`, in "
+        "`models/` of the repository. Each was validated on held-out "
         "prompts and compared with controls, the same search on nonsense tasks. "
         "[Circuits](../circuits.md) has the method. Edits of `python-small` also steer a dense "
         "model: [bridges](bridges.md).",
