@@ -30,10 +30,12 @@ from sparse_transformer.errors import UserError, one_line, suggest
 from sparse_transformer.files import new_folder, sha256, sync
 from sparse_transformer.model import Transformer
 
-# Where models are found by their names: in the package, then in a checkout beside `python/`.
+# Where models are found by their names: in the package, in a checkout beside `python/`, or in
+# `models/` of the current folder.
 MODELS = [
     Path(__file__).parents[1] / "models",
     Path(__file__).parents[3] / "models",
+    Path("models"),
 ]
 _FORMAT = 1
 _TENSORS, _META = "tensors.safetensors", "meta.json"
@@ -77,7 +79,7 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
 
 
 def models() -> dict[str, Path]:
-    """The folders of the models that come with the package, or lie in its checkout, by name."""
+    """The folders of the models of the package, its checkout and `models/` here, by name."""
     roots = [root for root in reversed(MODELS) if root.is_dir()]
     folders = (folder for root in roots for folder in sorted(root.iterdir()))
     return {folder.name: folder for folder in folders if steps(folder)}
