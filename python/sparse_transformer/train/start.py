@@ -45,7 +45,7 @@ def grown(other: Transformer, model: Transformer) -> Transformer:
             f"--positions {config.positions} cannot be added to a {config.linear} model: leave it "
             f"out"
         )
-    started = Transformer.from_state(config, {**state, **added}, device=_device(model))
+    started = Transformer.from_state(config, {**state, **added}, device=model.norm.weight.device)
     wanted = model.sparse_layers()
     for name, layer in started.sparse_layers().items():
         sk.rewire_(layer, None, _union(name, layer.layout, wanted[name].layout))
@@ -69,9 +69,7 @@ def _union(name: str, old: sk.FanInLayout, new: sk.FanInLayout) -> sk.FanInLayou
 
 
 def _check(old: ModelConfig, new: ModelConfig) -> None:
-    free = dict.fromkeys(_FREE)
-    if old.positions and old.positions != new.positions:
-        free.pop("positions")
+    free = {*_FREE} - ({"positions"} if old.positions else set())
     for field in fields(ModelConfig):
         was, wanted = getattr(old, field.name), getattr(new, field.name)
         if field.name not in free and was != wanted:
@@ -79,7 +77,3 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
                 f"the model of --start-from has {field.name} {was} and not {wanted}: choose the "
                 f"same"
             )
-
-
-def _device(model: Transformer) -> torch.device:
-    return next(model.parameters()).device
